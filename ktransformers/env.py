@@ -1,0 +1,51 @@
+"""Every KT_* environment variable, typed, in one place. A bad value is an error, never a silent default.
+
+Values are read when asked for, not at import, so tests and notebooks can change them.
+"""
+
+import os
+
+from ktransformers.errors import KTransformersError, did_you_mean
+
+ISAS = ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
+"""Instruction-set levels of the C library, lowest first; KT_ISA may lower the detected one."""
+
+VARIABLES = {
+    "KT_DEBUG": "0 quiet, 1 print the injection plan, 2 also load timings",
+    "KT_ISA": f"highest instruction set the C library may use: {', '.join(ISAS)}",
+    "KT_THREADS": "threads of the C library, the calling one included; default: the cores this process may use",
+}
+
+
+def _integer(name: str, default: int | None, low: int, high: int) -> int | None:
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return default
+    if not text.isdecimal() or not low <= int(text) <= high:
+        raise KTransformersError(
+            f"{name}={text!r}: expected a whole number from {low} to {high} ({VARIABLES[name]}). "
+            f"Unset {name} or correct it."
+        )
+    return int(text)
+
+
+def debug() -> int:
+    """KT_DEBUG as an integer, 0 when unset."""
+    return _integer("KT_DEBUG", 0, 0, 9)
+
+
+def threads() -> int | None:
+    """KT_THREADS, or None for the default of the C library."""
+    return _integer("KT_THREADS", None, 1, 1024)
+
+
+def isa() -> str | None:
+    """KT_ISA, or None for the widest instruction set that this machine has."""
+    name = os.environ.get("KT_ISA", "").strip().lower()
+    if not name:
+        return None
+    if name not in ISAS:
+        raise KTransformersError(
+            f"KT_ISA={name!r}: unknown instruction set{did_you_mean(name, ISAS)}. Known: {', '.join(ISAS)}."
+        )
+    return name

@@ -1,0 +1,47 @@
+"""Exceptions with one root, and the two helpers that make their messages worth reading.
+
+A message names its subject, what was found, what was expected, and the next step. This file knows
+nothing about rules, weights or devices; it is the bottom of the import order together with env.py.
+"""
+
+import difflib
+from collections.abc import Iterable
+from typing import TypeVar
+
+
+class KTransformersError(Exception):
+    """Root of every error this package raises on purpose. Never raised directly for a known kind of fault."""
+
+
+class RuleError(KTransformersError, ValueError):
+    """A rule file cannot be read, or a rule in it does not fit the model. Lists every problem at once."""
+
+
+class WeightError(KTransformersError, ValueError):
+    """A checkpoint is damaged, or its tensors do not fit the model."""
+
+
+class NativeError(KTransformersError, RuntimeError):
+    """The C library refused a call, or is not built."""
+
+
+class UnsupportedError(KTransformersError, NotImplementedError):
+    """Valid input that this version does not compute, such as a quantization type or a model family."""
+
+
+class DeviceError(KTransformersError, RuntimeError):
+    """A device that a rule or a call names does not exist on this machine."""
+
+
+_E = TypeVar("_E", bound=KTransformersError)
+
+
+def did_you_mean(word: str, candidates: Iterable[str]) -> str:
+    """Return ``" (did you mean 'x'?)"`` for the candidate closest to `word`, or ``""`` when none is close."""
+    close = difflib.get_close_matches(str(word), list(candidates), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def join_errors(kind: type[_E], headline: str, problems: list[str]) -> _E:
+    """Build one exception of `kind` that lists every problem on a line of its own below `headline`."""
+    return kind(headline + "".join(f"\n  - {problem}" for problem in problems))
