@@ -13,6 +13,7 @@ ISAS = ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
 VARIABLES = {
     "KT_DEBUG": "0 quiet, 1 print the injection plan, 2 also load timings",
     "KT_ISA": f"highest instruction set the C library may use: {', '.join(ISAS)}",
+    "KT_RULE_MODULES": "comma-separated modules that rule files may import beyond torch, transformers, ktransformers",
     "KT_THREADS": "threads of the C library, the calling one included; default: the cores this process may use",
 }
 
@@ -49,3 +50,8 @@ def isa() -> str | None:
             f"KT_ISA={name!r}: unknown instruction set{did_you_mean(name, ISAS)}. Known: {', '.join(ISAS)}."
         )
     return name
+
+
+def rule_modules() -> tuple[str, ...]:
+    """KT_RULE_MODULES as a tuple of module names, empty when unset."""
+    return tuple(name.strip() for name in os.environ.get("KT_RULE_MODULES", "").split(",") if name.strip())

@@ -1,0 +1,63 @@
+"""Device names of rule files: map them to this machine's, and say which do not exist. Starts no device."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+DEVICE_KWARGS = ("generate_device", "prefill_device", "out_device", "device")
+"""Rule kwargs whose value is a device name; `transfer_map` holds more of them as its values."""
+
+
+def default_device() -> str:
+    """The device of modules that no rule names: upstream's ``cuda:0`` where there is a GPU, else ``cpu``."""
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
+
+
+def map_device(name: Any, devices: Mapping[str, str] | None) -> Any:
+    """Return `name` as `devices` maps it: ``cuda:1`` by its own entry if there is one, else by that of ``cuda``."""
+    if not devices or not isinstance(name, (str, torch.device)):
+        return name
+    name = str(name)
+    return devices.get(name, devices.get(name.split(":")[0], name))
+
+
+def map_kwargs(kwargs: Mapping[str, Any], devices: Mapping[str, str] | None) -> dict[str, Any]:
+    """Copy a rule's kwargs with every device name in them mapped."""
+    mapped = dict(kwargs)
+    for key in DEVICE_KWARGS:
+        if key in mapped:
+            mapped[key] = map_device(mapped[key], devices)
+    if isinstance(mapped.get("transfer_map"), Mapping):
+        mapped["transfer_map"] = {k: map_device(v, devices) for k, v in mapped["transfer_map"].items()}
+    return mapped
+
+
+def device_problem(name: Any) -> str:
+    """Say why `name` cannot be used on this machine, or return ``""``."""
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError, ValueError):
+        return f"{name!r} is no device name; expected one like 'cpu', 'cuda' or 'cuda:1'"
+    if device.type == "cpu":
+        return "" if device.index in (None, 0) else f"{name!r} does not exist; the CPU is just 'cpu'"
+    if device.type == "meta":
+        return "'meta' holds no data, so nothing can run there; expected one like 'cpu' or 'cuda:0'"
+    backend = getattr(torch, device.type, None)
+    count = backend.device_count() if backend is not None and hasattr(backend, "device_count") else 0
+    if count == 0:
+        return (
+            f"{name!r} does not exist: this machine has no {device.type} device. "
+            f"To run the rules without one, pass devices={{{device.type!r}: 'cpu'}}"
+        )
+    if device.index is not None and device.index >= count:
+        return f"{name!r} does not exist: this machine has {device.type}:0 to {device.type}:{count - 1}"
+    return ""
+
+
+def kwargs_problems(kwargs: Mapping[str, Any]) -> list[str]:
+    """Say of every device name in a rule's kwargs why it cannot be used; null means "not given"."""
+    named = [(key, kwargs[key]) for key in DEVICE_KWARGS if kwargs.get(key) is not None]
+    if isinstance(kwargs.get("transfer_map"), Mapping):
+        named += [(f"transfer_map[{layer}]", device) for layer, device in kwargs["transfer_map"].items()]
+    return [f"{key}: {problem}" for key, device in named if (problem := device_problem(device))]

@@ -1,0 +1,132 @@
+"""From a dotted name in a rule file to a class, and from a class to the kwargs a rule may give it.
+
+A rule file may come from anywhere, so naming a class must not run arbitrary code: only the roots below are
+imported, plus what the user's program has imported already, plus the modules listed in KT_RULE_MODULES.
+"""
+
+import importlib
+import inspect
+import sys
+import types
+import typing
+from typing import Any
+
+from ktransformers import env
+from ktransformers.errors import did_you_mean
+
+ROOTS = ("torch", "transformers", "ktransformers")
+FRAMEWORK_PARAMETERS = {"self", "key", "gguf_loader", "config", "orig_module", "args", "kwargs"}
+"""Constructor parameters that the framework fills in; a rule never gives them."""
+
+
+def find_class(dotted: str) -> tuple[type | None, str]:
+    """Find the class that `dotted` names. Returns ``(class, "")``, or ``(None, what is wrong)``."""
+    module_name, _, class_name = dotted.rpartition(".")
+    if not module_name:
+        return None, f"class {dotted!r}: expected a dotted path such as 'torch.nn.Linear'"
+    module, problem = _find_module(module_name)
+    if module is None:
+        return None, f"class {dotted!r}: {problem}"
+    found = getattr(module, class_name, None)
+    if not inspect.isclass(found):
+        classes = [name for name, value in vars(module).items() if inspect.isclass(value)]
+        hint = did_you_mean(class_name, classes)
+        return None, f"class {dotted!r} not found: module {module_name!r} has no class {class_name!r}{hint}"
+    return found, ""
+
+
+def _find_module(name: str) -> tuple[types.ModuleType | None, str]:
+    allowed = (*ROOTS, *env.rule_modules())
+    if name in sys.modules:
+        return sys.modules[name], ""
+    if not any(name == root or name.startswith(root + ".") for root in allowed):
+        return None, (
+            f"module {name!r} is outside {', '.join(ROOTS)}, and rules do not import arbitrary code. "
+            f"Import it in your program first, or set KT_RULE_MODULES={name.split('.')[0]}"
+        )
+    try:
+        return importlib.import_module(name), ""
+    except ImportError as error:
+        return None, f"module {name!r} cannot be imported: {error}{_module_hint(name)}"
+
+
+def _module_hint(name: str) -> str:
+    parent, _, leaf = name.rpartition(".")
+    import pkgutil
+
+    if parent in sys.modules and hasattr(sys.modules[parent], "__path__"):
+        return did_you_mean(leaf, [info.name for info in pkgutil.iter_modules(sys.modules[parent].__path__)])
+    return ""
+
+
+def parameters(operator: type) -> dict[str, Any]:
+    """Every kwarg that a rule may give `operator`: name -> annotation (`inspect.Parameter.empty` when it has none).
+
+    An ``__init__`` with ``**kwargs`` hands on what it does not name, so the classes behind it count too.
+    """
+    known: dict[str, Any] = {}
+    for cls in operator.__mro__:
+        if "__init__" not in vars(cls) or cls.__module__.startswith("torch.nn"):
+            continue
+        signature = inspect.signature(cls.__init__)
+        hints = _hints(cls.__init__)
+        for name, parameter in signature.parameters.items():
+            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                known.setdefault(name, hints.get(name, parameter.annotation))
+        if not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
+            break
+    return {name: kind for name, kind in known.items() if name not in FRAMEWORK_PARAMETERS}
+
+
+def _hints(function) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(function)
+    except NameError:  # an annotation names what only its own author imported: then the type is not checked
+        return {}
+
+
+def own_parameters(operator: type) -> set[str]:
+    """The names in `operator`'s own constructor signature, without those it takes through ``**kwargs``."""
+    return set(inspect.signature(operator.__init__).parameters)
+
+
+def kwargs_problems(operator: type, kwargs: dict[str, Any]) -> list[str]:
+    """Say of every kwarg that `operator` does not take, or takes with another type, what is wrong."""
+    known = parameters(operator)
+    problems = []
+    for name, value in kwargs.items():
+        if name not in known:
+            expected = ", ".join(sorted(known)) or "none"
+            problems.append(f"kwarg {name!r} unknown to {operator.__name__}{did_you_mean(name, known)}; it takes: {expected}")
+        elif not _fits(value, known[name]):
+            problems.append(f"kwarg {name}: {value!r} is {_type_name(value)}, expected {_annotation_name(known[name])}")
+    return problems
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a YAML value fits an annotation; what is not a plain type (or a union of such) fits anything."""
+    if annotation in (inspect.Parameter.empty, Any):
+        return True
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in typing.get_args(annotation))
+    plain = typing.get_origin(annotation) or annotation
+    if not inspect.isclass(plain):
+        return True
+    if plain is type(None):
+        return value is None
+    if isinstance(value, bool):
+        return issubclass(bool, plain) and plain is not int
+    if plain is float and isinstance(value, int):
+        return True
+    if plain not in (str, int, float, dict, list, tuple, bool) and isinstance(value, (str, dict)):
+        return True  # such as torch.device or torch.dtype, which YAML can only spell
+    return isinstance(value, plain)
+
+
+def _type_name(value: Any) -> str:
+    names = {bool: "true/false", str: "text", int: "a whole number", float: "a number", dict: "a mapping", list: "a list"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)
+
+
+def _annotation_name(annotation: Any) -> str:
+    return annotation.__name__ if inspect.isclass(annotation) else str(annotation)
