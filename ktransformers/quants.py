@@ -1,0 +1,348 @@
+"""Every packed weight format: its block, its bytes, and how to turn it back into numbers in torch.
+
+This is the readable reference of the formats: the C kernels and the tests are held to it, and it is held,
+bit for bit in fp32, to the `gguf` package. It knows blocks and bytes; it knows nothing about files or names.
+
+A row of a packed matrix is a run of blocks; a block holds `block` weights in `nbytes` bytes, little endian.
+Letters in shapes below: B blocks in a call.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ktransformers.errors import UnsupportedError, WeightError, did_you_mean
+
+CHUNK = 1 << 21
+"""Weights dequantized at a time: bounds the temporaries to some tens of MiB whatever the tensor's size."""
+
+
+@dataclass(frozen=True)
+class QuantType:
+    """One storage format. `id` is the GGUF type id, -1 for a format that only safetensors has.
+
+    `unpack` maps uint8 [B, nbytes] to float32 [B, block]; `torch_dtype` is set for plain numbers instead.
+    A type with neither is known by name and size only.
+    """
+
+    name: str
+    id: int
+    block: int
+    nbytes: int
+    unpack: Callable[[Tensor], Tensor] | None = None
+    torch_dtype: torch.dtype | None = None
+
+    @property
+    def computed(self) -> bool:
+        """Whether this version can turn the type into numbers."""
+        return self.unpack is not None or self.torch_dtype is not None
+
+    @property
+    def dequantize(self) -> Callable[[Tensor], Tensor] | None:
+        """uint8 [B, nbytes] -> float32 [B, block], or None when this version does not compute the type."""
+        if self.torch_dtype is not None:
+            return lambda blocks: blocks.contiguous().view(-1).view(self.torch_dtype).float().view(-1, self.block)
+        return self.unpack
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of a row of `columns` weights. Raises WeightError when it is not a whole number of blocks."""
+        if columns % self.block:
+            raise WeightError(f"A row of {columns} weights is not a whole number of {self.name} blocks of {self.block}.")
+        return columns // self.block * self.nbytes
+
+    def packed_bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a tensor of `shape` (torch order; the last dimension is the packed one)."""
+        if not shape:
+            return self.row_bytes(self.block)
+        return math.prod(shape[:-1]) * self.row_bytes(shape[-1])
+
+    def __repr__(self) -> str:
+        return f"QuantType({self.name})"
+
+
+# --- unpacking, format by format ------------------------------------------------------------------------------
+# Every product and sum is one torch operation, so it rounds once, as the gguf package does: never fuse them.
+
+
+def _half(blocks: Tensor, at: int) -> Tensor:
+    """The fp16 number at byte `at` of each block, as float32 [B, 1]. The copy makes any address aligned."""
+    return blocks[:, at : at + 2].clone(memory_format=torch.contiguous_format).view(torch.float16).float()
+
+
+def _fields(packed: Tensor, bits: int) -> Tensor:
+    """Split bytes [..., n] into their bit fields, low bits first: uint8 [..., 8/bits, n]."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    return (packed.unsqueeze(-2) >> shifts.unsqueeze(-1)) & ((1 << bits) - 1)
+
+
+def _fifth_bits(qh: Tensor) -> Tensor:
+    """The 32 bits of uint8 [B, 4] in weight order, each moved to value 16: uint8 [B, 32]."""
+    return _fields(qh, 1).transpose(-1, -2).reshape(-1, 32) << 4
+
+
+def _q4_0(blocks: Tensor) -> Tensor:
+    q = _fields(blocks[:, 2:], 4).reshape(-1, 32).to(torch.int8) - 8
+    return _half(blocks, 0) * q.float()
+
+
+def _q4_1(blocks: Tensor) -> Tensor:
+    q = _fields(blocks[:, 4:], 4).reshape(-1, 32)
+    return _half(blocks, 0) * q.float() + _half(blocks, 2)
+
+
+def _q5_0(blocks: Tensor) -> Tensor:
+    q = _fields(blocks[:, 6:], 4).reshape(-1, 32) | _fifth_bits(blocks[:, 2:6])
+    return _half(blocks, 0) * (q.to(torch.int8) - 16).float()
+
+
+def _q5_1(blocks: Tensor) -> Tensor:
+    q = _fields(blocks[:, 8:], 4).reshape(-1, 32) | _fifth_bits(blocks[:, 4:8])
+    return _half(blocks, 0) * q.float() + _half(blocks, 2)
+
+
+def _q8_0(blocks: Tensor) -> Tensor:
+    return blocks[:, 2:].clone().view(torch.int8).float() * _half(blocks, 0)
+
+
+def _q2_k(blocks: Tensor) -> Tensor:
+    # scales[16] (low nibble scale, high nibble minimum) · qs[64] · d · dmin
+    scales = blocks[:, :16]
+    q = _fields(blocks[:, 16:80].reshape(-1, 2, 32), 2).reshape(-1, 16, 16).float()
+    scale = _half(blocks, 80) * (scales & 15).float()
+    minimum = _half(blocks, 82) * (scales >> 4).float()
+    return (scale.unsqueeze(-1) * q - minimum.unsqueeze(-1)).reshape(-1, 256)
+
+
+def _q3_k(blocks: Tensor) -> Tensor:
+    # hmask[32] · qs[64] · scales[12]: 16 six-bit scales, low nibbles in bytes 0-7, high bits in 8-11 · d
+    low = _fields(blocks[:, 96:104], 4).reshape(-1, 16)
+    high = _fields(blocks[:, 104:108], 2).reshape(-1, 16)
+    scale = _half(blocks, 108) * ((low | (high << 4)).to(torch.int8) - 32).float()
+    q = _fields(blocks[:, 32:96].reshape(-1, 2, 32), 2).reshape(-1, 256).to(torch.int8)
+    # A set bit of hmask means "do not subtract 4".
+    q = q - ((_fields(blocks[:, :32], 1).reshape(-1, 256) ^ 1) << 2).to(torch.int8)
+    return (scale.unsqueeze(-1) * q.view(-1, 16, 16).float()).reshape(-1, 256)
+
+
+def _scales_and_minima(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """The 12 bytes of Q4_K and Q5_K as eight six-bit scales and eight six-bit minima, uint8 [B, 8] each.
+
+    Bytes 0-3 hold scales 0-3, bytes 4-7 minima 0-3, bytes 8-11 the low nibbles of scales (low) and minima
+    (high) 4-7, whose top two bits sit in the top two bits of bytes 0-3 and 4-7.
+    """
+    scale, minimum, both = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
+    scales = torch.cat([scale & 63, (both & 15) | ((scale >> 2) & 48)], 1)
+    minima = torch.cat([minimum & 63, (both >> 4) | ((minimum >> 2) & 48)], 1)
+    return scales, minima
+
+
+def _scaled(blocks: Tensor, q: Tensor) -> Tensor:
+    """d·scale·q - dmin·minimum for Q4_K and Q5_K; `q` is uint8 [B, 8, 32]."""
+    scales, minima = _scales_and_minima(blocks[:, 4:16])
+    scale = (_half(blocks, 0) * scales.float()).unsqueeze(-1)
+    minimum = (_half(blocks, 2) * minima.float()).unsqueeze(-1)
+    return (scale * q.float() - minimum).reshape(-1, 256)
+
+
+def _q4_k(blocks: Tensor) -> Tensor:
+    # d · dmin · scales[12] · qs[128]: 32 bytes hold two sub-blocks of 32, low nibbles first
+    return _scaled(blocks, _fields(blocks[:, 16:].reshape(-1, 4, 32), 4).reshape(-1, 8, 32))
+
+
+def _q5_k(blocks: Tensor) -> Tensor:
+    # d · dmin · scales[12] · qh[32]: bit j of byte i is the fifth bit of weight i of sub-block j · qs[128]
+    q = _fields(blocks[:, 48:].reshape(-1, 4, 32), 4).reshape(-1, 8, 32)
+    return _scaled(blocks, q | (_fields(blocks[:, 16:48], 1) << 4))
+
+
+def _q6_k(blocks: Tensor) -> Tensor:
+    # ql[128] · qh[64] · sixteen int8 scales · d
+    low = _fields(blocks[:, :128].reshape(-1, 2, 64), 4).reshape(-1, 256)
+    high = _fields(blocks[:, 128:192].reshape(-1, 2, 32), 2).reshape(-1, 256)
+    q = ((low | (high << 4)).to(torch.int8) - 32).view(-1, 16, 16).float()
+    scale = _half(blocks, 208) * blocks[:, 192:208].clone().view(torch.int8).float()
+    return (scale.unsqueeze(-1) * q).reshape(-1, 256)
+
+
+_IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_FP4_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+
+
+def _look_up(values: tuple[int, ...], codes: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=codes.device)[codes.int()]
+
+
+def _iq4_nl(blocks: Tensor) -> Tensor:
+    return _half(blocks, 0) * _look_up(_IQ4_VALUES, _fields(blocks[:, 2:], 4).reshape(-1, 32))
+
+
+def _iq4_xs(blocks: Tensor) -> Tensor:
+    # d · scales_h[2]: eight two-bit fields · scales_l[4]: eight nibbles · qs[128]
+    low = _fields(blocks[:, 4:8], 4).transpose(-1, -2).reshape(-1, 8)
+    high = _fields(blocks[:, 2:4], 2).transpose(-1, -2).reshape(-1, 8)
+    scale = _half(blocks, 0) * ((low | (high << 4)).to(torch.int8) - 32).float()
+    q = _look_up(_IQ4_VALUES, _fields(blocks[:, 8:].reshape(-1, 8, 16), 4).reshape(-1, 8, 32))
+    return (scale.unsqueeze(-1) * q).reshape(-1, 256)
+
+
+def _mxfp4(blocks: Tensor) -> Tensor:
+    # One power of two per 32 weights (halved, as the table is doubled); codes 0 and 1 are fp32 subnormals.
+    e = blocks[:, :1].int()
+    bits = torch.where(e < 2, 0x00200000 << e.clamp(max=1), (e - 1).clamp(min=0) << 23)
+    return bits.view(torch.float32) * _look_up(_FP4_DOUBLED, _fields(blocks[:, 1:], 4).reshape(-1, 32))
+
+
+_TABLE = (
+    QuantType("F32", 0, 1, 4, torch_dtype=torch.float32),
+    QuantType("F16", 1, 1, 2, torch_dtype=torch.float16),
+    QuantType("Q4_0", 2, 32, 18, _q4_0),
+    QuantType("Q4_1", 3, 32, 20, _q4_1),
+    QuantType("Q5_0", 6, 32, 22, _q5_0),
+    QuantType("Q5_1", 7, 32, 24, _q5_1),
+    QuantType("Q8_0", 8, 32, 34, _q8_0),
+    QuantType("Q8_1", 9, 32, 40),
+    QuantType("Q2_K", 10, 256, 84, _q2_k),
+    QuantType("Q3_K", 11, 256, 110, _q3_k),
+    QuantType("Q4_K", 12, 256, 144, _q4_k),
+    QuantType("Q5_K", 13, 256, 176, _q5_k),
+    QuantType("Q6_K", 14, 256, 210, _q6_k),
+    QuantType("Q8_K", 15, 256, 292),
+    QuantType("IQ2_XXS", 16, 256, 66),
+    QuantType("IQ2_XS", 17, 256, 74),
+    QuantType("IQ3_XXS", 18, 256, 98),
+    QuantType("IQ1_S", 19, 256, 50),
+    QuantType("IQ4_NL", 20, 32, 18, _iq4_nl),
+    QuantType("IQ3_S", 21, 256, 110),
+    QuantType("IQ2_S", 22, 256, 82),
+    QuantType("IQ4_XS", 23, 256, 136, _iq4_xs),
+    QuantType("I8", 24, 1, 1),
+    QuantType("I16", 25, 1, 2),
+    QuantType("I32", 26, 1, 4),
+    QuantType("I64", 27, 1, 8),
+    QuantType("F64", 28, 1, 8),
+    QuantType("IQ1_M", 29, 256, 56),
+    QuantType("BF16", 30, 1, 2, torch_dtype=torch.bfloat16),
+    QuantType("TQ1_0", 34, 256, 54),
+    QuantType("TQ2_0", 35, 256, 66),
+    QuantType("MXFP4", 39, 32, 17, _mxfp4),
+    QuantType("NVFP4", 40, 64, 36),
+    QuantType("Q1_0", 41, 128, 18),
+)
+
+QUANT_TYPES: dict[str, QuantType] = {kind.name: kind for kind in _TABLE}
+BY_ID: dict[int, QuantType] = {kind.id: kind for kind in _TABLE}
+
+REMOVED = {4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8",
+           36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8"}  # fmt: skip
+"""GGUF ids that once named a type and are withdrawn; their sizes are nobody's business any more."""
+
+
+def quant_type(name: str | QuantType) -> QuantType:
+    """The type called `name`. Raises UnsupportedError with the closest known name."""
+    if isinstance(name, QuantType):
+        return name
+    if name not in QUANT_TYPES:
+        known = ", ".join(QUANT_TYPES)
+        raise UnsupportedError(f"Unknown weight type {name!r}{did_you_mean(name, QUANT_TYPES)}. Known: {known}.")
+    return QUANT_TYPES[name]
+
+
+def computed_types() -> list[str]:
+    """Names of the types this version turns into numbers."""
+    return [kind.name for kind in _TABLE if kind.computed]
+
+
+def _require_computed(kind: QuantType) -> None:
+    if not kind.computed:
+        raise UnsupportedError(
+            f"Weights of type {kind.name} are not computed by this version (it computes "
+            f"{', '.join(computed_types())}). Use a checkpoint in one of those types."
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A weight tensor in its published bytes: `data` uint8 [nbytes] on the CPU, usually a view of a mapped file.
+
+    `shape` is in torch order and its last dimension is the packed one. `data` may start at any address.
+    Raises WeightError at construction when bytes and shape do not agree.
+    """
+
+    data: Tensor
+    type: QuantType
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        expected = self.type.packed_bytes(self.shape)
+        ok = self.data.dtype == torch.uint8 and self.data.dim() == 1 and self.data.is_contiguous()
+        if not ok or self.data.numel() != expected or self.data.device.type != "cpu":
+            raise WeightError(
+                f"Packed {self.type.name} of shape {list(self.shape)} needs {expected} contiguous uint8 on the CPU, "
+                f"got {self.data.dtype} {list(self.data.shape)} on {self.data.device}."
+            )
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.numel()
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row, that is of one run along the last dimension."""
+        return self.type.packed_bytes(self.shape[-1:])
+
+    def rows(self, start: int, stop: int) -> "Packed":
+        """Rows `start` to `stop` of a 2-D tensor, without a copy."""
+        self._check_slice(2, start, stop)
+        size = self.row_bytes
+        return Packed(self.data[start * size : stop * size], self.type, (stop - start, self.shape[1]))
+
+    def expert(self, e: int) -> "Packed":
+        """Matrix `e` of a 3-D tensor [E, rows, columns], without a copy."""
+        self._check_slice(3, e, e + 1)
+        size = self.shape[1] * self.row_bytes
+        return Packed(self.data[e * size : (e + 1) * size], self.type, self.shape[1:])
+
+    def _check_slice(self, dims: int, start: int, stop: int) -> None:
+        if len(self.shape) != dims:
+            raise WeightError(f"A {dims}-D slice of packed {self.type.name} {list(self.shape)}: it has {len(self.shape)} dimensions.")
+        if not 0 <= start <= stop <= self.shape[0]:
+            raise WeightError(f"Slice {start}:{stop} of packed {self.type.name} {list(self.shape)}: it has {self.shape[0]}.")
+
+    def dequantize(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
+        """The numbers, in memory of their own. Peak memory: the result and a few chunks of `CHUNK` weights.
+
+        Raises UnsupportedError for a type that this version does not compute.
+        """
+        out = torch.empty(self.shape, dtype=dtype, device=device)
+        self.dequantize_into(out)
+        return out
+
+    def dequantize_into(self, out: Tensor) -> None:
+        """As `dequantize`, into contiguous `out` of the same shape, any float dtype, any device."""
+        _require_computed(self.type)
+        if tuple(out.shape) != tuple(self.shape) or not out.is_contiguous():
+            raise WeightError(f"Cannot dequantize {list(self.shape)} into {list(out.shape)}; expected contiguous and the same shape.")
+        kind, flat, step = self.type, out.view(-1), max(1, CHUNK // self.type.block)
+        blocks = self.data.view(-1, kind.nbytes)
+        for start in range(0, len(blocks), step):
+            piece = blocks[start : start + step]
+            target = flat[start * kind.block : (start + len(piece)) * kind.block].view(-1, kind.block)
+            if kind.torch_dtype is not None:
+                # Copied first: a view of another dtype at an odd address would be undefined behaviour in C++.
+                target.copy_(piece.clone().view(-1).view(kind.torch_dtype).view(-1, 1))
+            else:
+                target.copy_(kind.unpack(piece.to(out.device)))
+
+
+def dequantize(
+    data: Tensor, type: QuantType | str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Turn uint8 bytes (any shape, contiguous, CPU) of `type` into a tensor of `shape`.
+
+    In fp32 the result equals `gguf.dequantize` bit for bit. Raises WeightError when sizes do not agree and
+    UnsupportedError for a type that this version does not compute.
+    """
+    return Packed(data.reshape(-1), quant_type(type), tuple(shape)).dequantize(dtype)
