@@ -293,7 +293,7 @@ def plan(
     walk = _Walk(parsed, str(default_device), devices)
     walk.visit("", model)
     problems = walk.problems(model)
-    problems += _operator_problems(model, walk.plan, weights)
+    problems += operator_problems(model, walk.plan, weights)
     if problem := device_names.device_problem(default_device):
         problems.append(f"default_device: {problem}")
     if problems:
@@ -394,7 +394,7 @@ def _closest_class(rule: Rule, model: nn.Module) -> str:
     return did_you_mean(rule.cls.__name__, sorted({type(module).__name__ for module in model.modules()}))
 
 
-def _operator_problems(model: nn.Module, replacements: Mapping[str, Replacement], weights: Any) -> list[str]:
+def operator_problems(model: nn.Module, replacements: Mapping[str, Replacement], weights: Any) -> list[str]:
     """Ask every operator about its module; the same complaint about many layers becomes one line."""
     seen: dict[tuple[int, str], list[str]] = {}
     for key, replacement in replacements.items():

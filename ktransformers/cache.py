@@ -1,0 +1,55 @@
+"""The KV cache of one conversation, and which tokens it holds, so that a next turn prefills only what is new.
+
+The tensors are transformers' own `DynamicCache`; this file only keeps it in step with a list of token ids.
+"""
+
+from collections.abc import Sequence
+
+from transformers import DynamicCache
+
+
+class PrefixCache:
+    """A `DynamicCache` together with the ids of the tokens in it.
+
+    `ids` is extended only after a forward pass has finished, so an interrupted pass (Ctrl-C between two layers) leaves
+    at worst surplus entries in some layers, which the next `reuse` cuts off.
+    """
+
+    def __init__(self, config):
+        self.config = config
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.cache = DynamicCache(config=self.config)
+        self.ids: list[int] = []
+
+    def reuse(self, ids: Sequence[int]) -> int:
+        """Keep the longest prefix shared with `ids` and return its length in tokens.
+
+        At least one token of `ids` is left to compute, since its logits are what decoding starts from.
+        """
+        length = 0
+        for ours, theirs in zip(self.ids, ids[:-1], strict=False):
+            if ours != theirs:
+                break
+            length += 1
+        if self._crop(length):
+            self.ids = list(ids[:length])
+            return length
+        self.clear()
+        return 0
+
+    def _crop(self, length: int) -> bool:
+        """Cut every layer to `length` tokens. False when a layer cannot forget single tokens (linear attention)."""
+        if length == 0:
+            return False
+        for layer in self.cache.layers:
+            if not layer.is_initialized or not hasattr(layer, "crop"):
+                return False
+            surplus = layer.get_seq_length() - length
+            if surplus < 0:
+                return False
+            if surplus:
+                layer.crop(length)
+        return all(layer.get_seq_length() == length for layer in self.cache.layers)

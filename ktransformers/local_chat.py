@@ -1,0 +1,315 @@
+"""Chat with a model in a terminal, or answer the lines of standard input: `python -m ktransformers.local_chat --help`.
+
+The flags are upstream's. This file talks to people; `generate.py` computes and `optimize.py` loads.
+"""
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ktransformers.errors import KTransformersError
+
+EXIT_WORDS = ("exit", "quit", "/exit", "/quit")
+FENCE = '"""'
+HELP = f"Ctrl-C stops an answer, {FENCE} starts and ends a message of several lines, /new forgets, exit or Ctrl-D leaves."
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False)
+
+
+def main(
+    model_path: Annotated[str, typer.Option("--model_path", "--model-path", help="Folder with config and tokenizer; default: the embedded model.")] = "",
+    gguf_path: Annotated[str, typer.Option("--gguf_path", "--gguf-path", help="Weights: a .gguf (first of a split set), a .safetensors, or a folder; default: model_path.")] = "",
+    optimize_config_path: Annotated[str, typer.Option("--optimize_config_path", "--optimize-config-path", help="Rule file, or the name of a packaged one; default: by model family.")] = "",
+    max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", "--max-new-tokens", min=1, help="Most tokens in an answer.")] = 1000,
+    cpu_infer: Annotated[int, typer.Option("--cpu_infer", "--cpu-infer", help="CPU threads; 0 means all cores this process may use.")] = 0,
+    chunk_size: Annotated[int, typer.Option("--chunk_size", "--chunk-size", min=1, help="Prompt tokens per forward pass.")] = 8192,
+    prompt_file: Annotated[str, typer.Option("--prompt_file", "--prompt-file", help="Answer the text of this file, then leave.")] = "",
+    device: Annotated[list[str], typer.Option("--devices", help="Rename devices of the rules, such as cuda=cpu; may be repeated.")] = [],  # noqa: B006
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token, whatever generation_config says.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per answer and nothing else.")] = False,
+) -> None:
+    """Chat with a model whose modules a rule file places and replaces."""
+    try:
+        _set_threads(cpu_infer)
+        prompt = _read_prompt_file(prompt_file)
+        model, tokenizer = _load(model_path, gguf_path, optimize_config_path, dict(_pair(d) for d in device), as_json)
+        chat = Chat(model, tokenizer, max_new_tokens, chunk_size, greedy, as_json)
+    except KTransformersError as error:
+        err.print(f"[red]error:[/red] {_plain(error)}", soft_wrap=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        err.print("interrupted while loading; nothing was kept")
+        raise typer.Exit(130) from None
+    sys.exit(chat.run([prompt] if prompt_file else _messages(as_json)))
+
+
+def _plain(error: Exception) -> str:
+    return str(error).replace("[", "\\[")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Start
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _set_threads(count: int) -> None:
+    """Give the C library and torch `count` threads; more than the cores would make both crawl."""
+    import torch
+
+    from ktransformers import native
+
+    if count == 0:
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not 1 <= count <= cores:
+        raise KTransformersError(
+            f"--cpu_infer {count}: expected 1 to {cores}, the cores this process may use (more threads than cores "
+            "wait for one another). Leave it out to use all."
+        )
+    native.set_threads(count)
+    torch.set_num_threads(count)
+
+
+def _read_prompt_file(path: str) -> str:
+    if not path:
+        return ""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise KTransformersError(f"--prompt_file {path}: cannot be read: {error}") from error
+    if not text.strip():
+        raise KTransformersError(f"--prompt_file {path}: is empty, expected the text of a message.")
+    return text
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, sign, target = text.partition("=")
+    if not (name and sign and target):
+        raise KTransformersError(f"--devices {text!r}: expected NAME=NAME, such as cuda=cpu.")
+    return name, target
+
+
+def _load(model_path: str, weights: str, rule: str, devices: dict[str, str], quiet: bool) -> tuple[Any, Any]:
+    """Build the model on the meta device, replace and load; returns (model, tokenizer)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    from ktransformers.models import DEFAULT_RULES, embedded_model
+    from ktransformers.optimize import optimize_and_load
+
+    logging.set_verbosity_error()
+    if not model_path:
+        model_path, weights = str(embedded_model()), weights or str(next(embedded_model().glob("*.gguf"), ""))
+    config, tokenizer = _read_config(model_path)
+    if not rule:
+        if config.model_type not in DEFAULT_RULES:
+            raise KTransformersError(
+                f"{model_path}: no packaged rule file for model_type {config.model_type!r} (there are some for "
+                f"{', '.join(DEFAULT_RULES)}). Pass --optimize_config_path."
+            )
+        rule = DEFAULT_RULES[config.model_type]
+        if not torch.cuda.is_available() and not devices:
+            devices = {"cuda": "cpu"}
+            err.print(f"[dim]no GPU here: {rule}.yaml runs with --devices cuda=cpu[/dim]")
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise KTransformersError(f"{model_path}: transformers has no causal LM for this config: {error}") from error
+    with warnings.catch_warnings():
+        if not sys.warnoptions:  # a person wants the sentence, not where in our source it was said
+            warnings.showwarning = lambda message, *_, **__: err.print(f"[yellow]note:[/yellow] {_plain(message)}")
+        return optimize_and_load(model, rule, weights or None, devices=devices, progress=not quiet), tokenizer
+
+
+def _read_config(model_path: str) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoTokenizer
+
+    folder = Path(model_path)
+    if folder.exists() and not folder.joinpath("config.json").is_file():
+        raise KTransformersError(f"{model_path}: has no config.json; expected a Hugging Face model folder.")
+    try:
+        config = AutoConfig.from_pretrained(model_path)
+        tokenizer = AutoTokenizer.from_pretrained(model_path)
+    except (OSError, ValueError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise KTransformersError(f"{model_path}: config or tokenizer cannot be read: {first_line}") from error
+    if not getattr(tokenizer, "chat_template", None):
+        raise KTransformersError(
+            f"{model_path}: the tokenizer has no chat template, so messages cannot be told apart. "
+            "Use an instruction-tuned model, or add chat_template.jinja to the folder."
+        )
+    return config, tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Talk
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _messages(quiet: bool) -> Iterator[str]:
+    """Yield what the user says, from a terminal or line by line from a pipe."""
+    terminal = sys.stdin.isatty()
+    if terminal and not quiet:
+        import readline  # noqa: F401  (line editing and history for input())
+
+        err.print(f"[dim]{HELP}[/dim]")
+    while True:
+        try:
+            line = input("\n> " if terminal else "")
+            if line.strip().startswith(FENCE):
+                line = _read_fenced(line.strip().removeprefix(FENCE), terminal)
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            if not terminal:
+                return
+            err.print("\n[dim]exit or Ctrl-D leaves[/dim]")
+            continue
+        if line.strip() in EXIT_WORDS:
+            return
+        if line.strip():
+            yield line
+
+
+def _read_fenced(first: str, terminal: bool) -> str:
+    """Read lines up to the one that ends with the closing fence."""
+    lines = [first] if first else []
+    while not (lines and lines[-1].rstrip().endswith(FENCE)):
+        lines.append(input("... " if terminal else ""))
+    lines[-1] = lines[-1].rstrip().removesuffix(FENCE)
+    return "\n".join(lines).strip()
+
+
+class Chat:
+    """One conversation: its messages, its KV cache, and how answers are shown."""
+
+    def __init__(self, model: Any, tokenizer: Any, max_new_tokens: int, chunk_size: int, greedy: bool, as_json: bool):
+        from ktransformers.cache import PrefixCache
+        from ktransformers.generate import Sampling
+
+        self.model, self.tokenizer = model, tokenizer
+        self.max_new_tokens, self.chunk_size, self.as_json = max_new_tokens, chunk_size, as_json
+        stop = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        sampling = Sampling.from_config(model.generation_config, stop)
+        self.sampling = Sampling(stop_ids=sampling.stop_ids) if greedy else sampling
+        self.cache = PrefixCache(model.config)
+        self.messages: list[dict[str, str]] = []
+
+    def run(self, messages: Iterator[str] | list[str]) -> int:
+        """Answer each message; returns the exit code."""
+        code = 0
+        for text in messages:
+            if text.strip() == "/new":
+                self.messages.clear()
+                continue
+            if text.strip() in ("/help", "/?"):
+                err.print(f"[dim]{HELP}[/dim]")
+                continue
+            try:
+                self.answer(text)
+            except KTransformersError as error:
+                err.print(f"[red]error:[/red] {_plain(error)}", soft_wrap=True)
+                code = 1
+        return code
+
+    def answer(self, text: str) -> str:
+        """Stream the answer to `text`, then say how fast it came. Ctrl-C keeps what was said so far."""
+        from ktransformers.generate import Timing, generate
+
+        self.messages.append({"role": "user", "content": text})
+        timing, words = Timing(), _Words(self.tokenizer)
+        stopped = False
+        try:
+            tokens = generate(
+                self.model, self._prompt(), max_new_tokens=self.max_new_tokens, chunk_size=self.chunk_size,
+                sampling=self.sampling, cache=self.cache, timing=timing,
+            )  # fmt: skip
+            for token in tokens:
+                self._show(words.add(token))
+        except KeyboardInterrupt:
+            stopped = True
+        except KTransformersError:
+            self.messages.pop()
+            raise
+        self._show(words.rest())
+        self.messages.append({"role": "assistant", "content": words.text})
+        self._finish(text, words.text, timing, stopped)
+        return words.text
+
+    def _prompt(self) -> list[int]:
+        """Token ids of the conversation; the oldest turns are dropped when the model's context would overflow."""
+        limit = getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize
+        room = max(1, min(self.max_new_tokens, limit // 4))
+        while True:
+            ids = self.tokenizer.apply_chat_template(self.messages, add_generation_prompt=True, return_dict=False)
+            if len(ids) + room <= limit:
+                return ids
+            if len(self.messages) == 1:
+                raise KTransformersError(
+                    f"message: has {len(ids)} tokens; the model takes {limit} in all and {room} are kept for the answer. "
+                    "Shorten it."
+                )
+            del self.messages[:2]
+            err.print("[dim]the conversation outgrew the model's context; its oldest turn was dropped[/dim]")
+
+    def _show(self, piece: str) -> None:
+        if piece and not self.as_json:
+            out.print(piece, end="", markup=False)
+            out.file.flush()
+
+    def _finish(self, question: str, answer: str, timing: Any, stopped: bool) -> None:
+        if self.as_json:
+            print(json.dumps({"question": question, "answer": answer, "stopped": stopped, **asdict(timing)}), flush=True)
+            return
+        out.print()
+        err.print(
+            f"[dim]{'stopped · ' if stopped else ''}"
+            f"prefill {timing.prefill_tokens} tokens, {timing.prefill_rate:.1f} tokens/s · "
+            f"decode {timing.decode_tokens} tokens, {timing.decode_rate:.1f} tokens/s[/dim]"
+        )
+
+
+class _Words:
+    """Turns token ids into text as they come, holding back the bytes of an unfinished character.
+
+    Each step decodes only the tokens since the last piece and the piece before it, which gives tokenizers that join
+    words differently at the start of a text the context they need.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer, self.ids, self.text = tokenizer, [], ""
+        self.context, self.done = 0, 0  # offsets into ids
+
+    def add(self, token: int) -> str:
+        self.ids.append(token)
+        return self._take(hold=True)
+
+    def rest(self) -> str:
+        return self._take(hold=False)
+
+    def _take(self, hold: bool) -> str:
+        before, now = self._decode(self.ids[self.context : self.done]), self._decode(self.ids[self.context :])
+        if hold and now.endswith("\ufffd"):
+            return ""
+        self.context, self.done = self.done, len(self.ids)
+        piece = now[len(before) :]
+        self.text += piece
+        return piece
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,244 @@
+"""The story: rules -> plan -> check -> inject -> load.
+
+`optimize_and_load` turns a transformers model on the meta device into one that runs. Everything that can be wrong is
+found before the model is touched; if loading fails after that (a full disk, Ctrl-C), the model is put back as it was.
+"""
+
+import contextlib
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ktransformers import env, report, rules
+from ktransformers.devices import map_device
+from ktransformers.errors import RuleError, WeightError, join_errors
+from ktransformers.loaders import bind, open_weights
+from ktransformers.operators.base_operator import BaseInjectedModule, load_weights
+from ktransformers.rules import Replacement, RulesLike
+
+
+def optimize_and_load(
+    model: nn.Module,
+    rule: RulesLike,
+    weights: str | Path | None = None,
+    *,
+    default_device: str | None = None,
+    devices: Mapping[str, str] | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Replace the modules that `rule` names by operators, then load every weight from the published checkpoint.
+
+    Args:
+        model: a transformers model built on the meta device; changed in place.
+        rule: a path, the name of a packaged rule file, or the parsed list of rules.
+        weights: a folder, a ``.safetensors`` or a ``.gguf`` file (the first of a split set); None is the local folder
+            that the model's config was read from.
+        default_device: of modules that no rule names; None is ``cuda:0`` where there is a GPU, else ``cpu``.
+        devices: renames devices in the rules: ``{"cuda": "cpu"}`` runs a GPU's rules on a machine without one.
+        progress: show a progress bar on standard error while loading, when that is a terminal.
+
+    Returns:
+        `model`, in eval mode, ready for `model.generate`.
+
+    Raises:
+        RuleError: rules that cannot be read or do not fit the model.
+        WeightError: a damaged checkpoint, or tensors that are missing, unused or of the wrong shape.
+        UnsupportedError: a valid checkpoint or operator that this version does not compute.
+    """
+    return _optimize_and_load(model, rule, weights, model.config, default_device, devices, progress)
+
+
+def optimize_and_load_gguf(
+    module: nn.Module,
+    rule_file: RulesLike,
+    gguf_path: str | Path,
+    model_config: Any,
+    default_device: str | None = None,
+) -> nn.Module:
+    """`optimize_and_load` under upstream's name and argument order. `gguf_path` may be safetensors too."""
+    return _optimize_and_load(module, rule_file, gguf_path, model_config or module.config, default_device, None, True)
+
+
+def _optimize_and_load(model, rule, weights, config, default_device, devices, progress) -> nn.Module:
+    parsed = rules.load_rules(rule)
+    replacements = rules.plan(model, parsed, default_device=default_device, devices=devices)
+    files = open_weights(weights if weights is not None else _checkpoint_of(config))
+    try:
+        source = bind(files, model)
+        _check_weights(model, source)
+        _check_operators(parsed, model, replacements, source)
+        if env.debug():
+            report.print_plan(model, replacements, source)
+        with _restored_on_failure(model):
+            inject(model, replacements, source, config)
+            _load(model, replacements, source, progress)
+    except BaseException:
+        files.close()
+        raise
+    model.gguf_loader = source  # upstream's name; also keeps the mapped files open while operators point into them
+    model.hf_device_map = _device_map(model, replacements)
+    _read_generation_config(model, config)
+    return model.eval()
+
+
+def _checkpoint_of(config: Any) -> Path:
+    folder = Path(getattr(config, "_name_or_path", "") or "")
+    if not folder.name or not folder.is_dir():
+        raise WeightError(
+            f"weights: not given, and the config was not read from a local folder (found {str(folder)!r}). "
+            "Pass weights=<folder, .safetensors or .gguf>."
+        )
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Check
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _check_weights(model: nn.Module, source: Any) -> None:
+    """Compare the checkpoint's names and shapes with the whole model's; reads no tensor data."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or []:
+        expected = {name: shape for name, shape in expected.items() if source.has(name) or not re.search(pattern, name)}
+    ignore = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []), *(re.escape(name) for name in tied)]
+    if problems := source.problems(expected, ignore):
+        raise join_errors(WeightError, f"{source.path} does not fit {type(model).__name__}, nothing was loaded:", problems)
+
+
+def _check_operators(parsed, model, replacements, source) -> None:
+    """Ask the operators again, now that the types of their tensors are known."""
+    if problems := rules.operator_problems(model, replacements, source):
+        label = parsed[0].where.rpartition(":")[0] or "rules"
+        raise join_errors(RuleError, f"{label} does not fit {source.path}, nothing was loaded:", problems)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inject
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def inject(model: nn.Module, replacements: Mapping[str, Replacement], source: Any, config: Any = None) -> None:
+    """Swap in the operators: a setattr on the parent, parents before children."""
+    for key, replacement in replacements.items():
+        if replacement.operator is None:
+            continue
+        parent_name, _, child_name = key.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        original = getattr(parent, child_name)
+        setattr(parent, child_name, _build(replacement, source, config or model.config, original))
+
+
+def _build(replacement: Replacement, source: Any, config: Any, original: nn.Module) -> nn.Module:
+    try:
+        operator = replacement.operator(replacement.key, source, config, original, **replacement.kwargs)
+    except TypeError as error:
+        raise RuleError(
+            f"{replacement.rule.where}: {replacement.operator.__name__} for {replacement.key} was not built with kwargs "
+            f"{dict(replacement.kwargs)}: {error}. Its constructor is {inspect.signature(replacement.operator)}."
+        ) from error
+    operator._is_hf_initialized = True  # transformers must not initialize it again
+    return operator.train(original.training)
+
+
+@contextlib.contextmanager
+def _restored_on_failure(model: nn.Module) -> Iterator[None]:
+    """Put modules, parameters and buffers back as they were if the block raises, Ctrl-C included."""
+    saved = [
+        (table, dict(table))
+        for module in model.modules()
+        for table in (module._modules, module._parameters, module._buffers)
+    ]
+    try:
+        yield
+    except BaseException:
+        for table, before in saved:
+            table.clear()
+            table.update(before)
+        raise
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Load
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _load(model: nn.Module, replacements: Mapping[str, Replacement], source: Any, progress: bool) -> None:
+    """Load every tensor once. Peak memory: the mapped files plus one tensor."""
+    devices = {name: replacement.device for name, replacement in replacements.items()}
+    with report.load_progress(model, source, enabled=progress) as tick:
+        load_weights(model, source, "", devices, tick)
+    _drop_replaced_tensors(model)
+    _tie(model)
+    _fill_buffers(model, devices)
+    left = [name for name, tensor in _named_tensors(model) if tensor.is_meta]
+    if left:
+        raise join_errors(WeightError, "tensors without a value after loading, please report this:", left)
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _drop_replaced_tensors(model: nn.Module) -> None:
+    """Remove the meta tensors that operators adopted but loaded into attributes of their own instead."""
+    for operator in model.modules():
+        if not isinstance(operator, BaseInjectedModule) or type(operator).load is BaseInjectedModule.load:
+            continue
+        for table in (operator._parameters, operator._buffers):
+            for name in [name for name, tensor in table.items() if tensor is not None and tensor.is_meta]:
+                del table[name]
+
+
+def _tie(model: nn.Module) -> None:
+    """Give tied parameters (such as lm_head of a small model) their source, unless an operator loaded them itself."""
+    for target, origin in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        module_name, _, name = target.rpartition(".")
+        table = model.get_submodule(module_name)._parameters
+        if table.get(name) is not None and table[name].is_meta:
+            table[name] = model.get_parameter(origin)
+
+
+def _fill_buffers(model: nn.Module, devices: Mapping[str, str]) -> None:
+    """Compute what no checkpoint holds (rotary frequencies and kin) with the family's own initialization."""
+    waiting = False
+    for name, module in model.named_modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta and key in module._non_persistent_buffers_set:
+                module._buffers[key] = torch.empty_like(buffer, device=devices.get(name, "cpu"))
+                waiting = True
+    if not waiting:
+        return
+    fresh = {id(b) for m in model.modules() for k, b in m._buffers.items() if k in m._non_persistent_buffers_set}
+    for _, tensor in _named_tensors(model):
+        tensor._is_hf_initialized = id(tensor) not in fresh
+    with torch.no_grad():
+        model.initialize_weights()
+
+
+def _device_map(model: nn.Module, replacements: Mapping[str, Replacement]) -> dict[str, str]:
+    """`hf_device_map` in accelerate's form. Trainers leave a model that has one where its rules put it."""
+    layer = re.compile(r"^(.*\.\d+)\.")
+    device_map: dict[str, str] = {}
+    for name, replacement in replacements.items():
+        whole = layer.match(name + ".")
+        owns = next(model.get_submodule(name).parameters(recurse=False), None) is not None
+        if whole and whole.group(1) == name or owns and not whole:
+            device_map[name] = str(map_device(replacement.device, None))
+    return device_map
+
+
+def _read_generation_config(model: nn.Module, config: Any) -> None:
+    """Take stop tokens and sampling defaults from the config's folder, as from_pretrained does."""
+    from transformers import GenerationConfig
+
+    folder = Path(getattr(config, "_name_or_path", "") or "")
+    if folder.name and folder.joinpath("generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
