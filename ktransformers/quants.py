@@ -44,13 +44,17 @@ class QuantType:
     def dequantize(self) -> Callable[[Tensor], Tensor] | None:
         """uint8 [B, nbytes] -> float32 [B, block], or None when this version does not compute the type."""
         if self.torch_dtype is not None:
-            return lambda blocks: blocks.contiguous().view(-1).view(self.torch_dtype).float().view(-1, self.block)
+            return lambda blocks: (
+                blocks.contiguous().view(-1).view(self.torch_dtype).float().view(-1, self.block)
+            )
         return self.unpack
 
     def row_bytes(self, columns: int) -> int:
         """Bytes of a row of `columns` weights. Raises WeightError when it is not a whole number of blocks."""
         if columns % self.block:
-            raise WeightError(f"A row of {columns} weights is not a whole number of {self.name} blocks of {self.block}.")
+            raise WeightError(
+                f"A row of {columns} weights is not a whole number of {self.name} blocks of {self.block}."
+            )
         return columns // self.block * self.nbytes
 
     def packed_bytes(self, shape: tuple[int, ...]) -> int:
@@ -246,7 +250,9 @@ def quant_type(name: str | QuantType) -> QuantType:
         return name
     if name not in QUANT_TYPES:
         known = ", ".join(QUANT_TYPES)
-        raise UnsupportedError(f"Unknown weight type {name!r}{did_you_mean(name, QUANT_TYPES)}. Known: {known}.")
+        raise UnsupportedError(
+            f"Unknown weight type {name!r}{did_you_mean(name, QUANT_TYPES)}. Known: {known}."
+        )
     return QUANT_TYPES[name]
 
 
@@ -307,9 +313,13 @@ class Packed:
 
     def _check_slice(self, dims: int, start: int, stop: int) -> None:
         if len(self.shape) != dims:
-            raise WeightError(f"A {dims}-D slice of packed {self.type.name} {list(self.shape)}: it has {len(self.shape)} dimensions.")
+            raise WeightError(
+                f"A {dims}-D slice of packed {self.type.name} {list(self.shape)}: it has {len(self.shape)} dimensions."
+            )
         if not 0 <= start <= stop <= self.shape[0]:
-            raise WeightError(f"Slice {start}:{stop} of packed {self.type.name} {list(self.shape)}: it has {self.shape[0]}.")
+            raise WeightError(
+                f"Slice {start}:{stop} of packed {self.type.name} {list(self.shape)}: it has {self.shape[0]}."
+            )
 
     def dequantize(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
         """The numbers, in memory of their own. Peak memory: the result and a few chunks of `CHUNK` weights.
@@ -324,7 +334,9 @@ class Packed:
         """As `dequantize`, into contiguous `out` of the same shape, any float dtype, any device."""
         _require_computed(self.type)
         if tuple(out.shape) != tuple(self.shape) or not out.is_contiguous():
-            raise WeightError(f"Cannot dequantize {list(self.shape)} into {list(out.shape)}; expected contiguous and the same shape.")
+            raise WeightError(
+                f"Cannot dequantize {list(self.shape)} into {list(out.shape)}; expected contiguous and the same shape."
+            )
         kind, flat, step = self.type, out.view(-1), max(1, CHUNK // self.type.block)
         blocks = self.data.view(-1, kind.nbytes)
         for start in range(0, len(blocks), step):

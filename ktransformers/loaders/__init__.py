@@ -1,0 +1,56 @@
+"""Checkpoints as published, behind one interface: GGUF or safetensors, whole or in pieces.
+
+`open_weights(path)` answers in the file's own tensor names, `bind(files, model)` in the model's module names.
+"""
+
+from pathlib import Path
+
+from ktransformers.errors import WeightError
+from ktransformers.loaders.base import TensorInfo, WeightFiles, describe_folder
+from ktransformers.loaders.names import ExpertWeights, ModelWeights, bind
+
+GGUFLoader = ModelWeights
+"""The name users' operators annotate `gguf_loader` with; it is whatever weight source is open."""
+
+__all__ = ["ExpertWeights", "GGUFLoader", "ModelWeights", "TensorInfo", "WeightFiles", "bind", "open_weights"]
+
+
+def open_weights(path: str | Path) -> WeightFiles:
+    """Open the checkpoint at `path`: a GGUF or safetensors file, any file of a split set, an index, or a folder.
+
+    Headers are read and checked whole, no tensor data are. Raises WeightError for a damaged or incomplete
+    checkpoint and UnsupportedError for a format this version does not read, each with the next step.
+    """
+    from ktransformers.loaders.gguf import GGUFFiles
+    from ktransformers.loaders.safetensors import SafetensorsFiles
+
+    path = Path(path).expanduser()
+    if path.is_dir():
+        tensors, gguf = any(path.glob("*.safetensors*")), any(path.glob("*.gguf"))
+        if tensors and gguf:
+            raise WeightError(
+                f"{path}: holds safetensors and GGUF weights. Give the path of the file to use."
+            )
+        if not tensors and not gguf:
+            raise WeightError(_no_weights(path))
+        return GGUFFiles.open(path) if gguf else SafetensorsFiles.open(path)
+    if not path.exists():
+        raise WeightError(f"{path}: no such file or folder. Check the path.")
+    if path.suffix == ".gguf":
+        return GGUFFiles.open(path)
+    if path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json"):
+        return SafetensorsFiles.open(path)
+    raise WeightError(f"{path}: expected a .gguf or .safetensors file, or a folder with one.")
+
+
+def _no_weights(folder: Path) -> str:
+    """Why a folder has no weights, with the next step."""
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+        step = "Only pickled weights are there: load them with transformers once and save_pretrained() them."
+    elif nested := sorted({p.parent.relative_to(folder) for p in folder.glob("*/*.gguf")}):
+        step = f"GGUF files are in subfolders ({', '.join(map(str, nested[:8]))}): give the path of one of those."
+    else:
+        step = "Download the weights into it, or give the folder that has them."
+    return (
+        f"{folder}: a model folder without weights (.safetensors or .gguf); {describe_folder(folder)}. {step}"
+    )

@@ -1,0 +1,140 @@
+"""What both checkpoint formats have in common: a mapped file, and the questions one can ask a checkpoint.
+
+Tensor data are never read here: `packed` is a view of the mapped file and the page cache is the only copy.
+Peak memory of `tensor` is its result plus a few MiB.
+"""
+
+import mmap
+import os
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ktransformers.errors import WeightError, did_you_mean
+from ktransformers.quants import Packed, QuantType
+
+# Python names it from 3.13 on; the value is Linux's on every architecture but alpha, mips, sparc and parisc.
+_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as its checkpoint describes it. `shape` is in torch order; `start` is its byte offset in `file`."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: QuantType
+    nbytes: int
+    file: Path
+    start: int
+
+
+class MappedFile:
+    """A file in memory without a copy, and its bytes as one uint8 tensor.
+
+    Mapped private and writable, so torch sees ordinary memory and a stray write cannot reach the file; without
+    reserving swap, so a file larger than memory maps too. The mapping lives as long as any tensor made from it.
+
+    Raises WeightError when the file cannot be opened, is empty, or is a git-lfs pointer instead of the data.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with open(path, "rb") as file:
+                self.size = os.fstat(file.fileno()).st_size
+                if self.size == 0:
+                    raise WeightError(f"{path}: the file is empty. Download it again.")
+                protection = mmap.PROT_READ | mmap.PROT_WRITE
+                self.buffer = mmap.mmap(file.fileno(), self.size, mmap.MAP_PRIVATE | _NORESERVE, protection)
+        except (OSError, ValueError) as error:
+            raise WeightError(
+                f"{path}: cannot be read ({error}). Check the path and the permissions."
+            ) from error
+        if self.buffer[:20] == b"version https://git-":
+            raise WeightError(
+                f"{path}: holds a git-lfs pointer, not weights. Run `git lfs pull` in its folder."
+            )
+        self.bytes = torch.frombuffer(self.buffer, dtype=torch.uint8)
+
+
+class WeightFiles(ABC):
+    """An open checkpoint, asked in its own tensor names. A context manager; `close` forgets the mappings, which
+    last until the last tensor over them is gone, so closing never pulls memory from under a user."""
+
+    format: str
+
+    def __init__(self, files: list[MappedFile], tensors: dict[str, TensorInfo], metadata: dict) -> None:
+        self.paths: list[Path] = [file.path for file in files]
+        self.metadata = metadata
+        self._bytes: dict[Path, Tensor] | None = {file.path: file.bytes for file in files}
+        self._tensors = tensors
+
+    def names(self) -> list[str]:
+        """Names of all tensors, in the order of the files."""
+        return list(self._tensors)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape, type and place of a tensor. Raises WeightError with the closest name when there is none such."""
+        if name not in self._tensors:
+            where = (
+                self.paths[0]
+                if len(self.paths) == 1
+                else f"the {len(self.paths)} files of {self.paths[0].parent}"
+            )
+            raise WeightError(f"No tensor {name!r} in {where}{did_you_mean(name, self._tensors)}.")
+        return self._tensors[name]
+
+    def packed(self, name: str) -> Packed:
+        """The published bytes of a tensor, as a view of the mapped file."""
+        info = self.info(name)
+        if self._bytes is None:
+            raise WeightError(f"{name}: {info.file} is closed. Ask while the checkpoint is open.")
+        return Packed(self._bytes[info.file][info.start : info.start + info.nbytes], info.type, info.shape)
+
+    def tensor(
+        self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """The numbers of a tensor, in memory of their own; `dtype` None is the stored float type, else float32."""
+        packed = self.packed(name)
+        return packed.dequantize(dtype or packed.type.torch_dtype or torch.float32, device)
+
+    def close(self) -> None:
+        self._bytes = None
+
+    def __enter__(self) -> "WeightFiles":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @classmethod
+    @abstractmethod
+    def open(cls, path: Path) -> "WeightFiles":
+        """Open one file, or the set it belongs to, or a folder that holds one set."""
+
+
+def describe_folder(folder: Path, limit: int = 8) -> str:
+    """What a folder holds, in one line, for an error message."""
+    names = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in folder.iterdir())
+    if not names:
+        return "it is empty"
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return "it holds " + ", ".join(names[:limit]) + more
+
+
+def check_ranges(path: Path, tensors: list[TensorInfo]) -> None:
+    """Raise WeightError when two tensors of one file share bytes."""
+    ordered = sorted((info for info in tensors if info.nbytes), key=lambda info: (info.start, info.nbytes))
+    for before, after in zip(ordered, ordered[1:]):
+        if after.start < before.start + before.nbytes:
+            raise WeightError(
+                f"{path}: tensors {before.name!r} (bytes {before.start} to {before.start + before.nbytes}) and "
+                f"{after.name!r} (from byte {after.start}) overlap. The file is damaged; download it again."
+            )

@@ -1,0 +1,391 @@
+"""Between the checkpoint's names and the model's: `bind(files, model)` answers questions in module names.
+
+Safetensors names go through transformers' own conversion mapping, so a family it knows needs nothing here; GGUF
+names through gguf_names.py. Binding reads no tensor data.
+"""
+
+import copy
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ktransformers.errors import UnsupportedError, WeightError, did_you_mean
+from ktransformers.loaders import gguf_names
+from ktransformers.loaders.base import WeightFiles
+from ktransformers.loaders.report import Problem, grouped
+from ktransformers.loaders.sources import (
+    ExpertWeights,
+    JoinedKVB,
+    Plain,
+    Source,
+    Stacked,
+    Unpermuted,
+    split_down,
+    split_gate_up,
+)
+from ktransformers.quants import Packed
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+class ModelWeights:
+    """A checkpoint that answers in module names (`model.layers.3.mlp.experts.gate_up_proj`).
+
+    This is what operators get as `gguf_loader`, whatever the format. Every method that takes a name raises
+    WeightError with the closest known one when the checkpoint cannot deliver it.
+    """
+
+    def __init__(self, files: WeightFiles, binding: "_Binding") -> None:
+        self.files = files
+        self.format = files.format
+        self._binding = binding
+        self._sources = binding.sources
+
+    def names(self) -> list[str]:
+        """Module-space names of everything the checkpoint can deliver."""
+        return list(self._sources)
+
+    def has(self, name: str) -> bool:
+        return name in self._sources
+
+    def _source(self, name: str) -> Source:
+        if name not in self._sources:
+            raise WeightError(f"The checkpoint has no weights for {name}{did_you_mean(name, self._sources)}.")
+        return self._sources[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._source(name).shape
+
+    def quant_type(self, name: str) -> str:
+        """The stored type, "Q4_K" or "Q4_K+Q6_K" when several tensors of different types make one."""
+        return "+".join(dict.fromkeys(info.type.name for info in self._source(name).infos))
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of the stored tensors behind `name`."""
+        return sum(info.nbytes for info in self._source(name).infos)
+
+    def stored_names(self, name: str) -> tuple[str, ...]:
+        """The checkpoint's own names of the tensors behind `name`."""
+        return self._source(name).names
+
+    def tensor(
+        self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """The numbers, in memory of their own; `dtype` None is the stored float type, else float32.
+
+        Peak memory is the result and a few MiB, for synthesized tensors twice the result. Raises
+        UnsupportedError for a type that this version does not compute.
+        """
+        source = self._source(name)
+        return source.tensor(device, dtype or source.native_dtype)
+
+    def can_pack(self, name: str) -> bool:
+        """Whether `packed(name)` can deliver, that is whether stored rows can be used as they are."""
+        return self.has(name) and self._sources[name].can_pack
+
+    def packed(self, name: str) -> Packed:
+        """The stored bytes as a view of the mapped file; a q or k projection of a llama-type GGUF is one copy.
+
+        Raises WeightError for a tensor that is made from several; use `tensor` or `experts` for those.
+        """
+        try:
+            return self._source(name).packed()
+        except WeightError as error:
+            raise WeightError(f"{name}: {error}") from error
+
+    def has_experts(self, prefix: str) -> bool:
+        return self.has(f"{prefix}.gate_up_proj") and self.has(f"{prefix}.down_proj")
+
+    def experts(self, prefix: str) -> ExpertWeights:
+        """The routed experts of the module `prefix` (`model.layers.3.mlp.experts`) as packed matrices; no copies."""
+        gate_up, down = self._source(f"{prefix}.gate_up_proj"), self._source(f"{prefix}.down_proj")
+        for name, source in (("gate_up_proj", gate_up), ("down_proj", down)):
+            if (
+                len(source.shape) != 3
+                or source.shape[0] < 0
+                or (name == "gate_up_proj" and source.shape[1] % 2)
+            ):
+                raise WeightError(
+                    f"{prefix}.{name}: the checkpoint's matrices do not fit together ({_shapes(source)})."
+                )
+        return ExpertWeights(*split_gate_up(gate_up), split_down(down))
+
+    def problems(self, expected: Shapes, ignore_unexpected: Iterable[str] = ()) -> list[str]:
+        """Every missing, misshapen, uncomputable and unused tensor, one line each, equal ones of many layers as one.
+
+        `expected` is what the model needs, by module name; `ignore_unexpected` are regular expressions of
+        checkpoint names that may be left over. Reads no tensor data.
+        """
+        binding = self._binding
+        missing = [name for name in expected if name not in self._sources]
+        unused = self._unused(ignore_unexpected)
+        found = [Problem(name, self._missing_text(name, unused, len(missing))) for name in missing]
+        for name, shape in expected.items():
+            if name in self._sources:
+                found += self._misfits(name, tuple(shape))
+        found += [Problem(name, "in the checkpoint, but the model has no place for it") for name in unused]
+        return binding.notes + grouped(found)
+
+    def _missing_text(self, name: str, unused: list[str], missing: int) -> str:
+        text = self._binding.absent.get(name, "missing in the checkpoint")
+        few = missing <= 20 and len(unused) <= 200  # else the hint costs more than it helps
+        return text + (did_you_mean(name, unused) if few else "")
+
+    def _misfits(self, name: str, shape: tuple[int, ...]) -> list[Problem]:
+        source = self._sources[name]
+        found = []
+        if source.shape != shape:
+            found.append(
+                Problem(
+                    name, f"has shape {_shapes(source)} in the checkpoint, the model expects {list(shape)}"
+                )
+            )
+        for kind in dict.fromkeys(info.type for info in source.infos):
+            if not kind.computed:
+                found.append(Problem(name, f"stored as {kind.name}, which this version does not compute"))
+        return found
+
+    def _unused(self, ignore_unexpected: Iterable[str]) -> list[str]:
+        used = {name for source in self._sources.values() for name in source.names} | self._binding.harmless
+        patterns = [re.compile(pattern) for pattern in (*self._binding.ignored, *ignore_unexpected)]
+        return [n for n in self.files.names() if n not in used and not any(p.search(n) for p in patterns)]
+
+    def close(self) -> None:
+        self.files.close()
+
+    def __repr__(self) -> str:
+        return (
+            f"ModelWeights({len(self._sources)} tensors from {len(self.files.paths)} {self.format} file(s))"
+        )
+
+
+def _shapes(source: Source) -> str:
+    """The shape of a source, or the shapes of its parts when they do not fit together."""
+    if source.shape[:1] != (-1,):
+        return str(list(source.shape))
+    return " and ".join(dict.fromkeys(str(list(info.shape)) for info in source.infos))
+
+
+class _Binding:
+    """What binding finds: sources by module name, and what to say about everything else."""
+
+    def __init__(self) -> None:
+        self.sources: dict[str, Source] = {}
+        self.absent: dict[str, str] = {}  # why a module's tensor could not be made
+        self.harmless: set[str] = set()  # checkpoint names that are neither used nor a problem
+        self.ignored: list[str] = []  # regular expressions of such names
+        self.notes: list[str] = []  # problems with no tensor of their own
+
+
+def bind(files: WeightFiles, model: torch.nn.Module) -> ModelWeights:
+    """Match a checkpoint to a transformers model (usually on the meta device), without reading tensor data.
+
+    Raises UnsupportedError for a family or a conversion this version does not know and WeightError for a file of
+    another family. What is missing, unused or misshapen is told by `ModelWeights.problems`.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    binding = _Binding()
+    binding.ignored = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
+    (_bind_gguf if files.format == "gguf" else _bind_safetensors)(files, model, shapes, binding)
+    _share_tied(model, binding)
+    return ModelWeights(files, binding)
+
+
+def _share_tied(model: torch.nn.Module, binding: _Binding) -> None:
+    """Let a tied tensor that the checkpoint leaves out be delivered from the one it is tied to."""
+    tied = getattr(model, "_tied_weights_keys", None)
+    if getattr(model.config, "tie_word_embeddings", False) and isinstance(tied, dict):
+        for name, origin in tied.items():
+            if name not in binding.sources and origin in binding.sources:
+                binding.sources[name] = binding.sources[origin]
+                binding.absent.pop(name, None)
+
+
+def _extra_layers(config) -> range:
+    """Layers after the model's own: multi-token prediction, which transformers does not build."""
+    layers = config.num_hidden_layers
+    return range(layers, layers + (getattr(config, "num_nextn_predict_layers", 0) or 0))
+
+
+# --- safetensors ----------------------------------------------------------------------------------------------
+
+
+def _bind_safetensors(files: WeightFiles, model, shapes: Shapes, binding: _Binding) -> None:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    # Matching marks transforms as used and some keep state, so they are copied; those expect sorted keys.
+    transforms = copy.deepcopy(get_model_conversion_mapping(model))
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    collected: dict[str, dict[str, dict[int, str]]] = defaultdict(lambda: defaultdict(dict))
+    for key in sorted(files.names(), key=_natural):
+        target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, shapes)
+        if target not in shapes and key in shapes:
+            target, pattern = key, None
+        if target not in shapes:
+            continue
+        if pattern is None:
+            _add_plain(files, key, target, shapes, binding)
+        else:
+            _require_expert_merge(by_pattern[pattern], key)
+            collected[target][pattern][_expert_index(key, pattern)] = key
+    for target, parts in collected.items():
+        converter = by_pattern[next(iter(parts))]
+        _add_stacked(
+            files, target, [(p, parts.get(p, {})) for p in converter.source_patterns], shapes, binding
+        )
+    binding.ignored.append(r"rotary_emb\.inv_freq$")
+    binding.ignored += [rf"^(model\.)?layers\.{n}\." for n in _extra_layers(model.config)]
+
+
+def _natural(key: str) -> list:
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", key)]
+
+
+def _add_plain(files: WeightFiles, key: str, target: str, shapes: Shapes, binding: _Binding) -> None:
+    if target in binding.sources:
+        binding.notes.append(
+            f"{target}: both {binding.sources[target].names[0]} and {key} in the checkpoint name it"
+        )
+        binding.harmless.add(key)
+    else:
+        binding.sources[target] = Plain(files, key, shapes[target])
+
+
+def _require_expert_merge(converter, key: str) -> None:
+    """Accept only "stack the experts, then perhaps put gate and up on top of each other"; name anything else."""
+    steps = [(type(op).__name__, getattr(op, "dim", None)) for op in converter.operations]
+    one_target = len(converter.target_patterns) == 1
+    if not one_target or steps not in (
+        [("MergeModulelist", 0)],
+        [("MergeModulelist", 0), ("Concatenate", 1)],
+    ):
+        what = ", ".join(f"{name}(dim={dim})" if dim is not None else name for name, dim in steps)
+        raise UnsupportedError(
+            f"{key}: transformers converts this tensor by {what} to {converter.target_patterns}, which "
+            "this version does not do. Use a GGUF file of the model, or another model."
+        )
+
+
+def _expert_index(key: str, pattern: str) -> int:
+    index = key.removesuffix(pattern.rpartition("*")[2]).rpartition(".")[2]
+    if not index.isdecimal():
+        raise UnsupportedError(
+            f"{key}: no expert number where transformers' pattern {pattern!r} has one. Report this name."
+        )
+    return int(index)
+
+
+def _add_stacked(
+    files: WeightFiles, target: str, parts: list[tuple[str, dict[int, str]]], shapes: Shapes, binding
+) -> None:
+    """Bind per-expert matrices to a stacked parameter; note which are missing of the E that the model expects."""
+    count = shapes[target][0]
+    missing = [
+        pattern.replace("*", str(e)) for pattern, found in parts for e in range(count) if e not in found
+    ]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        binding.absent[target] = (
+            f"incomplete in the checkpoint, which lacks ...{', '.join(missing[:3])}{more}"
+        )
+        binding.harmless.update(name for _, found in parts for name in found.values())
+        return
+    names = [tuple(found[e] for e in range(count)) for _, found in parts]
+    if target in binding.sources:
+        binding.notes.append(f"{target}: stacked and per expert in the checkpoint")
+    binding.sources[target] = Stacked(files, names)
+
+
+# --- GGUF -----------------------------------------------------------------------------------------------------
+
+
+def _bind_gguf(files: WeightFiles, model, shapes: Shapes, binding: _Binding) -> None:
+    config = model.config
+    family = gguf_names.family_of(files.metadata.get("general.architecture"), config.model_type)
+    binding.notes += _metadata_mismatches(files.metadata, family.arch, config)
+    for name, shape in shapes.items():
+        source, looked_for = _gguf_source(files, family, config, name, shape)
+        if source is not None:
+            binding.sources[name] = source
+        else:
+            binding.absent[name] = f"missing in the checkpoint, looked for {looked_for}"
+    binding.ignored.append(gguf_names.IGNORED.pattern)
+    binding.ignored += [rf"^blk\.{n}\." for n in _extra_layers(config)]
+    # Some files hold kv_b whole and split; the whole one is used.
+    binding.harmless.update(
+        n
+        for n in files.names()
+        if re.search(r"\.attn_[kv]_b\.weight$", n) and re.sub(r"attn_[kv]_b", "attn_kv_b", n) in files
+    )
+
+
+def _gguf_source(
+    files: WeightFiles, family, config, name: str, shape: tuple[int, ...]
+) -> tuple[Source | None, str]:
+    """The source of one model tensor, and the GGUF name or names that were looked for."""
+    expert = re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up|down)_proj", name)
+    if expert:
+        return _gguf_experts(files, expert[1], expert[2], shape)
+    stored = gguf_names.gguf_name(family, config.num_hidden_layers, name)
+    if stored is None:
+        return None, "no name: GGUF has none for it"
+    if stored in files:
+        permuted = family.permuted and re.search(r"\.self_attn\.([qk])_proj\.(weight|bias)$", name)
+        if permuted:
+            heads = config.num_attention_heads if permuted[1] == "q" else config.num_key_value_heads
+            return Unpermuted(files, stored, heads), stored
+        return Plain(files, stored, shape), stored
+    if stored.endswith("attn_kv_b.weight"):
+        k_b, v_b = (stored.replace("attn_kv_b", part) for part in ("attn_k_b", "attn_v_b"))
+        if k_b in files and v_b in files:
+            return JoinedKVB(files, k_b, v_b, config.num_attention_heads), stored
+        return None, f"{stored}, or {k_b} and {v_b}"
+    return None, stored
+
+
+def _gguf_experts(
+    files: WeightFiles, layer: str, which: str, shape: tuple[int, ...]
+) -> tuple[Source | None, str]:
+    fused = f"blk.{layer}.ffn_{which}_exps.weight"
+    if fused in files:
+        return Stacked(files, [fused]), fused
+    kinds = ("gate", "up") if which == "gate_up" else ("down",)
+    parts, looked_for = [], []
+    for kind in kinds:
+        stacked, single = gguf_names.expert_names(layer, kind, shape[0])
+        looked_for.append(stacked)
+        if stacked in files:
+            parts.append(stacked)
+        elif single[0] in files and all(name in files for name in single):
+            parts.append(single)
+        elif single[0] in files:
+            looked_for[-1] = next(name for name in single if name not in files)
+    return (Stacked(files, parts) if len(parts) == len(kinds) else None), " and ".join(looked_for)
+
+
+def _metadata_mismatches(metadata: dict, arch: str, config) -> list[str]:
+    """Numbers that the file and the config both give and do not agree on."""
+    notes = []
+    layers, extra = metadata.get(f"{arch}.block_count"), metadata.get(f"{arch}.nextn_predict_layers", 0)
+    if (
+        isinstance(layers, int)
+        and layers - extra != config.num_hidden_layers
+        and layers != config.num_hidden_layers
+    ):
+        notes.append(
+            f"{arch}.block_count is {layers} in the GGUF file, the config has num_hidden_layers {config.num_hidden_layers}"
+        )
+    for key, attributes in gguf_names.CHECKS:
+        stored = metadata.get(f"{arch}.{key}")
+        attribute = next((a for a in attributes if getattr(config, a, None) is not None), None)
+        if isinstance(stored, int) and attribute and stored != getattr(config, attribute):
+            notes.append(
+                f"{arch}.{key} is {stored} in the GGUF file, the config has {attribute} {getattr(config, attribute)}"
+            )
+    return notes

@@ -1,0 +1,255 @@
+"""Safetensors checkpoints: one file, or shards by index or by name. Our own header check over a mapped file.
+
+Own, because experts are computed from the mapped bytes, which the safetensors library does not hand out, and
+because an error must name the file, the tensor and the next step.
+
+The format: https://github.com/huggingface/safetensors#format
+"""
+
+import json
+import math
+import re
+import struct
+from pathlib import Path
+
+
+from ktransformers.errors import WeightError, did_you_mean, join_errors
+from ktransformers.loaders.base import MappedFile, TensorInfo, WeightFiles, check_ranges, describe_folder
+from ktransformers.quants import QUANT_TYPES, QuantType
+
+_MAX_HEADER = 100_000_000  # the library's own limit, in bytes
+_INDEX = ".safetensors.index.json"
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+
+TYPES: dict[str, QuantType] = {
+    name: QUANT_TYPES[name] for name in ("F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64")
+}
+TYPES |= {
+    name: QuantType(name, -1, block, nbytes)
+    for name, block, nbytes in (
+        ("BOOL", 1, 1),
+        ("U8", 1, 1),
+        ("U16", 1, 2),
+        ("U32", 1, 4),
+        ("U64", 1, 8),
+        ("C64", 1, 8),
+        ("F8_E4M3", 1, 1),
+        ("F8_E5M2", 1, 1),
+        ("F8_E8M0", 1, 1),
+        ("F8_E4M3FNUZ", 1, 1),
+        ("F8_E5M2FNUZ", 1, 1),
+        ("F4", 2, 1),
+        ("F6_E2M3", 4, 3),
+        ("F6_E3M2", 4, 3),
+    )
+}
+"""Every dtype of the format by name and size; this version computes F32, F16 and BF16."""
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object whose keys are all different; json keeps the last of two silently."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} occurs twice")
+    return found
+
+
+def _parse_json(text: bytes, path: Path, what: str) -> dict:
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise WeightError(
+            f"{path}: {what} is not valid JSON ({error}). The file is damaged; download it again."
+        ) from error
+    if not isinstance(value, dict):
+        raise WeightError(
+            f"{path}: {what} is a JSON {type(value).__name__}, expected an object. Download it again."
+        )
+    return value
+
+
+def _whole(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _entry(path: Path, name: str, entry: object, data: int, size: int) -> TensorInfo:
+    """Check one tensor's entry of the header. `data` is where the data section starts, `size` the file's size."""
+
+    def fail(what: str) -> WeightError:
+        return WeightError(
+            f"{path}: tensor {name!r} {what}. The file is damaged or cut short; download it again."
+        )
+
+    if not isinstance(entry, dict):
+        raise fail("has no description")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in TYPES:
+        raise WeightError(
+            f"{path}: tensor {name!r} has dtype {dtype!r}, which safetensors does not have"
+            f"{did_you_mean(str(dtype), TYPES)}. Update KTransformers if the file is newer than it."
+        )
+    if not isinstance(shape, list) or not all(map(_whole, shape)) or math.prod(shape) >= 1 << 60:
+        raise fail(f"has shape {shape!r:.80}, expected a list of sizes")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_whole, offsets)):
+        raise fail(f"has data_offsets {offsets!r:.80}, expected [start, end]")
+    start, end = offsets
+    if start > end or data + end > size:
+        raise fail(f"has bytes {start} to {end} of a data section of {size - data}")
+    kind, elements = TYPES[dtype], math.prod(shape)
+    if elements * kind.nbytes != (end - start) * kind.block:
+        raise fail(
+            f"of dtype {dtype} and shape {shape} has {end - start} bytes, expected {elements * kind.nbytes // kind.block}"
+        )
+    return TensorInfo(name, tuple(shape), kind, end - start, path, data + start)
+
+
+def parse(file: MappedFile) -> tuple[dict[str, TensorInfo], dict]:
+    """Read and check one file's header: (tensors by name, metadata).
+
+    Raises WeightError naming the tensor for offsets out of range, overlapping, or not covering the data section.
+    """
+    path = file.path
+    length = struct.unpack_from("<Q", file.buffer)[0] if file.size >= 8 else 0
+    if not 2 <= length <= min(file.size - 8, _MAX_HEADER):
+        raise WeightError(
+            f"{path}: a header of {length} bytes in a file of {file.size}: not a safetensors file, or cut "
+            "short. Check the path, or download it again."
+        )
+    header = _parse_json(file.buffer[8 : 8 + length], path, "the header")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise WeightError(f"{path}: __metadata__ is not an object. The file is damaged; download it again.")
+    data = 8 + length
+    tensors = {name: _entry(path, name, entry, data, file.size) for name, entry in header.items()}
+    check_ranges(path, list(tensors.values()))
+    covered = sum(info.nbytes for info in tensors.values())
+    if covered != file.size - data:
+        raise WeightError(
+            f"{path}: tensors cover {covered} of {file.size - data} bytes of data. The file is damaged or "
+            "was not written completely; download it again."
+        )
+    return tensors, metadata
+
+
+class SafetensorsFiles(WeightFiles):
+    """A safetensors checkpoint: one file, or all shards of a model. `metadata` is the first file's."""
+
+    format = "safetensors"
+
+    @classmethod
+    def open(cls, path: Path) -> "SafetensorsFiles":
+        paths, weight_map = _find(path)
+        files = [MappedFile(p) for p in paths]
+        tensors: dict[str, TensorInfo] = {}
+        metadata: dict = {}
+        for file in files:
+            shard, metadata_here = parse(file)
+            metadata = metadata or metadata_here
+            for name, info in shard.items():
+                if name in tensors and weight_map.get(name) != tensors[name].file.name:
+                    if weight_map.get(name) != info.file.name:
+                        raise WeightError(
+                            f"Tensor {name!r} is in {tensors[name].file} and in {info.file}, and no index says "
+                            "which one counts. Keep the files of one model in a folder."
+                        )
+                if name not in tensors or weight_map.get(name) == info.file.name:
+                    tensors[name] = info
+        _check_index(paths, tensors, weight_map)
+        return cls(files, tensors, metadata)
+
+
+def _check_index(paths: list[Path], tensors: dict[str, TensorInfo], weight_map: dict[str, str]) -> None:
+    problems = []
+    for name, file in weight_map.items():
+        if name not in tensors:
+            problems.append(
+                f"{name}: the index places it in {file}, which does not hold it{did_you_mean(name, tensors)}"
+            )
+        elif tensors[name].file.name != file:
+            problems.append(f"{name}: the index places it in {file}, it is in {tensors[name].file.name}")
+    if problems:
+        shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        raise join_errors(
+            WeightError,
+            f"{paths[0].parent}: the index and the files do not agree. Download both again:",
+            shown,
+        )
+
+
+def _find(path: Path) -> tuple[list[Path], dict[str, str]]:
+    """The files of the checkpoint at `path`, and the index's map from tensor to file name (empty without one)."""
+    if path.name.endswith(_INDEX):
+        return _by_index(path)
+    if path.is_file():
+        shard = _SHARD.fullmatch(path.name)
+        if not shard:
+            return [path], {}
+        index = path.with_name(shard["stem"] + _INDEX)
+        return _by_index(index) if index.is_file() else (_by_name(path, shard), {})
+    indexes = sorted(path.glob("*" + _INDEX))
+    main = path / ("model" + _INDEX)
+    if main in indexes or len(indexes) == 1:
+        return _by_index(main if main in indexes else indexes[0])
+    if indexes:
+        names = ", ".join(p.name for p in indexes)
+        raise WeightError(f"{path}: holds several indexes ({names}). Give the path of one of them.")
+    found = sorted(path.glob("model*.safetensors")) or sorted(path.glob("*.safetensors"))
+    if not found:
+        raise WeightError(
+            f"{path}: no .safetensors file in it; {describe_folder(path)}. Give the folder of the weights."
+        )
+    shard = _SHARD.fullmatch(found[0].name)
+    if shard:
+        return _by_name(found[0], shard), {}
+    return found, {}
+
+
+def _by_name(path: Path, shard: re.Match) -> list[Path]:
+    count = int(shard["count"])
+    if not 1 <= int(shard["number"]) <= count:
+        raise WeightError(
+            f"{path}: shard {shard['number']} of {count}. Rename the file to the name it was published by."
+        )
+    paths = [
+        path.with_name(f"{shard['stem']}-{i:05d}-of-{count:05d}.safetensors") for i in range(1, count + 1)
+    ]
+    _require(paths, path.parent)
+    return paths
+
+
+def _by_index(index: Path) -> tuple[list[Path], dict[str, str]]:
+    try:
+        text = index.read_bytes()
+    except OSError as error:
+        raise WeightError(
+            f"{index}: cannot be read ({error}). Check the path and the permissions."
+        ) from error
+    weight_map = _parse_json(text, index, "the index").get("weight_map")
+    plain = isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values())
+    if not plain or not weight_map:
+        raise WeightError(
+            f"{index}: weight_map is {weight_map!r:.60}, expected an object of file names. Download it again."
+        )
+    outside = sorted(
+        file for file in set(weight_map.values()) if Path(file).name != file or file in ("", ".", "..")
+    )
+    if outside:
+        raise WeightError(
+            f"{index}: names {outside[0]!r}, which is not a file of its own folder. Do not use this checkpoint."
+        )
+    paths = [index.with_name(file) for file in sorted(set(weight_map.values()))]
+    _require(paths, index.parent)
+    return paths, weight_map
+
+
+def _require(paths: list[Path], folder: Path) -> None:
+    missing = [p.name for p in paths if not p.is_file()]
+    if missing:
+        shown = missing[:8] + ([f"and {len(missing) - 8} more"] if len(missing) > 8 else [])
+        raise join_errors(
+            WeightError,
+            f"{folder}: {len(missing)} of {len(paths)} weight files are missing. Download them:",
+            shown,
+        )

@@ -1,0 +1,205 @@
+"""How one tensor of the model is made from tensors of the checkpoint.
+
+A source knows shapes and names without reading data. Most are one tensor as it is; the others undo what a
+converter did. Letters: E experts, H hidden, I expert intermediate; h heads.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ktransformers.errors import WeightError
+from ktransformers.loaders.base import TensorInfo, WeightFiles
+from ktransformers.quants import Packed
+
+Device = torch.device | str
+
+
+class Source(ABC):
+    """One tensor of the model. `names` are the checkpoint's tensors it is made from, `shape` is what results."""
+
+    files: WeightFiles
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def infos(self) -> list[TensorInfo]:
+        return [self.files.info(name) for name in self.names]
+
+    @property
+    def native_dtype(self) -> torch.dtype:
+        """The stored float type when all parts have it, else float32."""
+        dtypes = {info.type.torch_dtype for info in self.infos}
+        return (dtypes.pop() if len(dtypes) == 1 else None) or torch.float32
+
+    can_pack = False
+
+    def packed(self) -> Packed:
+        raise WeightError(
+            f"made from {len(self.names)} tensors ({self.names[0]}, ...), so there are no bytes to use "
+            "as they are. Use tensor() or experts()."
+        )
+
+    @abstractmethod
+    def tensor(self, device: Device, dtype: torch.dtype) -> Tensor:
+        """The numbers, of `shape`, in memory of their own."""
+
+
+class Plain(Source):
+    """One tensor as it is, perhaps with dimensions of size one more or fewer (a router gate [H] for [1, H])."""
+
+    can_pack = True
+
+    def __init__(self, files: WeightFiles, name: str, shape: tuple[int, ...] | None = None) -> None:
+        stored = files.info(name).shape
+        same = shape is not None and [s for s in shape if s != 1] == [s for s in stored if s != 1]
+        self.files, self.names, self.shape = (
+            files,
+            (name,),
+            shape if same and shape and shape[-1:] == stored[-1:] else stored,
+        )
+
+    def packed(self) -> Packed:
+        packed = self.files.packed(self.names[0])
+        return Packed(packed.data, packed.type, self.shape)
+
+    def tensor(self, device: Device, dtype: torch.dtype) -> Tensor:
+        return self.packed().dequantize(dtype, device)
+
+
+class Unpermuted(Source):
+    """A q or k projection (or its bias) whose rows a llama-type GGUF holds in the order of interleaved RoPE.
+
+    The file's row (head, pair, half) is the model's row (head, half, pair). Whole rows move, so packed bytes
+    can be reordered as they are, at the price of one copy of this tensor.
+    """
+
+    can_pack = True
+
+    def __init__(self, files: WeightFiles, name: str, heads: int) -> None:
+        self.files, self.names, self.heads = files, (name,), heads
+        self.shape = files.info(name).shape
+
+    def _reorder(self, rows: Tensor) -> Tensor:
+        count = rows.shape[0]
+        if count % (2 * self.heads):
+            raise WeightError(
+                f"{self.names[0]}: {count} rows do not divide into {self.heads} heads of pairs."
+            )
+        return rows.view(self.heads, count // self.heads // 2, 2, -1).transpose(1, 2).reshape(rows.shape)
+
+    def packed(self) -> Packed:
+        packed = self.files.packed(self.names[0])
+        rows = packed.data.view(self.shape[0], -1)
+        if packed.type.block > 1 and len(self.shape) == 1:
+            raise WeightError(
+                f"{self.names[0]}: a vector of {packed.type.name} blocks has no rows to reorder. Use tensor()."
+            )
+        return Packed(self._reorder(rows).view(-1), packed.type, self.shape)
+
+    def tensor(self, device: Device, dtype: torch.dtype) -> Tensor:
+        return self._reorder(self.files.tensor(self.names[0], device, dtype))
+
+
+class JoinedKVB(Source):
+    """`kv_b_proj` [h (nope + v), lora] from a GGUF's attn_k_b [h, lora, nope] and attn_v_b [h, v, lora].
+
+    llama.cpp splits it to absorb attention and stores k_b transposed. Older files flatten the first two dimensions.
+    """
+
+    def __init__(self, files: WeightFiles, k_b: str, v_b: str, heads: int) -> None:
+        self.files, self.names, self.heads = files, (k_b, v_b), heads
+        k_shape, v_shape = (self._per_head(files.info(name).shape) for name in self.names)
+        self.nope, self.value, self.lora = k_shape[2], v_shape[1], v_shape[2]
+        fits = k_shape[0] == v_shape[0] == heads and k_shape[1] == self.lora
+        self.shape = (heads * (self.nope + self.value), self.lora) if fits else k_shape + v_shape
+
+    def _per_head(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if len(shape) == 2 and shape[0] % self.heads == 0:
+            return (self.heads, shape[0] // self.heads, shape[1])
+        return shape if len(shape) == 3 else (0, 0, 0)
+
+    def tensor(self, device: Device, dtype: torch.dtype) -> Tensor:
+        out = torch.empty(self.heads, self.nope + self.value, self.lora, dtype=dtype, device=device)
+        k_b, v_b = (self.files.tensor(name, device, dtype) for name in self.names)
+        out[:, : self.nope] = k_b.view(self.heads, self.lora, self.nope).transpose(1, 2)
+        out[:, self.nope :] = v_b.view(self.heads, self.value, self.lora)
+        return out.view(self.shape)
+
+
+class Stacked(Source):
+    """Expert weights [E, rows, columns], concatenated along the rows from one or two parts (gate, then up).
+
+    A part is the name of one stacked tensor or the names of E matrices in the order of the experts.
+    """
+
+    def __init__(self, files: WeightFiles, parts: Sequence[str | tuple[str, ...]]) -> None:
+        self.files, self.parts = files, tuple(parts)
+        self.names = tuple(name for part in parts for name in ((part,) if isinstance(part, str) else part))
+        self.shape = self._joined_shape()
+        self.can_pack = len(self.parts) == 1 and isinstance(self.parts[0], str)
+
+    def _part_shapes(self, part: str | tuple[str, ...]) -> set[tuple[int, ...]]:
+        if isinstance(part, str):
+            return {self.files.info(part).shape}
+        return {(len(part), *self.files.info(name).shape) for name in part}
+
+    def _joined_shape(self) -> tuple[int, ...]:
+        """The shape, or an impossible one (a leading -1) when the matrices do not fit together."""
+        shapes = [shape for part in self.parts for shape in sorted(self._part_shapes(part))]
+        fits = (
+            len(shapes) == len(self.parts)
+            and {len(s) for s in shapes} == {3}
+            and len({(s[0], s[2]) for s in shapes}) == 1
+        )
+        return (shapes[0][0], sum(s[1] for s in shapes), shapes[0][2]) if fits else (-1, *shapes[0])
+
+    def matrices(self, part: int) -> list[Packed]:
+        """The E matrices of a part, as views."""
+        names = self.parts[part]
+        if isinstance(names, str):
+            whole = self.files.packed(names)
+            return [whole.expert(e) for e in range(whole.shape[0])]
+        return [self.files.packed(name) for name in names]
+
+    def packed(self) -> Packed:
+        return self.files.packed(self.parts[0]) if self.can_pack else super().packed()
+
+    def tensor(self, device: Device, dtype: torch.dtype) -> Tensor:
+        out = torch.empty(self.shape, dtype=dtype, device=device)
+        row = 0
+        for part in range(len(self.parts)):
+            for e, matrix in enumerate(self.matrices(part)):
+                matrix.dequantize_into(out[e, row : row + matrix.shape[0]])
+            row += matrix.shape[0]
+        return out
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The routed experts of one layer: E packed matrices each, gate and up [I, H], down [H, I]."""
+
+    gate: list[Packed]
+    up: list[Packed]
+    down: list[Packed]
+
+
+def split_gate_up(source: Source) -> tuple[list[Packed], list[Packed]]:
+    """The gate and up matrices behind a `gate_up_proj` source; one fused tensor is cut in the middle of its rows."""
+    if isinstance(source, Stacked) and len(source.parts) == 2:
+        return source.matrices(0), source.matrices(1)
+    fused = source.packed()
+    rows = fused.shape[1] // 2
+    experts = [fused.expert(e) for e in range(fused.shape[0])]
+    return [e.rows(0, rows) for e in experts], [e.rows(rows, 2 * rows) for e in experts]
+
+
+def split_down(source: Source) -> list[Packed]:
+    """The down matrices behind a `down_proj` source."""
+    if isinstance(source, Stacked):
+        return source.matrices(0)
+    packed = source.packed()
+    return [packed.expert(e) for e in range(packed.shape[0])]

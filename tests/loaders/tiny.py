@@ -1,0 +1,66 @@
+"""Tiny random models of the five families, and hand-made files, for the tests of the loaders and of quantize.
+
+Weights are exact in bfloat16, so F32, BF16 and safetensors checkpoints of one model hold the same numbers.
+"""
+
+import json
+import struct
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+_BASE = dict(
+    hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2, vocab_size=80,
+    num_attention_heads=4, num_key_value_heads=2, num_experts_per_tok=2, max_position_embeddings=128,
+)  # fmt: skip
+_MLA = dict(
+    num_key_value_heads=4, n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, kv_lora_rank=32,
+    qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=24,
+)  # fmt: skip
+
+CONFIGS: dict[str, dict] = {
+    "deepseek_v2": _BASE | _MLA | dict(q_lora_rank=None, topk_method="greedy"),
+    "deepseek_v3": _BASE | _MLA | dict(q_lora_rank=48, n_group=2, topk_group=1),
+    "qwen2_moe": _BASE | dict(num_experts=4, shared_expert_intermediate_size=64, mlp_only_layers=[0]),
+    "qwen3_moe": _BASE | dict(num_experts=4, head_dim=32),
+    "mixtral": _BASE | dict(num_local_experts=4),
+}
+FAMILIES = list(CONFIGS)
+
+
+def config(model_type: str, **changes):
+    return AutoConfig.for_model(model_type, **(CONFIGS[model_type] | changes))
+
+
+def model(model_type: str, **changes):
+    """A random model whose every weight, biases and norms included, is distinct from its neighbours."""
+    torch.manual_seed(sum(map(ord, model_type)))
+    built = AutoModelForCausalLM.from_config(config(model_type, **changes))
+    with torch.no_grad():
+        for tensor in built.state_dict().values():
+            tensor.copy_((torch.randn(tensor.shape) * 0.1).bfloat16())
+    return built
+
+
+def meta(model_type: str, **changes):
+    """The same architecture without memory, as optimize_and_load builds it."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config(model_type, **changes))
+
+
+def expected(built) -> dict[str, tuple[int, ...]]:
+    """What a load needs: the state dict's names and shapes, tied names removed."""
+    tied = built._tied_weights_keys if built.config.tie_word_embeddings else {}
+    return {name: tuple(t.shape) for name, t in built.state_dict().items() if name not in tied}
+
+
+def write_safetensors(path: Path, tensors: dict[str, tuple[str, list[int], bytes]], header: bytes | None = None) -> Path:
+    """A safetensors file from raw bytes, written without the library so that it may be wrong on purpose."""
+    entries, data = {}, b""
+    for name, (dtype, shape, raw) in tensors.items():
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    header = json.dumps(entries).encode() if header is None else header
+    path.write_bytes(struct.pack("<Q", len(header)) + header + data)
+    return path
