@@ -6,6 +6,7 @@ imported, plus what the user's program has imported already, plus the modules li
 
 import importlib
 import inspect
+import pkgutil
 import sys
 import types
 import typing
@@ -52,8 +53,6 @@ def _find_module(name: str) -> tuple[types.ModuleType | None, str]:
 
 def _module_hint(name: str) -> str:
     parent, _, leaf = name.rpartition(".")
-    import pkgutil
-
     if parent in sys.modules and hasattr(sys.modules[parent], "__path__"):
         return did_you_mean(leaf, [info.name for info in pkgutil.iter_modules(sys.modules[parent].__path__)])
     return ""
@@ -99,7 +98,7 @@ def kwargs_problems(operator: type, kwargs: dict[str, Any]) -> list[str]:
             expected = ", ".join(sorted(known)) or "none"
             problems.append(f"kwarg {name!r} unknown to {operator.__name__}{did_you_mean(name, known)}; it takes: {expected}")
         elif not _fits(value, known[name]):
-            problems.append(f"kwarg {name}: {value!r} is {_type_name(value)}, expected {_annotation_name(known[name])}")
+            problems.append(f"kwarg {name}: {value!r} is {type_name(value)}, expected {_annotation_name(known[name])}")
     return problems
 
 
@@ -123,9 +122,12 @@ def _fits(value: Any, annotation: Any) -> bool:
     return isinstance(value, plain)
 
 
-def _type_name(value: Any) -> str:
-    names = {bool: "true/false", str: "text", int: "a whole number", float: "a number", dict: "a mapping", list: "a list"}
-    return "null" if value is None else names.get(type(value), type(value).__name__)
+def type_name(value: Any) -> str:
+    """What a YAML value is, in the words of an error message."""
+    if value is None:
+        return "null"
+    words = ((bool, "true/false"), (str, "text"), (int, "a whole number"), (float, "a number"), (dict, "a mapping"), (list, "a list"))
+    return next((word for kind, word in words if isinstance(value, kind)), type(value).__name__)
 
 
 def _annotation_name(annotation: Any) -> str:

@@ -115,7 +115,7 @@ def load_rules(rule: RulesLike) -> list[Rule]:
     if isinstance(items, Sequence) and items and all(isinstance(item, Rule) for item in items):
         return list(items)
     if not isinstance(items, list) or not items:
-        found = "nothing" if items in (None, []) else resolve._type_name(items)
+        found = "nothing" if items in (None, []) else resolve.type_name(items)
         raise RuleError(f"{label or 'rules'}: found {found}, expected a YAML list of rules, each with match and replace")
     problems: list[str] = []
     rules = [_parse_rule(item, number, label, problems) for number, item in enumerate(items, 1)]
@@ -156,7 +156,7 @@ def _parse_rule(item: Any, number: int, label: str, problems: list[str]) -> Rule
     where = f"{label}:{item.line}" if label and isinstance(item, _Mapping) else f"rule {number}"
     report = _Reporter(where, number, problems)
     if not isinstance(item, dict):
-        report(f"found {resolve._type_name(item)}, expected a mapping with match and replace")
+        report(f"found {resolve.type_name(item)}, expected a mapping with match and replace")
         return Rule(number, where)
     report.unknown_keys("", item, RULE_KEYS)
     match = report.section(item, "match", MATCH_KEYS)
@@ -165,7 +165,7 @@ def _parse_rule(item: Any, number: int, label: str, problems: list[str]) -> Rule
         report("match: is empty; expected name (a regular expression), class, or trait")
     kwargs = (replace or {}).get("kwargs") or {}
     if not isinstance(kwargs, dict):
-        report(f"replace.kwargs: found {resolve._type_name(kwargs)}, expected a mapping")
+        report(f"replace.kwargs: found {resolve.type_name(kwargs)}, expected a mapping")
         kwargs = {}
     recursive = item.get("recursive", True)
     if not isinstance(recursive, bool):
@@ -205,7 +205,7 @@ class _Reporter:
             self(f"has no {key!r}; every rule needs match and replace")
             return None
         if not isinstance(item[key], dict):
-            self(f"{key}: found {resolve._type_name(item[key])}, expected a mapping with {', '.join(known)}")
+            self(f"{key}: found {resolve.type_name(item[key])}, expected a mapping with {', '.join(known)}")
             return None
         self.unknown_keys(f"{key}: ", item[key], known)
         return item[key]
@@ -218,14 +218,14 @@ class _Reporter:
         except re.error as error:
             self(f"match.name: {match['name']!r} is no regular expression: {error}")
         except TypeError:
-            self(f"match.name: found {resolve._type_name(match['name'])}, expected a regular expression in quotes")
+            self(f"match.name: found {resolve.type_name(match['name'])}, expected a regular expression in quotes")
         return None
 
     def cls(self, key: str, dotted: Any) -> type | None:
         if dotted is None:
             return None
         if not isinstance(dotted, str):
-            self(f"{key}: found {resolve._type_name(dotted)}, expected a dotted path such as torch.nn.Linear")
+            self(f"{key}: found {resolve.type_name(dotted)}, expected a dotted path such as torch.nn.Linear")
             return None
         found, problem = resolve.find_class(dotted)
         if problem:
