@@ -51,5 +51,5 @@ class PrefixCache:
             if surplus < 0:
                 return False
             if surplus:
-                layer.crop(length)
+                layer.crop(-surplus)
         return all(layer.get_seq_length() == length for layer in self.cache.layers)
