@@ -172,8 +172,8 @@ def _restored_on_failure(model: nn.Module) -> Iterator[None]:
 def _load(model: nn.Module, replacements: Mapping[str, Replacement], source: Any, progress: bool) -> None:
     """Load every tensor once. Peak memory: the mapped files plus one tensor."""
     devices = {name: replacement.device for name, replacement in replacements.items()}
-    with report.load_progress(model, source, enabled=progress) as tick:
-        load_weights(model, source, "", devices, tick)
+    with report.load_progress(source, enabled=progress):
+        load_weights(model, source, "", devices)
     _drop_replaced_tensors(model)
     _tie(model)
     _fill_buffers(model, devices)

@@ -1,7 +1,7 @@
 """What people look at: the plan as a table, loading as a progress bar. Decides nothing, changes nothing."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -75,18 +75,14 @@ def print_plan(model: nn.Module, plan: Mapping[str, Replacement], weights: Any =
 
 
 @contextlib.contextmanager
-def load_progress(model: nn.Module, source: Any, enabled: bool) -> Iterator[Callable[[str], None]]:
-    """Show a bar over the modules that own tensors; yields the function to call with each one's name."""
-    total = sum(1 for module in model.modules() if is_loading_step(module))
-    columns = (TextColumn("loading {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+def load_progress(source: Any, enabled: bool) -> Iterator[None]:
+    """Show a bar over the tensors of `source` while the block reads them, on a terminal only."""
     console = Console(stderr=True)
+    columns = (TextColumn("loading"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, disable=not (enabled and console.is_terminal), transient=True) as bar:
-        task = bar.add_task(str(source.path), total=total)
-        yield lambda name: bar.update(task, advance=1, description=name)
-
-
-def is_loading_step(module: nn.Module) -> bool:
-    """Whether loading this module counts as one step: it owns tensors, or is an operator that loads its own."""
-    return hasattr(module, "gguf_loader") and not list(module.children()) or next(
-        module.parameters(recurse=False), None
-    ) is not None
+        task = bar.add_task("", total=len(source.names()))
+        source.on_read = lambda name: bar.update(task, advance=1, description=name)
+        try:
+            yield
+        finally:
+            source.on_read = None

@@ -16,7 +16,8 @@ __all__ = ["ExpertWeights", "GGUFLoader", "ModelWeights", "TensorInfo", "WeightF
 
 
 def open_weights(path: str | Path) -> WeightFiles:
-    """Open the checkpoint at `path`: a GGUF or safetensors file, any file of a split set, an index, or a folder.
+    """Open the checkpoint at `path`: a GGUF or safetensors file, any file of a split set, an index, or a folder
+    (its safetensors, where it holds both formats).
 
     Headers are read and checked whole, no tensor data are. Raises WeightError for a damaged or incomplete
     checkpoint and UnsupportedError for a format this version does not read, each with the next step.
@@ -26,14 +27,11 @@ def open_weights(path: str | Path) -> WeightFiles:
 
     path = Path(path).expanduser()
     if path.is_dir():
-        tensors, gguf = any(path.glob("*.safetensors*")), any(path.glob("*.gguf"))
-        if tensors and gguf:
-            raise WeightError(
-                f"{path}: holds safetensors and GGUF weights. Give the path of the file to use."
-            )
-        if not tensors and not gguf:
-            raise WeightError(_no_weights(path))
-        return GGUFFiles.open(path) if gguf else SafetensorsFiles.open(path)
+        if any(path.glob("*.safetensors*")):  # a folder with both: upstream's choice too
+            return SafetensorsFiles.open(path)
+        if any(path.glob("*.gguf")):
+            return GGUFFiles.open(path)
+        raise WeightError(_no_weights(path))
     if not path.exists():
         raise WeightError(f"{path}: no such file or folder. Check the path.")
     if path.suffix == ".gguf":

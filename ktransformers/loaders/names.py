@@ -7,7 +7,8 @@ names through gguf_names.py. Binding reads no tensor data.
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -41,6 +42,8 @@ class ModelWeights:
     def __init__(self, files: WeightFiles, binding: "_Binding") -> None:
         self.files = files
         self.format = files.format
+        self.on_read: Callable[[str], None] | None = None
+        """Called with the name of each tensor that is delivered, so that loading can show how far it is."""
         self._binding = binding
         self._sources = binding.sources
 
@@ -50,6 +53,17 @@ class ModelWeights:
 
     def has(self, name: str) -> bool:
         return name in self._sources
+
+    @property
+    def path(self) -> Path:
+        """What to call the checkpoint in a message: its file, or the folder of its files."""
+        return self.files.paths[0] if len(self.files.paths) == 1 else self.files.paths[0].parent
+
+    def _deliver(self, name: str) -> Source:
+        source = self._source(name)
+        if self.on_read is not None:
+            self.on_read(name)
+        return source
 
     def _source(self, name: str) -> Source:
         if name not in self._sources:
@@ -79,7 +93,7 @@ class ModelWeights:
         Peak memory is the result and a few MiB, for synthesized tensors twice the result. Raises
         UnsupportedError for a type that this version does not compute.
         """
-        source = self._source(name)
+        source = self._deliver(name)
         return source.tensor(device, dtype or source.native_dtype)
 
     def can_pack(self, name: str) -> bool:
@@ -92,7 +106,7 @@ class ModelWeights:
         Raises WeightError for a tensor that is made from several; use `tensor` or `experts` for those.
         """
         try:
-            return self._source(name).packed()
+            return self._deliver(name).packed()
         except WeightError as error:
             raise WeightError(f"{name}: {error}") from error
 
@@ -101,7 +115,7 @@ class ModelWeights:
 
     def experts(self, prefix: str) -> ExpertWeights:
         """The routed experts of the module `prefix` (`model.layers.3.mlp.experts`) as packed matrices; no copies."""
-        gate_up, down = self._source(f"{prefix}.gate_up_proj"), self._source(f"{prefix}.down_proj")
+        gate_up, down = self._deliver(f"{prefix}.gate_up_proj"), self._deliver(f"{prefix}.down_proj")
         for name, source in (("gate_up_proj", gate_up), ("down_proj", down)):
             if (
                 len(source.shape) != 3
