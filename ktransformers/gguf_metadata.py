@@ -1,0 +1,180 @@
+"""What a GGUF file says about its model besides the weights: a transformers config and a tokenizer as GGUF metadata.
+
+Written so that llama.cpp finds every key it needs for the families of loaders/gguf_names.py; keys and meanings follow
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and llama.cpp's own converter. It writes no tensors.
+"""
+
+import json
+from pathlib import Path
+
+from ktransformers.errors import WeightError
+
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # gguf.TokenType
+_SOFTMAX, _SIGMOID = 1, 2  # gguf.ExpertGatingFuncType
+
+
+def _config_numbers(config) -> dict[str, int | float | bool | None]:
+    """Keys that any family may have, without the architecture; None is left out."""
+    get = lambda *names: next((v for n in names if (v := getattr(config, n, None)) is not None), None)  # noqa: E731
+    rope = getattr(config, "rope_parameters", None) or {}
+    return {
+        "context_length": get("max_position_embeddings"),
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": get("intermediate_size"),
+        "vocab_size": config.vocab_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": get("num_key_value_heads", "num_attention_heads"),
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "rope.freq_base": float(rope["rope_theta"]) if "rope_theta" in rope else None,
+        "expert_count": get("n_routed_experts", "num_local_experts", "num_experts"),
+        "expert_used_count": get("num_experts_per_tok"),
+    }
+
+
+def _rope_scaling(config) -> dict[str, str | int | float | None]:
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        return {}
+    if kind not in ("linear", "yarn"):
+        raise WeightError(
+            f"RoPE of type {kind!r} cannot be written to GGUF by this version (linear and yarn can)."
+        )
+    return {
+        "rope.scaling.type": kind,
+        "rope.scaling.factor": float(rope["factor"]),
+        "rope.scaling.original_context_length": rope.get("original_max_position_embeddings"),
+        "rope.scaling.yarn_beta_fast": _float(rope.get("beta_fast")),
+        "rope.scaling.yarn_beta_slow": _float(rope.get("beta_slow")),
+        "rope.scaling.yarn_attn_factor": _float(rope.get("attention_factor")),
+    }
+
+
+def _float(value) -> float | None:
+    return None if value is None else float(value)
+
+
+def _deepseek2(config) -> dict[str, int | float | bool | None]:
+    """MLA is described as llama.cpp computes it, absorbed: one key-value head of the latent's size."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    latent = config.kv_lora_rank
+    sigmoid = config.model_type == "deepseek_v3"
+    return {
+        "attention.head_count_kv": 1,
+        "attention.q_lora_rank": config.q_lora_rank,
+        "attention.kv_lora_rank": latent,
+        "attention.key_length": latent + config.qk_rope_head_dim,
+        "attention.value_length": latent,
+        "attention.key_length_mla": config.qk_nope_head_dim + config.qk_rope_head_dim,
+        "attention.value_length_mla": config.v_head_dim,
+        "rope.dimension_count": config.qk_rope_head_dim,
+        # llama.cpp multiplies by what it finds here; a tenth is what its own converter writes for this family.
+        "rope.scaling.yarn_log_multiplier": 0.1 * rope["mscale_all_dim"]
+        if "mscale_all_dim" in rope
+        else None,
+        "leading_dense_block_count": config.first_k_dense_replace,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+        "expert_shared_count": config.n_shared_experts or 0,
+        "expert_weights_scale": float(config.routed_scaling_factor),
+        "expert_weights_norm": bool(config.norm_topk_prob) if sigmoid else False,
+        "expert_gating_func": _SIGMOID if sigmoid else _SOFTMAX,
+        "expert_group_count": config.n_group,
+        "expert_group_used_count": config.topk_group,
+    }
+
+
+def _qwen(config) -> dict[str, int | bool | None]:
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return {
+        "attention.key_length": head,
+        "attention.value_length": head,
+        "rope.dimension_count": head,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+        "expert_shared_feed_forward_length": getattr(config, "shared_expert_intermediate_size", None),
+        "expert_weights_norm": bool(config.norm_topk_prob),
+    }
+
+
+def _llama(config) -> dict[str, int | None]:
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return {"attention.key_length": head, "attention.value_length": head, "rope.dimension_count": head}
+
+
+_ARCHITECTURES = {"deepseek2": _deepseek2, "qwen2moe": _qwen, "qwen3moe": _qwen, "llama": _llama}
+
+
+def add_config(writer, arch: str, config) -> None:
+    """Write the architecture's keys. `writer` is a gguf.GGUFWriter made for `arch`."""
+    values = _config_numbers(config) | _rope_scaling(config) | _ARCHITECTURES[arch](config)
+    for key, value in values.items():
+        if value is None:
+            continue
+        add = {
+            bool: writer.add_bool,
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            str: writer.add_string,
+        }[type(value)]
+        add(f"{arch}.{key}", value)
+
+
+def add_tokenizer(writer, folder: Path, config) -> str | None:
+    """Write the byte-level BPE tokenizer of a model folder. Returns None, or why there is none in the file.
+
+    A file without it serves KTransformers, which takes the tokenizer from the model folder, but not llama.cpp.
+    """
+    source = folder / "tokenizer.json"
+    if not source.is_file():
+        return f"no tokenizer.json in {folder}"
+    described = json.loads(source.read_text("utf-8"))
+    model = described.get("model", {})
+    if model.get("type") != "BPE" or "ByteLevel" not in json.dumps(described.get("pre_tokenizer")):
+        return f"{source} is not a byte-level BPE tokenizer"
+    tokens, kinds = _tokens(described, config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(_pre_tokenizer(described["pre_tokenizer"]))
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in model.get("merges", [])])
+    _add_special(writer, folder, config)
+    return None
+
+
+def _tokens(described: dict, size: int) -> tuple[list[str], list[int]]:
+    """Token texts and kinds by id; ids that the vocabulary leaves out, up to the embedding's size, are unused."""
+    tokens, kinds = [f"[PAD{i}]" for i in range(size)], [_UNUSED] * size
+    vocabulary = [(text, i, _NORMAL) for text, i in described["model"]["vocab"].items()]
+    added = described.get("added_tokens", [])
+    vocabulary += [(t["content"], t["id"], _CONTROL if t.get("special") else _USER_DEFINED) for t in added]
+    for text, i, kind in vocabulary:
+        if not 0 <= i < size:
+            raise WeightError(
+                f"Token {text!r} has id {i}, the model's vocabulary has {size}. Check tokenizer.json."
+            )
+        tokens[i], kinds[i] = text, kind
+    return tokens, kinds
+
+
+def _pre_tokenizer(pre: dict) -> str:
+    """llama.cpp's name for the split before BPE: GPT-2's own when that is what tokenizer.json asks for."""
+    alone = pre.get("type") == "ByteLevel" and pre.get("use_regex", True) and not pre.get("add_prefix_space")
+    return "gpt-2" if alone else "default"
+
+
+def _add_special(writer, folder: Path, config) -> None:
+    settings = {}
+    if (folder / "tokenizer_config.json").is_file():
+        settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    for kind in ("bos", "eos", "pad"):
+        number = getattr(config, f"{kind}_token_id", None)
+        number = number[0] if isinstance(number, list) and number else number
+        if isinstance(number, int) and 0 <= number < config.vocab_size:
+            getattr(writer, f"add_{kind}_token_id")(number)
+    for kind in ("bos", "eos"):
+        if isinstance(settings.get(f"add_{kind}_token"), bool):
+            getattr(writer, f"add_add_{kind}_token")(settings[f"add_{kind}_token"])
+    template = folder / "chat_template.jinja"
+    text = template.read_text("utf-8") if template.is_file() else settings.get("chat_template")
+    if isinstance(text, str):
+        writer.add_chat_template(text)

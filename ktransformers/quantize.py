@@ -1,0 +1,321 @@
+"""A transformers folder to a GGUF file: `python -m ktransformers.quantize SRC_FOLDER OUT.gguf --type Q4_K_M`.
+
+Reads through the loaders, one tensor at a time, names and lays tensors out as llama.cpp does, and encodes them with
+encode.py. Peak memory is one packed tensor and one expert in fp32. The file appears whole or not at all.
+It is not a converter for every model: the families are those of loaders/gguf_names.py.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ktransformers import gguf_metadata
+from ktransformers.encode import quantize as encode
+from ktransformers.errors import KTransformersError, UnsupportedError, WeightError, did_you_mean, join_errors
+from ktransformers.loaders import ModelWeights, bind, gguf_names, open_weights
+from ktransformers.quants import QUANT_TYPES, QuantType
+
+FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18, "BF16": 32}
+"""What --type takes, and the number that `general.file_type` has for it (gguf.LlamaFileType)."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor to write. `parts` yields its float pieces along the first dimension, in order."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: QuantType
+    parts: Callable[[], Iterator[Tensor]]
+
+
+# --- what to write --------------------------------------------------------------------------------------------
+
+
+def choose_type(name: str, shape: tuple[int, ...], mix: str, layers: int, tied: bool) -> QuantType:
+    """The type of the GGUF tensor `name` under `mix`; the mixes follow what published files of that name hold.
+
+    Vectors and routers stay F32. In Q4_K_M and Q5_K_M the output matrix, and the value and down projections of
+    half the layers, get Q6_K. Rows that are no multiple of 256 fall back to Q8_0, of 32 to F16.
+    """
+    if len(shape) == 1 or ".ffn_gate_inp" in name:
+        return QUANT_TYPES["F32"]
+    kind = QUANT_TYPES[mix.removesuffix("_M")]
+    if mix.endswith("_M"):
+        layer = re.match(r"blk\.(\d+)\.(attn_v|attn_v_b|attn_kv_b|ffn_down\w*)\.weight", name)
+        output = name == "output.weight" or (tied and name == "token_embd.weight")
+        if output or (layer and _more_bits(int(layer[1]), layers)):
+            kind = QUANT_TYPES["Q6_K"]
+    for fallback in (kind, QUANT_TYPES["Q8_0"]):
+        if shape[-1] % fallback.block == 0:
+            return fallback
+    return QUANT_TYPES["F16"]
+
+
+def _more_bits(layer: int, layers: int) -> bool:
+    """llama.cpp's choice of layers: the first and last eighth, and every third between."""
+    return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+
+
+def plan(weights: ModelWeights, config, shapes: dict[str, tuple[int, ...]], mix: str) -> list[Output]:
+    """Every tensor to write, in the order of the model, named and shaped as the family's GGUF files have them."""
+    family = next(f for f in gguf_names.FAMILIES.values() if config.model_type in f.model_types)
+    tied = bool(config.tie_word_embeddings)
+    outputs = []
+    for name, shape in shapes.items():
+        if tied and name == "lm_head.weight":
+            continue  # readers take token_embd for it
+        for stored, out_shape, parts in _pieces(weights, family, config, name, shape):
+            kind = choose_type(stored, out_shape, mix, config.num_hidden_layers, tied)
+            outputs.append(Output(stored, out_shape, kind, parts))
+    return outputs
+
+
+def _pieces(weights: ModelWeights, family, config, name: str, shape: tuple[int, ...]):
+    """The GGUF tensors that one tensor of the model becomes: (name, shape, parts) each."""
+    expert = re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up|down)_proj", name)
+    if expert:
+        yield from _expert_pieces(weights, name.rpartition(".")[0], expert[1], expert[2], shape)
+        return
+    stored = gguf_names.gguf_name(family, config.num_hidden_layers, name)
+    if stored is None:
+        raise UnsupportedError(f"{name}: GGUF has no name for this tensor in architecture {family.arch}.")
+    if stored.endswith(".attn_kv_b.weight"):
+        yield from _kv_b_pieces(weights, config, name, stored)
+        return
+    permuted = family.permuted and re.search(r"\.self_attn\.([qk])_proj\.", name)
+    heads = (
+        (config.num_attention_heads if permuted[1] == "q" else config.num_key_value_heads) if permuted else 0
+    )
+
+    def parts() -> Iterator[Tensor]:
+        tensor = weights.tensor(name)
+        if permuted:  # (head, half, pair) to (head, pair, half); sources.Unpermuted is the way back
+            tensor = tensor.view(heads, 2, shape[0] // heads // 2, -1).transpose(1, 2)
+        yield tensor.reshape(out_shape)
+
+    out_shape = shape[1:] if name.endswith("shared_expert_gate.weight") else shape
+    yield stored, out_shape, parts
+
+
+def _expert_pieces(weights: ModelWeights, prefix: str, layer: str, which: str, shape: tuple[int, ...]):
+    count, rows, columns = shape
+    for kind in ("gate", "up") if which == "gate_up" else ("down",):
+
+        def parts(kind: str = kind) -> Iterator[Tensor]:
+            for matrix in getattr(weights.experts(prefix), kind):
+                yield matrix.dequantize().unsqueeze(0)
+
+        out_rows = rows // 2 if which == "gate_up" else rows
+        yield f"blk.{layer}.ffn_{kind}_exps.weight", (count, out_rows, columns), parts
+
+
+def _kv_b_pieces(weights: ModelWeights, config, name: str, stored: str):
+    """`kv_b_proj` [h (nope + v), lora] split for absorbed attention; see sources.JoinedKVB."""
+    heads, nope, value = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
+    lora = config.kv_lora_rank
+
+    def split() -> list[Tensor]:
+        return list(weights.tensor(name).view(heads, nope + value, lora).split([nope, value], 1))
+
+    yield stored.replace("kv_b", "k_b"), (heads, lora, nope), lambda: iter([split()[0].transpose(1, 2)])
+    yield stored.replace("kv_b", "v_b"), (heads, value, lora), lambda: iter([split()[1]])
+
+
+# --- writing --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _folder_beside(out: Path) -> Iterator[Path]:
+    """A folder on the disk of `out` to write in, gone afterwards whatever happens; disk errors become ours."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=".quantize-", dir=out.parent))
+    except OSError as error:
+        raise WeightError(f"{out}: cannot be written ({error}). Choose another place.") from error
+    try:
+        yield folder
+    except OSError as error:
+        free = shutil.disk_usage(out.parent).free
+        raise WeightError(
+            f"{out}: writing failed ({error}); {free / 1e9:.2f} GB are free there, nothing was left behind. "
+            "Free some space or choose another place."
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _packed(output: Output) -> Tensor:
+    """All bytes of one output, uint8 [bytes]."""
+    packed = torch.empty(output.type.packed_bytes(output.shape), dtype=torch.uint8)
+    start = 0
+    for part in output.parts():
+        try:
+            piece = encode(part, output.type).view(-1)
+        except WeightError as error:
+            raise WeightError(f"{output.name}: {error}") from error
+        packed[start : start + len(piece)] = piece
+        start += len(piece)
+    return packed
+
+
+def write_gguf(
+    out: Path,
+    arch: str,
+    config,
+    outputs: list[Output],
+    mix: str,
+    source: Path,
+    split: int = 0,
+    progress=lambda _: None,
+) -> tuple[list[Path], str | None]:
+    """Write the planned tensors to `out`, or to OUT-0000i-of-0000n.gguf with at most `split` tensors each.
+
+    `progress` is called with the number of weights after each tensor. Returns the files and why there is no
+    tokenizer in them, if there is none. Raises WeightError when the disk is full, leaving nothing behind.
+    """
+    import gguf
+
+    needed = sum(o.type.packed_bytes(o.shape) for o in outputs)
+    with _folder_beside(out) as folder:
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise WeightError(
+                f"{out}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free. Free some space or choose another place."
+            )
+        writer = gguf.GGUFWriter(folder / out.name, arch, split_max_tensors=split)
+        try:
+            writer.add_type("model")
+            writer.add_name(source.resolve().name)
+            writer.add_file_type(FILE_TYPES[mix])
+            writer.add_quantization_version(2)
+            gguf_metadata.add_config(writer, arch, config)
+            no_tokenizer = gguf_metadata.add_tokenizer(writer, source, config)
+            _write_tensors(writer, outputs, progress)
+        finally:
+            writer.close()
+        written = []
+        for path in sorted(folder.iterdir()):
+            written.append(out.with_name(path.name))
+            path.replace(written[-1])
+        return written, no_tokenizer
+
+
+def _write_tensors(writer, outputs: list[Output], progress) -> None:
+    import gguf
+
+    for output in outputs:
+        nbytes = output.type.packed_bytes(output.shape)
+        shape = (*output.shape[:-1], output.type.row_bytes(output.shape[-1]))
+        kind = gguf.GGMLQuantizationType(output.type.id)
+        writer.add_tensor_info(
+            output.name, shape, torch.empty(0, dtype=torch.uint8).numpy().dtype, nbytes, kind
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for output in outputs:
+        writer.write_tensor_data(_packed(output).numpy())
+        progress(output)
+
+
+# --- the program ----------------------------------------------------------------------------------------------
+
+
+def quantize_folder(source: Path, out: Path, mix: str = "Q4_K_M", split: int = 0, show: bool = False) -> dict:
+    """Convert the model in `source` to GGUF. Returns a summary: files, bytes, tensors by type, notices.
+
+    Raises WeightError or UnsupportedError, all problems of the checkpoint at once, before anything is written.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if mix not in FILE_TYPES:
+        raise UnsupportedError(
+            f"Unknown --type {mix!r}{did_you_mean(mix, FILE_TYPES)}. Known: {', '.join(FILE_TYPES)}."
+        )
+    if not (source / "config.json").is_file():
+        raise WeightError(f"{source}: no config.json in it. Give a folder in Hugging Face form.")
+    config = AutoConfig.from_pretrained(source, local_files_only=True)
+    families = [f for f in gguf_names.FAMILIES.values() if config.model_type in f.model_types]
+    if not families:
+        known = ", ".join(t for f in gguf_names.FAMILIES.values() for t in f.model_types)
+        raise UnsupportedError(
+            f"{source}: the GGUF names of {config.model_type!r} models are not known. Known: {known}."
+        )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    with open_weights(source) as files:
+        weights = bind(files, model)
+        tied = model._tied_weights_keys if config.tie_word_embeddings else {}
+        problems = weights.problems({n: s for n, s in shapes.items() if n not in tied})
+        if problems:
+            raise join_errors(WeightError, f"{source}: the weights do not fit the config:", problems)
+        outputs = plan(weights, config, shapes, mix)
+        with _progress(outputs, show) as advance:
+            written, notice = write_gguf(out, families[0].arch, config, outputs, mix, source, split, advance)
+    return {
+        "files": [str(path) for path in written],
+        "bytes": sum(path.stat().st_size for path in written),
+        "types": dict(Counter(output.type.name for output in outputs)),
+        "notices": [f"no tokenizer in the file: {notice}; llama.cpp needs one"] if notice else [],
+    }
+
+
+@contextmanager
+def _progress(outputs: list[Output], show: bool) -> Iterator[Callable[[Output], None]]:
+    """A progress bar by weights, or nothing."""
+    if not show:
+        yield lambda _: None
+        return
+    from rich.progress import Progress
+
+    size = lambda output: torch.Size(output.shape).numel()  # noqa: E731
+    with Progress() as bar:
+        task = bar.add_task("quantizing", total=sum(map(size, outputs)))
+        yield lambda output: bar.update(task, advance=size(output))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Returns the exit status: 0, or 1 after one line of error."""
+    parser = argparse.ArgumentParser(
+        "ktransformers.quantize", description="A Hugging Face folder to a GGUF file."
+    )
+    parser.add_argument("source", type=Path, help="folder with config.json and safetensors")
+    parser.add_argument("out", type=Path, help="the file to write, NAME.gguf")
+    parser.add_argument(
+        "--type", default="Q4_K_M", metavar="TYPE", help=f"one of {', '.join(FILE_TYPES)} (Q4_K_M)"
+    )
+    parser.add_argument("--split", type=int, default=0, metavar="N", help="at most N tensors in a file")
+    parser.add_argument("--json", action="store_true", help="no progress; one JSON object on stdout")
+    options = parser.parse_args(arguments)
+    try:
+        done = quantize_folder(
+            options.source, options.out, options.type, options.split, show=not options.json
+        )
+    except KTransformersError as error:
+        print(json.dumps({"error": str(error)}) if options.json else f"error: {error}", file=sys.stderr)
+        return 1
+    if options.json:
+        print(json.dumps(done))
+        return 0
+    kinds = ", ".join(f"{count} {name}" for name, count in done["types"].items())
+    print(f"wrote {', '.join(done['files'])}: {done['bytes'] / 1e6:.1f} MB, tensors: {kinds}")
+    for notice in done["notices"]:
+        print(f"note: {notice}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
