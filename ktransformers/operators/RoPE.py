@@ -1,0 +1,58 @@
+"""Rotary position embeddings as operators. A model built on the meta device has no frequencies; these compute them.
+
+The mathematics is transformers' own: which kind (default, yarn, dynamic, llama3, ...) the model's config says, so
+the names below, which published rule files tell apart by checkpoint, are one and the same operator.
+Loading computes on the CPU and then moves, so that every device holds the same bits.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ktransformers.operators.base_operator import FamilyOperator
+
+
+class RotaryEmbedding(FamilyOperator):
+    """(x, position_ids [B, S]) -> the family's form: (cos, sin) [B, S, R] each, or complex factors for DeepSeek-V2.
+
+    The class names end in ``RotaryEmbedding`` because transformers finds rotary modules by that.
+    """
+
+    @classmethod
+    def check(cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None) -> list[str]:
+        if "inv_freq" in orig_module._buffers and hasattr(orig_module, "config"):
+            return []
+        return [f"{cls.__name__} replaces a rotary embedding (a module with inv_freq), found {type(orig_module).__name__}"]
+
+    def load(self) -> None:
+        fresh = type(self.orig_module)(self.orig_module.config)
+        self.orig_module.attention_scaling = self.attention_scaling = fresh.attention_scaling
+        for name, buffer in fresh._buffers.items():
+            buffer = buffer.to(self.device)
+            buffer._is_hf_initialized = True
+            self._buffers[name] = buffer
+
+
+class RotaryEmbeddingV2(RotaryEmbedding):
+    """`RotaryEmbedding`, under the name of Llama's rule files."""
+
+
+class RotaryEmbeddingV3(RotaryEmbedding):
+    """`RotaryEmbedding`, under the name of DeepSeek-V3's rule files without yarn."""
+
+
+class RotaryEmbeddingV4(RotaryEmbedding):
+    """`RotaryEmbedding`, under another name that rule files use."""
+
+
+class YarnRotaryEmbedding(RotaryEmbedding):
+    """`RotaryEmbedding`, under the name of DeepSeek-V2's rule files."""
+
+
+class YarnRotaryEmbeddingV3(YarnRotaryEmbedding):
+    """`RotaryEmbedding`, under the name of DeepSeek-V3's rule files."""
+
+
+class DynamicNTKScalingRotaryEmbedding(RotaryEmbedding):
+    """`RotaryEmbedding`, under the name of rule files for dynamic NTK scaling; grows with the sequence as before."""

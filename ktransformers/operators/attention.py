@@ -1,0 +1,205 @@
+"""Multi-head latent attention (DeepSeek-V2, V3 and kin) with `kv_b_proj` absorbed into queries and outputs.
+
+The cache holds, per token, one latent (rank L) and one rotated key (R) for all heads, exactly as transformers' own
+module fills it, so dynamic, static and quantized caches all work. transformers expands the whole cache to per-head
+keys and values in every step; here a step with few queries works on the latents instead. Following the papers
+(DeepSeek-V2, section 2.1), with W_UK and W_UV the key and value rows of `kv_b_proj`:
+
+    expanded   score = q_nope · (W_UK c) + q_rot · k_rot        out = Σ p (W_UV c)
+    absorbed   score = (q_nope W_UK) · c + q_rot · k_rot        out = W_UV Σ p c
+
+Both are the same sum in another order. Not here: paged caches, GPU kernels.
+Letters: B batch, S queries, T cached tokens, A heads, N no-rope and R rope part of a query, L latent rank, V value size.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ktransformers.errors import UnsupportedError
+from ktransformers.operators.base_operator import FamilyOperator
+
+_NEEDED = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "num_heads", "scaling")
+
+
+class KDeepseekV2Attention(FamilyOperator):
+    """MLA for DeepSeek-V2 (complex rotary factors) and V3 (cos, sin).
+
+    Args:
+        chunck_size: queries whose scores are in memory at a time, [B, A, chunck_size, T] in fp32. Spelt as upstream does.
+        absorb_for_prefill: work on the latents whatever the number of queries. Otherwise the form with fewer
+            multiplications is taken: absorbed for decoding, expanded for long prompts (`absorbing_is_cheaper`).
+
+    `kv_b_proj` serves as the source of W_UK and W_UV. If a rule replaces it by something without a dense `weight`,
+    a dense copy is loaded beside it.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        gguf_loader: Any,
+        config: Any,
+        orig_module: nn.Module | None = None,
+        prefill_device: str = "cuda",
+        generate_device: str | None = None,
+        chunck_size: int = 1000,
+        absorb_for_prefill: bool = False,
+    ):
+        super().__init__(key, gguf_loader, config, orig_module, prefill_device, generate_device)
+        self.chunck_size = chunck_size
+        self.absorb_for_prefill = absorb_for_prefill
+        self._kv_b: Tensor | None = None  # only where kv_b_proj has no dense weight
+
+    @classmethod
+    def check(cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None) -> list[str]:
+        missing = [name for name in (*_NEEDED, "kv_a_proj_with_mqa", "kv_b_proj") if not hasattr(orig_module, name)]
+        if missing or hasattr(orig_module, "indexer"):
+            why = f"no {', '.join(missing)}" if missing else "an indexer, so its attention is sparse"
+            return [f"{cls.__name__} replaces multi-head latent attention; found {type(orig_module).__name__} with {why}"]
+        chunk = kwargs.get("chunck_size", 1)
+        return [] if isinstance(chunk, int) and chunk > 0 else [f"chunck_size: {chunk!r}, expected a positive number of queries"]
+
+    def load(self) -> None:
+        super().load()
+        if _dense_weight(self.kv_b_proj) is None:
+            dtype = self.orig_module.kv_a_layernorm.weight.dtype
+            self._kv_b = self.gguf_loader.tensor(f"{self.key}.kv_b_proj.weight", device=self.device, dtype=dtype)
+
+    def unload(self) -> None:
+        super().unload()
+        self._kv_b = None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        position_embeddings: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden [B, S, H] -> ([B, S, H], None), or with the weights [B, A, S, T] when attentions are asked for."""
+        batch, length = hidden_states.shape[:2]
+        q_nope, q_rot = self._queries(hidden_states)
+        latent, k_rot = self.kv_a_proj_with_mqa(hidden_states).split([self.kv_lora_rank, self.qk_rope_head_dim], -1)
+        latent = self.kv_a_layernorm(latent).unsqueeze(1)  # [B, 1, S, L]
+        interleave = getattr(self.config, "rope_interleave", False)
+        q_rot = rotate(q_rot, position_embeddings, interleave)
+        k_rot = rotate(k_rot.unsqueeze(1), position_embeddings, interleave)  # [B, 1, S, R]
+        if past_key_values is not None:
+            latent, k_rot = past_key_values.update(latent, k_rot, self.layer_idx)
+        mask = _checked_mask(attention_mask, self.config)
+
+        if mask is None and length > 1:
+            # transformers omits the mask only where the cache was empty; what a static cache holds beyond is unused.
+            latent, k_rot = latent[:, :, :length], k_rot[:, :, :length]
+
+        wants_weights = bool(kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)))
+        attend = self._absorbed if self.absorb_for_prefill or self.absorbing_is_cheaper(length, latent.shape[2]) else self._expanded
+        out, weights = attend(q_nope, q_rot, latent, k_rot, mask, wants_weights)  # [B, A, S, V]
+        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1)), weights
+
+    def absorbing_is_cheaper(self, queries: int, cached: int) -> bool:
+        """Compare multiplications per head. For V3's sizes and a long cache, up to about 170 queries are absorbed."""
+        n, r, v, rank = self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim, self.kv_lora_rank
+        absorbed = queries * rank * (n + v) + queries * cached * (2 * rank + r)
+        expanded = cached * rank * (n + v) + queries * cached * (n + r + v)
+        return absorbed <= expanded
+
+    def _queries(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The no-rope [B, A, S, N] and the still unrotated rope part [B, A, S, R] of the queries."""
+        if self.q_lora_rank is None:
+            q = self.q_proj(hidden)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden)))
+        q = q.view(*hidden.shape[:2], -1, self.qk_nope_head_dim + self.qk_rope_head_dim).transpose(1, 2)
+        return q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], -1)
+
+    def _kv_b_weight(self) -> Tensor:
+        """`kv_b_proj` as [A * (N + V), L]: for each head the rows of W_UK, then those of W_UV."""
+        return _dense_weight(self.kv_b_proj) if self._kv_b is None else self._kv_b
+
+    def _absorbed(self, q_nope, q_rot, latent, k_rot, mask, wants_weights) -> tuple[Tensor, Tensor | None]:
+        by_head = self._kv_b_weight().to(latent.dtype).view(-1, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
+        w_uk, w_uv = by_head.split([self.qk_nope_head_dim, self.v_head_dim], 1)  # [A, N, L], [A, V, L]: views
+        q_latent = torch.einsum("basn,anl->basl", q_nope, w_uk)
+        context, weights = self._attend([(q_latent, latent), (q_rot, k_rot)], latent, mask, wants_weights)
+        return torch.einsum("basl,avl->basv", context, w_uv), weights
+
+    def _expanded(self, q_nope, q_rot, latent, k_rot, mask, wants_weights) -> tuple[Tensor, Tensor | None]:
+        expanded = F.linear(latent[:, 0], self._kv_b_weight().to(latent.dtype))  # [B, T, A * (N + V)]
+        expanded = expanded.view(*expanded.shape[:2], -1, self.qk_nope_head_dim + self.v_head_dim).transpose(1, 2)
+        keys, values = expanded.split([self.qk_nope_head_dim, self.v_head_dim], -1)
+        return self._attend([(q_nope, keys), (q_rot, k_rot)], values, mask, wants_weights)
+
+    def _attend(self, parts, values: Tensor, mask: Tensor | None, wants_weights: bool) -> tuple[Tensor, Tensor | None]:
+        """Attention with scores summed over `parts`, pairs of queries [B, A, S, D] and keys [B, A or 1, T, D]."""
+        out, weights = [], []
+        for start in range(0, parts[0][0].shape[2], self.chunck_size):
+            chunk = slice(start, start + self.chunck_size)
+            scores = sum(_product(q[:, :, chunk], k.transpose(2, 3)).float() for q, k in parts)
+            probs = F.softmax(_masked(scores * self.scaling, mask, start), -1).to(values.dtype)  # [B, A, chunk, T]
+            if self.training and self.attention_dropout:
+                probs = F.dropout(probs, self.attention_dropout)
+            out.append(_product(probs, values))
+            weights += [probs] if wants_weights else []
+        return torch.cat(out, 2), torch.cat(weights, 2) if wants_weights else None
+
+
+_LOWEST = torch.finfo(torch.float32).min
+
+
+def _dense_weight(linear: nn.Module) -> Tensor | None:
+    """The layer's floating 2-D weight, if it has one."""
+    weight = getattr(linear, "weight", None)
+    return weight if isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point() else None
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """[B, A, S, X] x [B, A or 1, X, Y] -> [B, A, S, Y]; one matrix product per sequence where all heads share `right`."""
+    if right.shape[1] == left.shape[1]:
+        return left @ right
+    b, a, s, x = left.shape
+    return (left.reshape(b, a * s, x) @ right[:, 0]).view(b, a, s, -1)
+
+
+def _masked(scores: Tensor, mask: Tensor | None, start: int) -> Tensor:
+    """Mask fp32 scores [B, A, chunk, T] of the queries from `start` on; without a mask as causal, first on first."""
+    chunk, cached = scores.shape[2:]
+    if mask is None:
+        if start == 0 and chunk == 1:
+            return scores  # one query: the newest token, which sees all
+        at = torch.arange(start, start + chunk, device=scores.device).unsqueeze(1)
+        return scores.masked_fill(torch.arange(cached, device=scores.device) > at, _LOWEST)
+    part = mask[:, :, start : start + chunk, :cached]
+    # Not -inf: a row with nothing to attend to (left padding) must stay finite, for it enters the cache.
+    return scores.masked_fill(~part, _LOWEST) if part.dtype == torch.bool else scores + part
+
+
+def _checked_mask(mask: Any, config: Any) -> Tensor | None:
+    if mask is None or isinstance(mask, Tensor) and mask.dim() == 4:
+        return mask
+    found = f"a {mask.dim()}-D tensor" if isinstance(mask, Tensor) else type(mask).__name__
+    raise UnsupportedError(
+        f"KDeepseekV2Attention takes 4-D masks, found {found} (attn_implementation {config._attn_implementation!r}). "
+        "Build the model with attn_implementation='sdpa' or 'eager'."
+    )
+
+
+def rotate(x: Tensor, position_embeddings: Any, interleave: bool) -> Tensor:
+    """Apply rotary positions to x [B, heads, S, R] as the family does, bit for bit in the layout of the result.
+
+    Args:
+        position_embeddings: complex factors [B or 1, S, R/2] (DeepSeek-V2; pairs stay interleaved), or (cos, sin)
+            [B or 1, S, R] each.
+        interleave: with (cos, sin): the pairs to rotate are neighbours in x; the result has them R/2 apart.
+    """
+    if isinstance(position_embeddings, Tensor):
+        pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * position_embeddings.unsqueeze(1).to(x.device)).flatten(3).type_as(x)
+    half = x.shape[-1] // 2
+    cos, sin = (t[..., :half].unsqueeze(1).to(x.device) for t in position_embeddings)
+    first, second = (x[..., 0::2], x[..., 1::2]) if interleave else (x[..., :half], x[..., half:])
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

@@ -1,0 +1,280 @@
+"""The contract of every operator: what the framework calls, and how weights reach modules.
+
+An operator is an ordinary `nn.Module` that takes the place of one module of a Hugging Face model. This file
+knows nothing about kinds of operators, about rules, or about file formats.
+
+To write one: subclass `BaseInjectedModule`, keep its constructor, override `forward()` and, when the operator
+holds its weights in a form of its own, `load()` and `unload()`; then name the class in a rule.
+"""
+
+import enum
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ktransformers.errors import UnsupportedError, WeightError
+
+
+class InferenceState(enum.Enum):
+    """Which of its two inner operators a `KTransformersLinear` or `KTransformersExperts` holds."""
+
+    UNLOAD = 0
+    PREFILL = 1
+    GENERATE = 2
+
+
+class BaseInjectedModule(nn.Module):
+    """Base of all operators.
+
+    Args:
+        key: dotted name of the replaced module, such as ``model.layers.3.mlp``.
+        gguf_loader: the open weights bound to the model (`ktransformers.loaders.ModelWeights`), of whatever format;
+            asked with module names. The name is upstream's: users' operators are written to it.
+        config: the model's `PretrainedConfig`.
+        orig_module: the replaced module, normally on the meta device. Kept as a plain attribute, not as a child.
+        prefill_device, generate_device: where the operator computes; `generate_device` None means `prefill_device`.
+
+    An operator shares `_modules`, `_parameters` and `_buffers` with `orig_module`: names in the state dict stay as
+    they were, a child replaced later is seen by both, and calling the original computes with the loaded weights.
+    A class that replaces the weights by something of its own says ``adopts = False`` and starts empty.
+    """
+
+    adopts: ClassVar[bool]  # no value here: a mixin such as KLinearBase, later in the MRO, may say False
+
+    def __init__(
+        self,
+        key: str,
+        gguf_loader: Any,
+        config: Any,
+        orig_module: nn.Module | None = None,
+        prefill_device: str = "cuda",
+        generate_device: str | None = None,
+        **kwargs: Any,
+    ):
+        nn.Module.__init__(self)  # not super(): with a FamilyOperator the next class would build the whole module
+        self.key = key
+        self.gguf_loader = gguf_loader
+        self.config = config
+        self.prefill_device = prefill_device
+        self.generate_device = prefill_device if generate_device is None else generate_device
+        self.devices: Mapping[str, str] = {}  # this and the next: handed over by load_weights, for the children
+        self.tick: Tick | None = None
+        object.__setattr__(self, "orig_module", orig_module)  # past nn.Module, which would register a child
+        if orig_module is not None:
+            self.training = orig_module.training
+            if getattr(self, "adopts", True):
+                for shared in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
+                    self.__dict__[shared] = orig_module.__dict__[shared]
+
+    @classmethod
+    def check(cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None) -> list[str]:
+        """Say why this operator cannot take the place of `orig_module`; an empty list when it can.
+
+        Called before anything is touched. `kwargs` are the rule's, devices already mapped; `weights` is None when
+        only a plan is asked for.
+        """
+        return []
+
+    @property
+    def device(self) -> Any:
+        """Where `generate_device` is; operators compute there unless they say otherwise."""
+        return self.generate_device
+
+    @device.setter
+    def device(self, device: Any) -> None:
+        self.generate_device = device
+
+    def train(self, mode: bool = True) -> "BaseInjectedModule":
+        super().train(mode)
+        if self.orig_module is not None:  # not a child, yet the default forward runs it
+            self.orig_module.training = mode
+        return self
+
+    def load(self) -> None:
+        """Load own parameters and buffers, and those of all children; a child operator loads itself."""
+        load_own_weights(self, self.gguf_loader, self.key, self.devices.get(self.key, self.generate_device))
+        load_children(self, self.gguf_loader, self.key, self.devices, self.tick)
+
+    def unload(self) -> None:
+        """Give the memory back; `load()` brings the weights in again."""
+        unload_weights(self)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.orig_module.forward(*args, **kwargs)
+
+
+class FamilyOperator(BaseInjectedModule):
+    """An operator that stays an instance of the class it replaces.
+
+    transformers finds modules by class: to record attentions and router logits, to initialize, to nest models.
+    So an instance gets a class of its own, made from the operator's and the replaced module's, and a copy of the
+    replaced module's plain attributes, which the family's methods read.
+    """
+
+    def __new__(cls, key: str = "", gguf_loader: Any = None, config: Any = None, orig_module: nn.Module | None = None,
+                *args: Any, **kwargs: Any) -> "FamilyOperator":  # fmt: skip
+        if orig_module is None or isinstance(orig_module, cls) or issubclass(cls, type(orig_module)):
+            return super().__new__(cls)
+        return super().__new__(_family_class(cls, type(orig_module)))
+
+    def __init__(self, key: str, gguf_loader: Any, config: Any, orig_module: nn.Module | None = None,
+                 prefill_device: str = "cuda", generate_device: str | None = None, **kwargs: Any):  # fmt: skip
+        super().__init__(key, gguf_loader, config, orig_module, prefill_device, generate_device, **kwargs)
+        if orig_module is not None:
+            internal = vars(nn.Module())
+            own = {k: v for k, v in vars(orig_module).items() if k not in internal and k not in self.__dict__}
+            self.__dict__.update(own)
+
+
+@functools.cache
+def _family_class(operator: type, family: type) -> type:
+    # It keeps the operator's name: that is what printing a model and the "RotaryEmbedding" convention show.
+    return type(operator.__name__, (operator, family), {"__module__": operator.__module__, "__doc__": operator.__doc__})
+
+
+# --- weights into modules ---------------------------------------------------------------------------------------
+
+
+Tick = Callable[[str], None]
+"""Called with the name of each module that owns weights, once it is loaded."""
+
+
+def load_weights(
+    module: nn.Module,
+    gguf_loader: Any,
+    prefix: str = "",
+    devices: Mapping[str, str] | None = None,
+    tick: Tick | None = None,
+) -> None:
+    """Load `module`, whose name in the model is `prefix`, and everything below it. An operator loads itself.
+
+    `devices` maps module names to devices; a module that is not in it goes where its parent goes. Dtypes are those
+    of the meta tensors. Peak memory: what is loaded, plus one tensor.
+    """
+    devices = devices or {}
+    owns_weights = any(p is not None for p in module._parameters.values())
+    if callable(getattr(module, "load", None)):
+        owns_weights = owns_weights or not module._modules
+        module.devices, module.tick = devices, tick
+        module.load()
+    else:
+        load_own_weights(module, gguf_loader, prefix, device_of(prefix, devices))
+        load_children(module, gguf_loader, prefix, devices, tick)
+    if tick is not None and owns_weights:
+        tick(prefix)
+
+
+def load_children(
+    module: nn.Module, gguf_loader: Any, prefix: str, devices: Mapping[str, str], tick: Tick | None = None
+) -> None:
+    """`load_weights` for each child of `module`."""
+    for name, child in module.named_children():
+        load_weights(child, gguf_loader, join(prefix, name), devices, tick)
+
+
+def load_own_weights(module: nn.Module, gguf_loader: Any, prefix: str, device: Any) -> None:
+    """Load the parameters and persistent buffers of `module` itself.
+
+    A tensor the checkpoint does not hold stays on meta (it may be tied to one that it holds); whoever drives the
+    loading looks at what is left on meta at the end.
+
+    Raises:
+        WeightError: a tensor has another shape than the module expects.
+    """
+    skipped = module._non_persistent_buffers_set
+    for table in (module._parameters, module._buffers):
+        for name, old in table.items():
+            full = join(prefix, name)
+            if old is None or name in skipped or not gguf_loader.has(full):
+                continue
+            new = gguf_loader.tensor(full, device=device, dtype=old.dtype)
+            if new.shape != old.shape:
+                raise WeightError(f"{full}: the checkpoint holds {list(new.shape)}, the model expects {list(old.shape)}.")
+            if table is module._parameters:
+                new = nn.Parameter(new, requires_grad=old.requires_grad)
+            new._is_hf_initialized = True  # so that transformers' initialize_weights() leaves it alone
+            table[name] = new
+
+
+def unload_weights(module: nn.Module) -> None:
+    """Put the weights of `module` and of everything below it back on meta; an operator unloads itself."""
+    for table in (module._parameters, module._buffers):
+        for name, old in table.items():
+            if old is None or name in module._non_persistent_buffers_set:
+                continue
+            new = torch.empty_like(old, device="meta")
+            table[name] = nn.Parameter(new, requires_grad=old.requires_grad) if table is module._parameters else new
+    for child in module.children():
+        if isinstance(child, BaseInjectedModule):
+            child.unload()
+        else:
+            unload_weights(child)
+
+
+def device_of(name: str, devices: Mapping[str, str]) -> str:
+    """The device of module `name`: its own entry in `devices`, or its nearest ancestor's, or the CPU."""
+    while name not in devices:
+        if not name:
+            return "cpu"
+        name = name.rpartition(".")[0]
+    return devices[name]
+
+
+def join(prefix: str, name: str) -> str:
+    """A dotted name from its two halves; the model itself has the empty name."""
+    return f"{prefix}.{name}" if prefix else name
+
+
+# --- small things that several operators need -------------------------------------------------------------------
+
+_told: set[str] = set()
+
+
+def tell_once(message: str) -> None:
+    """Warn with `message`, but only once per process: rules apply to many layers alike."""
+    if message not in _told:
+        _told.add(message)
+        warnings.warn(message, UserWarning, stacklevel=3)
+
+
+def to_device(value: Any, device: Any) -> Any:
+    """Move the tensors in `value` (tensor, tuple, list or dict of them) to `device`; anything else stays as it is."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if type(value) in (tuple, list):
+        return type(value)(to_device(item, device) for item in value)
+    if type(value) is dict:
+        return {key: to_device(item, device) for key, item in value.items()}
+    return value
+
+
+class _ForwardOnly(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, function: Callable, what: str, *tensors: Tensor) -> Tensor:
+        ctx.what = what
+        return function(*tensors)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        raise UnsupportedError(
+            f"{ctx.what} has no backward yet, so no gradient can flow through it. Run under torch.no_grad(), "
+            "or let a rule name the torch operator (KLinearTorch) for modules that gradients must pass."
+        )
+
+
+def forward_only(function: Callable[..., Tensor], what: str, *tensors: Tensor) -> Tensor:
+    """Call `function(*tensors)`; asking for gradients through the result raises UnsupportedError naming `what`."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return _ForwardOnly.apply(function, what, *tensors)
+    return function(*tensors)
+
+
+def forward_arguments(module: nn.Module) -> list[str]:
+    """Names of the required positional arguments of the module's forward."""
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty and p.name != "self"]

@@ -1,0 +1,127 @@
+"""Inner operators (`generate_op`, `prefill_op` in a rule): their names, and the wrapper that holds one or two.
+
+Which names are today's, obsolete, or need a GPU is said here once for `KTransformersLinear` and
+`KTransformersExperts`; what the inner operators compute is said in linear.py and experts.py.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ktransformers.errors import UnsupportedError, did_you_mean
+from ktransformers.operators.base_operator import BaseInjectedModule, InferenceState, tell_once
+
+OBSOLETE_OPS = {
+    "MLPCPUExperts": "KExpertsCPU",
+    "MLPCUDAExperts": "KExpertsMarlin",
+    "QuantizedLinearMarlin": "KLinearMarlin",
+    "CPUInferOp": "KLinearCPUInfer",
+}
+"""Names that older rule files and tutorials use -> today's."""
+
+CPU_COUNTERPART = {
+    "KLinearMarlin": "KLinearCPUInfer",
+    "VLinearMarlin": "KLinearCPUInfer",
+    "KLinearFP8": "KLinearCPUInfer",
+    "KLinearQ8": "KLinearCPUInfer",
+    "KLinearIPEXLLM": "KLinearCPUInfer",
+    "KExpertsMarlin": "KExpertsCPU",
+}
+"""Operators with GPU kernels, none of them built yet -> what takes their place where the rule's device is the CPU."""
+
+
+def is_cpu(device: Any) -> bool:
+    """Whether a device name means the CPU."""
+    return torch.device(device).type == "cpu"
+
+
+def given(name: Any) -> str | None:
+    """The operator a rule names, or None; shipped rule files also write the text "None"."""
+    return None if name in (None, "None") else name
+
+
+def resolve_op(name: str, device: Any) -> str:
+    """Today's name of operator `name` on `device`. Warns once per obsolete or replaced name.
+
+    Raises:
+        UnsupportedError: the operator needs a GPU kernel that is not built, and `device` is no CPU.
+    """
+    today = OBSOLETE_OPS.get(name, name)
+    if today != name:
+        tell_once(f"operator name {name!r} is obsolete, today's is {today!r}; the rule works as it is")
+    if today not in CPU_COUNTERPART:
+        return today
+    if not is_cpu(device):
+        raise UnsupportedError(_not_built(today, device))
+    counterpart = CPU_COUNTERPART[today]
+    tell_once(f"{today} runs on GPUs only; on {device} {counterpart} takes its place")
+    return counterpart
+
+
+def op_problem(kwarg: str, name: Any, device: Any, table: Mapping[str, type]) -> str:
+    """Say why a rule's `kwarg: name` cannot run on `device`, or return ``""``. Warns of nothing."""
+    if given(name) is None:
+        return ""
+    today = OBSOLETE_OPS.get(name, name)
+    if today in CPU_COUNTERPART:
+        counterpart_known = CPU_COUNTERPART[today] in table
+        if counterpart_known:
+            return "" if is_cpu(device) else f"{kwarg}: {_not_built(today, device)}"
+    if today not in table:
+        known = [*table, *(op for op, cpu in CPU_COUNTERPART.items() if cpu in table)]
+        return f"{kwarg}: {name!r} unknown{did_you_mean(str(name), known)}; known: {', '.join(known)}"
+    if getattr(table[today], "cpu_only", False) and not is_cpu(device):
+        device_kwarg = kwarg.replace("_op", "_device")
+        return f"{kwarg}: {today} computes on the CPU, but {device_kwarg} is {str(device)!r}; set {device_kwarg}: cpu"
+    return ""
+
+
+def _not_built(name: str, device: Any) -> str:
+    torch_op = "KExpertsTorch" if "Experts" in name else "KLinearTorch"
+    return f"{name} on {device} is not built yet; use {torch_op} there, or {CPU_COUNTERPART[name]} on cpu"
+
+
+class StagedOperator(BaseInjectedModule):
+    """An operator around an inner one, or around two of which one is loaded at a time.
+
+    The generate operator serves prefill too: one weight in memory. Another prefill operator, where a rule asks for
+    one, is loaded in its stead by ``set_inference_mode(InferenceState.PREFILL)``. An inner operator has
+    ``load(w=None)``, ``unload()`` and ``forward(...)``; it is no child module.
+    """
+
+    adopts = False
+
+    def hold(self, generate: Any, prefill: Any = None) -> None:
+        """Take the inner operators; `prefill` None means that `generate` serves both."""
+        self.mode = InferenceState.UNLOAD
+        # In a dict, so that nn.Module does not register them: state dict names stay those of the original.
+        self._inner = {InferenceState.GENERATE: generate, InferenceState.PREFILL: prefill or generate}
+
+    @property
+    def active(self) -> Any:
+        """The inner operator that computes now."""
+        stage = InferenceState.PREFILL if self.mode is InferenceState.PREFILL else InferenceState.GENERATE
+        return self._inner[stage]
+
+    def load(self, w: Any = None, mode: InferenceState = InferenceState.GENERATE) -> None:
+        """Load the inner operator of `mode`, from the checkpoint or from `w`; another one is unloaded first."""
+        if mode is InferenceState.UNLOAD:
+            return self.unload()
+        if self.active is not self._inner[mode]:
+            self.active.unload()
+        self.mode = mode
+        self.active.load(w)
+
+    def unload(self) -> None:
+        for inner in self._inner.values():
+            inner.unload()
+        self.mode = InferenceState.UNLOAD
+
+    def set_inference_mode(self, mode: InferenceState) -> None:
+        """Change to the inner operator of `mode`, reading the checkpoint again; free when one serves both."""
+        loaded = self.mode is not InferenceState.UNLOAD
+        if loaded and mode is not InferenceState.UNLOAD and self._inner[mode] is self.active:
+            self.mode = mode
+        elif mode is not self.mode:
+            self.load(mode=mode)

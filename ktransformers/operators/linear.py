@@ -1,0 +1,258 @@
+"""Linear layers: the wrapper that a rule names, the inner operators it chooses from, and the base for authors.
+
+`KTransformersLinear` holds inner operators, each of which knows one way of computing. Packed GPU kernels (Marlin,
+FP8) are not built; see inner_ops.py.
+Letters: N output features, K input features.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ktransformers import native
+from ktransformers.errors import WeightError
+from ktransformers.operators.base_operator import BaseInjectedModule, InferenceState, forward_only
+from ktransformers.operators.inner_ops import OBSOLETE_OPS, StagedOperator, given, is_cpu, op_problem, resolve_op
+
+Weight = dict | nn.Parameter | tuple | None
+"""What `load(w=...)` takes: nothing (read the checkpoint), the weight [N, K], or (weight, bias)."""
+
+
+class KLinearBase:
+    """Reads the weight of a linear layer from the checkpoint, whatever its format. Two ways to use it:
+
+    - as a mixin beside `BaseInjectedModule`, with ``KLinearBase.__init__(self)`` after the other constructor;
+    - as the base of an inner operator, constructed with all arguments.
+
+    Gives `in_features`, `out_features` and `load_weight()`; subclasses write `load`, `unload` and `forward`.
+    """
+
+    adopts: ClassVar[bool] = False
+    """A linear operator keeps the weight in a form of its own, so the original's (meta) parameters go."""
+
+    def __init__(
+        self,
+        key: str | None = None,
+        gguf_loader: Any = None,
+        config: Any = None,
+        orig_module: nn.Module | None = None,
+        device: str | None = None,
+        **kwargs: Any,
+    ):
+        if key is not None:
+            super().__init__()
+            self.key, self.gguf_loader, self.config = key, gguf_loader, config
+            self.device = "cuda" if device is None else device
+            object.__setattr__(self, "orig_module", orig_module)  # past nn.Module, which would register a child
+        self.has_bias = getattr(self.orig_module, "bias", None) is not None
+        if self.orig_module is not None:
+            self.in_features, self.out_features = self.orig_module.in_features, self.orig_module.out_features
+        else:
+            self.out_features, self.in_features = self.gguf_loader.shape(f"{self.key}.weight")
+
+    def load_weight(
+        self, override_key: str | None = None, device: Any = None, dtype: torch.dtype | None = None
+    ) -> nn.Parameter | tuple[nn.Parameter, nn.Parameter]:
+        """Read the weight [N, K], or the pair (weight, bias [N]) when the layer has a bias; never requiring gradients.
+
+        `dtype` None is torch's default dtype; quantized weights are dequantized into it. `device` None is the
+        operator's. Raises WeightError when the shape does not fit the layer.
+        """
+        key = override_key or self.key
+        device = self.device if device is None else device
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        weight = self.gguf_loader.tensor(f"{key}.weight", device=device, dtype=dtype)
+        if tuple(weight.shape) != (self.out_features, self.in_features):
+            expected = [self.out_features, self.in_features]
+            raise WeightError(f"{key}.weight: the checkpoint holds {list(weight.shape)}, the layer expects {expected}.")
+        weight = nn.Parameter(weight, requires_grad=False)
+        if getattr(self.orig_module, "bias", None) is None:
+            return weight
+        bias = self.gguf_loader.tensor(f"{key}.bias", device=device, dtype=dtype)
+        return weight, nn.Parameter(bias, requires_grad=False)
+
+
+class KLinearTorch(KLinearBase, nn.Module):
+    """Dense weight on any device, computed by torch. `weight` and `bias` are parameters in the model's dtype."""
+
+    def __init__(self, key: str, gguf_loader: Any, config: Any, orig_module: nn.Module | None = None,
+                 device: str | None = None, **kwargs: Any):  # fmt: skip
+        super().__init__(key, gguf_loader, config, orig_module, device, **kwargs)
+        weight = getattr(orig_module, "weight", None)
+        self.dtype = torch.get_default_dtype() if weight is None else weight.dtype
+        self.register_parameter("weight", None)
+        self.register_parameter("bias", None)
+
+    def load(self, w: Weight = None, device: Any = None) -> None:
+        device = self.device if device is None else device
+        if w is None:
+            w = self.load_weight(device=device, dtype=self.dtype)
+        weight, bias = w if isinstance(w, tuple) else (w, None)
+        if not isinstance(weight, Tensor):
+            raise WeightError(f"{self.key}: found {type(weight).__name__}, expected the weight or (weight, bias).")
+        self.weight, self.bias = (
+            None if t is None else nn.Parameter(t.detach().to(device, self.dtype), requires_grad=False)
+            for t in (weight, bias)
+        )
+
+    def unload(self) -> None:
+        self.weight = self.bias = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        return F.linear(x.to(weight.device, weight.dtype), weight, self.bias).to(x.device, x.dtype)
+
+
+class KLinearCPUInfer(KLinearBase):
+    """The checkpoint's own bytes, computed by the C library. Not a module: `.to()` has nothing to move."""
+
+    cpu_only = True
+
+    def __init__(self, key: str, gguf_loader: Any, config: Any, orig_module: nn.Module | None = None,
+                 device: str | None = None, **kwargs: Any):  # fmt: skip
+        super().__init__(key, gguf_loader, config, orig_module, device, **kwargs)
+        self.linear: native.Linear | None = None
+
+    @classmethod
+    def problem(cls, key: str, weights: Any) -> str:
+        """Say why the C library cannot compute this weight, or return ``""``."""
+        if not native.available():
+            return "the C library is not built (run `make native`); KLinearTorch needs none"
+        if weights is None:
+            return ""
+        name = f"{key}.weight"
+        kind = weights.quant_type(name)
+        if kind not in native.SUPPORTED_TYPES:
+            return f"the C library does not compute {kind} (it does {', '.join(sorted(native.SUPPORTED_TYPES))}); use KLinearTorch"
+        return "" if weights.can_pack(name) else f"{name} is not stored as one matrix in the checkpoint; use KLinearTorch"
+
+    def load(self, w: Weight = None, device: Any = None) -> None:
+        if w is not None:
+            raise WeightError(f"{self.key}: KLinearCPUInfer computes from the checkpoint's bytes; load it without `w`.")
+        bias = self.gguf_loader.tensor(f"{self.key}.bias", dtype=torch.float32) if self.has_bias else None
+        self.linear = native.Linear(self.gguf_loader.packed(f"{self.key}.weight"), bias)
+
+    def unload(self) -> None:
+        self.linear = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return forward_only(lambda t: self.linear.forward(t.cpu()).to(t.device), f"{self.key} (KLinearCPUInfer)", x)
+
+
+LINEAR_MAP: dict[str, type] = {"KLinearTorch": KLinearTorch, "KLinearCPUInfer": KLinearCPUInfer}
+"""Names a rule may give as `generate_op` and `prefill_op`; authors may add theirs."""
+
+
+class KTransformersLinear(StagedOperator):
+    """A linear layer that computes with the inner operator a rule names; see `StagedOperator` for prefill and generate.
+
+    Without a name the device decides: on the CPU `KLinearCPUInfer` for weights that the C library computes, else
+    `KLinearTorch`. The input may be on any device; the result is on `out_device`, or where the input was.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        gguf_loader: Any,
+        config: Any,
+        orig_module: nn.Module | None = None,
+        generate_device: str = "cuda",
+        generate_op: str | None = None,
+        prefill_device: str = "cuda",
+        prefill_op: str | None = None,
+        out_device: str | None = None,
+    ):
+        super().__init__(key, gguf_loader, config, orig_module, prefill_device, generate_device)
+        self.out_device = out_device
+        generate = self._op(generate_op, generate_device)
+        prefill = self._op(prefill_op, prefill_device) if given(prefill_op) else generate
+        make = (key, gguf_loader, config, orig_module)
+        self.hold(generate[0](*make, generate[1]), prefill[0](*make, prefill[1]) if prefill != generate else None)
+        self.in_features, self.out_features = self.active.in_features, self.active.out_features
+
+    def _op(self, name: str | None, device: str) -> tuple[type, torch.device]:
+        today = resolve_op(name, device) if given(name) else None
+        if today is not None and (today == OBSOLETE_OPS.get(name, name) or today != "KLinearCPUInfer"):
+            return LINEAR_MAP[today], torch.device(device)
+        # Nothing named, or a GPU operator that gave way: the best this device has for this weight.
+        usable = is_cpu(device) and not KLinearCPUInfer.problem(self.key, self.gguf_loader)
+        return (KLinearCPUInfer if usable else KLinearTorch), torch.device(device)
+
+    @classmethod
+    def check(cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None) -> list[str]:
+        if not isinstance(orig_module, nn.Linear):
+            return [f"{cls.__name__} replaces torch.nn.Linear, found {type(orig_module).__name__}"]
+        problems = []
+        for stage in ("generate", "prefill"):
+            name, device = kwargs.get(f"{stage}_op"), kwargs.get(f"{stage}_device") or "cuda"
+            problem = op_problem(f"{stage}_op", name, device, LINEAR_MAP)
+            if not problem and OBSOLETE_OPS.get(name, name) == "KLinearCPUInfer":
+                reason = KLinearCPUInfer.problem(key, weights)
+                problem = reason and f"{stage}_op: {reason}"
+            problems += [problem] if problem else []
+        return problems
+
+    def load(self, w: Weight = None, mode: InferenceState = InferenceState.GENERATE) -> None:
+        super().load(w, mode)
+        self._show_parameters()
+
+    def unload(self) -> None:
+        super().unload()
+        self._show_parameters()
+
+    def _show_parameters(self) -> None:
+        """Share the inner operator's parameters: state dict names stay those of nn.Linear, and `.to()` moves them."""
+        self.__dict__["_parameters"] = self.active._parameters if isinstance(self.active, nn.Module) else {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.active.forward(x)
+        return out if self.out_device is None else out.to(self.out_device)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, {type(self.active).__name__} on {self.generate_device}"
+
+
+class LinearTorchInject(BaseInjectedModule, KLinearBase):
+    """The tutorial's operator: a dense transposed weight and a matrix product, on one device.
+
+    `my_param` shows how a rule hands an operator a parameter of its own; it changes nothing.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        gguf_loader: Any,
+        config: Any,
+        orig_module: nn.Module | None = None,
+        generate_device: str = "cuda",
+        my_param: bool = True,
+        **kwargs: Any,
+    ):
+        super().__init__(key, gguf_loader, config, orig_module, generate_device, **kwargs)
+        KLinearBase.__init__(self)
+        self.my_param = my_param
+        self.dtype = torch.get_default_dtype()
+        self.w: Tensor | None = None  # [K, N]
+        self.bias: Tensor | None = None
+
+    def load(self, w: Weight = None, device: Any = None) -> None:
+        device = self.device if device is None else device
+        if w is None:
+            w = self.load_weight(device=device)
+        weight, bias = w if isinstance(w, tuple) else (w, None)
+        if not isinstance(weight, Tensor):
+            raise WeightError(f"{self.key}: found {type(weight).__name__}, expected the weight or (weight, bias).")
+        self.w = weight.detach().to(device, self.dtype).T
+        self.bias = None if bias is None else bias.detach().to(device, self.dtype)
+
+    def unload(self) -> None:
+        self.w = self.bias = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.to(self.device, self.dtype) @ self.w
+        if self.bias is not None:
+            y = y + self.bias
+        return y.to(x.device, x.dtype)

@@ -1,0 +1,149 @@
+"""The decoder stack as an operator: moves what flows between layers to the device of the next layer.
+
+Embedding, layers, masks and caches stay the family's own code; nothing here computes. Layer-wise prefill
+(loading one layer at a time to a GPU for long prompts) is not built.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ktransformers.operators.base_operator import FamilyOperator, to_device
+
+
+class DecoderModel(FamilyOperator):
+    """Base of the model operators.
+
+    Args:
+        transfer_map: {layer number: device}: from that layer on, hidden states, position ids, masks and position
+            embeddings are moved to that device. Layers before the first entry work where their weights are.
+        per_layer_prefill_intput_threshold: prompt length from which layer-wise prefill starts; only 0, off, is built.
+            Spelt as upstream does.
+        device: accepted from older rule files, where it named the device of the first layers; the weights tell.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        gguf_loader: Any,
+        config: Any,
+        orig_module: nn.Module | None = None,
+        prefill_device: str = "cuda",
+        generate_device: str | None = None,
+        per_layer_prefill_intput_threshold: int = 0,
+        transfer_map: dict | None = None,
+        device: str | None = None,
+    ):
+        super().__init__(key, gguf_loader, config, orig_module, prefill_device, generate_device)
+        self.per_layer_prefill_intput_threshold = per_layer_prefill_intput_threshold
+        self.transfer_map = {int(layer): device for layer, device in (transfer_map or {}).items()}
+        self._hooks: list[Any] = []
+        self._moved: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embedding is, as for any transformers model; that is where callers put their token ids."""
+        return next(self.parameters()).device
+
+    @classmethod
+    def check(cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None) -> list[str]:
+        layers = getattr(orig_module, "layers", None)
+        if not isinstance(layers, nn.ModuleList) or not hasattr(orig_module, "embed_tokens"):
+            return [f"{cls.__name__} replaces a decoder model (embed_tokens and layers), found {type(orig_module).__name__}"]
+        problems = []
+        threshold = kwargs.get("per_layer_prefill_intput_threshold")
+        if threshold:
+            problems.append(f"per_layer_prefill_intput_threshold: layer-wise prefill is not built; found {threshold}, expected 0")
+        for layer in kwargs.get("transfer_map") or {}:
+            number = _whole_number(layer)
+            if number is None:
+                problems.append(f"transfer_map: {layer!r} is no layer number; expected a whole number such as 30")
+            elif not 0 <= number < len(layers):
+                problems.append(f"transfer_map: layer {number} does not exist; the model has layers 0 to {len(layers) - 1}")
+        return problems
+
+    def load(self) -> None:
+        super().load()
+        self.watch_layers()
+
+    def unload(self) -> None:
+        super().unload()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def watch_layers(self) -> None:
+        """(Re)install the hooks that move inputs, on the modules that are in place now."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = [self._watch(self.embed_tokens, None)]
+        device = None
+        for number, layer in enumerate(self.layers):
+            device = self.transfer_map.get(number, device)
+            self._hooks.append(self._watch(layer, device))
+        if hasattr(self, "norm"):
+            self._hooks.append(self._watch(self.norm, None))
+
+    def _watch(self, module: nn.Module, device: Any) -> Any:
+        """Have the inputs of `module` moved to `device`; None is the device of its own weights."""
+
+        def move(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            target = device if device is not None else _weights_device(module)
+            return (args, kwargs) if target is None else (to_device(args, target), self._shared(kwargs, target))
+
+        return module.register_forward_pre_hook(move, with_kwargs=True)
+
+    def _shared(self, value: Any, device: Any) -> Any:
+        """As `to_device`, but what all layers are given alike (masks, positions) crosses once per forward."""
+        if isinstance(value, Tensor):
+            key = (id(value), str(device))
+            if key not in self._moved:
+                moved = value.to(device)
+                if moved is value:
+                    return value
+                self._moved[key] = (value, moved)  # the original too, so that its id stays taken
+            return self._moved[key][1]
+        if type(value) in (tuple, list):
+            return type(value)(self._shared(item, device) for item in value)
+        if type(value) is dict:
+            return {name: self._shared(item, device) for name, item in value.items()}
+        return value
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self._moved.clear()
+
+
+def _weights_device(module: nn.Module) -> torch.device | None:
+    return next((p.device for p in module.parameters()), None)
+
+
+def _whole_number(value: Any) -> int | None:
+    """`value` as a layer number, given as a number or as its digits; None when it is neither."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    return int(value) if isinstance(value, str) and value.strip().lstrip("-").isdecimal() else None
+
+
+class KDeepseekV2Model(DecoderModel):
+    """DeepSeek-V2 and V3."""
+
+
+class KQwen2MoeModel(DecoderModel):
+    """Qwen2-MoE and, in published rule files, Mixtral."""
+
+
+class KQwen3MoeModel(DecoderModel):
+    """Qwen3-MoE."""
+
+
+class KMixtralModel(DecoderModel):
+    """Mixtral."""
+
+
+class KLlamaModel(DecoderModel):
+    """Llama and dense models built like it."""

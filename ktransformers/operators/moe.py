@@ -1,0 +1,88 @@
+"""Blocks of routed and shared experts: route, compute, combine. One class per family, for what differs.
+
+A block keeps the family's own router, shared experts and routed experts, each of which another rule may replace;
+it says only in which order they run and how their results add up. Rule files name these classes as
+``ktransformers.operators.experts.*``.
+Letters: B batch, S sequence, T = B*S tokens, H hidden, K experts per token.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ktransformers.operators.base_operator import BaseInjectedModule, forward_arguments
+
+
+class SparseMoEBlock(BaseInjectedModule):
+    """hidden [B, S, H] -> [B, S, H]: ``experts(hidden, *gate(hidden)) + shared(hidden)``."""
+
+    children_expected: ClassVar[frozenset[str]] = frozenset({"gate", "experts"})
+    """Exactly the children that the forward below uses: a block with more would lose their part of the result."""
+
+    @classmethod
+    def check(cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None) -> list[str]:
+        found = frozenset(name for name, _ in orig_module.named_children())
+        own = [*dict(orig_module.named_parameters(recurse=False)), *dict(orig_module.named_buffers(recurse=False))]
+        arguments = forward_arguments(orig_module)
+        if found == cls.children_expected and not own and len(arguments) == 1:
+            return []
+        expected = f"a block of {', '.join(sorted(cls.children_expected))}"
+        has = ", ".join([*sorted(found), *own]) or "no children"
+        if len(arguments) != 1:
+            has += f", and a forward of {', '.join(arguments)}"
+        return [f"{cls.__name__} replaces {expected}; found {type(orig_module).__name__} with {has}"]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        shape = hidden_states.shape
+        tokens = self.prepared(hidden_states).reshape(-1, shape[-1])  # [T, H]
+        _, weights, ids = self.gate(tokens)  # [T, K] each
+        out = self.experts(tokens, ids, weights)
+        shared = self.shared(tokens)
+        return (out if shared is None else out + shared).view(shape)
+
+    def prepared(self, hidden_states: Tensor) -> Tensor:
+        """What router and experts see of the input."""
+        return hidden_states
+
+    def shared(self, tokens: Tensor) -> Tensor | None:
+        """The shared experts' part of the result [T, H], where the family has them."""
+        return None
+
+
+class KDeepseekV2MoE(SparseMoEBlock):
+    """DeepSeek-V2: shared experts are added as they are."""
+
+    children_expected = frozenset({"gate", "experts", "shared_experts"})
+
+    def shared(self, tokens: Tensor) -> Tensor:
+        return self.shared_experts(tokens)
+
+
+class KDeepseekV3MoE(KDeepseekV2MoE):
+    """DeepSeek-V3 and R1: as V2; what differs, the router, is the family's own."""
+
+
+class KQwen2MoeSparseMoeBlock(SparseMoEBlock):
+    """Qwen2-MoE: the shared expert is weighted by a sigmoid gate of its own."""
+
+    children_expected = frozenset({"gate", "experts", "shared_expert", "shared_expert_gate"})
+
+    def shared(self, tokens: Tensor) -> Tensor:
+        return F.sigmoid(self.shared_expert_gate(tokens)) * self.shared_expert(tokens)
+
+
+class KQwen3MoeSparseMoeBlock(SparseMoEBlock):
+    """Qwen3-MoE: no shared experts."""
+
+
+class KMistralSparseMoEBlock(SparseMoEBlock):
+    """Mixtral: no shared experts; in training the input may be jittered (`router_jitter_noise`)."""
+
+    def prepared(self, hidden_states: Tensor) -> Tensor:
+        noise = getattr(self.orig_module, "jitter_noise", 0) or 0
+        if not self.training or noise <= 0:
+            return hidden_states
+        return hidden_states * torch.empty_like(hidden_states).uniform_(1.0 - noise, 1.0 + noise)

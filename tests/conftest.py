@@ -1,0 +1,25 @@
+"""Fixtures for all tests. This folder is on sys.path, so tests write ``from tiny import ...``."""
+
+import pytest
+from tiny import FAMILIES, save, tiny_model
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """Call with a family and config overrides: (transformers' model, folder of its checkpoint), made once per session."""
+    made = {}
+
+    def make(family: str, **overrides):
+        key = (family, repr(sorted(overrides.items())))
+        if key not in made:
+            model = tiny_model(family, **overrides)
+            made[key] = model, save(model, tmp_path_factory.mktemp(family))
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(params=list(FAMILIES))
+def family(request):
+    """Each of the five families in turn."""
+    return request.param

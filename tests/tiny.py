@@ -1,0 +1,79 @@
+"""Tiny random models of the five families, built the way transformers builds them: truth for the tests.
+
+Sizes are small enough that a forward takes milliseconds, odd enough that swapped dimensions do not fit, and the
+weights large enough that every part of a layer matters to the logits.
+"""
+
+import copy
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+_COMMON = dict(
+    vocab_size=128, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=256,
+    bos_token_id=1, eos_token_id=None, pad_token_id=0, tie_word_embeddings=False,
+)  # fmt: skip
+_MLA = dict(
+    num_key_value_heads=4, q_lora_rank=24, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12,
+    head_dim=8, intermediate_size=96, moe_intermediate_size=32, first_k_dense_replace=1, n_routed_experts=8, num_experts_per_tok=3,
+    n_shared_experts=2, n_group=4, topk_group=2,
+)  # fmt: skip
+_GQA = dict(num_key_value_heads=2, head_dim=16, intermediate_size=96)
+
+FAMILIES: dict[str, dict] = {
+    "deepseek_v2": dict(_MLA, topk_method="group_limited_greedy", routed_scaling_factor=1.5),
+    "deepseek_v3": dict(_MLA, routed_scaling_factor=2.5),
+    "qwen2_moe": dict(
+        _GQA, moe_intermediate_size=32, shared_expert_intermediate_size=48, num_experts=8, num_experts_per_tok=3,
+    ),
+    "qwen3_moe": dict(_GQA, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=3, norm_topk_prob=True),
+    "mixtral": dict(_GQA, num_local_experts=8, num_experts_per_tok=2),
+}  # fmt: skip
+
+YARN = dict(
+    rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64, beta_fast=32, beta_slow=1,
+    mscale=1.0, mscale_all_dim=0.8,
+)  # fmt: skip
+
+
+def tiny_config(family: str, **overrides):
+    """The configuration of a tiny `family` model; `overrides` are config fields."""
+    return AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family], **overrides})
+
+
+def tiny_model(family: str, seed: int = 0, **overrides):
+    """A random fp32 model with eager attention and eager experts, in eval mode: transformers' plainest path."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(
+        tiny_config(family, **overrides), attn_implementation="eager", experts_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if tensor.dim() >= 2:
+                tensor.normal_(0, 1.2 * tensor.shape[-1] ** -0.5)  # keeps activations near 1 through every layer
+            elif "inv_freq" not in name:
+                tensor.uniform_(0.5, 1.5) if "norm" in name else tensor.normal_(0, 0.1)
+    return model
+
+
+def meta_model(config):
+    """The model that `optimize_and_load` is given: right shapes, no memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config))
+
+
+def save(model, folder: Path) -> Path:
+    """Write the checkpoint as its publisher would."""
+    model.save_pretrained(folder)
+    return folder
+
+
+def random_ids(batch: int, length: int, seed: int = 1, vocab: int = 128) -> torch.Tensor:
+    """Token ids int64 [batch, length], none of them the padding id 0."""
+    return torch.randint(2, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, relative to the largest expected value."""
+    return ((found.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
