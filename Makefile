@@ -8,10 +8,10 @@ STAMP := $(VENV)/.installed
 NATIVE := $(shell find native setup.py -name '*.[ch]' -o -name '*.py' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup chat test bench sanitize native train wheel clean
+.PHONY: help setup chat test bench sanitize bench-model native train wheel clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) $(VENV)/.native ## .venv with everything, and the C library; seconds when nothing changed
 
@@ -35,6 +35,9 @@ test: setup ## every test
 
 bench: setup ## speed of the C library beside this machine's measured limits
 	$(PY) -m tests.bench.bench_native $(ARGS)
+
+bench-model: setup ## load time, memory and tokens/s of whole models
+	$(PY) -m tests.bench.bench_model $(ARGS)
 
 sanitize: ## the C library under AddressSanitizer and UBSan
 	$(MAKE) -C native sanitize

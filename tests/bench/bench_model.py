@@ -1,0 +1,163 @@
+"""Load time, peak memory, prefill and decode speed of whole models: `make bench-model`.
+
+Models: the embedded one, from both of its files, and a synthetic Q4_K_M Qwen3-MoE of 1.6 GB with the layer sizes of
+Qwen3-30B-A3B (random weights: only speed and memory mean anything). Each runs in a process of its own, so that peak
+memory is its own. Not a comparison with other engines.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+SYNTHETIC = dict(
+    vocab_size=32000, hidden_size=2048, num_hidden_layers=8, num_attention_heads=32, num_key_value_heads=4, head_dim=128,
+    intermediate_size=6144, moe_intermediate_size=768, num_experts=64, num_experts_per_tok=8, norm_topk_prob=True,
+    tie_word_embeddings=False, dtype="bfloat16",
+)  # fmt: skip
+
+
+def write_synthetic(folder: Path) -> Path:
+    """Write config.json and a Q4_K_M-typed GGUF of random valid blocks; returns the GGUF's path."""
+    import gguf
+    import numpy as np
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from ktransformers import gguf_metadata
+    from ktransformers.loaders import gguf_names
+    from ktransformers.quants import QUANT_TYPES
+
+    config = AutoConfig.for_model("qwen3_moe", **SYNTHETIC)
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {n: tuple(t.shape) for n, t in AutoModelForCausalLM.from_config(config).state_dict().items()}
+    family, random = gguf_names.FAMILIES["qwen3moe"], np.random.default_rng(0)
+    path = folder / "synthetic-Q4_K_M.gguf"
+    writer = gguf.GGUFWriter(path, family.arch)
+    gguf_metadata.add_config(writer, family.arch, config)
+
+    def add(name: str, shape: tuple[int, ...]) -> None:
+        kind = "F32" if len(shape) == 1 or "ffn_gate_inp" in name else "Q6_K" if name.startswith(("output", "blk.0.ffn_down")) else "Q4_K"
+        if kind == "F32":
+            writer.add_tensor(name, random.normal(1 if "norm" in name else 0, 0.02, shape).astype(np.float32))
+            return
+        quant = QUANT_TYPES[kind]
+        rows = int(np.prod(shape[:-1]))
+        blocks = random.integers(0, 256, (rows * shape[-1] // quant.block, quant.nbytes), dtype=np.uint8)
+        scales = np.full((len(blocks), 1), 2e-5, np.float16).view(np.uint8)
+        if kind == "Q4_K":
+            blocks[:, 0:2], blocks[:, 2:4] = scales, scales
+        else:
+            blocks[:, -2:] = scales
+        data = blocks.reshape(*shape[:-1], -1)
+        writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType(quant.id))
+
+    for name, shape in shapes.items():
+        if name.endswith("experts.gate_up_proj"):
+            layer = name.split(".")[2]
+            for which in ("gate", "up"):
+                add(f"blk.{layer}.ffn_{which}_exps.weight", (shape[0], shape[1] // 2, shape[2]))
+        elif name.endswith("experts.down_proj"):
+            add(f"blk.{name.split('.')[2]}.ffn_down_exps.weight", shape)
+        else:
+            add(gguf_names.gguf_name(family, config.num_hidden_layers, name), shape)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def status(key: str) -> float:
+    """A field of /proc/self/status in MB, 0.0 where there is none."""
+    lines = Path("/proc/self/status").read_text().splitlines() if Path("/proc/self/status").exists() else []
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(key + ":")), 0.0)
+
+
+def measure(folder: Path, weights: Path, rule: str, prompt: int, count: int) -> dict:
+    """Load and run one model in this process. Times in seconds, memory in MB, speeds in tokens per second."""
+    import statistics
+
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from ktransformers import native, optimize_and_load
+    from ktransformers.generate import Sampling, Timing, generate
+
+    before = status("RssAnon")
+    start = time.perf_counter()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    devices = None if torch.cuda.is_available() else {"cuda": "cpu"}
+    optimize_and_load(model, rule, weights, devices=devices, progress=False)
+    loaded = time.perf_counter() - start
+    after_load = status("RssAnon")
+    ids = torch.randint(1, model.config.vocab_size, (prompt,), generator=torch.Generator().manual_seed(0)).tolist()
+    timings = []
+    for _ in range(3):
+        timing = Timing()
+        for _ in generate(model, ids, max_new_tokens=count, sampling=Sampling(), timing=timing):
+            pass
+        timings.append(timing)
+    return {
+        "weights": weights.name,
+        "file_mb": weights.stat().st_size / 1e6,
+        "load_s": loaded,
+        "anonymous_mb_by_loading": after_load - before,
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "prefill_tokens_s": statistics.median(t.prefill_rate for t in timings),
+        "decode_tokens_s": statistics.median(t.decode_rate for t in timings),
+        "prompt": prompt,
+        "isa": native.isa(),
+        "threads": native.threads(),
+    }
+
+
+def run(arguments: list[str]) -> dict:
+    ran = subprocess.run([sys.executable, "-m", "tests.bench.bench_model", "--one", *arguments], capture_output=True, text=True)
+    if ran.returncode:
+        raise SystemExit(ran.stderr)
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="one JSON object per model, no table")
+    parser.add_argument("--quick", action="store_true", help="the embedded model only")
+    parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        folder, weights, rule, prompt, count = options.one
+        print(json.dumps(measure(Path(folder), Path(weights), rule, int(prompt), int(count))))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    from ktransformers.models import embedded_model
+
+    embedded = embedded_model()
+    rows = [run([str(embedded), str(path), "DeepSeek-V3", "256", "64"])
+            for path in (embedded / "model.safetensors", next(embedded.glob("*.gguf")))]  # fmt: skip
+    if not options.quick:
+        with tempfile.TemporaryDirectory() as name:
+            path = write_synthetic(Path(name))
+            rows.append(run([name, str(path), "Qwen3-MoE", "512", "64"]))
+    if options.json:
+        print("\n".join(json.dumps(row) for row in rows))
+        return
+    table = Table(title=f"Whole models, {rows[0]['threads']} threads, {rows[0]['isa']}, medians of 3")
+    for column in ("weights", "file MB", "load s", "anon. MB", "peak RSS MB", "prompt", "prefill tok/s", "decode tok/s"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(row["weights"], f"{row['file_mb']:.0f}", f"{row['load_s']:.2f}", f"{row['anonymous_mb_by_loading']:.0f}",
+                      f"{row['peak_rss_mb']:.0f}", str(row["prompt"]), f"{row['prefill_tokens_s']:.0f}", f"{row['decode_tokens_s']:.1f}")  # fmt: skip
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    main()
