@@ -1,0 +1,346 @@
+"""The border to the C library (native/include/kt_native.h): the only file that knows ffi and lib.
+
+It checks tensors, passes pointers and turns status codes into exceptions; it computes nothing. Importing it
+starts no thread and works without the library being built: the first use then says what to do. The GIL is
+released inside every C call, and calls from several threads on the one pool wait for each other.
+
+Letters: T tokens, H hidden, I intermediate, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ktransformers import env
+from ktransformers.errors import NativeError, UnsupportedError, did_you_mean
+
+if TYPE_CHECKING:
+    from ktransformers.quants import Packed
+
+SUPPORTED_TYPES = frozenset({"F32", "F16", "BF16", "Q8_0", "Q4_K", "Q5_K", "Q6_K"})
+"""Weight types with C kernels (the rows of native/src/traits.c; a test holds the two together)."""
+
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "gelu_pytorch_tanh": 2, "relu": 3}
+"""Names of kt_activation, in transformers' spelling; a test holds them to the header."""
+
+_lock = threading.RLock()
+_state: Any = None
+
+
+class _State:
+    """The loaded module and the one pool. Made at first use."""
+
+    def __init__(self) -> None:
+        try:
+            from ktransformers import _native
+        except ImportError as error:
+            raise NativeError(
+                f"The C library cannot be loaded: {error}. Expected the compiled module ktransformers._native. "
+                "In a checkout run `make setup`; an installed wheel contains it."
+            ) from error
+        self.ffi, self.lib = _native.ffi, _native.lib
+        self.pool: Any = None
+        self.type_ids = {self.text(self.lib.kt_type_name(i)): i for i in range(64) if self.lib.kt_type_name(i)}
+        self.dtypes = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+        wanted = env.isa()
+        if wanted is not None:
+            self.force(wanted, "KT_ISA")
+
+    def text(self, pointer: Any) -> str:
+        return self.ffi.string(pointer).decode("ascii")
+
+    def isas(self) -> list[str]:
+        lib = self.lib
+        return [self.text(lib.kt_isa_name(i)) for i in range(lib.kt_isa_count()) if lib.kt_isa_usable(i)]
+
+    def force(self, name: str, subject: str) -> None:
+        if self.lib.kt_isa_force(name.encode()) != self.lib.KT_OK:
+            usable = self.isas()
+            raise NativeError(
+                f"{subject}={name!r}: not an instruction set of this machine{did_you_mean(name, usable)}. "
+                f"Usable here, lowest first: {', '.join(usable)}."
+            )
+
+    def new_pool(self, count: int) -> None:
+        out = self.ffi.new("kt_pool **")
+        self.check(self.lib.kt_pool_create(count, out), f"thread pool of {count or 'default'} threads")
+        # Whoever is inside a call holds a reference, so an old pool ends when its last call does.
+        self.pool = self.ffi.gc(out[0], self.lib.kt_pool_destroy)
+
+    def check(self, status: int, subject: str) -> None:
+        if status != self.lib.KT_OK:
+            raise NativeError(f"{subject}: {self.text(self.lib.kt_status_message(status))}.")
+
+
+def _native() -> _State:
+    global _state
+    if _state is None:
+        with _lock:
+            if _state is None:
+                _state = _State()
+    return _state
+
+
+def _pool() -> tuple[_State, Any]:
+    state = _native()
+    if state.pool is None:
+        with _lock:
+            if state.pool is None:
+                state.new_pool(env.threads() or 0)
+    return state, state.pool
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.RLock()  # another thread may have held it; the pool mends itself (threads.c)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+# ---- the library and the machine ---------------------------------------------------------------------------
+
+
+def available() -> bool:
+    """Whether the C library is built and loads."""
+    try:
+        _native()
+    except NativeError:
+        return False
+    return True
+
+
+def isas() -> list[str]:
+    """Instruction sets that this machine can run, lowest first, from "portable" on."""
+    return _native().isas()
+
+
+def isa() -> str:
+    """The instruction set in use."""
+    state = _native()
+    return state.text(state.lib.kt_isa_name(state.lib.kt_isa_active()))
+
+
+def set_isa(name: str) -> None:
+    """Use instruction set `name` from now on, one of `isas()`. Raises NativeError for any other."""
+    _native().force(name, "instruction set")
+
+
+def threads() -> int:
+    """Threads of the pool, the calling one included. Makes the pool, but starts no thread."""
+    state, pool = _pool()
+    return state.lib.kt_pool_threads(pool)
+
+
+def set_threads(count: int | None) -> None:
+    """Use `count` threads from now on, the calling one included; None: KT_THREADS or the machine's cores."""
+    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+        raise NativeError(f"set_threads: found {count!r}, expected a whole number from 1 on, or None.")
+    with _lock:
+        _native().new_pool(count if count is not None else env.threads() or 0)
+
+
+def cpu_features() -> dict[str, bool]:
+    """Processor features found by cpuid and enabled by the operating system, by name."""
+    state = _native()
+    bits, found = state.lib.kt_cpu_features(), {}
+    for bit in range(32):
+        name = state.lib.kt_cpu_feature_name(bit)
+        if name:
+            found[state.text(name)] = bool(bits >> bit & 1)
+    return found
+
+
+def set_panel_threshold(tokens: int) -> None:
+    """For tests and tuning: tokens per matrix from which the prefill path is taken; 0 = the measured default."""
+    _native().lib.kt_set_panel_threshold(tokens)
+
+
+def bench_read(data: torch.Tensor) -> int:
+    """Stream a uint8 tensor once through the pool's threads (a bandwidth probe); the value is meaningless."""
+    state, pool = _pool()
+    return state.lib.kt_bench_read(pool, state.ffi.cast("void *", data.data_ptr()), data.numel())
+
+
+def bench_peak(kind: str, iterations: int) -> float:
+    """Run register-only multiply-adds ("int8", "bf16" or "f32") on every thread; returns operations done (2 per
+    multiply-add), 0.0 where the instruction set in use has none of that kind."""
+    state, pool = _pool()
+    return state.lib.kt_bench_peak(pool, {"int8": 0, "bf16": 1, "f32": 2}[kind], iterations)
+
+
+# ---- checks ------------------------------------------------------------------------------------------------
+
+
+def _weight(state: _State, weight: Packed, subject: str, keep: list[Any], into: Any) -> None:
+    """Fill the kt_weight `into` from a Packed matrix after checking it; `keep` holds what must stay alive."""
+    name, shape, data = weight.type.name, tuple(weight.shape), weight.data
+    if name not in state.type_ids:
+        raise UnsupportedError(
+            f"{subject}: weight type {name} has no C kernel{did_you_mean(name, state.type_ids)}. "
+            f"Computed: {', '.join(sorted(state.type_ids))}. Use an operator that dequantizes (KLinearTorch)."
+        )
+    if len(shape) != 2:
+        raise NativeError(f"{subject}: found shape {shape}, expected a matrix [rows, cols].")
+    if data.device.type != "cpu" or data.dtype != torch.uint8 or not data.is_contiguous():
+        raise NativeError(
+            f"{subject}: found bytes of {data.dtype} on {data.device}, contiguous={data.is_contiguous()}; "
+            "expected a contiguous uint8 tensor on the cpu."
+        )
+    type_id = state.type_ids[name]
+    into.type, into.rows, into.cols = type_id, shape[0], shape[1]
+    into.data, into.bytes = state.ffi.cast("void *", data.data_ptr()), data.numel()
+    keep.append(data)
+    block, size = state.lib.kt_type_block(type_id), state.lib.kt_type_block_bytes(type_id)
+    if min(shape) < 1 or shape[1] % block:
+        raise NativeError(f"{subject}: found shape {shape}, expected cols to be a multiple of {block} ({name}).")
+    if data.numel() != shape[0] * (shape[1] // block) * size:
+        raise NativeError(
+            f"{subject}: found {data.numel()} bytes, expected {shape[0] * (shape[1] // block) * size} "
+            f"for {name} {list(shape)}."
+        )
+
+
+def _input(state: _State, x: torch.Tensor, cols: int, subject: str) -> torch.Tensor:
+    if x.device.type != "cpu":
+        raise NativeError(f"{subject}: found input on {x.device}, expected the cpu. Move it with .to('cpu').")
+    if x.dtype not in state.dtypes:
+        raise NativeError(f"{subject}: found input of {x.dtype}, expected float32, bfloat16 or float16.")
+    if x.ndim < 1 or x.shape[-1] != cols:
+        raise NativeError(f"{subject}: found input of shape {list(x.shape)}, expected last dimension {cols}.")
+    return x.detach().contiguous()
+
+
+# ---- what operators use --------------------------------------------------------------------------------------
+
+
+class Linear:
+    """y = x @ W^T + bias on packed bytes. Keeps the Packed weight alive; makes no copy of it. No gradients."""
+
+    def __init__(self, weight: Packed, bias: torch.Tensor | None = None, name: str = "linear") -> None:
+        """`weight` [N, K] packed along K, `bias` [N] of any float dtype. Raises UnsupportedError, NativeError."""
+        state = _native()
+        self.name, self.weight = name, weight
+        self.out_features, self.in_features = weight.shape
+        self._keep: list[Any] = []
+        self._w = state.ffi.new("kt_weight *")
+        _weight(state, weight, f"{name} (weight)", self._keep, self._w)
+        self.bias = None
+        if bias is not None:
+            if tuple(bias.shape) != (self.out_features,):
+                raise NativeError(f"{name} (bias): found {list(bias.shape)}, expected [{self.out_features}].")
+            self.bias = bias.detach().to("cpu", torch.float32).contiguous()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` [..., K] of float32, bfloat16 or float16 -> [..., N] of the same dtype."""
+        state, pool = _pool()
+        x = _input(state, x, self.in_features, self.name)
+        out = torch.empty((*x.shape[:-1], self.out_features), dtype=x.dtype)
+        cast = state.ffi.cast
+        bias = state.ffi.NULL if self.bias is None else cast("float *", self.bias.data_ptr())
+        status = state.lib.kt_linear(
+            pool, self._w, bias, cast("void *", x.data_ptr()), state.dtypes[x.dtype],
+            x.numel() // self.in_features, cast("void *", out.data_ptr()),
+        )  # fmt: skip
+        state.check(status, self.name)
+        return out
+
+    __call__ = forward
+
+
+class Experts:
+    """Routed experts on packed bytes. Keeps the Packed weights alive; makes no copy of them. No gradients."""
+
+    def __init__(
+        self,
+        gate: list[Packed],
+        up: list[Packed],
+        down: list[Packed],
+        activation: str = "silu",
+        name: str = "experts",
+    ) -> None:
+        """E matrices each: gate and up [I, H], down [H, I]; types may differ. `activation`: a key of ACTIVATIONS.
+
+        Raises UnsupportedError for a weight type or activation without C code, NativeError for what does not fit.
+        """
+        state = _native()
+        if activation not in ACTIVATIONS:
+            raise UnsupportedError(
+                f"{name}: activation {activation!r} is not computed in C{did_you_mean(activation, ACTIVATIONS)}. "
+                f"Known: {', '.join(ACTIVATIONS)}."
+            )
+        if not gate or len(gate) != len(up) or len(gate) != len(down):
+            raise NativeError(
+                f"{name}: found {len(gate)} gate, {len(up)} up and {len(down)} down matrices, expected E of each."
+            )
+        self.name, self.count = name, len(gate)
+        self.intermediate, self.hidden = gate[0].shape
+        self._keep: list[Any] = []
+        arrays = []
+        shapes = {"gate": (self.intermediate, self.hidden), "down": (self.hidden, self.intermediate)}
+        for role, weights in (("gate", gate), ("up", up), ("down", down)):
+            array = state.ffi.new("kt_weight[]", self.count)
+            for e, weight in enumerate(weights):
+                subject, expected = f"{name}.{e}.{role}", shapes.get(role, shapes["gate"])
+                _weight(state, weight, subject, self._keep, array[e])
+                if tuple(weight.shape) != expected:
+                    raise NativeError(f"{subject}: found shape {list(weight.shape)}, expected {list(expected)}.")
+            arrays.append(array)
+        out = state.ffi.new("kt_experts **")
+        status = state.lib.kt_experts_create(self.count, *arrays, ACTIVATIONS[activation], out)
+        state.check(status, name)
+        self._experts = state.ffi.gc(out[0], state.lib.kt_experts_destroy)
+
+    def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """`hidden` [T, H] float32, bfloat16 or float16; `ids` [T, K] of an integer dtype; `weights` [T, K] float.
+
+        Returns [T, H] of hidden's dtype. An id outside 0..E-1 is skipped; duplicate ids in a row both count.
+        """
+        state, pool = _pool()
+        hidden = _input(state, hidden, self.hidden, self.name)
+        if hidden.ndim != 2 or ids.ndim != 2 or ids.shape[0] != hidden.shape[0] or weights.shape != ids.shape:
+            raise NativeError(
+                f"{self.name}: found hidden {list(hidden.shape)}, ids {list(ids.shape)}, weights "
+                f"{list(weights.shape)}; expected [T, {self.hidden}], [T, K], [T, K]."
+            )
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise NativeError(f"{self.name}: found ids of {ids.dtype}, expected int64.")
+        if not weights.is_floating_point():
+            raise NativeError(f"{self.name}: found weights of {weights.dtype}, expected a float dtype.")
+        ids = ids.to("cpu", torch.int64).contiguous()
+        weights = weights.detach().to("cpu", torch.float32).contiguous()
+        out = torch.empty_like(hidden)
+        cast = state.ffi.cast
+        status = state.lib.kt_experts_forward(
+            self._experts, pool, cast("void *", hidden.data_ptr()), state.dtypes[hidden.dtype], hidden.shape[0],
+            cast("int64_t *", ids.data_ptr()), ids.shape[1], cast("float *", weights.data_ptr()),
+            cast("void *", out.data_ptr()),
+        )  # fmt: skip
+        state.check(status, self.name)
+        return out
+
+    __call__ = forward
+
+
+def dequantize(packed: Packed) -> torch.Tensor:
+    """The values of a packed matrix (or vector) in float32, computed by the C library; same shape."""
+    state = _native()
+    shape = tuple(packed.shape)
+    w, keep = state.ffi.new("kt_weight *"), []
+    flat = _Matrix(packed.data, packed.type, (max(1, torch.Size(shape[:-1]).numel()), shape[-1]))
+    _weight(state, flat, "dequantize", keep, w)  # type: ignore[arg-type]
+    out = torch.empty(shape, dtype=torch.float32)
+    state.check(state.lib.kt_dequantize(w, state.ffi.cast("float *", out.data_ptr())), "dequantize")
+    return out
+
+
+class _Matrix:
+    """A Packed seen as a matrix; only what _weight looks at."""
+
+    def __init__(self, data: torch.Tensor, type: Any, shape: tuple[int, int]) -> None:
+        self.data, self.type, self.shape = data, type, shape

@@ -1,0 +1,142 @@
+/* kt_native.h: the whole C API of the KTransformers CPU library.
+ *
+ * What it computes: y = x @ W^T (kt_linear) and routed experts (kt_experts_*), where W is read from the
+ * bytes of a published checkpoint as they lie on disk (GGUF block formats and plain floats).
+ * What it never does: print, exit, raise a signal, or keep a copy of a weight.
+ *
+ * Letters: T tokens, H hidden size, I expert intermediate size, E experts, K experts per token,
+ * G group of values that share one scale.
+ *
+ * Conventions
+ *  - Functions that can fail return a kt_status; kt_status_message() says it in words.
+ *  - Matrices are row-major and dense: weights [rows, cols] as GGUF stores them, activations [T, cols].
+ *  - Weight bytes may lie at any address (safetensors maps are not aligned); ids, weights and
+ *    activations need the natural alignment of their element type.
+ *  - Memory stays the caller's: a kt_experts only keeps the weight pointers it was given.
+ *  - A kt_pool serves one call at a time; concurrent calls on one pool wait for each other.
+ *    After fork() the child's first call starts fresh workers.
+ *  - Results do not depend on the number of threads, bit for bit.
+ *
+ * Numerics (met by portable C, equalled by every other instruction set up to fp32 summation order)
+ *  - Float weights (F32, F16, BF16): products and sums in fp32 against fp32 activations. One exception:
+ *    with avx512_bf16, BF16 weights meeting many tokens use activations rounded to bf16 (nearest even).
+ *  - Quantized weights: each 32 activations become int8 with one fp32 scale amax/127, rounded to nearest
+ *    even; dot products inside a group are exact int32; groups are added in fp32. With a weight written as
+ *    w = s*(u - z) - m (u the unsigned code, z the format's constant) a group adds
+ *    s_a * (s*(sum u*a - z*sum a) - m*sum a).
+ *  - A group of 32 activations that holds an infinity or a NaN makes the outputs of its token NaN.
+ *    Groups whose largest magnitude is below 1e-36 count as zero.
+ */
+#ifndef KT_NATIVE_H
+#define KT_NATIVE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* The Python binding parses the text between the next two marker lines. */
+/* <cffi> */
+
+typedef enum kt_status {
+    KT_OK = 0,
+    KT_ERR_NULL = 1,        /* a required pointer is NULL */
+    KT_ERR_TYPE = 2,        /* weight type unknown to this library */
+    KT_ERR_SHAPE = 3,       /* rows, cols, tokens or counts out of range, or matrices do not fit together */
+    KT_ERR_BLOCK = 4,       /* cols is not a multiple of the type's block */
+    KT_ERR_BYTES = 5,       /* byte length differs from what rows, cols and type need */
+    KT_ERR_DTYPE = 6,       /* activation dtype unknown */
+    KT_ERR_ACTIVATION = 7,  /* activation function unknown */
+    KT_ERR_MEMORY = 8,      /* out of memory */
+    KT_ERR_THREADS = 9,     /* thread count out of range, or threads cannot be started */
+    KT_ERR_ISA = 10         /* instruction set unknown, not built, or not on this machine */
+} kt_status;
+
+/* Weight types: the ids of the GGUF file format. */
+typedef enum kt_type {
+    KT_TYPE_F32 = 0,
+    KT_TYPE_F16 = 1,
+    KT_TYPE_Q8_0 = 8,
+    KT_TYPE_Q4_K = 12,
+    KT_TYPE_Q5_K = 13,
+    KT_TYPE_Q6_K = 14,
+    KT_TYPE_BF16 = 30
+} kt_type;
+
+/* Activation dtypes, for inputs and outputs alike. */
+typedef enum kt_dtype { KT_F32 = 0, KT_F16 = 1, KT_BF16 = 2 } kt_dtype;
+
+/* Applied to gate before it multiplies up. GELU is the erf form, GELU_TANH its tanh approximation. */
+typedef enum kt_activation { KT_SILU = 0, KT_GELU = 1, KT_GELU_TANH = 2, KT_RELU = 3 } kt_activation;
+
+/* What kt_bench_peak measures: fused multiply-adds on registers, nothing from memory. */
+typedef enum kt_peak { KT_PEAK_INT8 = 0, KT_PEAK_BF16 = 1, KT_PEAK_F32 = 2 } kt_peak;
+
+/* A packed weight matrix [rows, cols]; `bytes` must equal rows * cols / block * block_bytes exactly. */
+typedef struct kt_weight {
+    int32_t type;
+    int64_t rows;
+    int64_t cols;
+    const void *data;
+    size_t bytes;
+} kt_weight;
+
+typedef struct kt_pool kt_pool;
+typedef struct kt_experts kt_experts;
+
+const char *kt_status_message(int status);
+
+/* Weight types. name is NULL and the numbers are 0 for a type this library does not compute. */
+const char *kt_type_name(int type);
+int64_t kt_type_block(int type);
+int64_t kt_type_block_bytes(int type);
+
+/* Instruction sets, lowest first; index 0 is "portable". A set is usable when it is built, the processor
+ * has it and the operating system saves its registers. kt_isa_force lowers (or raises again) the set in
+ * use; calls already running keep theirs. */
+int kt_isa_count(void);
+const char *kt_isa_name(int index);
+int kt_isa_usable(int index);
+int kt_isa_active(void);
+int kt_isa_force(const char *name);
+
+/* Processor features found by cpuid that the operating system also enables, one bit each. */
+uint32_t kt_cpu_features(void);
+const char *kt_cpu_feature_name(int bit);
+
+/* Thread pool. `threads` counts the calling thread, which works too; 0 asks for kt_default_threads():
+ * the cores this process may run on (affinity, one per physical core) within its cgroup's CPU quota. */
+int kt_default_threads(void);
+int kt_pool_create(int threads, kt_pool **pool);
+int kt_pool_threads(const kt_pool *pool);
+void kt_pool_destroy(kt_pool *pool);
+
+/* out[T, rows] = x[T, cols] @ w^T + bias. `bias` is fp32 [rows] or NULL; x and out share `dtype`. */
+int kt_linear(kt_pool *pool, const kt_weight *w, const float *bias, const void *x, int dtype, int64_t tokens,
+              void *out);
+
+/* E routed experts: out = sum_k weights[t,k] * down_e(act(gate_e(x)) * up_e(x)), e = ids[t,k].
+ * gate, up: E matrices [I, H]; down: E matrices [H, I]. The three may differ in type, and so may experts. */
+int kt_experts_create(int64_t count, const kt_weight *gate, const kt_weight *up, const kt_weight *down,
+                      int activation, kt_experts **experts);
+void kt_experts_destroy(kt_experts *experts);
+
+/* hidden, out [T, H] of `dtype`; ids int64 [T, K]; weights fp32 [T, K]. An id outside 0..E-1 is skipped;
+ * an id that occurs twice in a row counts twice. out may not overlap hidden. */
+int kt_experts_forward(const kt_experts *experts, kt_pool *pool, const void *hidden, int dtype, int64_t tokens,
+                       const int64_t *ids, int64_t per_token, const float *weights, void *out);
+
+/* out[rows, cols] = the weight's values in fp32. */
+int kt_dequantize(const kt_weight *w, float *out);
+
+/* For tests and tuning: tokens per matrix from which the prefill path (unpack a panel, then GEMM) replaces
+ * the decode path (dot products over packed bytes). 0 restores the measured default of each type. */
+void kt_set_panel_threshold(int tokens);
+
+/* Measurements. kt_bench_read streams `bytes` from `data` once over the pool's threads; the result only
+ * keeps the compiler honest. kt_bench_peak runs register-only multiply-adds of the active instruction set on
+ * every thread and returns the operations done (2 per multiply-add), 0 where the set has none of that kind. */
+uint64_t kt_bench_read(kt_pool *pool, const void *data, size_t bytes);
+double kt_bench_peak(kt_pool *pool, int kind, int64_t iterations);
+
+/* </cffi> */
+
+#endif

@@ -1,0 +1,68 @@
+/* common.h: loads, dot products and bit unpacking that the AVX2 files share. Static inline only. */
+#ifndef KT_AVX2_COMMON_H
+#define KT_AVX2_COMMON_H
+
+#include <immintrin.h>
+
+#include "../kernels.h"
+#include "../quants.h"
+
+#define INLINE static inline __attribute__((always_inline))
+
+#define PREFETCH_AHEAD 1024
+#define PREFETCH(p) _mm_prefetch((const char *)(uintptr_t)((uintptr_t)(p) + PREFETCH_AHEAD), _MM_HINT_T0)
+
+INLINE __m128i load128(const void *p) { return _mm_loadu_si128((const __m128i_u *)p); }
+INLINE __m256i load256(const void *p) { return _mm256_loadu_si256((const __m256i_u *)p); }
+INLINE __m256 load_f32(const void *p) { return _mm256_loadu_ps(p); }
+INLINE float f16_at(const void *p) { return _cvtsh_ss(kt_load16(p)); }
+INLINE __m256 load_f16(const void *p) { return _mm256_cvtph_ps(load128(p)); }
+INLINE __m256 load_bf16(const void *p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load128(p)), 16));
+}
+
+INLINE float sum_ps(__m256 v) {
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+
+/* Sums of two products in 16 bits. u must not exceed 127: 2 * 127 * 127 fits, 2 * 255 * 127 would saturate. */
+INLINE __m256i dot2(__m256i u, __m256i a) { return _mm256_maddubs_epi16(u, a); }
+
+/* The same for signed bytes w: |w| meets a with the sign of w. 2 * 128 * 127 fits. */
+INLINE __m256i dot2_signed(__m256i w, __m256i a) { return dot2(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w)); }
+
+/* acc + sums of four products. */
+INLINE __m256i add4(__m256i acc, __m256i pairs) {
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+/* d * scale and dmin * min of the 8 groups of a Q4_K or Q5_K block. */
+INLINE void k4_scales(const uint8_t *p, __m256 *scales, __m256 *mins) {
+    uint8_t s[16];
+    kt_k4_scales(p + 4, s);
+    *scales = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(load128(s))), _mm256_set1_ps(f16_at(p)));
+    *mins = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i_u *)(s + 8)))),
+                          _mm256_set1_ps(f16_at(p + 2)));
+}
+
+INLINE __m256i low4(__m256i v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
+INLINE __m256i high4(__m256i v) { return low4(_mm256_srli_epi16(v, 4)); }
+
+/* 16 where bit g of a byte of qh is set. */
+INLINE __m256i q5_bit(__m256i qh, const int g) {
+    __m256i bit = _mm256_set1_epi8((char)(1 << g));
+    return _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(qh, bit), bit), _mm256_set1_epi8(16));
+}
+
+/* Codes 32*i .. 32*i + 31 of a Q6_K block. */
+INLINE __m256i q6_codes(const uint8_t *p, const int i) {
+    const int half = i / 4, part = i % 4;
+    __m256i v = load256(p + 64 * half + 32 * (part & 1)), h = load256(p + 128 + 32 * half);
+    v = part < 2 ? low4(v) : high4(v);
+    h = part == 0 ? _mm256_slli_epi16(h, 4) : part == 1 ? _mm256_slli_epi16(h, 2) : part == 2 ? h : _mm256_srli_epi16(h, 2);
+    return _mm256_or_si256(v, _mm256_and_si256(h, _mm256_set1_epi8(0x30)));
+}
+
+#endif

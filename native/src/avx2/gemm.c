@@ -1,0 +1,156 @@
+/* The panel GEMMs for AVX2. A tile (16 weight rows) is two registers; int8 meets two tokens at a time and
+ * fp32 six, which is what sixteen registers hold without spilling. */
+#ifndef KT_ISA
+#define KT_ISA avx2
+#endif
+#include "../../include/kt_native.h"
+#include "common.h"
+
+INLINE __m256i broadcast4(const int8_t *p) {
+    int32_t v;
+    memcpy(&v, p, 4);
+    return _mm256_set1_epi32(v);
+}
+
+INLINE void store_tile(float *out, __m256 low, __m256 high, int add) {
+    _mm256_storeu_ps(out, add ? _mm256_add_ps(load_f32(out), low) : low);
+    _mm256_storeu_ps(out + 8, add ? _mm256_add_ps(load_f32(out + 8), high) : high);
+}
+
+/* What the inner loop needs of a token. */
+struct token_q8 {
+    const int8_t *q;
+    const float *d, *ds;
+    const int32_t *sum16;
+};
+
+/* `wide`: codes exceed 7 bits and have zero point 128, so they are made signed (see dot2_signed) and need no
+ * correction; other codes stay unsigned and start from minus zero * sum. */
+INLINE void micro_q8(const int N, const int group, const int has_min, const int wide, const struct kt_panel *p, int tile,
+                     const struct token_q8 *x, float *c, int64_t ldc, int add) {
+    const int64_t groups = p->k / group;
+    const uint8_t *data = (const uint8_t *)(p->data + tile * (p->k / 4) * KT_TILE);
+    const float *scales = p->scales + tile * groups * KT_TILE, *mins = has_min ? p->mins + tile * groups * KT_TILE : NULL;
+    __m256 acc[2][2];
+    for (int n = 0; n < N; n++) acc[n][0] = acc[n][1] = _mm256_setzero_ps();
+    for (int64_t g = 0; g < groups; g++, scales += KT_TILE) {
+        __m256i sum[2][2];
+        for (int n = 0; n < N; n++) {
+            int32_t codes = group == 16 ? x[n].sum16[g] : x[n].sum16[2 * g] + x[n].sum16[2 * g + 1];
+            sum[n][0] = sum[n][1] = _mm256_set1_epi32(wide ? 0 : -p->zero * codes);
+        }
+        for (int j = 0; j < group / 4; j++, data += 64) {
+            __m256i u[2] = {load256(data), load256(data + 32)};
+            if (wide)
+                for (int i = 0; i < 2; i++) u[i] = _mm256_xor_si256(u[i], _mm256_set1_epi8(-128));
+            for (int n = 0; n < N; n++) {
+                __m256i b = broadcast4(x[n].q + g * group + 4 * j);
+                for (int i = 0; i < 2; i++) sum[n][i] = add4(sum[n][i], wide ? dot2_signed(u[i], b) : dot2(u[i], b));
+            }
+        }
+        for (int n = 0; n < N; n++)
+            for (int i = 0; i < 2; i++) {
+                const int64_t ag = g * group / KT_ACT_GROUP;
+                __m256 s = _mm256_mul_ps(_mm256_cvtepi32_ps(sum[n][i]), load_f32(scales + 8 * i));
+                acc[n][i] = _mm256_fmadd_ps(s, _mm256_set1_ps(x[n].d[ag]), acc[n][i]);
+                if (has_min)
+                    acc[n][i] = _mm256_fnmadd_ps(load_f32(mins + g * KT_TILE + 8 * i), _mm256_set1_ps(x[n].ds[ag]), acc[n][i]);
+            }
+    }
+    for (int n = 0; n < N; n++) store_tile(c + n * ldc + tile * KT_TILE, acc[n][0], acc[n][1], add);
+}
+
+INLINE void tiles_q8(const int N, const struct kt_panel *p, const struct token_q8 *x, float *c, int64_t ldc, int add) {
+    for (int tile = 0; tile < p->tiles; tile++) {
+        if (p->group == 16) micro_q8(N, 16, 0, 0, p, tile, x, c, ldc, add);
+        else if (p->mins) micro_q8(N, 32, 1, 0, p, tile, x, c, ldc, add);
+        else if (p->zero == 128) micro_q8(N, 32, 0, 1, p, tile, x, c, ldc, add);
+        else micro_q8(N, 32, 0, 0, p, tile, x, c, ldc, add);
+    }
+}
+
+static void gemm_q8(const struct kt_panel *p, const struct kt_acts *a, const int32_t *token, int tokens, int64_t k0,
+                    float *c, int64_t ldc, int add) {
+    for (int t = 0; t < tokens; t += 2, c += 2 * ldc) {
+        struct token_q8 x[2];
+        for (int n = 0; n < 2 && t + n < tokens; n++) {
+            int64_t at = token[t + n] * a->stride + k0;
+            x[n] = (struct token_q8){a->q + at, a->d + at / 32, a->ds + at / 32, a->sum16 + at / 16};
+        }
+        if (t + 1 < tokens) tiles_q8(2, p, x, c, ldc, add);
+        else tiles_q8(1, p, x, c, ldc, add);
+    }
+}
+
+/* ---- fp32 ------------------------------------------------------------------------------------------- */
+
+INLINE void micro_f32(const int N, const struct kt_panel *p, int tile, const float *const *x, float *c, int64_t ldc,
+                      int add) {
+    const float *data = (const float *)p->data + tile * p->k * KT_TILE;
+    __m256 acc[6][2];
+    for (int n = 0; n < N; n++) acc[n][0] = acc[n][1] = _mm256_setzero_ps();
+    for (int64_t k = 0; k < p->k; k++, data += KT_TILE) {
+        __m256 low = load_f32(data), high = load_f32(data + 8);
+        for (int n = 0; n < N; n++) {
+            __m256 b = _mm256_set1_ps(x[n][k]);
+            acc[n][0] = _mm256_fmadd_ps(low, b, acc[n][0]);
+            acc[n][1] = _mm256_fmadd_ps(high, b, acc[n][1]);
+        }
+    }
+    for (int n = 0; n < N; n++) store_tile(c + n * ldc + tile * KT_TILE, acc[n][0], acc[n][1], add);
+}
+
+static void gemm_f32(const struct kt_panel *p, const struct kt_acts *a, const int32_t *token, int tokens, int64_t k0,
+                     float *c, int64_t ldc, int add) {
+    while (tokens > 0) {
+        int n = tokens >= 6 ? 6 : tokens >= 2 ? 2 : 1;
+        const float *x[6];
+        for (int i = 0; i < n; i++) x[i] = a->f + token[i] * a->stride + k0;
+        for (int tile = 0; tile < p->tiles; tile++) {
+            if (n == 6) micro_f32(6, p, tile, x, c, ldc, add);
+            else if (n == 2) micro_f32(2, p, tile, x, c, ldc, add);
+            else micro_f32(1, p, tile, x, c, ldc, add);
+        }
+        tokens -= n;
+        token += n;
+        c += n * ldc;
+    }
+}
+
+/* ---- limits ----------------------------------------------------------------------------------------- */
+
+static double peak(int kind, int64_t iterations) {
+    if (kind == KT_PEAK_INT8) {
+        __m256i acc[8], u = _mm256_set1_epi8(3), a = _mm256_set1_epi8(5);
+        for (int i = 0; i < 8; i++) acc[i] = _mm256_setzero_si256();
+        for (int64_t n = 0; n < iterations; n++) {
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i++) {
+                __m256i x = u;
+                __asm__ volatile("" : "+x"(x)); /* or the product would leave the loop */
+                acc[i] = add4(acc[i], dot2(x, a));
+                __asm__ volatile("" : "+x"(acc[i]));
+            }
+        }
+        return 8.0 * 64.0 * (double)iterations;
+    }
+    if (kind == KT_PEAK_F32) {
+        __m256 acc[12], x = _mm256_set1_ps(1.5f), y = _mm256_set1_ps(1e-3f);
+        for (int i = 0; i < 12; i++) acc[i] = _mm256_setzero_ps();
+        for (int64_t n = 0; n < iterations; n++) {
+#pragma GCC unroll 12
+            for (int i = 0; i < 12; i++) {
+                acc[i] = _mm256_fmadd_ps(x, y, acc[i]);
+                __asm__ volatile("" : "+x"(acc[i]));
+            }
+        }
+        return 12.0 * 16.0 * (double)iterations;
+    }
+    return 0;
+}
+
+void KT_JOIN(kt_fill_gemm_, KT_ISA)(struct kt_kernels *k) {
+    k->gemm_q8 = gemm_q8;
+    k->gemm_f32 = gemm_f32;
+    k->peak = peak;
+}

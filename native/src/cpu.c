@@ -1,0 +1,45 @@
+/* cpuid says what the processor has, xgetbv what the operating system saves at a context switch; a feature
+ * counts only with both. (A virtual machine or an old kernel may offer one without the other.) */
+#include "cpu.h"
+
+#include "../include/kt_native.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+
+static uint64_t xgetbv(void) {
+    uint32_t low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (uint64_t)high << 32 | low;
+}
+
+uint32_t kt_cpu_detect(void) {
+    uint32_t a, b, c, d, c1, found = 0;
+    if (!__get_cpuid(1, &a, &b, &c1, &d)) return 0;
+    if (!(c1 & 1u << 27)) return 0; /* OSXSAVE: xgetbv exists */
+    uint64_t saved = xgetbv();
+    if ((saved & 0x06) != 0x06) return 0;         /* XMM and YMM */
+    int zmm = (saved & 0xe6) == 0xe6;             /* and mask registers and both halves of ZMM */
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+    uint32_t max_subleaf = a;
+    if (b & 1u << 5) found |= 1u << KT_CPU_AVX2;
+    if (c1 & 1u << 12) found |= 1u << KT_CPU_FMA;
+    if (c1 & 1u << 29) found |= 1u << KT_CPU_F16C;
+    if (!zmm) return found;
+    if (b & 1u << 16) found |= 1u << KT_CPU_AVX512F;
+    if (b & 1u << 17) found |= 1u << KT_CPU_AVX512DQ;
+    if (b & 1u << 30) found |= 1u << KT_CPU_AVX512BW;
+    if (b & 1u << 31) found |= 1u << KT_CPU_AVX512VL;
+    if (c & 1u << 11) found |= 1u << KT_CPU_AVX512VNNI;
+    if (max_subleaf >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5)) found |= 1u << KT_CPU_AVX512BF16;
+    return found;
+}
+#else
+uint32_t kt_cpu_detect(void) { return 0; }
+#endif
+
+const char *kt_cpu_feature_name(int bit) {
+    static const char *const names[KT_CPU_BITS] = {"avx2",     "fma",      "f16c",        "avx512f",    "avx512bw",
+                                                   "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"};
+    return bit < 0 || bit >= KT_CPU_BITS ? NULL : names[bit];
+}

@@ -1,0 +1,112 @@
+/* dispatch.c: which instruction set runs. Portable first, then climbing; each rung overwrites what it does
+ * better and inherits the rest, so a missing kernel silently keeps the previous best.
+ *
+ * setup.py defines KT_HAVE_<ISA> for the sets that the compiler could build. */
+#include <stdatomic.h>
+#include <pthread.h>
+#include <string.h>
+
+#include "../include/kt_native.h"
+#include "cpu.h"
+#include "kernels.h"
+
+#define BIT(x) (1u << KT_CPU_##x)
+#define NEED_AVX2 (BIT(AVX2) | BIT(FMA) | BIT(F16C))
+#define NEED_AVX512 (NEED_AVX2 | BIT(AVX512F) | BIT(AVX512BW) | BIT(AVX512VL) | BIT(AVX512DQ))
+#define NEED_VNNI (NEED_AVX512 | BIT(AVX512VNNI))
+#define NEED_BF16 (NEED_VNNI | BIT(AVX512BF16))
+
+#define FILL(isa)                  \
+    static void fill_##isa(struct kt_kernels *k) { \
+        kt_fill_dot_##isa(k);      \
+        kt_fill_unpack_##isa(k);   \
+        kt_fill_gemm_##isa(k);     \
+        kt_fill_act_##isa(k);      \
+    }
+FILL(portable)
+#ifdef KT_HAVE_AVX2
+FILL(avx2)
+#else
+#define fill_avx2 NULL
+#endif
+#ifdef KT_HAVE_AVX512
+FILL(avx512)
+#else
+#define fill_avx512 NULL
+#endif
+#ifdef KT_HAVE_AVX512_VNNI
+FILL(avx512_vnni)
+#else
+#define fill_avx512_vnni NULL
+#endif
+#ifdef KT_HAVE_AVX512_BF16
+static void fill_avx512_bf16(struct kt_kernels *k) { kt_fill_gemm_avx512_bf16(k); } /* all else as VNNI */
+#else
+#define fill_avx512_bf16 NULL
+#endif
+
+static const struct {
+    const char *name;
+    uint32_t need; /* every rung needs what the rung below it needs */
+    void (*fill)(struct kt_kernels *k);
+} rungs[] = {
+    {"portable", 0, fill_portable},                       /* any machine with a C11 compiler */
+    {"avx2", NEED_AVX2, fill_avx2},                       /* Intel Haswell (2013), AMD Zen (2017) and later */
+    {"avx512", NEED_AVX512, fill_avx512},                 /* Intel Skylake-X (2017) */
+    {"avx512_vnni", NEED_VNNI, fill_avx512_vnni},         /* Intel Cascade Lake (2019), Ice Lake */
+    {"avx512_bf16", NEED_BF16, fill_avx512_bf16},         /* Intel Cooper Lake, Sapphire Rapids; AMD Zen 4 (2022) */
+};
+enum { RUNGS = sizeof rungs / sizeof rungs[0] };
+
+static struct kt_kernels tables[RUNGS];
+static int usable; /* rungs from the bottom that this machine can run */
+static uint32_t features;
+static _Atomic(int) active;
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+static void detect(void) {
+    features = kt_cpu_detect();
+    for (int i = 0; i < RUNGS; i++) {
+        if (!rungs[i].fill || (features & rungs[i].need) != rungs[i].need) break;
+        if (i) tables[i] = tables[i - 1];
+        rungs[i].fill(&tables[i]);
+        tables[i].name = rungs[i].name;
+        usable = i + 1;
+    }
+    atomic_store(&active, usable - 1);
+}
+
+const struct kt_kernels *kt_kernels(void) {
+    pthread_once(&once, detect);
+    return &tables[atomic_load(&active)];
+}
+
+int kt_isa_count(void) { return RUNGS; }
+
+const char *kt_isa_name(int index) { return index < 0 || index >= RUNGS ? NULL : rungs[index].name; }
+
+int kt_isa_usable(int index) {
+    pthread_once(&once, detect);
+    return index >= 0 && index < usable;
+}
+
+int kt_isa_active(void) {
+    pthread_once(&once, detect);
+    return atomic_load(&active);
+}
+
+int kt_isa_force(const char *name) {
+    if (!name) return KT_ERR_NULL;
+    pthread_once(&once, detect);
+    for (int i = 0; i < usable; i++)
+        if (!strcmp(name, rungs[i].name)) {
+            atomic_store(&active, i);
+            return KT_OK;
+        }
+    return KT_ERR_ISA;
+}
+
+uint32_t kt_cpu_features(void) {
+    pthread_once(&once, detect);
+    return features;
+}

@@ -1,0 +1,116 @@
+/* kernels.h: the contract that each instruction set meets, as one struct of function pointers.
+ *
+ * dispatch.c fills it with portable C first and lets each instruction set overwrite what it does better.
+ * Nothing outside src/<isa>/ contains an intrinsic; nothing inside knows experts, threads or shapes of models.
+ *
+ * Decode:  dot[format] runs over packed bytes, unpacking in registers.
+ * Prefill: unpack[format] turns pieces of a row into the one panel layout, and a GEMM that knows no format
+ *          multiplies the panel with many tokens. A new format costs a dot and an unpack, not a GEMM. */
+#ifndef KT_KERNELS_H
+#define KT_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "traits.h"
+
+#define KT_TILE 16          /* weight rows interleaved in a panel tile */
+#define KT_DOT_ROWS 4       /* weight rows that a decode kernel takes at once */
+#define KT_ACT_GROUP 32     /* activations that share an int8 scale */
+#define KT_MAX_GROUPS 128   /* most groups in a panel: KT_PANEL_K_Q8 / 16 */
+#define KT_PANEL_K_Q8 2048  /* columns of a panel, by kind; chosen so that 64 rows take 128 KiB of L2 */
+#define KT_PANEL_K_BF16 1024
+#define KT_PANEL_K_F32 512
+#define KT_STAGE_K 512      /* columns unpacked to row-major staging before they are interleaved */
+
+/* Activations of T tokens in every form that some weight needs; unused forms are NULL. A row of any form
+ * starts `stride` values after the one before; stride is cols rounded up to 32. */
+struct kt_acts {
+    int64_t cols, stride;
+    float *f;        /* [T, stride] */
+    uint16_t *h;     /* [T, stride] bf16; zero from cols on */
+    int8_t *q;       /* [T, stride] */
+    float *d;        /* [T, stride/32] scale of each group */
+    float *ds;       /* [T, stride/32] scale times sum of the group's codes: meets a weight group's min */
+    int32_t *sum16;  /* [T, stride/16] sum of 16 codes: meets a weight format's zero point */
+};
+
+/* One token of kt_acts, for the decode kernels. */
+struct kt_act {
+    const float *f;
+    const int8_t *q;
+    const float *d, *ds;
+};
+
+/* One piece of unpacked weights: `tiles` tiles of 16 rows, k columns. Rows past the end are zero.
+ * Data of a tile: [k / per_dword][16] dwords. A dword holds consecutive columns of one row:
+ * four unsigned codes (Q8), two bf16 (BF16, last one zero padded) or one float (F32). */
+struct kt_panel {
+    enum kt_kind kind;
+    int tiles;
+    int64_t k;
+    const uint32_t *data; /* 64-byte aligned; a tile has k rounded up to its dwords, times 16 */
+    /* Q8 kind only: */
+    int group, zero;
+    const float *scales; /* per tile [k / group][16]: s */
+    const float *mins;   /* the same for m, or NULL */
+};
+
+/* out[r] = dot(row r, a) for r < rows <= KT_DOT_ROWS; rows lie `stride` bytes apart, each of `cols` values. */
+typedef void (*kt_dot_fn)(const uint8_t *w, size_t stride, int rows, int64_t cols, const struct kt_act *a, float *out);
+
+/* Unpack n columns of one row from its block at `w` (n a multiple of the block, or anything for floats).
+ * Q8 kind: data = n unsigned codes, scales and mins [n / group] (mins only if the format has them).
+ * F32 and BF16 kinds: data = n floats. */
+typedef void (*kt_unpack_fn)(const uint8_t *w, int64_t n, void *data, float *scales, float *mins);
+
+/* c[i, r] (+)= panel row r . activations of token[i], columns from k0 on; ldc floats between tokens.
+ * c has room for tiles*16 rows. `add` 0 overwrites. */
+typedef void (*kt_gemm_fn)(const struct kt_panel *p, const struct kt_acts *a, const int32_t *token, int tokens,
+                           int64_t k0, float *c, int64_t ldc, int add);
+
+struct kt_kernels {
+    const char *name;
+    kt_dot_fn dot[KT_FORMATS];
+    kt_unpack_fn unpack[KT_FORMATS];
+    kt_gemm_fn gemm_q8, gemm_f32;
+    kt_gemm_fn gemm_bf16; /* NULL: BF16 weights are unpacked to fp32 and use gemm_f32 */
+
+    /* out[j][r] = in[r * in_stride + j] for 16 rows r and n dwords j. out is 64-byte aligned. */
+    void (*interleave)(const uint32_t *in, size_t in_stride, int64_t n, uint32_t *out);
+
+    /* Quantize n (a multiple of 32) activations; see kt_native.h for the rule. Same bits on every ISA. */
+    void (*quantize)(const float *x, int64_t n, int8_t *q, float *d, float *ds, int32_t *sum16);
+    void (*to_bf16)(const float *x, int64_t n, uint16_t *out);
+    void (*to_f16)(const float *x, int64_t n, uint16_t *out);
+
+    /* up[i] = activation(gate[i]) * up[i]. Same bits on every ISA. */
+    void (*activate)(int activation, const float *gate, float *up, int64_t n);
+
+    /* out[i] (+)= scale * x[i]; `add` 0 overwrites. Unfused multiply and add: same bits on every ISA. */
+    void (*scale_add)(float scale, const float *x, float *out, int64_t n, int add);
+
+    /* Measurements. read: any mix of all bytes. peak: returns operations done, 0 where there is no such unit. */
+    uint64_t (*read)(const void *p, size_t bytes);
+    double (*peak)(int kind, int64_t iterations);
+};
+
+/* Each src/<isa>/<part>.c fills its slots. */
+#define KT_DECLARE_ISA(isa)                          \
+    void kt_fill_dot_##isa(struct kt_kernels *k);    \
+    void kt_fill_unpack_##isa(struct kt_kernels *k); \
+    void kt_fill_gemm_##isa(struct kt_kernels *k);   \
+    void kt_fill_act_##isa(struct kt_kernels *k);
+KT_DECLARE_ISA(portable)
+KT_DECLARE_ISA(avx2)
+KT_DECLARE_ISA(avx512)
+KT_DECLARE_ISA(avx512_vnni)
+KT_DECLARE_ISA(avx512_bf16)
+
+#define KT_JOIN2(a, b) a##b
+#define KT_JOIN(a, b) KT_JOIN2(a, b)
+
+/* The kernels in use; never NULL. */
+const struct kt_kernels *kt_kernels(void);
+
+#endif

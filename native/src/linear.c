@@ -1,0 +1,119 @@
+/* linear.c: out = x @ W^T + bias for one matrix, and the dequantizer. No intrinsics here. */
+#include <string.h>
+
+#include "../include/kt_native.h"
+#include "matmul.h"
+
+struct linear {
+    const struct kt_kernels *k;
+    struct kt_matrix w;
+    const float *bias;
+    const void *x;
+    void *out;
+    int dtype, need, panel, rows;
+    int32_t tokens, per_job; /* of this chunk; per job while activations are prepared */
+    struct kt_acts a;
+    int32_t *token;              /* 0, 1, 2, ... */
+    struct kt_scratch *scratch;  /* one a thread */
+};
+
+static void prepare(void *ctx, int32_t job, int thread) {
+    (void)thread;
+    struct linear *l = ctx;
+    for (int64_t t = (int64_t)job * l->per_job; t < kt_min((int64_t)(job + 1) * l->per_job, l->tokens); t++) {
+        kt_load_row(l->k, l->x, l->dtype, t * l->w.cols, l->w.cols, l->a.f + t * l->a.stride);
+        kt_acts_derive(l->k, &l->a, t, l->need);
+    }
+}
+
+static void multiply(void *ctx, int32_t job, int thread) {
+    struct linear *l = ctx;
+    const struct kt_scratch *s = &l->scratch[thread];
+    int64_t first = (int64_t)job * l->rows;
+    int rows = (int)kt_min(l->w.rows - first, l->rows);
+    kt_matmul_block(l->k, &l->w, first, rows, &l->a, l->token, l->tokens, l->panel, s, s->c, KT_BLOCK_ROWS);
+    for (int64_t t = 0; t < l->tokens; t++) {
+        float *c = s->c + t * KT_BLOCK_ROWS;
+        for (int r = 0; l->bias && r < rows; r++) c[r] += l->bias[first + r];
+        kt_store_row(l->k, c, rows, l->dtype, l->out, t * l->w.rows + first);
+    }
+}
+
+static void layout(struct linear *l, struct kt_arena *arena, int threads) {
+    l->scratch = kt_arena_take(arena, threads, sizeof *l->scratch);
+    l->token = kt_arena_take(arena, l->tokens, sizeof *l->token);
+    kt_acts_take(arena, l->tokens, l->w.cols, l->need, &l->a);
+    for (int i = 0; i < threads; i++) {
+        struct kt_scratch s;
+        kt_scratch_take(arena, l->tokens, &s);
+        if (arena->base) l->scratch[i] = s;
+    }
+}
+
+static int run_chunk(struct linear *l, kt_pool *pool) {
+    struct kt_arena arena = {0};
+    layout(l, &arena, kt_pool_threads(pool));
+    arena.base = arena.overflow ? NULL : kt_pool_shared(pool, arena.used);
+    if (!arena.base) return KT_ERR_MEMORY;
+    arena.used = 0;
+    layout(l, &arena, kt_pool_threads(pool));
+    for (int32_t t = 0; t < l->tokens; t++) l->token[t] = t;
+    kt_pool_run(pool, prepare, l, (l->tokens + l->per_job - 1) / l->per_job);
+    kt_pool_run(pool, multiply, l, (int32_t)((l->w.rows + l->rows - 1) / l->rows));
+    return KT_OK;
+}
+
+int kt_linear(kt_pool *pool, const kt_weight *w, const float *bias, const void *x, int dtype, int64_t tokens, void *out) {
+    struct linear l = {.bias = bias, .x = x, .out = out, .dtype = dtype};
+    if (!pool) return KT_ERR_NULL;
+    int status = kt_matrix_check(w, &l.w);
+    if (status) return status;
+    if (tokens < 0 || tokens > KT_MAX_DIM) return KT_ERR_SHAPE;
+    size_t size = kt_dtype_size(dtype);
+    if (!size) return KT_ERR_DTYPE;
+    if (tokens == 0) return KT_OK;
+    if (!x || !out) return KT_ERR_NULL;
+
+    kt_pool_lock(pool);
+    l.k = kt_kernels();
+    l.panel = kt_use_panel(l.k, l.w.format, tokens);
+    l.need = kt_forms_needed(l.k, l.w.format, l.panel);
+    l.rows = kt_job_rows(pool, l.w.rows);
+    l.per_job = (int32_t)(1 + 16384 / l.w.cols);
+    const int64_t chunk = 2048; /* tokens at once: bounds the scratch memory; weights are read once a chunk */
+    for (int64_t t = 0; t < tokens && !status; t += chunk) {
+        l.tokens = (int32_t)kt_min(tokens - t, chunk);
+        l.x = (const uint8_t *)x + (size_t)(t * l.w.cols) * size;
+        l.out = (uint8_t *)out + (size_t)(t * l.w.rows) * size;
+        status = run_chunk(&l, pool);
+    }
+    kt_pool_unlock(pool);
+    return status;
+}
+
+int kt_dequantize(const kt_weight *w, float *out) {
+    struct kt_matrix m;
+    int status = kt_matrix_check(w, &m);
+    if (status) return status;
+    if (!out) return KT_ERR_NULL;
+    const struct kt_kernels *k = kt_kernels();
+    const struct kt_traits *t = m.traits;
+    uint8_t codes[256];
+    float scales[16], mins[16];
+    for (int64_t r = 0; r < m.rows; r++) {
+        const uint8_t *bytes = m.data + (size_t)r * m.stride;
+        if (t->kind != KT_KIND_Q8) {
+            k->unpack[m.format](bytes, m.cols, out, NULL, NULL);
+            out += m.cols;
+            continue;
+        }
+        for (int64_t c = 0; c < m.cols; c += t->block, bytes += t->bytes, out += t->block) {
+            k->unpack[m.format](bytes, t->block, codes, scales, mins);
+            for (int i = 0; i < t->block; i++) {
+                float value = scales[i / t->group] * (float)(codes[i] - t->zero);
+                out[i] = t->has_min ? value - mins[i / t->group] : value;
+            }
+        }
+    }
+    return KT_OK;
+}

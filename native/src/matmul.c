@@ -1,0 +1,189 @@
+#include "matmul.h"
+
+#include <stdatomic.h>
+#include <string.h>
+
+#include "quants.h"
+
+/* ---- checks and memory ------------------------------------------------------------------------------ */
+
+int kt_matrix_check(const kt_weight *w, struct kt_matrix *out) {
+    if (!w || !w->data) return KT_ERR_NULL;
+    int format = kt_format_of(w->type);
+    if (format < 0) return KT_ERR_TYPE;
+    const struct kt_traits *t = &kt_traits_table[format];
+    if (w->rows < 1 || w->cols < 1 || w->rows > KT_MAX_DIM || w->cols > KT_MAX_DIM) return KT_ERR_SHAPE;
+    if (w->cols % t->block) return KT_ERR_BLOCK;
+    size_t stride = kt_row_bytes(t, w->cols), bytes;
+    if (__builtin_mul_overflow(stride, (size_t)w->rows, &bytes)) return KT_ERR_SHAPE;
+    if (w->bytes != bytes) return KT_ERR_BYTES;
+    *out = (struct kt_matrix){format, t, w->rows, w->cols, stride, w->data};
+    return KT_OK;
+}
+
+void *kt_arena_take(struct kt_arena *arena, int64_t count, size_t size) {
+    size_t bytes, end;
+    if (__builtin_mul_overflow((size_t)count, size, &bytes) || bytes > SIZE_MAX - 64 ||
+        __builtin_add_overflow(arena->used, (bytes + 63) & ~(size_t)63, &end)) {
+        arena->overflow = 1;
+        return NULL;
+    }
+    void *p = arena->base ? arena->base + arena->used : NULL;
+    arena->used = end;
+    return p;
+}
+
+void kt_scratch_take(struct kt_arena *arena, int64_t tokens, struct kt_scratch *s) {
+    const int64_t scales = KT_BLOCK_ROWS * KT_MAX_GROUPS;
+    s->data = kt_arena_take(arena, KT_BLOCK_ROWS * KT_PANEL_K_Q8, 1); /* the same bytes for every kind */
+    s->scales = kt_arena_take(arena, scales, 4);
+    s->mins = kt_arena_take(arena, scales, 4);
+    s->stage = kt_arena_take(arena, KT_TILE * KT_STAGE_K, 4);
+    s->stage_scales = kt_arena_take(arena, KT_TILE * KT_STAGE_K / 16, 4);
+    s->stage_mins = kt_arena_take(arena, KT_TILE * KT_STAGE_K / 16, 4);
+    s->c = kt_arena_take(arena, tokens * KT_BLOCK_ROWS, 4);
+}
+
+/* ---- activations ------------------------------------------------------------------------------------ */
+
+int kt_forms_needed(const struct kt_kernels *k, int format, int panel) {
+    enum kt_kind kind = kt_traits_table[format].kind;
+    if (kind == KT_KIND_Q8) return KT_NEED_Q8;
+    return kind == KT_KIND_BF16 && panel && k->gemm_bf16 ? KT_NEED_BF16 : 0;
+}
+
+void kt_acts_take(struct kt_arena *arena, int64_t tokens, int64_t cols, int need, struct kt_acts *a) {
+    int64_t stride = kt_round_up(cols, KT_ACT_GROUP);
+    *a = (struct kt_acts){.cols = cols, .stride = stride};
+    a->f = kt_arena_take(arena, tokens * stride, 4);
+    if (need & KT_NEED_BF16) a->h = kt_arena_take(arena, tokens * stride, 2);
+    if (need & KT_NEED_Q8) {
+        a->q = kt_arena_take(arena, tokens * stride, 1);
+        a->d = kt_arena_take(arena, tokens * stride / KT_ACT_GROUP, 4);
+        a->ds = kt_arena_take(arena, tokens * stride / KT_ACT_GROUP, 4);
+        a->sum16 = kt_arena_take(arena, tokens * stride / 16, 4);
+    }
+}
+
+void kt_acts_derive(const struct kt_kernels *k, struct kt_acts *a, int64_t t, int need) {
+    const float *x = a->f + t * a->stride;
+    int64_t group = t * a->stride / KT_ACT_GROUP;
+    if (need & KT_NEED_Q8) /* such a matrix has cols % 32 == 0 */
+        k->quantize(x, a->cols, a->q + t * a->stride, a->d + group, a->ds + group, a->sum16 + 2 * group);
+    if (need & KT_NEED_BF16) {
+        uint16_t *h = a->h + t * a->stride;
+        k->to_bf16(x, a->cols, h);
+        memset(h + a->cols, 0, (size_t)(a->stride - a->cols) * 2);
+    }
+}
+
+size_t kt_dtype_size(int dtype) { return dtype == KT_F32 ? 4 : dtype == KT_F16 || dtype == KT_BF16 ? 2 : 0; }
+
+void kt_load_row(const struct kt_kernels *k, const void *x, int dtype, int64_t offset, int64_t n, float *out) {
+    int format = dtype == KT_F32 ? KT_FMT_F32 : dtype == KT_F16 ? KT_FMT_F16 : KT_FMT_BF16;
+    k->unpack[format]((const uint8_t *)x + (size_t)offset * kt_dtype_size(dtype), n, out, NULL, NULL);
+}
+
+void kt_store_row(const struct kt_kernels *k, const float *x, int64_t n, int dtype, void *out, int64_t offset) {
+    if (dtype == KT_F32) memcpy((float *)out + offset, x, (size_t)n * 4);
+    if (dtype == KT_F16) k->to_f16(x, n, (uint16_t *)out + offset);
+    if (dtype == KT_BF16) k->to_bf16(x, n, (uint16_t *)out + offset);
+}
+
+/* ---- decode or prefill ------------------------------------------------------------------------------ */
+
+static _Atomic(int) forced_threshold;
+
+void kt_set_panel_threshold(int tokens) { atomic_store(&forced_threshold, tokens); }
+
+int kt_use_panel(const struct kt_kernels *k, int format, int64_t tokens) {
+    int threshold = atomic_load(&forced_threshold);
+    (void)k;
+    if (threshold <= 0) threshold = kt_traits_table[format].kind == KT_KIND_Q8 ? 8 : 6;
+    return tokens >= threshold;
+}
+
+/* Decode: a few rows at a time, each met by every token while its bytes are in the first-level cache. */
+static void dot_block(const struct kt_kernels *k, const struct kt_matrix *w, int64_t first, int rows,
+                      const struct kt_acts *a, const int32_t *token, int tokens, float *c, int64_t ldc) {
+    kt_dot_fn dot = k->dot[w->format];
+    for (int r = 0; r < rows; r += KT_DOT_ROWS) {
+        int n = (int)kt_min(rows - r, KT_DOT_ROWS);
+        const uint8_t *bytes = w->data + (size_t)(first + r) * w->stride;
+        for (int i = 0; i < tokens; i++) {
+            int64_t at = token[i] * a->stride;
+            struct kt_act one = {.f = a->f + at};
+            if (a->q)
+                one.q = a->q + at, one.d = a->d + at / KT_ACT_GROUP, one.ds = a->ds + at / KT_ACT_GROUP;
+            dot(bytes, w->stride, n, w->cols, &one, c + i * ldc + r);
+        }
+    }
+}
+
+/* Unpack columns k0 .. k0+p->k of up to 64 rows into the panel `p` describes. */
+static void fill_panel(const struct kt_kernels *k, const struct kt_matrix *w, int64_t first, int rows, int64_t k0,
+                       const struct kt_scratch *s, const struct kt_panel *p) {
+    const struct kt_traits *t = w->traits;
+    const int values = p->kind == KT_KIND_Q8 ? 4 : p->kind == KT_KIND_BF16 ? 2 : 1; /* in a dword */
+    const int64_t dwords = (p->k + values - 1) / values, groups = t->group ? p->k / t->group : 0;
+    const size_t row_dwords = (size_t)KT_STAGE_K / (size_t)values; /* staging stride */
+    for (int tile = 0; tile < p->tiles; tile++) {
+        uint32_t *data = s->data + tile * dwords * KT_TILE;
+        int live = (int)kt_min(rows - tile * KT_TILE, KT_TILE);
+        if (live < KT_TILE) { /* rows past the end are zeros */
+            memset(s->stage, 0, KT_TILE * row_dwords * 4);
+            memset(s->stage_scales, 0, KT_TILE * KT_STAGE_K / 16 * 4);
+            memset(s->stage_mins, 0, KT_TILE * KT_STAGE_K / 16 * 4);
+        }
+        for (int64_t c = 0; c < p->k; c += KT_STAGE_K) {
+            int64_t n = kt_min(p->k - c, KT_STAGE_K), g = t->group ? n / t->group : 0;
+            const uint8_t *bytes = w->data + (size_t)(first + tile * KT_TILE) * w->stride + kt_row_bytes(t, k0 + c);
+            for (int r = 0; r < live; r++, bytes += w->stride) {
+                uint32_t *row = s->stage + (size_t)r * row_dwords;
+                if (p->kind == KT_KIND_BF16) {
+                    if (n & 1) row[n / 2] = 0;
+                    memcpy(row, bytes, (size_t)n * 2);
+                } else {
+                    k->unpack[w->format](bytes, n, row, s->stage_scales + r * (KT_STAGE_K / 16),
+                                         s->stage_mins + r * (KT_STAGE_K / 16));
+                }
+            }
+            k->interleave(s->stage, row_dwords, (n + values - 1) / values, data + c / values * KT_TILE);
+            if (!g) continue;
+            int64_t at = (tile * groups + c / t->group) * KT_TILE;
+            k->interleave((const uint32_t *)s->stage_scales, KT_STAGE_K / 16, g, (uint32_t *)s->scales + at);
+            if (t->has_min) k->interleave((const uint32_t *)s->stage_mins, KT_STAGE_K / 16, g, (uint32_t *)s->mins + at);
+        }
+    }
+}
+
+static void panel_block(const struct kt_kernels *k, const struct kt_matrix *w, int64_t first, int rows,
+                        const struct kt_acts *a, const int32_t *token, int tokens, const struct kt_scratch *s,
+                        float *c, int64_t ldc) {
+    const struct kt_traits *t = w->traits;
+    enum kt_kind kind = t->kind == KT_KIND_BF16 && !k->gemm_bf16 ? KT_KIND_F32 : t->kind;
+    kt_gemm_fn gemm = kind == KT_KIND_Q8 ? k->gemm_q8 : kind == KT_KIND_BF16 ? k->gemm_bf16 : k->gemm_f32;
+    int64_t columns = kind == KT_KIND_Q8 ? KT_PANEL_K_Q8 : kind == KT_KIND_BF16 ? KT_PANEL_K_BF16 : KT_PANEL_K_F32;
+    for (int64_t k0 = 0; k0 < w->cols; k0 += columns) {
+        struct kt_panel p = {.kind = kind, .tiles = (rows + KT_TILE - 1) / KT_TILE, .k = kt_min(w->cols - k0, columns),
+                             .data = s->data, .group = t->group, .zero = t->zero, .scales = s->scales,
+                             .mins = t->has_min ? s->mins : NULL};
+        fill_panel(k, w, first, rows, k0, s, &p);
+        gemm(&p, a, token, tokens, k0, c, ldc, k0 > 0);
+    }
+}
+
+void kt_matmul_block(const struct kt_kernels *k, const struct kt_matrix *w, int64_t first, int rows,
+                     const struct kt_acts *a, const int32_t *token, int tokens, int panel,
+                     const struct kt_scratch *s, float *c, int64_t ldc) {
+    if (panel)
+        panel_block(k, w, first, rows, a, token, tokens, s, c, ldc);
+    else
+        dot_block(k, w, first, rows, a, token, tokens, c, ldc);
+}
+
+int kt_job_rows(const kt_pool *pool, int64_t rows_total) {
+    int rows = KT_BLOCK_ROWS;
+    while (rows > KT_TILE && rows_total / rows < 6 * kt_pool_threads(pool)) rows /= 2;
+    return rows;
+}

@@ -1,0 +1,302 @@
+/* moe.c: routed experts. No intrinsics here, and no knowledge of formats.
+ *
+ *   sort the (token, slot) pairs by expert                        counting sort; a pair's place is its `pos`
+ *   for each token:             x[t]   = fp32, int8 or bf16 form of hidden[t]
+ *   for each expert, 64 rows:   g      = gate_e @ x[tokens of e]         decode or panel path, by their number
+ *                               u      = up_e   @ x[tokens of e]
+ *                               m[pos] = act(g) * u
+ *   for each pos:               m[pos] in the form that down wants
+ *   for each expert, 64 rows:   y[pos] = down_e @ m[pos of e]
+ *   for each token:             out[t] = sum over slots k, in order, of weights[t,k] * y[pos(t,k)]
+ *
+ * REGULARITIES
+ *  - Each line is one job set; between two of them all threads meet. Jobs are independent and write disjoint
+ *    memory, and every sum has one owner and one order: the result does not depend on the threads.
+ *  - Decode has one token, so each expert meets one token and every weight byte is read once: bandwidth.
+ *  - Prefill gives an expert T*K/E tokens: 48 for T=512, K=6, E=64. Panels are unpacked once for all of them.
+ *  - Some experts get no token at all and cost nothing; one may get them all.
+ *
+ * EXAMPLE (H=2048, I=1408, E=64, K=6, T=512): 3072 pairs; 64 x 22 gate/up jobs of up to 64 rows x 2048 columns
+ * for about 48 tokens each; m is [3072, 1408]; 64 x 32 down jobs; y is [3072, 2048]. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "../include/kt_native.h"
+#include "matmul.h"
+
+struct kt_experts {
+    int64_t count, hidden, inner; /* E, H, I */
+    int activation;
+    struct kt_matrix *gate, *up, *down; /* [E] each, one allocation */
+};
+
+/* An expert that has tokens. */
+struct group {
+    int32_t expert, begin, tokens; /* pos of its first pair, and how many */
+};
+
+/* One call, for a chunk of tokens. */
+struct forward {
+    const struct kt_experts *e;
+    const struct kt_kernels *k;
+    const void *hidden;
+    const int64_t *ids;
+    const float *weights;
+    void *out;
+    int dtype, slots;       /* slots: K */
+    int32_t tokens, pairs, groups, most; /* most: tokens of the busiest expert */
+    int32_t *group_of;      /* [E] scratch of the sort: counts, then next free pos */
+    struct group *group;    /* [groups], busiest first */
+    int32_t *pos;           /* [T, K] place of each pair, -1 if skipped */
+    int32_t *token;         /* [pairs] token of each place */
+    int32_t *place;         /* [pairs] 0, 1, 2, ... */
+    struct kt_acts x, m;
+    float *y;               /* [pairs, y_stride] */
+    int64_t y_stride;
+    int need_x, need_m;
+    int rows, blocks_inner, blocks_hidden; /* rows of a job, jobs of an expert */
+    int32_t per_job_x, per_job_m;
+    struct kt_scratch *scratch;
+};
+
+/* ---- creation --------------------------------------------------------------------------------------- */
+
+static int check_expert(struct kt_experts *e, int64_t i) {
+    const struct kt_matrix *g = &e->gate[i], *u = &e->up[i], *d = &e->down[i];
+    if (i == 0) e->hidden = g->cols, e->inner = g->rows;
+    int fits = g->cols == e->hidden && g->rows == e->inner && u->cols == e->hidden && u->rows == e->inner &&
+               d->cols == e->inner && d->rows == e->hidden;
+    return fits ? KT_OK : KT_ERR_SHAPE;
+}
+
+int kt_experts_create(int64_t count, const kt_weight *gate, const kt_weight *up, const kt_weight *down, int activation,
+                      kt_experts **experts) {
+    if (!experts) return KT_ERR_NULL;
+    *experts = NULL;
+    if (!gate || !up || !down) return KT_ERR_NULL;
+    if (count < 1 || count > 1 << 20) return KT_ERR_SHAPE;
+    if (activation < KT_SILU || activation > KT_RELU) return KT_ERR_ACTIVATION;
+    struct kt_experts *e = calloc(1, sizeof *e);
+    struct kt_matrix *all = calloc((size_t)count * 3, sizeof *all);
+    int status = e && all ? KT_OK : KT_ERR_MEMORY;
+    if (!status) *e = (struct kt_experts){.count = count, .activation = activation, .gate = all, .up = all + count,
+                                          .down = all + 2 * count};
+    for (int64_t i = 0; i < count && !status; i++) {
+        status = kt_matrix_check(&gate[i], &e->gate[i]);
+        if (!status) status = kt_matrix_check(&up[i], &e->up[i]);
+        if (!status) status = kt_matrix_check(&down[i], &e->down[i]);
+        if (!status) status = check_expert(e, i);
+    }
+    if (status) {
+        free(all);
+        free(e);
+        return status;
+    }
+    *experts = e;
+    return KT_OK;
+}
+
+void kt_experts_destroy(kt_experts *e) {
+    if (!e) return;
+    free(e->gate);
+    free(e);
+}
+
+/* ---- the sort --------------------------------------------------------------------------------------- */
+
+static int busiest_first(const void *a, const void *b) {
+    const struct group *x = a, *y = b;
+    if (x->tokens != y->tokens) return x->tokens < y->tokens ? 1 : -1;
+    return x->expert < y->expert ? -1 : 1;
+}
+
+static int chosen(const struct forward *f, int64_t i) { return f->ids[i] >= 0 && f->ids[i] < f->e->count; }
+
+/* Count first: the memory layout depends on the number of pairs and groups. */
+static void count_pairs(struct forward *f) {
+    memset(f->group_of, 0, (size_t)f->e->count * sizeof *f->group_of);
+    f->pairs = f->groups = f->most = 0;
+    for (int64_t i = 0; i < (int64_t)f->tokens * f->slots; i++)
+        if (chosen(f, i)) f->pairs++, f->group_of[f->ids[i]]++;
+    for (int64_t e = 0; e < f->e->count; e++) {
+        if (f->group_of[e]) f->groups++;
+        if (f->group_of[e] > f->most) f->most = f->group_of[e];
+    }
+}
+
+static void sort_pairs(struct forward *f) {
+    int32_t begin = 0, n = 0;
+    for (int64_t e = 0; e < f->e->count; e++) {
+        int32_t tokens = f->group_of[e];
+        f->group_of[e] = begin;
+        if (tokens) f->group[n++] = (struct group){(int32_t)e, begin, tokens};
+        begin += tokens;
+    }
+    for (int32_t t = 0; t < f->tokens; t++)
+        for (int k = 0; k < f->slots; k++) {
+            int64_t i = (int64_t)t * f->slots + k;
+            f->pos[i] = chosen(f, i) ? f->group_of[f->ids[i]]++ : -1;
+            if (f->pos[i] >= 0) f->token[f->pos[i]] = t;
+        }
+    for (int32_t i = 0; i < f->pairs; i++) f->place[i] = i;
+    qsort(f->group, (size_t)f->groups, sizeof *f->group, busiest_first);
+}
+
+/* ---- jobs ------------------------------------------------------------------------------------------- */
+
+static void prepare_x(void *ctx, int32_t job, int thread) {
+    (void)thread;
+    struct forward *f = ctx;
+    for (int64_t t = (int64_t)job * f->per_job_x; t < kt_min((int64_t)(job + 1) * f->per_job_x, f->tokens); t++) {
+        kt_load_row(f->k, f->hidden, f->dtype, t * f->e->hidden, f->e->hidden, f->x.f + t * f->x.stride);
+        kt_acts_derive(f->k, &f->x, t, f->need_x);
+    }
+}
+
+static void gate_up(void *ctx, int32_t job, int thread) {
+    struct forward *f = ctx;
+    const struct kt_experts *e = f->e;
+    const struct kt_scratch *s = &f->scratch[thread];
+    const struct group *g = &f->group[job / f->blocks_inner];
+    const struct kt_matrix *gate = &e->gate[g->expert], *up = &e->up[g->expert];
+    int64_t first = (int64_t)(job % f->blocks_inner) * f->rows;
+    int rows = (int)kt_min(e->inner - first, f->rows);
+    const int32_t *token = f->token + g->begin;
+    float *m = f->m.f + g->begin * f->m.stride + first;
+    kt_matmul_block(f->k, gate, first, rows, &f->x, token, g->tokens, kt_use_panel(f->k, gate->format, g->tokens), s,
+                    s->c, KT_BLOCK_ROWS);
+    kt_matmul_block(f->k, up, first, rows, &f->x, token, g->tokens, kt_use_panel(f->k, up->format, g->tokens), s, m,
+                    f->m.stride);
+    for (int64_t i = 0; i < g->tokens; i++)
+        f->k->activate(e->activation, s->c + i * KT_BLOCK_ROWS, m + i * f->m.stride, rows);
+}
+
+static void prepare_m(void *ctx, int32_t job, int thread) {
+    (void)thread;
+    struct forward *f = ctx;
+    for (int64_t p = (int64_t)job * f->per_job_m; p < kt_min((int64_t)(job + 1) * f->per_job_m, f->pairs); p++)
+        kt_acts_derive(f->k, &f->m, p, f->need_m);
+}
+
+static void down(void *ctx, int32_t job, int thread) {
+    struct forward *f = ctx;
+    const struct group *g = &f->group[job / f->blocks_hidden];
+    const struct kt_matrix *w = &f->e->down[g->expert];
+    int64_t first = (int64_t)(job % f->blocks_hidden) * f->rows;
+    int rows = (int)kt_min(f->e->hidden - first, f->rows);
+    kt_matmul_block(f->k, w, first, rows, &f->m, f->place + g->begin, g->tokens,
+                    kt_use_panel(f->k, w->format, g->tokens), &f->scratch[thread],
+                    f->y + g->begin * f->y_stride + first, f->y_stride);
+}
+
+/* The row of x is no longer needed and takes the sum, before it is converted. */
+static void combine(void *ctx, int32_t job, int thread) {
+    (void)thread;
+    struct forward *f = ctx;
+    const int64_t H = f->e->hidden;
+    for (int64_t t = (int64_t)job * f->per_job_x; t < kt_min((int64_t)(job + 1) * f->per_job_x, f->tokens); t++) {
+        float *sum = f->x.f + t * f->x.stride;
+        int add = 0;
+        for (int64_t i = t * f->slots; i < (t + 1) * f->slots; i++)
+            if (f->pos[i] >= 0) f->k->scale_add(f->weights[i], f->y + f->pos[i] * f->y_stride, sum, H, add), add = 1;
+        if (!add) memset(sum, 0, (size_t)H * sizeof *sum);
+        kt_store_row(f->k, sum, H, f->dtype, f->out, t * H);
+    }
+}
+
+/* ---- the call --------------------------------------------------------------------------------------- */
+
+static void needs(struct forward *f) {
+    f->need_x = f->need_m = 0;
+    for (int64_t i = 0; i < f->e->count; i++) {
+        int32_t tokens = f->group_of[i];
+        if (!tokens) continue;
+        int gate = f->e->gate[i].format, up = f->e->up[i].format, down_ = f->e->down[i].format;
+        f->need_x |= kt_forms_needed(f->k, gate, kt_use_panel(f->k, gate, tokens));
+        f->need_x |= kt_forms_needed(f->k, up, kt_use_panel(f->k, up, tokens));
+        f->need_m |= kt_forms_needed(f->k, down_, kt_use_panel(f->k, down_, tokens));
+    }
+}
+
+static void layout(struct forward *f, struct kt_arena *arena, int threads) {
+    int64_t pairs = (int64_t)f->tokens * f->slots; /* an upper bound, known before counting */
+    f->group_of = kt_arena_take(arena, f->e->count, sizeof *f->group_of); /* first: filled between two layouts */
+    f->pos = kt_arena_take(arena, pairs, sizeof *f->pos);
+    f->token = kt_arena_take(arena, f->pairs, sizeof *f->token);
+    f->place = kt_arena_take(arena, f->pairs, sizeof *f->place);
+    f->group = kt_arena_take(arena, f->groups, sizeof *f->group);
+    f->scratch = kt_arena_take(arena, threads, sizeof *f->scratch);
+    kt_acts_take(arena, f->tokens, f->e->hidden, f->need_x, &f->x);
+    kt_acts_take(arena, f->pairs, f->e->inner, f->need_m, &f->m);
+    f->y_stride = kt_round_up(f->e->hidden, KT_TILE);
+    f->y = kt_arena_take(arena, f->pairs * f->y_stride, sizeof *f->y);
+    for (int i = 0; i < threads; i++) {
+        struct kt_scratch s;
+        kt_scratch_take(arena, f->most, &s);
+        if (arena->base) f->scratch[i] = s;
+    }
+}
+
+static int run_chunk(struct forward *f, kt_pool *pool) {
+    int threads = kt_pool_threads(pool);
+    f->group_of = kt_pool_shared(pool, (size_t)f->e->count * sizeof *f->group_of);
+    if (!f->group_of) return KT_ERR_MEMORY;
+    count_pairs(f);
+    needs(f);
+    struct kt_arena arena = {0};
+    layout(f, &arena, threads);
+    arena.base = arena.overflow ? NULL : kt_pool_shared(pool, arena.used);
+    if (!arena.base) return KT_ERR_MEMORY;
+    arena.used = 0;
+    layout(f, &arena, threads);
+    count_pairs(f); /* growing the memory lost the first count */
+    sort_pairs(f);
+
+    f->rows = kt_job_rows(pool, f->groups * kt_min(f->e->inner, f->e->hidden));
+    f->blocks_inner = (int)((f->e->inner + f->rows - 1) / f->rows);
+    f->blocks_hidden = (int)((f->e->hidden + f->rows - 1) / f->rows);
+    f->per_job_x = (int32_t)(1 + 16384 / f->e->hidden);
+    f->per_job_m = (int32_t)(1 + 16384 / f->e->inner);
+    int64_t jobs = (int64_t)f->groups * (f->blocks_inner > f->blocks_hidden ? f->blocks_inner : f->blocks_hidden);
+    if (jobs > INT32_MAX) return KT_ERR_SHAPE;
+    const int32_t token_jobs = (f->tokens + f->per_job_x - 1) / f->per_job_x;
+    kt_pool_run(pool, prepare_x, f, token_jobs);
+    kt_pool_run(pool, gate_up, f, f->groups * f->blocks_inner);
+    if (f->need_m) kt_pool_run(pool, prepare_m, f, (f->pairs + f->per_job_m - 1) / f->per_job_m);
+    kt_pool_run(pool, down, f, f->groups * f->blocks_hidden);
+    kt_pool_run(pool, combine, f, token_jobs);
+    return KT_OK;
+}
+
+/* Tokens at once: as many as keep m and y within half a gigabyte. More tokens amortize unpacking better. */
+static int64_t chunk_tokens(const struct kt_experts *e, int64_t slots) {
+    int64_t bytes = slots * 4 * (2 * e->inner + e->hidden) + 12 * e->hidden;
+    int64_t n = ((int64_t)512 << 20) / bytes;
+    return n < 16 ? 16 : n > 4096 ? 4096 : n;
+}
+
+int kt_experts_forward(const kt_experts *e, kt_pool *pool, const void *hidden, int dtype, int64_t tokens,
+                       const int64_t *ids, int64_t per_token, const float *weights, void *out) {
+    if (!e || !pool) return KT_ERR_NULL;
+    if (tokens < 0 || tokens > KT_MAX_DIM || per_token < 0 || per_token > 1 << 16) return KT_ERR_SHAPE;
+    size_t size = kt_dtype_size(dtype);
+    if (!size) return KT_ERR_DTYPE;
+    if (tokens == 0) return KT_OK;
+    if (!hidden || !out || (per_token && (!ids || !weights))) return KT_ERR_NULL;
+
+    struct forward f = {.e = e, .dtype = dtype, .slots = (int)per_token};
+    int status = KT_OK;
+    kt_pool_lock(pool);
+    f.k = kt_kernels();
+    const int64_t chunk = chunk_tokens(e, per_token);
+    for (int64_t t = 0; t < tokens && !status; t += chunk) {
+        f.tokens = (int32_t)kt_min(tokens - t, chunk);
+        f.hidden = (const uint8_t *)hidden + (size_t)(t * e->hidden) * size;
+        f.out = (uint8_t *)out + (size_t)(t * e->hidden) * size;
+        f.ids = per_token ? ids + t * per_token : NULL;
+        f.weights = per_token ? weights + t * per_token : NULL;
+        status = run_chunk(&f, pool);
+    }
+    kt_pool_unlock(pool);
+    return status;
+}

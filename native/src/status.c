@@ -1,0 +1,18 @@
+#include "../include/kt_native.h"
+
+const char *kt_status_message(int status) {
+    switch (status) {
+    case KT_OK: return "success";
+    case KT_ERR_NULL: return "a required pointer is NULL";
+    case KT_ERR_TYPE: return "weight type unknown to this library";
+    case KT_ERR_SHAPE: return "a size is out of range, or matrices do not fit together";
+    case KT_ERR_BLOCK: return "columns are not a multiple of the weight type's block";
+    case KT_ERR_BYTES: return "byte length differs from what rows, columns and type need";
+    case KT_ERR_DTYPE: return "activation dtype unknown (float32, float16 or bfloat16)";
+    case KT_ERR_ACTIVATION: return "activation function unknown";
+    case KT_ERR_MEMORY: return "out of memory";
+    case KT_ERR_THREADS: return "thread count out of range, or threads cannot be started";
+    case KT_ERR_ISA: return "instruction set unknown, not built, or not available on this machine";
+    }
+    return "unknown status";
+}

@@ -1,0 +1,38 @@
+/* traits.h: one row a weight format. To add a format: a struct in quants.h, an index here, a row in traits.c. */
+#ifndef KT_TRAITS_H
+#define KT_TRAITS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* Dense index of a format, for tables; the public ids have gaps. */
+enum kt_format { KT_FMT_F32, KT_FMT_F16, KT_FMT_BF16, KT_FMT_Q8_0, KT_FMT_Q4_K, KT_FMT_Q5_K, KT_FMT_Q6_K, KT_FORMATS };
+
+/* What a format's weights are multiplied with. */
+enum kt_kind {
+    KT_KIND_F32,  /* fp32 activations */
+    KT_KIND_BF16, /* fp32 activations in decode; bf16 in prefill where a bf16 GEMM exists */
+    KT_KIND_Q8    /* int8 activations, one scale per 32 */
+};
+
+struct kt_traits {
+    int id;           /* GGUF type id */
+    const char *name;
+    int block;        /* values in a block; cols must be a multiple */
+    int bytes;        /* bytes of a block */
+    enum kt_kind kind;
+    int group;        /* Q8 kind: values that share a scale, 16 or 32 */
+    int zero;         /* Q8 kind: z of w = s*(u - z) - m. Codes above 127 require z = 128 (see gemm.c of avx2) */
+    int has_min;      /* Q8 kind: m is not always zero */
+};
+
+extern const struct kt_traits kt_traits_table[KT_FORMATS];
+
+/* The format of a GGUF type id, or -1. */
+int kt_format_of(int id);
+
+static inline size_t kt_row_bytes(const struct kt_traits *t, int64_t cols) {
+    return (size_t)(cols / t->block) * (size_t)t->bytes;
+}
+
+#endif

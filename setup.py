@@ -1,0 +1,79 @@
+"""Packages, the instruction-set table, and the cffi module. Everything else about the project is in pyproject.toml."""
+
+import platform
+import subprocess
+import sysconfig
+import tempfile
+from glob import glob
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+BASE = ["-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-math-errno"]
+"""-ffp-contract=off: portable C and every instruction set must round alike; kernels ask for FMA by name."""
+
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
+ISA_FLAGS = {  # native/src/<name>/*.c; dispatch.c says what each rung needs at run time
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512_vnni": [*AVX512, "-mavx512vnni"],
+    "avx512_bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
+}
+
+
+def compiles(flags: list[str]) -> bool:
+    """Whether the C compiler knows these flags; without them the instruction set is left out, not an error."""
+    compiler = (sysconfig.get_config_var("CC") or "cc").split()
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.c")
+        source.write_text("#include <immintrin.h>\nint probe(void) { return 0; }\n", encoding="ascii")
+        command = [*compiler, *flags, "-c", str(source), "-o", str(source.with_suffix(".o"))]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def isas() -> dict[str, list[str]]:
+    """The instruction sets to build here, with their flags; each needs those before it."""
+    found: dict[str, list[str]] = {}
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        for name, flags in ISA_FLAGS.items():
+            if not compiles(flags):
+                break
+            found[name] = flags
+    return found
+
+
+def libraries() -> list[tuple[str, dict]]:
+    """One static library an instruction set, each with its own flags; the core first, for the linker."""
+    headers = sorted(glob("native/include/*.h") + glob("native/src/**/*.h", recursive=True))
+    have = [(f"KT_HAVE_{name.upper()}", "1") for name in isas()]
+
+    def library(sources: list[str], flags: list[str]) -> dict:
+        # avx512_vnni/*.c include avx512/*.c, so C files of other sets count as headers too.
+        depends = headers + (glob("native/src/avx512/*.c") if flags else [])
+        return {"sources": sorted(sources), "cflags": [*BASE, *flags], "macros": have, "obj_deps": {"": depends}}
+
+    core = glob("native/src/*.c") + glob("native/src/portable/*.c")
+    return [("kt_core", library(core, []))] + [
+        (f"kt_{name}", library(glob(f"native/src/{name}/*.c"), flags)) for name, flags in isas().items()
+    ]
+
+
+if __name__ == "__main__":
+    setup(
+        packages=[
+            *find_packages(include=["ktransformers", "ktransformers.*"]),
+            "ktransformers.optimize_rules",
+            "ktransformers.models",
+            *(f"ktransformers.models.{name}" for name in find_packages("models")),
+        ],
+        package_dir={"ktransformers.optimize_rules": "optimize_rules", "ktransformers.models": "models"},
+        package_data={
+            "ktransformers.optimize_rules": ["*.yaml", "README.md"],
+            "ktransformers.models": ["embedded/*", "embedded/**/*"],
+        },
+        libraries=libraries(),
+        cffi_modules=["native/cffi_build.py:ffibuilder"],
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+        zip_safe=False,
+    )
