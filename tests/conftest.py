@@ -1,7 +1,10 @@
 """Fixtures for all tests. This folder is on sys.path, so tests write ``from tiny import ...``."""
 
 import pytest
+import torch
 from tiny import FAMILIES, save, tiny_model
+
+torch.set_num_threads(1)  # at these sizes threads cost more than they give
 
 
 @pytest.fixture(scope="session")

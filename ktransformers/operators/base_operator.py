@@ -62,8 +62,7 @@ class BaseInjectedModule(nn.Module):
         self.config = config
         self.prefill_device = prefill_device
         self.generate_device = prefill_device if generate_device is None else generate_device
-        self.devices: Mapping[str, str] = {}  # this and the next: handed over by load_weights, for the children
-        self.tick: Tick | None = None
+        self.devices: Mapping[str, str] = {}  # module name -> device; load_weights hands it over for the children
         object.__setattr__(self, "orig_module", orig_module)  # past nn.Module, which would register a child
         if orig_module is not None:
             self.training = orig_module.training
@@ -98,7 +97,7 @@ class BaseInjectedModule(nn.Module):
     def load(self) -> None:
         """Load own parameters and buffers, and those of all children; a child operator loads itself."""
         load_own_weights(self, self.gguf_loader, self.key, self.devices.get(self.key, self.generate_device))
-        load_children(self, self.gguf_loader, self.key, self.devices, self.tick)
+        load_children(self, self.gguf_loader, self.key, self.devices)
 
     def unload(self) -> None:
         """Give the memory back; `load()` brings the weights in again."""
@@ -140,16 +139,8 @@ def _family_class(operator: type, family: type) -> type:
 # --- weights into modules ---------------------------------------------------------------------------------------
 
 
-Tick = Callable[[str], None]
-"""Called with the name of each module that owns weights, once it is loaded."""
-
-
 def load_weights(
-    module: nn.Module,
-    gguf_loader: Any,
-    prefix: str = "",
-    devices: Mapping[str, str] | None = None,
-    tick: Tick | None = None,
+    module: nn.Module, gguf_loader: Any, prefix: str = "", devices: Mapping[str, str] | None = None
 ) -> None:
     """Load `module`, whose name in the model is `prefix`, and everything below it. An operator loads itself.
 
@@ -157,24 +148,18 @@ def load_weights(
     of the meta tensors. Peak memory: what is loaded, plus one tensor.
     """
     devices = devices or {}
-    owns_weights = any(p is not None for p in module._parameters.values())
     if callable(getattr(module, "load", None)):
-        owns_weights = owns_weights or not module._modules
-        module.devices, module.tick = devices, tick
+        module.devices = devices
         module.load()
-    else:
-        load_own_weights(module, gguf_loader, prefix, device_of(prefix, devices))
-        load_children(module, gguf_loader, prefix, devices, tick)
-    if tick is not None and owns_weights:
-        tick(prefix)
+        return
+    load_own_weights(module, gguf_loader, prefix, device_of(prefix, devices))
+    load_children(module, gguf_loader, prefix, devices)
 
 
-def load_children(
-    module: nn.Module, gguf_loader: Any, prefix: str, devices: Mapping[str, str], tick: Tick | None = None
-) -> None:
+def load_children(module: nn.Module, gguf_loader: Any, prefix: str, devices: Mapping[str, str]) -> None:
     """`load_weights` for each child of `module`."""
     for name, child in module.named_children():
-        load_weights(child, gguf_loader, join(prefix, name), devices, tick)
+        load_weights(child, gguf_loader, join(prefix, name), devices)
 
 
 def load_own_weights(module: nn.Module, gguf_loader: Any, prefix: str, device: Any) -> None:
@@ -257,7 +242,7 @@ class _ForwardOnly(torch.autograd.Function):
     @staticmethod
     def forward(ctx, function: Callable, what: str, *tensors: Tensor) -> Tensor:
         ctx.what = what
-        return function(*tensors)
+        return function(*(tensor.detach() for tensor in tensors))
 
     @staticmethod
     def backward(ctx, *grads: Tensor):

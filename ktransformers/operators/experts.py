@@ -74,7 +74,7 @@ class KExpertsCPU(KExpertsBase):
 
     def load(self, w: Any = None, device: Any = None) -> None:
         packed = self.gguf_loader.experts(self.key)
-        self.experts = native.Experts(packed.gate, packed.up, packed.down, activation_of(self.orig_module))
+        self.experts = native.Experts(packed.gate, packed.up, packed.down, activation_of(self.orig_module), name=self.key)
 
     def unload(self) -> None:
         self.experts = None

@@ -133,7 +133,7 @@ class KLinearCPUInfer(KLinearBase):
         if w is not None:
             raise WeightError(f"{self.key}: KLinearCPUInfer computes from the checkpoint's bytes; load it without `w`.")
         bias = self.gguf_loader.tensor(f"{self.key}.bias", dtype=torch.float32) if self.has_bias else None
-        self.linear = native.Linear(self.gguf_loader.packed(f"{self.key}.weight"), bias)
+        self.linear = native.Linear(self.gguf_loader.packed(f"{self.key}.weight"), bias, name=self.key)
 
     def unload(self) -> None:
         self.linear = None

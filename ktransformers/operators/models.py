@@ -78,13 +78,22 @@ class DecoderModel(FamilyOperator):
         """(Re)install the hooks that move inputs, on the modules that are in place now."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks = [self._watch(self.embed_tokens, None)]
+        # The embedding may stay on the CPU; what is made from its output (masks, positions) belongs to the layers.
+        self._hooks = [
+            self._watch(self.embed_tokens, None),
+            self.embed_tokens.register_forward_hook(lambda module, args, out: to_device(out, self.entry_device)),
+        ]
         device = None
         for number, layer in enumerate(self.layers):
             device = self.transfer_map.get(number, device)
             self._hooks.append(self._watch(layer, device))
         if hasattr(self, "norm"):
             self._hooks.append(self._watch(self.norm, None))
+
+    @property
+    def entry_device(self) -> Any:
+        """Where the first layer works."""
+        return self.transfer_map.get(0, _weights_device(self.layers[0]) or self.device)
 
     def _watch(self, module: nn.Module, device: Any) -> Any:
         """Have the inputs of `module` moved to `device`; None is the device of its own weights."""
@@ -113,7 +122,7 @@ class DecoderModel(FamilyOperator):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().forward(*args, **kwargs)
+            return super().forward(*to_device(args, self.entry_device), **to_device(kwargs, self.entry_device))
         finally:
             self._moved.clear()
 

@@ -1,5 +1,7 @@
 """Every operator alone and all together compute what transformers' eager model computes, for the five families."""
 
+import functools
+
 import pytest
 import torch
 from tiny import YARN, meta_model, random_ids, relative_error
@@ -60,6 +62,19 @@ def build(checkpoint, family, *parts, **overrides):
     return reference, optimize_and_load(model, rules_for(family, *parts), folder, default_device="cpu", progress=False)
 
 
+@pytest.fixture(scope="module")
+def together(checkpoint):
+    """Call with a family: (transformers' model, its twin of operators only, transformers' 32 greedy tokens for `PROMPT`)."""
+
+    @functools.cache
+    def make(family):
+        reference, model = build(checkpoint, family, *all_parts(family))
+        return reference, model, reference.generate(PROMPT, max_new_tokens=32, do_sample=False)
+
+    return make
+
+
+PROMPT = random_ids(1, 11)
 ALONE = ["model", "rope", "gate", "experts", "experts_torch", "moe", "linear", "linear_torch", "linear_inject"]
 
 
@@ -80,8 +95,8 @@ def test_attention_alone_gives_the_same_logits(checkpoint, mla_family, overrides
         assert relative_error(model(ids).logits, reference(ids).logits) < 1e-4
 
 
-def test_all_together_give_the_same_logits_and_names(checkpoint, family):
-    reference, model = build(checkpoint, family, *all_parts(family))
+def test_all_together_give_the_same_logits_and_names(together, family):
+    reference, model, _ = together(family)
     ids = random_ids(2, 13)
     with torch.no_grad():
         assert relative_error(model(ids).logits, reference(ids).logits) < 1e-4
@@ -90,16 +105,14 @@ def test_all_together_give_the_same_logits_and_names(checkpoint, family):
 
 
 @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"prefill_chunk_size": 4}], ids=str)
-def test_greedy_tokens_are_equal(checkpoint, family, options):
-    reference, model = build(checkpoint, family, *all_parts(family))
-    ids = random_ids(1, 11)
-    generate = dict(max_new_tokens=32, do_sample=False)
-    assert torch.equal(model.generate(ids, **generate, **options), reference.generate(ids, **generate))
+def test_greedy_tokens_are_equal(together, family, options):
+    _, model, expected = together(family)
+    assert torch.equal(model.generate(PROMPT, max_new_tokens=32, do_sample=False, **options), expected)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_a_padded_batch_equals_its_sequences_alone(checkpoint, family, attention):
-    reference, model = build(checkpoint, family, *all_parts(family))
+def test_a_padded_batch_equals_its_sequences_alone(together, family, attention):
+    reference, model, _ = together(family)
     model.set_attn_implementation(attention)
     short, long = random_ids(1, 5, seed=3), random_ids(1, 12, seed=4)
     ids = torch.cat([torch.nn.functional.pad(short, (7, 0)), long])
@@ -109,8 +122,8 @@ def test_a_padded_batch_equals_its_sequences_alone(checkpoint, family, attention
         assert torch.equal(row, reference.generate(alone, max_new_tokens=8, do_sample=False)[0, alone.shape[1] :])
 
 
-def test_chunked_prefill_with_a_static_cache_equals_one_shot(checkpoint, family):
-    reference, model = build(checkpoint, family, *all_parts(family))
+def test_chunked_prefill_with_a_static_cache_equals_one_shot(together, family):
+    reference, model, _ = together(family)
     ids = random_ids(1, 11)
     cache = StaticCache(config=model.config, max_cache_len=24)
     with torch.no_grad():
@@ -118,8 +131,8 @@ def test_chunked_prefill_with_a_static_cache_equals_one_shot(checkpoint, family)
         assert relative_error(torch.cat(pieces, 1), reference(ids).logits) < 1e-4
 
 
-def test_router_logits_attentions_and_hidden_states_are_recorded(checkpoint, family):
-    reference, model = build(checkpoint, family, *all_parts(family))
+def test_router_logits_attentions_and_hidden_states_are_recorded(together, family):
+    reference, model, _ = together(family)
     ids = random_ids(1, 7)
     wanted = dict(output_router_logits=True, output_attentions=True, output_hidden_states=True)
     model.set_attn_implementation("eager")

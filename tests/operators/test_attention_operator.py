@@ -1,0 +1,154 @@
+"""Absorbed MLA: both forms agree, caches hold what transformers' own hold, and masks and chunks change nothing."""
+
+import pytest
+import torch
+from dict_weights import DictWeights
+from tiny import YARN, meta_model, random_ids, relative_error, tiny_config, tiny_model
+from torch import nn
+from transformers import DynamicCache
+
+from ktransformers.errors import UnsupportedError
+from ktransformers.operators.attention import KDeepseekV2Attention
+from ktransformers.operators.base_operator import load_weights
+
+FAMILIES = pytest.mark.parametrize("mla", ["deepseek_v2", "deepseek_v3"])
+
+
+def twin(mla, kv_b=None, **overrides):
+    """(transformers' model, a model of the same weights with MLA operators built with `kwargs` on every layer)."""
+    kwargs = {k: overrides.pop(k) for k in ("absorb_for_prefill", "chunck_size") if k in overrides}
+    truth = tiny_model(mla, **overrides)
+    model, weights = meta_model(truth.config), DictWeights(truth.state_dict())
+    for i, layer in enumerate(model.model.layers):
+        key = f"model.layers.{i}.self_attn"
+        layer.self_attn = KDeepseekV2Attention(key, weights, model.config, layer.self_attn, "cpu", **kwargs)
+        if kv_b is not None:
+            layer.self_attn.kv_b_proj = kv_b
+    load_weights(model, weights)
+    model.model.rotary_emb = truth.model.rotary_emb
+    return truth, model.eval()
+
+
+@FAMILIES
+@pytest.mark.parametrize("absorb", [True, False])
+@pytest.mark.parametrize("chunck_size", [1, 4, 1000])
+def test_both_forms_and_any_chunk_equal_transformers(mla, absorb, chunck_size):
+    truth, model = twin(mla, absorb_for_prefill=absorb, chunck_size=chunck_size, rope_parameters=YARN)
+    for layer in model.model.layers:
+        layer.self_attn.absorbing_is_cheaper = lambda *_: absorb
+    ids = random_ids(2, 9)
+    with torch.no_grad():
+        assert relative_error(model(ids).logits, truth(ids).logits) < 1e-5
+
+
+@FAMILIES
+def test_the_cache_holds_what_transformers_puts_there(mla):
+    truth, model = twin(mla)
+    ids = random_ids(1, 6)
+    with torch.no_grad():
+        ours, theirs = model(ids, use_cache=True).past_key_values, truth(ids, use_cache=True).past_key_values
+    for mine, expected in zip(ours.layers, theirs.layers, strict=True):
+        torch.testing.assert_close(mine.keys, expected.keys, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mine.values, expected.values, rtol=1e-4, atol=1e-5)
+
+
+@FAMILIES
+def test_a_cache_filled_by_transformers_is_continued(mla):
+    truth, model = twin(mla)
+    ids = random_ids(1, 9)
+    cache = DynamicCache(config=truth.config)
+    with torch.no_grad():
+        truth(ids[:, :5], past_key_values=cache)
+        assert relative_error(model(ids[:, 5:], past_key_values=cache).logits, truth(ids).logits[:, 5:]) < 1e-5
+
+
+@FAMILIES
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("absorb", [True, False])
+def test_left_padding_in_chunks_equals_the_sequence_alone(mla, attention, absorb):
+    truth, model = twin(mla, absorb_for_prefill=absorb, chunck_size=3)
+    model.set_attn_implementation(attention)
+    alone = random_ids(1, 6)
+    padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), alone], 1)
+    ids = torch.cat([padded, random_ids(1, 10, seed=9)])
+    mask = torch.tensor([[0] * 4 + [1] * 6, [1] * 10])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        found = [
+            model(ids[:, a:b], attention_mask=mask[:, :b], position_ids=positions[:, a:b], past_key_values=cache).logits
+            for a, b in ((0, 3), (3, 8), (8, 10))
+        ]
+        found = torch.cat(found, 1)
+        assert torch.isfinite(found).all()
+        assert relative_error(found[0, 4:], truth(alone).logits[0]) < 1e-5
+        assert relative_error(found[1], truth(ids[1:]).logits[0]) < 1e-5
+
+
+def test_the_cheaper_form_is_absorbed_for_decoding_and_expanded_for_long_prompts():
+    sizes = dict(qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, kv_lora_rank=512)
+    original = type("Sizes", (nn.Module,), {})()
+    vars(original).update(sizes)
+    cheaper = KDeepseekV2Attention("a", None, None, original, "cpu").absorbing_is_cheaper
+    assert cheaper(1, 2) and cheaper(1, 100_000) and cheaper(150, 100_000)
+    assert not cheaper(200, 100_000) and not cheaper(4096, 4096)
+
+
+@FAMILIES
+def test_a_kv_b_proj_without_a_dense_weight_is_loaded_beside_it(mla):
+    truth, model = twin(mla, kv_b=nn.Identity())
+    assert model.model.layers[0].self_attn._kv_b is not None
+    ids = random_ids(1, 6)
+    with torch.no_grad():
+        assert relative_error(model(ids).logits, truth(ids).logits) < 1e-5
+
+
+@FAMILIES
+def test_attention_weights_are_returned_when_asked_for_by_argument_or_config(mla):
+    truth, model = twin(mla, chunck_size=2)
+    ids = random_ids(2, 5)
+    with torch.no_grad():
+        expected = truth(ids, output_attentions=True).attentions
+        assert model(ids).attentions is None
+        found = model(ids, output_attentions=True).attentions
+    assert len(found) == len(expected) == 3
+    assert all(relative_error(f, e) < 1e-5 for f, e in zip(found, expected, strict=True))
+
+
+@FAMILIES
+def test_bf16_stays_near_transformers_bf16(mla):
+    truth, model = twin(mla)
+    truth, model = truth.to(torch.bfloat16), model.to(torch.bfloat16)
+    ids = random_ids(1, 8)
+    with torch.no_grad():
+        assert relative_error(model(ids).logits, truth(ids).logits) < 0.05
+
+
+@FAMILIES
+def test_gradients_pass(mla):
+    truth, model = twin(mla)
+    ids = random_ids(1, 6)
+    grads = []
+    for one in (truth, model):
+        one.zero_grad()
+        one(ids).logits.square().mean().backward()
+        grads.append(one.model.layers[0].self_attn.kv_b_proj.weight.grad)
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-5)
+
+
+def test_check_refuses_other_attention_and_bad_chunks():
+    with torch.device("meta"):
+        qwen = meta_model(tiny_config("qwen3_moe")).model.layers[0].self_attn
+        mla = meta_model(tiny_config("deepseek_v3")).model.layers[0].self_attn
+    check = KDeepseekV2Attention.check
+    assert check("a", mla, {}) == check("a", mla, {"chunck_size": 512}) == []
+    assert "found Qwen3MoeAttention" in check("a", qwen, {})[0]
+    assert "chunck_size: 0" in check("a", mla, {"chunck_size": 0})[0]
+
+
+def test_a_mask_it_cannot_read_is_refused():
+    _, model = twin("deepseek_v3")
+    attention, hidden = model.model.layers[0].self_attn, torch.randn(1, 3, 64)
+    positions = model.model.rotary_emb(hidden, torch.arange(3).unsqueeze(0))
+    with pytest.raises(UnsupportedError, match="4-D masks, found a 2-D tensor"):
+        attention(hidden, attention_mask=torch.ones(1, 3), position_embeddings=positions)

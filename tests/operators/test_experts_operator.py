@@ -1,0 +1,176 @@
+"""Expert operators: same result as transformers' experts on every input the contract allows; refusals in words."""
+
+import pytest
+import torch
+from dict_weights import DictWeights
+from tiny import FAMILIES, meta_model, tiny_config, tiny_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ktransformers.errors import UnsupportedError
+from ktransformers.operators import base_operator, experts
+from ktransformers.operators.base_operator import InferenceState
+from ktransformers.operators.experts import KExpertsCPU, KExpertsTorch, KTransformersExperts
+
+KEY = "model.layers.2.mlp.experts"
+CPU = {"generate_device": "cpu", "prefill_device": "cpu"}
+BOTH = pytest.mark.parametrize("op", ["KExpertsTorch", "KExpertsCPU"])
+
+
+def parts(family="qwen3_moe", types=None, dtype=torch.float32):
+    """(transformers' experts, the same on meta, weights)."""
+    model = tiny_model(family).to(dtype)
+    weights = DictWeights(model.state_dict(), types)
+    return model.get_submodule(KEY), meta_model(model.config).to(dtype).get_submodule(KEY), weights
+
+
+def loaded(meta, weights, op, **kwargs):
+    module = KTransformersExperts(KEY, weights, None, meta, generate_op=op, **{**CPU, **kwargs})
+    module.load()
+    return module
+
+
+def routing(tokens=7, k=3, experts=8, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    hidden = torch.randn(tokens, 64, dtype=dtype)
+    return hidden, torch.randint(0, experts, (tokens, k)), torch.rand(tokens, k)
+
+
+@BOTH
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_experts_equal_transformers(family, op):
+    truth, meta, weights = parts(family)
+    inputs = routing()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(meta, weights, op)(*inputs), truth(*inputs), rtol=1e-5, atol=1e-5)
+
+
+@BOTH
+def test_no_tokens_one_token_and_one_expert_for_all(op):
+    truth, meta, weights = parts()
+    module = loaded(meta, weights, op)
+    with torch.no_grad():
+        assert module(*routing(0)).shape == (0, 64)
+        for hidden, ids, w in (routing(1), routing(9, 1)):
+            torch.testing.assert_close(module(hidden, ids, w), truth(hidden, ids, w), rtol=1e-5, atol=1e-5)
+            same = torch.full_like(ids, 5)
+            torch.testing.assert_close(module(hidden, same, w), truth(hidden, same, w), rtol=1e-5, atol=1e-5)
+
+
+@BOTH
+def test_the_sentinel_is_skipped_and_a_duplicate_counts_twice(op):
+    _, meta, weights = parts()
+    module = loaded(meta, weights, op)
+    hidden, _, _ = routing(4)
+    ids = torch.tensor([[1, 8, 2], [8, 8, 8], [3, 3, -1], [0, 7, 8]])
+    w = torch.rand(4, 3)
+    with torch.no_grad():
+        found = module(hidden, ids, w)
+        one = module(hidden[2:3], torch.tensor([[3]]), w[2:3, :2].sum(1, keepdim=True))
+        rest = module(hidden[:1], ids[:1, [0, 2]], w[:1, [0, 2]])
+    assert torch.equal(found[1], torch.zeros(64))
+    torch.testing.assert_close(found[2:3], one)
+    torch.testing.assert_close(found[:1], rest)
+
+
+@BOTH
+def test_bf16_in_bf16_out_near_the_fp32_result(op):
+    truth, meta, weights = parts(dtype=torch.bfloat16)
+    hidden, ids, w = routing(dtype=torch.bfloat16)
+    with torch.no_grad():
+        found, expected = loaded(meta, weights, op)(hidden, ids, w), truth.float()(hidden.float(), ids, w)
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+def test_quantized_experts_of_both_operators_agree():
+    names = {f"{KEY}.gate_up_proj": "Q8_0", f"{KEY}.down_proj": "Q8_0"}
+    _, meta, weights = parts(types=names)
+    inputs = routing()
+    with torch.no_grad():
+        cpu, dense = (loaded(meta, weights, op)(*inputs) for op in ("KExpertsCPU", "KExpertsTorch"))
+    assert (cpu - dense).abs().max() < 0.02 * dense.abs().max()  # inputs may be rounded to 8 bits
+
+
+@BOTH
+def test_weights_are_neither_parameters_nor_buffers(op):
+    _, meta, weights = parts()
+    module = loaded(meta, weights, op)
+    assert not module.state_dict() and not list(module.parameters()) and not list(module.children())
+
+
+def test_unload_and_a_prefill_operator_of_its_own():
+    truth, meta, weights = parts()
+    module = loaded(meta, weights, "KExpertsCPU", prefill_op="KExpertsTorch")
+    inputs = routing()
+    assert isinstance(module.active, KExpertsCPU)
+    module.set_inference_mode(InferenceState.PREFILL)
+    assert isinstance(module.active, KExpertsTorch) and module._inner[InferenceState.GENERATE].experts is None
+    with torch.no_grad():
+        torch.testing.assert_close(module(*inputs), truth(*inputs), rtol=1e-5, atol=1e-5)
+    module.unload()
+    assert module._inner[InferenceState.PREFILL].down is None
+
+
+def test_the_torch_operator_passes_gradients_and_the_cpu_operator_refuses_them():
+    truth, meta, weights = parts()
+    hidden, ids, w = routing()
+    hidden.requires_grad_(), w.requires_grad_()
+    (expected,) = torch.autograd.grad(truth(hidden, ids, w).square().sum(), hidden)
+    (found,) = torch.autograd.grad(loaded(meta, weights, "KExpertsTorch")(hidden, ids, w).square().sum(), hidden)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UnsupportedError, match=r"layers\.2\.mlp\.experts \(KExpertsCPU\) has no backward yet"):
+        loaded(meta, weights, "KExpertsCPU")(hidden, ids, w).sum().backward()
+
+
+def test_obsolete_names_and_backends_are_accepted_with_one_notice():
+    _, meta, weights = parts()
+    base_operator._told.clear()
+    with pytest.warns(UserWarning, match="'MLPCPUExperts' is obsolete, today's is 'KExpertsCPU'"):
+        assert isinstance(loaded(meta, weights, "MLPCPUExperts").active, KExpertsCPU)
+    with pytest.warns(UserWarning, match="KExpertsMarlin runs on GPUs only"):
+        assert isinstance(loaded(meta, weights, "KExpertsMarlin").active, KExpertsCPU)
+    with pytest.warns(UserWarning, match="backend 'AMXInt8'"):
+        loaded(meta, weights, "KExpertsCPU", backend="AMXInt8")
+
+
+def test_check_lists_what_does_not_fit(monkeypatch):
+    _, meta, weights = parts()
+
+    def check(module=meta, **kwargs):
+        return KTransformersExperts.check(KEY, module, {**CPU, **kwargs}, weights)
+
+    assert check() == check(generate_op="MLPCPUExperts", prefill_op="None") == []
+    problems = check(generate_op="KExpertsCPUU", prefill_op="KExpertTorch", backend="llamafil")
+    assert len(problems) == 3 and all("did you mean" in problem for problem in problems)
+    assert "set generate_device: cpu" in check(generate_op="KExpertsCPU", generate_device="cuda:0")[0]
+    assert "not built yet" in check(generate_op="MLPCUDAExperts", generate_device="cuda:0")[0]
+    assert "found Linear" in check(nn.Linear(2, 2))[0]
+    monkeypatch.setattr(experts.native, "SUPPORTED_TYPES", frozenset({"Q4_K"}))
+    assert check()[0].startswith("generate_op: the C library does not compute F32")
+    monkeypatch.setattr(experts.native, "available", lambda: False)
+    assert "make native" in check()[0] and check(generate_op="KExpertsTorch") == []
+
+
+@pytest.mark.parametrize("model_type, words", [("gpt_oss", "is_transposed"), ("llama4_text", "expected an experts module|gate_up_proj")])
+def test_other_layouts_are_refused_by_name(model_type, words):
+    sizes = dict(hidden_size=32, intermediate_size=24, intermediate_size_mlp=24, num_hidden_layers=2, vocab_size=64, head_dim=8,
+                 num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=1, pad_token_id=0)  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes))
+    name, module = next((n, m) for n, m in model.named_modules() if n.endswith(".experts"))
+    (problem,) = KTransformersExperts.check(name, module, CPU)
+    import re
+
+    assert re.search(words, problem) and type(module).__name__ in problem
+
+
+def test_a_gating_of_its_own_is_refused():
+    _, meta, _ = parts()
+
+    class Clamped(type(meta)):
+        def _apply_gate(self, gate_up):
+            return gate_up
+
+    clamped = Clamped(tiny_config("qwen3_moe"))
+    assert "_apply_gate" in KTransformersExperts.check(KEY, clamped, CPU)[0]

@@ -1,0 +1,212 @@
+"""Linear operators: same result as torch, one weight for both stages, names old and new, and the tutorial's class."""
+
+import warnings
+
+import pytest
+import torch
+from dict_weights import DictWeights
+from torch import nn
+
+from ktransformers.errors import UnsupportedError, WeightError
+from ktransformers.operators import base_operator, linear
+from ktransformers.operators.base_operator import BaseInjectedModule, InferenceState
+from ktransformers.operators.linear import KLinearBase, KLinearCPUInfer, KLinearTorch, KTransformersLinear, LinearTorchInject
+
+KEY = "model.layers.0.proj"
+CPU = {"generate_device": "cpu", "prefill_device": "cpu"}
+
+
+def pair(bias=True, dtype=torch.float32, types=None, shape=(48, 64)):
+    """(loaded nn.Linear as truth, the same on meta, its weights)."""
+    torch.manual_seed(0)
+    truth = nn.Linear(shape[1], shape[0], bias=bias, dtype=dtype)
+    weights = DictWeights({f"{KEY}.{name}": t for name, t in truth.state_dict().items()}, types)
+    return truth, nn.Linear(shape[1], shape[0], bias, "meta", dtype), weights
+
+
+def loaded(operator, meta, weights, **kwargs):
+    module = operator(KEY, weights, None, meta, **kwargs)
+    module.load()
+    return module
+
+
+@pytest.fixture
+def fresh_notices():
+    saved = set(base_operator._told)
+    base_operator._told.clear()
+    yield
+    base_operator._told |= saved
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", ["KLinearTorch", "KLinearCPUInfer", None])
+def test_every_operator_equals_torch_in_fp32(name, bias):
+    truth, meta, weights = pair(bias)
+    module = loaded(KTransformersLinear, meta, weights, generate_op=name, **CPU)
+    x = torch.randn(2, 5, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), truth(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_a_quantized_weight_equals_its_dequantized_self(kind):
+    _, meta, weights = pair(False, types={f"{KEY}.weight": kind})
+    module = loaded(KTransformersLinear, meta, weights, generate_op="KLinearTorch", **CPU)
+    assert torch.equal(module.weight, weights.tensor(f"{KEY}.weight"))
+
+
+def test_the_cpu_operator_computes_a_quantized_weight():
+    _, meta, weights = pair(types={f"{KEY}.weight": "Q8_0"})
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        found = loaded(KTransformersLinear, meta, weights, generate_op="KLinearCPUInfer", **CPU)(x)
+        expected = loaded(KTransformersLinear, meta, weights, generate_op="KLinearTorch", **CPU)(x)
+    assert (found - expected).abs().max() < 0.02 * expected.abs().max()  # inputs may be rounded to 8 bits
+
+
+def test_torch_keeps_the_models_dtype_and_the_inputs_dtype():
+    _, meta, weights = pair(dtype=torch.bfloat16)
+    module = loaded(KTransformersLinear, meta, weights, generate_op="KLinearTorch", **CPU)
+    assert module.weight.dtype == torch.bfloat16
+    assert module(torch.randn(2, 64)).dtype == torch.float32
+
+
+def test_the_torch_operator_shows_its_weight_as_nn_linear_does_and_to_moves_it():
+    _, meta, weights = pair()
+    module = loaded(KTransformersLinear, meta, weights, generate_op="KLinearTorch", **CPU)
+    assert [name for name, _ in module.named_parameters()] == ["weight", "bias"] and not module.weight.requires_grad
+    before = module(torch.ones(1, 64))
+    module.to(torch.float64)
+    assert module.weight.dtype == torch.float64
+    torch.testing.assert_close(module(torch.ones(1, 64)), before)
+
+
+def test_the_cpu_operator_has_nothing_that_to_could_move():
+    _, meta, weights = pair()
+    module = loaded(KTransformersLinear, meta, weights, generate_op="KLinearCPUInfer", **CPU)
+    assert not module.state_dict() and not list(module.children())
+
+
+def test_one_weight_serves_both_stages_unless_two_operators_are_asked_for():
+    truth, meta, weights = pair()
+    one = KTransformersLinear(KEY, weights, None, meta, "cpu", "KLinearTorch", "cpu", "KLinearTorch")
+    assert one._inner[InferenceState.PREFILL] is one._inner[InferenceState.GENERATE]
+    two = KTransformersLinear(KEY, weights, None, meta, "cpu", "KLinearCPUInfer", "cpu", "KLinearTorch")
+    two.load()
+    x = torch.randn(4, 64)
+    with torch.no_grad():
+        for mode, kind in ((InferenceState.PREFILL, KLinearTorch), (InferenceState.GENERATE, KLinearCPUInfer)):
+            two.set_inference_mode(mode)
+            assert isinstance(two.active, kind) and two.mode is mode
+            torch.testing.assert_close(two(x), truth(x), rtol=1e-5, atol=1e-5)
+    two.set_inference_mode(InferenceState.PREFILL)
+    assert two._inner[InferenceState.GENERATE].linear is None
+    two.unload()
+    assert two.mode is InferenceState.UNLOAD and not list(two.parameters())
+    two.set_inference_mode(InferenceState.GENERATE)
+    assert two.active.linear is not None
+
+
+def test_without_a_name_the_cpu_takes_torch_for_a_type_the_library_does_not_compute(monkeypatch):
+    _, meta, weights = pair()
+    monkeypatch.setattr(linear.native, "SUPPORTED_TYPES", frozenset({"Q8_0"}))
+    assert isinstance(KTransformersLinear(KEY, weights, None, meta, **CPU).active, KLinearTorch)
+    problems = KTransformersLinear.check(KEY, meta, {"generate_op": "KLinearCPUInfer", **CPU}, weights)
+    assert len(problems) == 1 and "F32" in problems[0] and "KLinearTorch" in problems[0]
+
+
+@pytest.mark.parametrize("name", ["KLinearMarlin", "QuantizedLinearMarlin", "KLinearFP8", "VLinearMarlin"])
+def test_a_gpu_operator_gives_way_on_the_cpu_with_one_notice(name, fresh_notices):
+    _, meta, weights = pair()
+    with pytest.warns(UserWarning, match="takes its place"):
+        module = KTransformersLinear(KEY, weights, None, meta, "cpu", name, "cpu")
+    assert isinstance(module.active, KLinearCPUInfer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        KTransformersLinear(KEY, weights, None, meta, "cpu", name, "cpu")
+
+
+def test_an_obsolete_name_is_accepted_with_a_warning_naming_todays(fresh_notices):
+    _, meta, weights = pair()
+    with pytest.warns(UserWarning, match="'QuantizedLinearMarlin' is obsolete, today's is 'KLinearMarlin'"):
+        KTransformersLinear(KEY, weights, None, meta, "cpu", "QuantizedLinearMarlin", "cpu")
+
+
+def test_a_gpu_operator_on_a_gpu_says_that_it_is_not_built():
+    _, meta, weights = pair()
+    with pytest.raises(UnsupportedError, match="KLinearMarlin on cuda is not built yet; use KLinearTorch"):
+        KTransformersLinear(KEY, weights, None, meta, "cuda", "KLinearMarlin")
+    problems = KTransformersLinear.check(KEY, meta, {"generate_op": "KLinearMarlin", "generate_device": "cuda"}, weights)
+    assert len(problems) == 1 and "not built yet" in problems[0]
+
+
+def test_check_lists_what_does_not_fit():
+    _, meta, weights = pair()
+    check = KTransformersLinear.check
+    assert check(KEY, meta, {"generate_op": "KLinearMarlin", "prefill_op": "None", **CPU}, weights) == []
+    assert "found LayerNorm" in check(KEY, nn.LayerNorm(4), {}, weights)[0]
+    problems = check(KEY, meta, {"generate_op": "KLinearTorhc", "prefill_op": "KLinear", **CPU}, weights)
+    assert len(problems) == 2 and "did you mean 'KLinearTorch'" in problems[0]
+    problems = check(KEY, meta, {"generate_op": "KLinearCPUInfer", "generate_device": "cuda"}, weights)
+    assert problems == ["generate_op: KLinearCPUInfer computes on the CPU, but generate_device is 'cuda'; set generate_device: cpu"]
+
+
+def test_a_weight_of_another_shape_is_refused_by_name():
+    _, meta, weights = pair()
+    weights.tensors[f"{KEY}.weight"] = torch.zeros(48, 63)
+    with pytest.raises(WeightError, match=r"proj\.weight.*\[48, 63\].*\[48, 64\]"):
+        loaded(KTransformersLinear, meta, weights, generate_op="KLinearTorch", **CPU)
+
+
+def test_gradients_pass_torch_and_are_refused_by_the_c_library():
+    _, meta, weights = pair()
+    x = torch.randn(2, 64, requires_grad=True)
+    loaded(KTransformersLinear, meta, weights, generate_op="KLinearTorch", **CPU)(x).sum().backward()
+    assert x.grad is not None
+    with pytest.raises(UnsupportedError, match="no backward yet"):
+        loaded(KTransformersLinear, meta, weights, generate_op="KLinearCPUInfer", **CPU)(x).sum().backward()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_tutorials_operator_equals_torch(bias):
+    truth, meta, weights = pair(bias)
+    module = loaded(LinearTorchInject, meta, weights, generate_device="cpu", my_param=False)
+    x = torch.randn(2, 3, 64)
+    torch.testing.assert_close(module(x), truth(x), rtol=1e-5, atol=1e-5)
+    assert module.my_param is False and (module.bias is not None) is bias
+    assert module(x.double()).dtype == torch.float64
+    module.unload()
+    assert module.w is None and not any(t.is_meta for t in module.state_dict().values())
+    module.load(w=(truth.weight, truth.bias) if bias else truth.weight)
+    torch.testing.assert_close(module(x), truth(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_authors_class_in_the_tutorials_call_shape_works(bias):
+    """The mixin is initialized without arguments, plain tensors are assigned to `bias`, load takes w and device."""
+
+    class Transposed(BaseInjectedModule, KLinearBase):
+        def __init__(self, key, gguf_loader, config, orig_module=None, generate_device="cuda", **kwargs):
+            super().__init__(key, gguf_loader, config, orig_module, generate_device, **kwargs)
+            KLinearBase.__init__(self)
+            self.has_bias = False
+            self.w = None
+
+        def load(self, w=None, device=None):
+            w = self.load_weight(device=device or self.device) if w is None else w
+            self.has_bias = isinstance(w, tuple)
+            weight = w[0] if self.has_bias else w
+            assert isinstance(weight, nn.Parameter)
+            self.w = weight.view(self.out_features, self.in_features).T
+            if self.has_bias:
+                self.bias = w[1].to(torch.get_default_dtype())
+
+        def forward(self, x):
+            return x @ self.w + self.bias if self.has_bias else x @ self.w
+
+    truth, meta, weights = pair(bias)
+    module = Transposed(KEY, weights, None, meta, generate_device="cpu")
+    module.load()
+    x = torch.randn(2, 64)
+    torch.testing.assert_close(module(x), truth(x), rtol=1e-5, atol=1e-5)
+    assert module.device == "cpu" and (module.in_features, module.out_features) == (64, 48)
