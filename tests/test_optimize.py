@@ -147,17 +147,25 @@ def test_a_split_gguf_and_a_folder_of_them_load(gguf, checkpoint, tmp_path):
             assert torch.equal(model(ids).logits, whole(ids).logits)
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "BF16", "F16"])
+# Median over tokens of mean|difference| / mean|logit|, the largest of four seeds and five families: 1e-6, 0.010, 0.070.
+MEDIAN_ERROR = {"F16": 1e-5, "BF16": 0.02, "Q8_0": 0.14}
+
+
+@pytest.mark.parametrize("kind", list(MEDIAN_ERROR))
 def test_a_quantized_file_computes_what_its_dequantized_weights_say(gguf, checkpoint, family, kind):
-    """The int8 activations of quantized kernels differ from fp32 ones by about a percent of the largest logit."""
+    """Kernels round activations (int8 for quantized weights, bf16 for many tokens of BF16), dense fp32 layers do not.
+
+    The median, because a token whose router was nearly undecided takes another expert after rounding, and random
+    routers are often undecided.
+    """
     _, folder = checkpoint(family)
-    ids = random_ids(1, 24)
+    ids = random_ids(4, 24)
     native = load(family, folder, DEFAULT_RULES[family], gguf(family, kind))
     dense = load(family, folder, [*alone("linear-torch"), *alone("experts-torch")], gguf(family, kind))
     with torch.no_grad():
-        error = relative_error(native(ids).logits, dense(ids).logits)
-    # Measured: 3e-7 for F16, up to 6e-3 for BF16 (activations rounded to bf16), up to 0.1 for Q8_0 where an expert flips.
-    assert error < {"Q8_0": 0.3, "BF16": 0.02, "F16": 1e-4}[kind]
+        ours, theirs = native(ids).logits, dense(ids).logits
+    error = ((ours - theirs).abs().mean(-1) / theirs.abs().mean(-1)).median().item()
+    assert error < MEDIAN_ERROR[kind]
 
 
 def test_sharded_safetensors_load(checkpoint, tmp_path):
@@ -327,7 +335,7 @@ def test_a_family_whose_gguf_names_are_unknown(gguf):
     refused(model, alone("experts-cpu"), gguf("qwen3_moe"), UnsupportedError, "olmoe")
 
 
-@pytest.mark.parametrize("when", [0, 5, 20])
+@pytest.mark.parametrize("when", [0, 4, 12])
 def test_ctrl_c_while_loading_leaves_nothing_half_loaded(checkpoint, monkeypatch, when):
     reference, folder = checkpoint("deepseek_v2")
     model = meta_model(tiny_config("deepseek_v2"))
