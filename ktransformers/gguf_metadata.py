@@ -1,7 +1,8 @@
-"""What a GGUF file says about its model besides the weights: a transformers config and a tokenizer as GGUF metadata.
+"""What a GGUF file says about its model besides the weights: config and tokenizer as GGUF metadata.
 
-Written so that llama.cpp finds every key it needs for the families of loaders/gguf_names.py; keys and meanings follow
-https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and llama.cpp's own converter. It writes no tensors.
+Written so that llama.cpp finds every key it needs for the families of loaders/gguf_names.py; keys and their
+meanings follow https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and llama.cpp's own converter.
+It writes no tensors.
 """
 
 import json
@@ -15,7 +16,10 @@ _SOFTMAX, _SIGMOID = 1, 2  # gguf.ExpertGatingFuncType
 
 def _config_numbers(config) -> dict[str, int | float | bool | None]:
     """Keys that any family may have, without the architecture; None is left out."""
-    get = lambda *names: next((v for n in names if (v := getattr(config, n, None)) is not None), None)  # noqa: E731
+
+    def get(*names: str):
+        return next((v for n in names if (v := getattr(config, n, None)) is not None), None)
+
     rope = getattr(config, "rope_parameters", None) or {}
     return {
         "context_length": get("max_position_embeddings"),
@@ -69,7 +73,7 @@ def _deepseek2(config) -> dict[str, int | float | bool | None]:
         "attention.key_length_mla": config.qk_nope_head_dim + config.qk_rope_head_dim,
         "attention.value_length_mla": config.v_head_dim,
         "rope.dimension_count": config.qk_rope_head_dim,
-        # llama.cpp multiplies by what it finds here; a tenth is what its own converter writes for this family.
+        # A tenth of the config's number is what llama.cpp's own converter writes for this family.
         "rope.scaling.yarn_log_multiplier": 0.1 * rope["mscale_all_dim"]
         if "mscale_all_dim" in rope
         else None,
@@ -122,7 +126,7 @@ def add_config(writer, arch: str, config) -> None:
 def add_tokenizer(writer, folder: Path, config) -> str | None:
     """Write the byte-level BPE tokenizer of a model folder. Returns None, or why there is none in the file.
 
-    A file without it serves KTransformers, which takes the tokenizer from the model folder, but not llama.cpp.
+    A file without it serves KTransformers, which has the tokenizer of the model folder, but not llama.cpp.
     """
     source = folder / "tokenizer.json"
     if not source.is_file():
@@ -142,7 +146,7 @@ def add_tokenizer(writer, folder: Path, config) -> str | None:
 
 
 def _tokens(described: dict, size: int) -> tuple[list[str], list[int]]:
-    """Token texts and kinds by id; ids that the vocabulary leaves out, up to the embedding's size, are unused."""
+    """Token texts and kinds by id; ids that the vocabulary leaves out, up to its stated size, are unused."""
     tokens, kinds = [f"[PAD{i}]" for i in range(size)], [_UNUSED] * size
     vocabulary = [(text, i, _NORMAL) for text, i in described["model"]["vocab"].items()]
     added = described.get("added_tokens", [])

@@ -1,7 +1,8 @@
 """A transformers folder to a GGUF file: `python -m ktransformers.quantize SRC_FOLDER OUT.gguf --type Q4_K_M`.
 
-Reads through the loaders, one tensor at a time, names and lays tensors out as llama.cpp does, and encodes them with
-encode.py. Peak memory is one packed tensor and one expert in fp32. The file appears whole or not at all.
+Reads through the loaders, one tensor at a time, names and lays tensors out as llama.cpp does, and encodes
+them with encode.py. Peak memory is one packed tensor and one expert in fp32. The file appears whole or not at
+all.
 It is not a converter for every model: the families are those of loaders/gguf_names.py.
 """
 
@@ -40,14 +41,14 @@ class Output:
     parts: Callable[[], Iterator[Tensor]]
 
 
-# --- what to write --------------------------------------------------------------------------------------------
+# --- what to write ----------------------------------------------------------------------------------------
 
 
 def choose_type(name: str, shape: tuple[int, ...], mix: str, layers: int, tied: bool) -> QuantType:
-    """The type of the GGUF tensor `name` under `mix`; the mixes follow what published files of that name hold.
+    """The type of the GGUF tensor `name` under `mix`; mixes follow what published files of that name hold.
 
-    Vectors and routers stay F32. In Q4_K_M and Q5_K_M the output matrix, and the value and down projections of
-    half the layers, get Q6_K. Rows that are no multiple of 256 fall back to Q8_0, of 32 to F16.
+    Vectors and routers stay F32. In Q4_K_M and Q5_K_M the output matrix, and the value and down projections
+    of half the layers, get Q6_K. Rows that are no multiple of 256 fall back to Q8_0, of 32 to F16.
     """
     if len(shape) == 1 or ".ffn_gate_inp" in name:
         return QUANT_TYPES["F32"]
@@ -69,7 +70,7 @@ def _more_bits(layer: int, layers: int) -> bool:
 
 
 def plan(weights: ModelWeights, config, shapes: dict[str, tuple[int, ...]], mix: str) -> list[Output]:
-    """Every tensor to write, in the order of the model, named and shaped as the family's GGUF files have them."""
+    """Every tensor to write, in the order of the model, named and shaped as the family's files have them."""
     family = next(f for f in gguf_names.FAMILIES.values() if config.model_type in f.model_types)
     tied = bool(config.tie_word_embeddings)
     outputs = []
@@ -133,12 +134,12 @@ def _kv_b_pieces(weights: ModelWeights, config, name: str, stored: str):
     yield stored.replace("kv_b", "v_b"), (heads, value, lora), lambda: iter([split()[1]])
 
 
-# --- writing --------------------------------------------------------------------------------------------------
+# --- writing ----------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def _folder_beside(out: Path) -> Iterator[Path]:
-    """A folder on the disk of `out` to write in, gone afterwards whatever happens; disk errors become ours."""
+    """A folder on the disk of `out` to write in, gone afterwards in any case; disk errors become ours."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=".quantize-", dir=out.parent))
@@ -192,7 +193,8 @@ def write_gguf(
         free = shutil.disk_usage(folder).free
         if needed > free:
             raise WeightError(
-                f"{out}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free. Free some space or choose another place."
+                f"{out}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free. "
+                "Free some space or choose another place."
             )
         writer = gguf.GGUFWriter(folder / out.name, arch, split_max_tensors=split)
         try:
@@ -230,13 +232,13 @@ def _write_tensors(writer, outputs: list[Output], progress) -> None:
         progress(output)
 
 
-# --- the program ----------------------------------------------------------------------------------------------
+# --- the program ------------------------------------------------------------------------------------------
 
 
 def quantize_folder(source: Path, out: Path, mix: str = "Q4_K_M", split: int = 0, show: bool = False) -> dict:
     """Convert the model in `source` to GGUF. Returns a summary: files, bytes, tensors by type, notices.
 
-    Raises WeightError or UnsupportedError, all problems of the checkpoint at once, before anything is written.
+    Raises WeightError or UnsupportedError, all problems of the checkpoint at once, before writing anything.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -244,9 +246,16 @@ def quantize_folder(source: Path, out: Path, mix: str = "Q4_K_M", split: int = 0
         raise UnsupportedError(
             f"Unknown --type {mix!r}{did_you_mean(mix, FILE_TYPES)}. Known: {', '.join(FILE_TYPES)}."
         )
+    if out.suffix != ".gguf" or out.is_dir():
+        raise WeightError(f"{out}: expected the path of a file NAME.gguf to write.")
     if not (source / "config.json").is_file():
         raise WeightError(f"{source}: no config.json in it. Give a folder in Hugging Face form.")
-    config = AutoConfig.from_pretrained(source, local_files_only=True)
+    try:
+        config = AutoConfig.from_pretrained(source, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise WeightError(
+            f"{source / 'config.json'}: cannot be used ({error}). Download it again."
+        ) from error
     families = [f for f in gguf_names.FAMILIES.values() if config.model_type in f.model_types]
     if not families:
         known = ", ".join(t for f in gguf_names.FAMILIES.values() for t in f.model_types)

@@ -67,7 +67,7 @@ class QuantType:
         return f"QuantType({self.name})"
 
 
-# --- unpacking, format by format ------------------------------------------------------------------------------
+# --- unpacking, format by format --------------------------------------------------------------------------
 # Every product and sum is one torch operation, so it rounds once, as the gguf package does: never fuse them.
 
 
@@ -157,7 +157,7 @@ def _q4_k(blocks: Tensor) -> Tensor:
 
 
 def _q5_k(blocks: Tensor) -> Tensor:
-    # d · dmin · scales[12] · qh[32]: bit j of byte i is the fifth bit of weight i of sub-block j · qs[128]
+    # d · dmin · scales[12] · qh[32]: bit j of byte i is the fifth bit of weight i in sub-block j · qs[128]
     q = _fields(blocks[:, 48:].reshape(-1, 4, 32), 4).reshape(-1, 8, 32)
     return _scaled(blocks, q | (_fields(blocks[:, 16:48], 1) << 4))
 
@@ -271,7 +271,7 @@ def _require_computed(kind: QuantType) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """A weight tensor in its published bytes: `data` uint8 [nbytes] on the CPU, usually a view of a mapped file.
+    """A weight tensor in its published bytes: `data` uint8 [nbytes] on the CPU, a view of a mapped file.
 
     `shape` is in torch order and its last dimension is the packed one. `data` may start at any address.
     Raises WeightError at construction when bytes and shape do not agree.
@@ -286,8 +286,8 @@ class Packed:
         ok = self.data.dtype == torch.uint8 and self.data.dim() == 1 and self.data.is_contiguous()
         if not ok or self.data.numel() != expected or self.data.device.type != "cpu":
             raise WeightError(
-                f"Packed {self.type.name} of shape {list(self.shape)} needs {expected} contiguous uint8 on the CPU, "
-                f"got {self.data.dtype} {list(self.data.shape)} on {self.data.device}."
+                f"Packed {self.type.name} {list(self.shape)} needs {expected} contiguous uint8 on the "
+                f"CPU, got {self.data.dtype} {list(self.data.shape)} on {self.data.device}."
             )
 
     @property
@@ -314,7 +314,7 @@ class Packed:
     def _check_slice(self, dims: int, start: int, stop: int) -> None:
         if len(self.shape) != dims:
             raise WeightError(
-                f"A {dims}-D slice of packed {self.type.name} {list(self.shape)}: it has {len(self.shape)} dimensions."
+                f"A {dims}-D slice of packed {self.type.name} {list(self.shape)}, which is not {dims}-D."
             )
         if not 0 <= start <= stop <= self.shape[0]:
             raise WeightError(
@@ -335,7 +335,8 @@ class Packed:
         _require_computed(self.type)
         if tuple(out.shape) != tuple(self.shape) or not out.is_contiguous():
             raise WeightError(
-                f"Cannot dequantize {list(self.shape)} into {list(out.shape)}; expected contiguous and the same shape."
+                f"Cannot dequantize {list(self.shape)} into {list(out.shape)}; expected contiguous memory "
+                "of the same shape."
             )
         kind, flat, step = self.type, out.view(-1), max(1, CHUNK // self.type.block)
         blocks = self.data.view(-1, kind.nbytes)

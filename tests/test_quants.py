@@ -26,7 +26,9 @@ def reference(blocks, kind):
 def assert_same_bits(ours, theirs):
     theirs = torch.from_numpy(np.ascontiguousarray(theirs)).reshape(ours.shape)
     same = (ours.view(torch.int32) == theirs.view(torch.int32)) | (ours.isnan() & theirs.isnan())
-    assert bool(same.all()), f"{int((~same).sum())} of {same.numel()} differ, first at {(~same).nonzero()[0].tolist()}"
+    assert bool(same.all()), (
+        f"{int((~same).sum())} of {same.numel()} differ, first at {(~same).nonzero()[0].tolist()}"
+    )
 
 
 def test_the_required_types_are_computed():

@@ -16,8 +16,8 @@ __all__ = ["ExpertWeights", "GGUFLoader", "ModelWeights", "TensorInfo", "WeightF
 
 
 def open_weights(path: str | Path) -> WeightFiles:
-    """Open the checkpoint at `path`: a GGUF or safetensors file, any file of a split set, an index, or a folder
-    (its safetensors, where it holds both formats).
+    """Open the checkpoint at `path`: a GGUF or safetensors file, any file of a split set, an index, or a
+    folder (its safetensors, where it holds both formats).
 
     Headers are read and checked whole, no tensor data are. Raises WeightError for a damaged or incomplete
     checkpoint and UnsupportedError for a format this version does not read, each with the next step.
@@ -34,6 +34,8 @@ def open_weights(path: str | Path) -> WeightFiles:
         raise WeightError(_no_weights(path))
     if not path.exists():
         raise WeightError(f"{path}: no such file or folder. Check the path.")
+    if not path.is_file():
+        raise WeightError(f"{path}: neither a file nor a folder. Give the path of the weights.")
     if path.suffix == ".gguf":
         return GGUFFiles.open(path)
     if path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json"):
@@ -46,7 +48,7 @@ def _no_weights(folder: Path) -> str:
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
         step = "Only pickled weights are there: load them with transformers once and save_pretrained() them."
     elif nested := sorted({p.parent.relative_to(folder) for p in folder.glob("*/*.gguf")}):
-        step = f"GGUF files are in subfolders ({', '.join(map(str, nested[:8]))}): give the path of one of those."
+        step = f"GGUF files are in subfolders ({', '.join(map(str, nested[:8]))}): give the path of one."
     else:
         step = "Download the weights into it, or give the folder that has them."
     return (

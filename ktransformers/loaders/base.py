@@ -8,6 +8,7 @@ import mmap
 import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as its checkpoint describes it. `shape` is in torch order; `start` is its byte offset in `file`."""
+    """A tensor as its checkpoint describes it; `shape` in torch order, `start` its byte offset in `file`."""
 
     name: str
     shape: tuple[int, ...]
@@ -35,8 +36,8 @@ class TensorInfo:
 class MappedFile:
     """A file in memory without a copy, and its bytes as one uint8 tensor.
 
-    Mapped private and writable, so torch sees ordinary memory and a stray write cannot reach the file; without
-    reserving swap, so a file larger than memory maps too. The mapping lives as long as any tensor made from it.
+    Mapped private and writable, so torch sees ordinary memory and a stray write cannot reach the file;
+    without reserving swap, so a file larger than memory maps too. It lives as long as a tensor made from it.
 
     Raises WeightError when the file cannot be opened, is empty, or is a git-lfs pointer instead of the data.
     """
@@ -46,14 +47,16 @@ class MappedFile:
         try:
             with open(path, "rb") as file:
                 self.size = os.fstat(file.fileno()).st_size
-                if self.size == 0:
-                    raise WeightError(f"{path}: the file is empty. Download it again.")
                 protection = mmap.PROT_READ | mmap.PROT_WRITE
-                self.buffer = mmap.mmap(file.fileno(), self.size, mmap.MAP_PRIVATE | _NORESERVE, protection)
-        except (OSError, ValueError) as error:
+                flags = mmap.MAP_PRIVATE | _NORESERVE
+                # An empty mapping is refused by the system; the check below names the reason.
+                self.buffer = mmap.mmap(file.fileno(), self.size, flags, protection) if self.size else b""
+        except OSError as error:
             raise WeightError(
                 f"{path}: cannot be read ({error}). Check the path and the permissions."
             ) from error
+        if not self.size:
+            raise WeightError(f"{path}: the file is empty. Download it again.")
         if self.buffer[:20] == b"version https://git-":
             raise WeightError(
                 f"{path}: holds a git-lfs pointer, not weights. Run `git lfs pull` in its folder."
@@ -62,8 +65,8 @@ class MappedFile:
 
 
 class WeightFiles(ABC):
-    """An open checkpoint, asked in its own tensor names. A context manager; `close` forgets the mappings, which
-    last until the last tensor over them is gone, so closing never pulls memory from under a user."""
+    """An open checkpoint, asked in its own tensor names. A context manager; `close` forgets the mappings,
+    which last until the last tensor over them is gone, so closing never pulls memory from under a user."""
 
     format: str
 
@@ -81,7 +84,7 @@ class WeightFiles(ABC):
         return name in self._tensors
 
     def info(self, name: str) -> TensorInfo:
-        """Shape, type and place of a tensor. Raises WeightError with the closest name when there is none such."""
+        """Shape, type and place of a tensor. Raises WeightError with the closest name when there is none."""
         if name not in self._tensors:
             where = (
                 self.paths[0]
@@ -101,7 +104,7 @@ class WeightFiles(ABC):
     def tensor(
         self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
     ) -> Tensor:
-        """The numbers of a tensor, in memory of their own; `dtype` None is the stored float type, else float32."""
+        """The numbers, in memory of their own; `dtype` None is the stored float type, else float32."""
         packed = self.packed(name)
         return packed.dequantize(dtype or packed.type.torch_dtype or torch.float32, device)
 
@@ -132,9 +135,9 @@ def describe_folder(folder: Path, limit: int = 8) -> str:
 def check_ranges(path: Path, tensors: list[TensorInfo]) -> None:
     """Raise WeightError when two tensors of one file share bytes."""
     ordered = sorted((info for info in tensors if info.nbytes), key=lambda info: (info.start, info.nbytes))
-    for before, after in zip(ordered, ordered[1:]):
+    for before, after in pairwise(ordered):
         if after.start < before.start + before.nbytes:
             raise WeightError(
-                f"{path}: tensors {before.name!r} (bytes {before.start} to {before.start + before.nbytes}) and "
-                f"{after.name!r} (from byte {after.start}) overlap. The file is damaged; download it again."
+                f"{path}: tensors {before.name!r} (bytes {before.start} to {before.start + before.nbytes}) "
+                f"and {after.name!r} (from {after.start}) overlap. The file is damaged; download it again."
             )

@@ -1,7 +1,7 @@
 """GGUF files, version 2 and 3, single and split: our own parser over a mapped file.
 
-Own, because a vocabulary of 150k tokens must open in a fraction of a second, and because a header is hostile until
-checked: every count, length, offset and shape is bounded by the file's size before it is used.
+Own, because a vocabulary of 150k tokens must open in a fraction of a second, and because a header is hostile
+until checked: every count, length, offset and shape is bounded by the file's size before it is used.
 It knows bytes and tensor names of the file; what they mean to a model is the business of names.py.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -28,7 +28,7 @@ _COMPANION = re.compile(
 
 
 class GGUFArray(Sequence):
-    """An array of the metadata, decoded when first looked at: a vocabulary costs nothing until it is asked for."""
+    """An array of the metadata, decoded when first looked at: a vocabulary costs nothing until asked for."""
 
     def __init__(self, cursor: "_Cursor", kind: int, count: int) -> None:
         self._source: tuple[_Cursor, int, int] | None = (cursor, kind, cursor.at)
@@ -102,7 +102,7 @@ class _Cursor:
             raise self.fail(f"{what} before byte {self.at} is not UTF-8 ({error.reason})") from error
 
     def skip_strings(self, count: int) -> None:
-        """Step over `count` strings. The one loop that a large vocabulary pays for, so it does nothing else."""
+        """Step over `count` strings. The one loop that a large vocabulary pays for: it does nothing else."""
         buffer, at, size = self.buffer, self.at, self.size
         read = struct.Struct("<Q").unpack_from
         try:
@@ -227,7 +227,7 @@ def _checked_type(cursor: _Cursor, name: str, shape: tuple[int, ...], type_id: i
     kind = BY_ID[type_id]
     if shape[-1] % kind.block:
         raise cursor.fail(
-            f"tensor {name!r} of type {kind.name} has rows of {shape[-1]}, expected a multiple of {kind.block}"
+            f"tensor {name!r} has rows of {shape[-1]}, type {kind.name} needs a multiple of {kind.block}"
         )
     return kind
 
@@ -287,7 +287,7 @@ class GGUFFiles(WeightFiles):
 
 
 def _pick(folder: Path) -> Path:
-    """The one GGUF file, or first shard, of a folder. Raises WeightError when there are none or several models."""
+    """The one GGUF file, or first shard, of a folder. Raises WeightError when there are none or several."""
     found = sorted(p for p in folder.glob("*.gguf") if not _COMPANION.search(p.name))
     models: dict[str, Path] = {}
     for path in found:
@@ -302,7 +302,7 @@ def _pick(folder: Path) -> Path:
 
 
 def _shards(path: Path) -> list[Path]:
-    """All files of the set that `path` belongs to, in order. Raises WeightError naming each one that is missing."""
+    """All files of the set that `path` belongs to, in order. Raises WeightError naming each missing one."""
     shard = _SHARD.fullmatch(path.name)
     if not shard:
         return [path]
@@ -325,9 +325,9 @@ def _shards(path: Path) -> list[Path]:
 
 
 def _check_split(paths: list[Path], parsed: list[tuple[dict, dict]]) -> None:
-    """Check what the files of a set say about themselves against their names. Missing keys are not held against them."""
+    """Check what the files of a set say about themselves against their names; they may say nothing."""
     problems = []
-    for number, (path, (_, metadata)) in enumerate(zip(paths, parsed)):
+    for number, (path, (_, metadata)) in enumerate(zip(paths, parsed, strict=True)):
         for key, expected in (("split.no", number), ("split.count", len(paths))):
             found = metadata.get(key, expected)
             if found != expected and not (key == "split.count" and found == 0 and len(paths) == 1):

@@ -1,8 +1,8 @@
 """GGUF's names and layouts, family by family: what the gguf package's name map does not say.
 
-The map turns `model.layers.3.self_attn.q_proj` into `blk.3.attn_q`. Exceptions stand here, once, and are read by
-the loader (names.py) and by the writer (quantize.py). A new family is a row in FAMILIES; check against a real file
-whether its q and k rows are permuted.
+The map turns `model.layers.3.self_attn.q_proj` into `blk.3.attn_q`. Exceptions stand here, once, and are read
+by the loader (names.py) and by the writer (quantize.py). A new family is a row in FAMILIES; check against a
+real file whether its q and k rows are permuted.
 """
 
 import re
@@ -70,8 +70,9 @@ def family_of(arch: object, model_type: str) -> Family:
     expected = [f.arch for f in FAMILIES.values() if model_type in f.model_types]
     if family is None:
         raise UnsupportedError(
-            f"GGUF architecture {arch!r} is not known to this version{did_you_mean(str(arch), FAMILIES)}. Known: "
-            f"{', '.join(FAMILIES)}. Use the model's safetensors, or add the family to loaders/gguf_names.py."
+            f"GGUF architecture {arch!r} is not known to this version{did_you_mean(str(arch), FAMILIES)}. "
+            f"Known: {', '.join(FAMILIES)}. Use the model's safetensors, or add the family to "
+            "loaders/gguf_names.py."
         )
     if model_type not in family.model_types:
         if expected:
@@ -106,8 +107,8 @@ def gguf_name(family: Family, layers: int, name: str) -> str | None:
 
 
 def expert_names(layer: str, which: str, experts: int) -> list[str | tuple[str, ...]]:
-    """The ways a file may hold `which` (gate, up, down) of a layer's routed experts: stacked, or one by one as
-    Mixtral files of early 2024 do."""
+    """The ways a file may hold `which` (gate, up, down) of a layer's routed experts: stacked, or one by one
+    as Mixtral files of early 2024 do."""
     return [
         f"blk.{layer}.ffn_{which}_exps.weight",
         tuple(f"blk.{layer}.ffn_{which}.{e}.weight" for e in range(experts)),

@@ -1,7 +1,7 @@
 """Between the checkpoint's names and the model's: `bind(files, model)` answers questions in module names.
 
-Safetensors names go through transformers' own conversion mapping, so a family it knows needs nothing here; GGUF
-names through gguf_names.py. Binding reads no tensor data.
+Safetensors names go through transformers' own conversion mapping, so a family it knows needs nothing here;
+GGUF names through gguf_names.py. Binding reads no tensor data.
 """
 
 import copy
@@ -61,6 +61,8 @@ class ModelWeights:
 
     def _deliver(self, name: str) -> Source:
         source = self._source(name)
+        if source.broken:
+            raise WeightError(f"{name}: its parts in the checkpoint do not fit together: {_shapes(source)}.")
         if self.on_read is not None:
             self.on_read(name)
         return source
@@ -101,12 +103,13 @@ class ModelWeights:
         return self.has(name) and self._sources[name].can_pack
 
     def packed(self, name: str) -> Packed:
-        """The stored bytes as a view of the mapped file; a q or k projection of a llama-type GGUF is one copy.
+        """The stored bytes, a view of the mapped file; a q or k projection of a llama-type GGUF is one copy.
 
         Raises WeightError for a tensor that is made from several; use `tensor` or `experts` for those.
         """
+        source = self._deliver(name)
         try:
-            return self._deliver(name).packed()
+            return source.packed()
         except WeightError as error:
             raise WeightError(f"{name}: {error}") from error
 
@@ -114,21 +117,15 @@ class ModelWeights:
         return self.has(f"{prefix}.gate_up_proj") and self.has(f"{prefix}.down_proj")
 
     def experts(self, prefix: str) -> ExpertWeights:
-        """The routed experts of the module `prefix` (`model.layers.3.mlp.experts`) as packed matrices; no copies."""
+        """The routed experts of the module `prefix` (`model.layers.3.mlp.experts`), packed; no copies."""
         gate_up, down = self._deliver(f"{prefix}.gate_up_proj"), self._deliver(f"{prefix}.down_proj")
         for name, source in (("gate_up_proj", gate_up), ("down_proj", down)):
-            if (
-                len(source.shape) != 3
-                or source.shape[0] < 0
-                or (name == "gate_up_proj" and source.shape[1] % 2)
-            ):
-                raise WeightError(
-                    f"{prefix}.{name}: the checkpoint's matrices do not fit together ({_shapes(source)})."
-                )
+            if len(source.shape) != 3 or (name == "gate_up_proj" and source.shape[1] % 2):
+                raise WeightError(f"{prefix}.{name}: no stack of matrices: {_shapes(source)}.")
         return ExpertWeights(*split_gate_up(gate_up), split_down(down))
 
     def problems(self, expected: Shapes, ignore_unexpected: Iterable[str] = ()) -> list[str]:
-        """Every missing, misshapen, uncomputable and unused tensor, one line each, equal ones of many layers as one.
+        """Every missing, misshapen, uncomputable and unused tensor; equal ones of many layers are one line.
 
         `expected` is what the model needs, by module name; `ignore_unexpected` are regular expressions of
         checkpoint names that may be left over. Reads no tensor data.
@@ -151,12 +148,9 @@ class ModelWeights:
     def _misfits(self, name: str, shape: tuple[int, ...]) -> list[Problem]:
         source = self._sources[name]
         found = []
-        if source.shape != shape:
-            found.append(
-                Problem(
-                    name, f"has shape {_shapes(source)} in the checkpoint, the model expects {list(shape)}"
-                )
-            )
+        if source.shape != shape or source.broken:
+            text = f"has shape {_shapes(source)} in the checkpoint, the model expects {list(shape)}"
+            found.append(Problem(name, text))
         for kind in dict.fromkeys(info.type for info in source.infos):
             if not kind.computed:
                 found.append(Problem(name, f"stored as {kind.name}, which this version does not compute"))
@@ -178,7 +172,7 @@ class ModelWeights:
 
 def _shapes(source: Source) -> str:
     """The shape of a source, or the shapes of its parts when they do not fit together."""
-    if source.shape[:1] != (-1,):
+    if not source.broken:
         return str(list(source.shape))
     return " and ".join(dict.fromkeys(str(list(info.shape)) for info in source.infos))
 
@@ -197,8 +191,8 @@ class _Binding:
 def bind(files: WeightFiles, model: torch.nn.Module) -> ModelWeights:
     """Match a checkpoint to a transformers model (usually on the meta device), without reading tensor data.
 
-    Raises UnsupportedError for a family or a conversion this version does not know and WeightError for a file of
-    another family. What is missing, unused or misshapen is told by `ModelWeights.problems`.
+    Raises UnsupportedError for a family or a conversion this version does not know and WeightError for a file
+    of another family. What is missing, unused or misshapen is told by `ModelWeights.problems`.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     binding = _Binding()
@@ -224,7 +218,7 @@ def _extra_layers(config) -> range:
     return range(layers, layers + (getattr(config, "num_nextn_predict_layers", 0) or 0))
 
 
-# --- safetensors ----------------------------------------------------------------------------------------------
+# --- safetensors ------------------------------------------------------------------------------------------
 
 
 def _bind_safetensors(files: WeightFiles, model, shapes: Shapes, binding: _Binding) -> None:
@@ -257,8 +251,9 @@ def _bind_safetensors(files: WeightFiles, model, shapes: Shapes, binding: _Bindi
     binding.ignored += [rf"^(model\.)?layers\.{n}\." for n in _extra_layers(model.config)]
 
 
-def _natural(key: str) -> list:
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", key)]
+def _natural(key: str) -> str:
+    """Sorts layer 10 after layer 9."""
+    return re.sub(r"\d+", lambda number: number[0].zfill(9), key)
 
 
 def _add_plain(files: WeightFiles, key: str, target: str, shapes: Shapes, binding: _Binding) -> None:
@@ -272,7 +267,7 @@ def _add_plain(files: WeightFiles, key: str, target: str, shapes: Shapes, bindin
 
 
 def _require_expert_merge(converter, key: str) -> None:
-    """Accept only "stack the experts, then perhaps put gate and up on top of each other"; name anything else."""
+    """Accept only "stack the experts, then perhaps put gate on top of up"; name anything else."""
     steps = [(type(op).__name__, getattr(op, "dim", None)) for op in converter.operations]
     one_target = len(converter.target_patterns) == 1
     if not one_target or steps not in (
@@ -288,7 +283,7 @@ def _require_expert_merge(converter, key: str) -> None:
 
 def _expert_index(key: str, pattern: str) -> int:
     index = key.removesuffix(pattern.rpartition("*")[2]).rpartition(".")[2]
-    if not index.isdecimal():
+    if not re.fullmatch("[0-9]{1,9}", index):
         raise UnsupportedError(
             f"{key}: no expert number where transformers' pattern {pattern!r} has one. Report this name."
         )
@@ -298,7 +293,7 @@ def _expert_index(key: str, pattern: str) -> int:
 def _add_stacked(
     files: WeightFiles, target: str, parts: list[tuple[str, dict[int, str]]], shapes: Shapes, binding
 ) -> None:
-    """Bind per-expert matrices to a stacked parameter; note which are missing of the E that the model expects."""
+    """Bind per-expert matrices to a stacked parameter; note which of the E that it needs are missing."""
     count = shapes[target][0]
     missing = [
         pattern.replace("*", str(e)) for pattern, found in parts for e in range(count) if e not in found
@@ -316,7 +311,7 @@ def _add_stacked(
     binding.sources[target] = Stacked(files, names)
 
 
-# --- GGUF -----------------------------------------------------------------------------------------------------
+# --- GGUF -------------------------------------------------------------------------------------------------
 
 
 def _bind_gguf(files: WeightFiles, model, shapes: Shapes, binding: _Binding) -> None:
@@ -386,20 +381,17 @@ def _gguf_experts(
 def _metadata_mismatches(metadata: dict, arch: str, config) -> list[str]:
     """Numbers that the file and the config both give and do not agree on."""
     notes = []
-    layers, extra = metadata.get(f"{arch}.block_count"), metadata.get(f"{arch}.nextn_predict_layers", 0)
-    if (
-        isinstance(layers, int)
-        and layers - extra != config.num_hidden_layers
-        and layers != config.num_hidden_layers
-    ):
-        notes.append(
-            f"{arch}.block_count is {layers} in the GGUF file, the config has num_hidden_layers {config.num_hidden_layers}"
-        )
+
+    def compare(key: str, stored: object, attribute: str, *also: int) -> None:
+        wanted = getattr(config, attribute)
+        if type(stored) is int and stored != wanted and stored not in also:
+            notes.append(f"{arch}.{key} is {stored} in the GGUF file, the config has {attribute} {wanted}")
+
+    extra = len(_extra_layers(config))  # files may count the prediction layers that they leave out, or not
+    layers = config.num_hidden_layers
+    compare("block_count", metadata.get(f"{arch}.block_count"), "num_hidden_layers", layers + extra)
     for key, attributes in gguf_names.CHECKS:
-        stored = metadata.get(f"{arch}.{key}")
         attribute = next((a for a in attributes if getattr(config, a, None) is not None), None)
-        if isinstance(stored, int) and attribute and stored != getattr(config, attribute):
-            notes.append(
-                f"{arch}.{key} is {stored} in the GGUF file, the config has {attribute} {getattr(config, attribute)}"
-            )
+        if attribute:
+            compare(key, metadata.get(f"{arch}.{key}"), attribute)
     return notes

@@ -4,7 +4,7 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # a layer or expert inside a dotted name
+_NUMBER = re.compile(r"(?<=\.)[0-9]{1,9}(?=\.)")  # a layer or expert inside a dotted name
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def grouped(problems: list[Problem], at_least: int = 3) -> list[str]:
 
 
 def _merged(lines: list[str]) -> str:
-    columns = zip(*([int(n) for n in _NUMBER.findall(line)] for line in lines))
+    columns = zip(*([int(n) for n in _NUMBER.findall(line)] for line in lines), strict=True)
     numbers = [_ranges(sorted(set(column))) for column in columns]
     merged = _NUMBER.sub(lambda _: numbers.pop(0), lines[0])
     return f"{merged} ({len(lines)} tensors)"

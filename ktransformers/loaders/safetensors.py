@@ -12,7 +12,6 @@ import re
 import struct
 from pathlib import Path
 
-
 from ktransformers.errors import WeightError, did_you_mean, join_errors
 from ktransformers.loaders.base import MappedFile, TensorInfo, WeightFiles, check_ranges, describe_folder
 from ktransformers.quants import QUANT_TYPES, QuantType
@@ -75,7 +74,7 @@ def _whole(value: object) -> bool:
 
 
 def _entry(path: Path, name: str, entry: object, data: int, size: int) -> TensorInfo:
-    """Check one tensor's entry of the header. `data` is where the data section starts, `size` the file's size."""
+    """Check one tensor's entry of the header. `data` is where the data section starts, `size` the file's."""
 
     def fail(what: str) -> WeightError:
         return WeightError(
@@ -100,7 +99,8 @@ def _entry(path: Path, name: str, entry: object, data: int, size: int) -> Tensor
     kind, elements = TYPES[dtype], math.prod(shape)
     if elements * kind.nbytes != (end - start) * kind.block:
         raise fail(
-            f"of dtype {dtype} and shape {shape} has {end - start} bytes, expected {elements * kind.nbytes // kind.block}"
+            f"of dtype {dtype} and shape {shape} has {end - start} bytes, "
+            f"expected {elements * kind.nbytes // kind.block}"
         )
     return TensorInfo(name, tuple(shape), kind, end - start, path, data + start)
 
@@ -108,7 +108,7 @@ def _entry(path: Path, name: str, entry: object, data: int, size: int) -> Tensor
 def parse(file: MappedFile) -> tuple[dict[str, TensorInfo], dict]:
     """Read and check one file's header: (tensors by name, metadata).
 
-    Raises WeightError naming the tensor for offsets out of range, overlapping, or not covering the data section.
+    Raises WeightError naming the tensor for offsets out of range, overlapping, or not covering the data.
     """
     path = file.path
     length = struct.unpack_from("<Q", file.buffer)[0] if file.size >= 8 else 0
@@ -148,16 +148,21 @@ class SafetensorsFiles(WeightFiles):
             shard, metadata_here = parse(file)
             metadata = metadata or metadata_here
             for name, info in shard.items():
-                if name in tensors and weight_map.get(name) != tensors[name].file.name:
-                    if weight_map.get(name) != info.file.name:
-                        raise WeightError(
-                            f"Tensor {name!r} is in {tensors[name].file} and in {info.file}, and no index says "
-                            "which one counts. Keep the files of one model in a folder."
-                        )
-                if name not in tensors or weight_map.get(name) == info.file.name:
-                    tensors[name] = info
+                _place(tensors, info, weight_map.get(name))
         _check_index(paths, tensors, weight_map)
         return cls(files, tensors, metadata)
+
+
+def _place(tensors: dict[str, TensorInfo], info: TensorInfo, chosen: str | None) -> None:
+    """Add a shard's tensor; of two with one name the file `chosen` by the index counts."""
+    other = tensors.get(info.name)
+    if other is not None and chosen not in (info.file.name, other.file.name):
+        raise WeightError(
+            f"Tensor {info.name!r} is in {other.file} and in {info.file}, and no index says which counts. "
+            "Keep the files of one model in a folder."
+        )
+    if other is None or chosen == info.file.name:
+        tensors[info.name] = info
 
 
 def _check_index(paths: list[Path], tensors: dict[str, TensorInfo], weight_map: dict[str, str]) -> None:
@@ -179,7 +184,7 @@ def _check_index(paths: list[Path], tensors: dict[str, TensorInfo], weight_map: 
 
 
 def _find(path: Path) -> tuple[list[Path], dict[str, str]]:
-    """The files of the checkpoint at `path`, and the index's map from tensor to file name (empty without one)."""
+    """The files of the checkpoint at `path`, and the index's map from tensor to file name, if any."""
     if path.name.endswith(_INDEX):
         return _by_index(path)
     if path.is_file():
@@ -237,15 +242,22 @@ def _by_index(index: Path) -> tuple[list[Path], dict[str, str]]:
     )
     if outside:
         raise WeightError(
-            f"{index}: names {outside[0]!r}, which is not a file of its own folder. Do not use this checkpoint."
+            f"{index}: names {outside[0]!r}, which is not a file of its folder. Do not use this checkpoint."
         )
     paths = [index.with_name(file) for file in sorted(set(weight_map.values()))]
     _require(paths, index.parent)
     return paths, weight_map
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long for the system
+        return False
+
+
 def _require(paths: list[Path], folder: Path) -> None:
-    missing = [p.name for p in paths if not p.is_file()]
+    missing = [p.name for p in paths if not _is_file(p)]
     if missing:
         shown = missing[:8] + ([f"and {len(missing) - 8} more"] if len(missing) > 8 else [])
         raise join_errors(

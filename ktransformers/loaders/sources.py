@@ -19,11 +19,15 @@ Device = torch.device | str
 
 
 class Source(ABC):
-    """One tensor of the model. `names` are the checkpoint's tensors it is made from, `shape` is what results."""
+    """One tensor of the model. `names` are the checkpoint's tensors it is made from, `shape` is what results.
+
+    `broken`: the parts do not fit together, so there is no shape and nothing can be delivered.
+    """
 
     files: WeightFiles
     names: tuple[str, ...]
     shape: tuple[int, ...]
+    broken = False
 
     @property
     def infos(self) -> list[TensorInfo]:
@@ -48,19 +52,22 @@ class Source(ABC):
         """The numbers, of `shape`, in memory of their own."""
 
 
+def _without_ones(shape: tuple[int, ...]) -> list[int]:
+    return [size for size in shape if size != 1]
+
+
 class Plain(Source):
-    """One tensor as it is, perhaps with dimensions of size one more or fewer (a router gate [H] for [1, H])."""
+    """One tensor as it is, perhaps with dimensions of size one more or fewer (a gate [H] for [1, H])."""
 
     can_pack = True
 
     def __init__(self, files: WeightFiles, name: str, shape: tuple[int, ...] | None = None) -> None:
         stored = files.info(name).shape
-        same = shape is not None and [s for s in shape if s != 1] == [s for s in stored if s != 1]
-        self.files, self.names, self.shape = (
-            files,
-            (name,),
-            shape if same and shape and shape[-1:] == stored[-1:] else stored,
+        fits = (
+            shape is not None and _without_ones(shape) == _without_ones(stored) and shape[-1:] == stored[-1:]
         )
+        self.files, self.names = files, (name,)
+        self.shape = shape if fits else stored
 
     def packed(self) -> Packed:
         packed = self.files.packed(self.names[0])
@@ -82,22 +89,17 @@ class Unpermuted(Source):
     def __init__(self, files: WeightFiles, name: str, heads: int) -> None:
         self.files, self.names, self.heads = files, (name,), heads
         self.shape = files.info(name).shape
+        self.broken = self.shape[0] % (2 * heads) != 0
 
     def _reorder(self, rows: Tensor) -> Tensor:
-        count = rows.shape[0]
-        if count % (2 * self.heads):
-            raise WeightError(
-                f"{self.names[0]}: {count} rows do not divide into {self.heads} heads of pairs."
-            )
-        return rows.view(self.heads, count // self.heads // 2, 2, -1).transpose(1, 2).reshape(rows.shape)
+        pairs = rows.shape[0] // self.heads // 2
+        return rows.view(self.heads, pairs, 2, -1).transpose(1, 2).reshape(rows.shape)
 
     def packed(self) -> Packed:
         packed = self.files.packed(self.names[0])
         rows = packed.data.view(self.shape[0], -1)
         if packed.type.block > 1 and len(self.shape) == 1:
-            raise WeightError(
-                f"{self.names[0]}: a vector of {packed.type.name} blocks has no rows to reorder. Use tensor()."
-            )
+            raise WeightError(f"a vector of {packed.type.name} blocks has no rows to reorder. Use tensor().")
         return Packed(self._reorder(rows).view(-1), packed.type, self.shape)
 
     def tensor(self, device: Device, dtype: torch.dtype) -> Tensor:
@@ -107,15 +109,16 @@ class Unpermuted(Source):
 class JoinedKVB(Source):
     """`kv_b_proj` [h (nope + v), lora] from a GGUF's attn_k_b [h, lora, nope] and attn_v_b [h, v, lora].
 
-    llama.cpp splits it to absorb attention and stores k_b transposed. Older files flatten the first two dimensions.
+    llama.cpp splits it to absorb attention and stores k_b transposed. Older files flatten the first two
+    dimensions.
     """
 
     def __init__(self, files: WeightFiles, k_b: str, v_b: str, heads: int) -> None:
         self.files, self.names, self.heads = files, (k_b, v_b), heads
         k_shape, v_shape = (self._per_head(files.info(name).shape) for name in self.names)
         self.nope, self.value, self.lora = k_shape[2], v_shape[1], v_shape[2]
-        fits = k_shape[0] == v_shape[0] == heads and k_shape[1] == self.lora
-        self.shape = (heads * (self.nope + self.value), self.lora) if fits else k_shape + v_shape
+        self.broken = not (k_shape[0] == v_shape[0] == heads and k_shape[1] == self.lora)
+        self.shape = () if self.broken else (heads * (self.nope + self.value), self.lora)
 
     def _per_head(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         if len(shape) == 2 and shape[0] % self.heads == 0:
@@ -140,6 +143,7 @@ class Stacked(Source):
         self.files, self.parts = files, tuple(parts)
         self.names = tuple(name for part in parts for name in ((part,) if isinstance(part, str) else part))
         self.shape = self._joined_shape()
+        self.broken = not self.shape
         self.can_pack = len(self.parts) == 1 and isinstance(self.parts[0], str)
 
     def _part_shapes(self, part: str | tuple[str, ...]) -> set[tuple[int, ...]]:
@@ -148,14 +152,14 @@ class Stacked(Source):
         return {(len(part), *self.files.info(name).shape) for name in part}
 
     def _joined_shape(self) -> tuple[int, ...]:
-        """The shape, or an impossible one (a leading -1) when the matrices do not fit together."""
+        """The shape, or () when the matrices do not fit together."""
         shapes = [shape for part in self.parts for shape in sorted(self._part_shapes(part))]
         fits = (
             len(shapes) == len(self.parts)
             and {len(s) for s in shapes} == {3}
             and len({(s[0], s[2]) for s in shapes}) == 1
         )
-        return (shapes[0][0], sum(s[1] for s in shapes), shapes[0][2]) if fits else (-1, *shapes[0])
+        return (shapes[0][0], sum(s[1] for s in shapes), shapes[0][2]) if fits else ()
 
     def matrices(self, part: int) -> list[Packed]:
         """The E matrices of a part, as views."""
@@ -188,7 +192,7 @@ class ExpertWeights:
 
 
 def split_gate_up(source: Source) -> tuple[list[Packed], list[Packed]]:
-    """The gate and up matrices behind a `gate_up_proj` source; one fused tensor is cut in the middle of its rows."""
+    """The gate and up matrices behind a `gate_up_proj` source; one fused tensor is cut in the middle."""
     if isinstance(source, Stacked) and len(source.parts) == 2:
         return source.matrices(0), source.matrices(1)
     fused = source.packed()

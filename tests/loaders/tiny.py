@@ -5,8 +5,11 @@ Weights are exact in bfloat16, so F32, BF16 and safetensors checkpoints of one m
 
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
+import gguf
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -55,7 +58,9 @@ def expected(built) -> dict[str, tuple[int, ...]]:
     return {name: tuple(t.shape) for name, t in built.state_dict().items() if name not in tied}
 
 
-def write_safetensors(path: Path, tensors: dict[str, tuple[str, list[int], bytes]], header: bytes | None = None) -> Path:
+def write_safetensors(
+    path: Path, tensors: dict[str, tuple[str, list[int], bytes]], header: bytes | None = None
+) -> Path:
     """A safetensors file from raw bytes, written without the library so that it may be wrong on purpose."""
     entries, data = {}, b""
     for name, (dtype, shape, raw) in tensors.items():
@@ -64,3 +69,41 @@ def write_safetensors(path: Path, tensors: dict[str, tuple[str, list[int], bytes
     header = json.dumps(entries).encode() if header is None else header
     path.write_bytes(struct.pack("<Q", len(header)) + header + data)
     return path
+
+
+Edit = Callable[[str, np.ndarray, gguf.GGMLQuantizationType], list[tuple[str, np.ndarray]] | None]
+
+
+def edit_gguf(
+    source: Path,
+    target: Path,
+    edit: Edit | None = None,
+    metadata: dict | None = None,
+    arch: str | None = None,
+) -> Path:
+    """Copy a GGUF file with the gguf package, tensors and metadata changed on the way.
+
+    `edit(name, data, type)` returns what to write for a tensor: [(name, float array)] , or None to keep it.
+    `metadata` replaces values of existing keys (after the architecture).
+    """
+    reader = gguf.GGUFReader(source)
+    old_arch = reader.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(target, arch or old_arch)
+    for key, field in reader.fields.items():
+        if key.startswith("GGUF.") or key == "general.architecture":
+            continue
+        short = key.removeprefix(f"{old_arch}.")
+        value = (metadata or {}).get(short, field.contents())
+        sub = field.types[1] if len(field.types) > 1 else None
+        writer.add_key_value(key.replace(f"{old_arch}.", f"{writer.arch}."), value, field.types[0], sub)
+    for tensor in reader.tensors:
+        changed = edit(tensor.name, tensor.data, tensor.tensor_type) if edit else None
+        if changed is None:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        for name, data in changed or []:
+            writer.add_tensor(name, np.ascontiguousarray(data))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
