@@ -1,0 +1,308 @@
+/* sanitize.c: every kernel on every instruction set of this machine against portable C, through the public
+ * API, on heap blocks of exactly the right size at odd addresses: what a sanitizer needs to see. Also error
+ * paths, nasty numbers, the pool from several threads, and fork. Built and run by ../sanitize.py.
+ *
+ * The Python tests hold the results to the truth; this program holds the memory accesses to the rules. */
+#define _GNU_SOURCE
+#include <math.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "../include/kt_native.h"
+
+static int failures;
+static uint64_t seed = 88172645463325252ull;
+
+static uint32_t next(void) { /* xorshift64* */
+    seed ^= seed >> 12, seed ^= seed << 25, seed ^= seed >> 27;
+    return (uint32_t)(seed * 2685821657736338717ull >> 32);
+}
+static float uniform(void) { return (float)next() / 4294967296.0f - 0.5f; }
+
+static void check(int ok, const char *what) {
+    if (!ok) failures++, fprintf(stderr, "FAILED: %s\n", what);
+}
+
+static const int types[] = {KT_TYPE_F32, KT_TYPE_F16, KT_TYPE_BF16, KT_TYPE_Q8_0, KT_TYPE_Q4_K, KT_TYPE_Q5_K, KT_TYPE_Q6_K};
+enum { TYPES = sizeof types / sizeof types[0], THREADS = 3 };
+
+/* A weight whose bytes end where the allocation ends and start at an odd address. */
+struct weight {
+    uint8_t *room;
+    kt_weight w;
+};
+
+static struct weight make(int type, int64_t rows, int64_t cols) {
+    int64_t block = kt_type_block(type), size = kt_type_block_bytes(type);
+    struct weight m = {.w = {type, rows, cols, NULL, (size_t)(rows * (cols / block) * size)}};
+    m.room = malloc(m.w.bytes + 1);
+    uint8_t *p = m.room + 1;
+    m.w.data = p;
+    for (size_t i = 0; i < m.w.bytes; i++) p[i] = (uint8_t)next();
+    for (size_t i = 0; i < m.w.bytes; i += (size_t)size) { /* sane exponents: about +-0.01 .. 0.02 */
+        if (type == KT_TYPE_F32) p[i + 3] = (uint8_t)(0x3c | (p[i + 3] & 0x80)), p[i + 2] &= 0x7f;
+        if (type == KT_TYPE_BF16) p[i + 1] = (uint8_t)(0x3c | (p[i + 1] & 0x80)), p[i] &= 0x7f;
+        if (type == KT_TYPE_F16 || type == KT_TYPE_Q8_0) p[i + 1] = (uint8_t)(0x20 | (p[i + 1] & 0x83));
+        if (type == KT_TYPE_Q4_K || type == KT_TYPE_Q5_K) p[i + 1] = 0x14, p[i + 3] = 0x14;
+        if (type == KT_TYPE_Q6_K) p[i + 209] = 0x10;
+    }
+    return m;
+}
+
+/* mean|a - b| / mean|b| */
+static double difference(const float *a, const float *b, size_t n) {
+    double d = 0, s = 1e-30;
+    for (size_t i = 0; i < n; i++) d += fabs((double)a[i] - b[i]), s += fabs((double)b[i]);
+    return d / s;
+}
+
+static float *random_floats(size_t n) {
+    float *x = malloc(n * sizeof *x + 1);
+    for (size_t i = 0; i < n; i++) x[i] = uniform();
+    return x;
+}
+
+static void linear_case(kt_pool *pool, int type, int64_t rows, int64_t cols, int64_t tokens, int threshold) {
+    struct weight m = make(type, rows, cols);
+    float *x = random_floats((size_t)(tokens * cols)), *bias = random_floats((size_t)rows);
+    size_t n = (size_t)(tokens * rows);
+    float *expected = malloc(n * 4), *found = malloc(n * 4);
+    kt_set_panel_threshold(threshold);
+    kt_isa_force("portable");
+    check(kt_linear(pool, &m.w, bias, x, KT_F32, tokens, expected) == KT_OK, "linear status");
+    for (int isa = 1; kt_isa_usable(isa); isa++) {
+        kt_isa_force(kt_isa_name(isa));
+        check(kt_linear(pool, &m.w, bias, x, KT_F32, tokens, found) == KT_OK, "linear status");
+        double bound = type == KT_TYPE_BF16 ? 5e-3 : 3e-6, d = difference(found, expected, n);
+        if (!(d < bound)) {
+            failures++;
+            fprintf(stderr, "FAILED: linear %s [%ld, %ld] T=%ld %s threshold=%d: %g\n", kt_type_name(type), (long)rows,
+                    (long)cols, (long)tokens, kt_isa_name(isa), threshold, d);
+        }
+    }
+    free(m.room), free(x), free(bias), free(expected), free(found);
+}
+
+static void dequantize_case(int type, int64_t rows, int64_t cols) {
+    struct weight m = make(type, rows, cols);
+    size_t n = (size_t)(rows * cols) * 4;
+    float *expected = malloc(n), *found = malloc(n);
+    kt_isa_force("portable");
+    check(kt_dequantize(&m.w, expected) == KT_OK, "dequantize status");
+    for (int isa = 1; kt_isa_usable(isa); isa++) {
+        kt_isa_force(kt_isa_name(isa));
+        check(kt_dequantize(&m.w, found) == KT_OK && !memcmp(found, expected, n), "dequantize");
+    }
+    free(m.room), free(expected), free(found);
+}
+
+struct moe {
+    enum { E = 4, K = 3 } unused;
+    int64_t hidden, inner, tokens;
+    struct weight part[3][E];
+    kt_experts *experts;
+    float *x, *weights;
+    int64_t *ids;
+};
+
+static struct moe moe_make(const int type[3], int64_t hidden, int64_t inner, int64_t tokens, int activation) {
+    struct moe m = {.hidden = hidden, .inner = inner, .tokens = tokens};
+    kt_weight w[3][E];
+    for (int p = 0; p < 3; p++)
+        for (int e = 0; e < E; e++) {
+            m.part[p][e] = p == 2 ? make(type[p], hidden, inner) : make(type[p], inner, hidden);
+            w[p][e] = m.part[p][e].w;
+        }
+    check(kt_experts_create(E, w[0], w[1], w[2], activation, &m.experts) == KT_OK, "create");
+    m.x = random_floats((size_t)(tokens * hidden));
+    m.weights = random_floats((size_t)(tokens * K));
+    m.ids = malloc((size_t)(tokens * K) * sizeof *m.ids + 1);
+    for (int64_t i = 0; i < tokens * K; i++) m.ids[i] = (int64_t)(next() % (E + 2)) - 1;
+    return m;
+}
+static void moe_free(struct moe *m) {
+    for (int p = 0; p < 3; p++)
+        for (int e = 0; e < E; e++) free(m->part[p][e].room);
+    kt_experts_destroy(m->experts);
+    free(m->x), free(m->weights), free(m->ids);
+}
+static int moe_run(const struct moe *m, kt_pool *pool, float *out) {
+    return kt_experts_forward(m->experts, pool, m->x, KT_F32, m->tokens, m->ids, K, m->weights, out);
+}
+
+static void experts_case(kt_pool *pool, const int type[3], int64_t hidden, int64_t inner, int64_t tokens, int threshold) {
+    struct moe m = moe_make(type, hidden, inner, tokens, (int)(next() % 4));
+    size_t n = (size_t)(tokens * hidden);
+    float *expected = malloc(n * 4 + 1), *found = malloc(n * 4 + 1);
+    kt_set_panel_threshold(threshold);
+    kt_isa_force("portable");
+    check(moe_run(&m, pool, expected) == KT_OK, "experts status");
+    for (int isa = 1; kt_isa_usable(isa); isa++) {
+        kt_isa_force(kt_isa_name(isa));
+        check(moe_run(&m, pool, found) == KT_OK, "experts status");
+        double d = difference(found, expected, n);
+        if (tokens && !(d < 1e-2)) {
+            failures++;
+            fprintf(stderr, "FAILED: experts %s T=%ld %s threshold=%d: %g\n", kt_type_name(type[0]), (long)tokens,
+                    kt_isa_name(isa), threshold, d);
+        }
+    }
+    free(expected), free(found);
+    moe_free(&m);
+}
+
+/* Garbage bytes as scales, infinities and NaNs as activations: any answer, no undefined behaviour. */
+static void garbage(kt_pool *pool) {
+    const float nasty[] = {INFINITY, -INFINITY, NAN, 3e38f, -3e38f, 1e-45f, 0.0f, -0.0f};
+    for (int i = 0; i < TYPES; i++) {
+        struct weight m = make(types[i], 37, 512);
+        for (size_t b = 0; b < m.w.bytes; b++) m.room[1 + b] = (uint8_t)next();
+        float x[9 * 512], out[9 * 37];
+        for (int j = 0; j < 9 * 512; j++) x[j] = j % 7 ? uniform() : nasty[next() % 8];
+        uint16_t half[9 * 512], half_out[9 * 37];
+        for (int j = 0; j < 9 * 512; j++) half[j] = (uint16_t)next();
+        for (int isa = 0; kt_isa_usable(isa); isa++)
+            for (int threshold = 1; threshold < 1002; threshold += 1000) {
+                kt_isa_force(kt_isa_name(isa));
+                kt_set_panel_threshold(threshold);
+                check(kt_linear(pool, &m.w, NULL, x, KT_F32, 9, out) == KT_OK, "garbage");
+                check(kt_linear(pool, &m.w, NULL, half, KT_F16, 9, half_out) == KT_OK, "garbage f16");
+                check(kt_linear(pool, &m.w, NULL, half, KT_BF16, 9, half_out) == KT_OK, "garbage bf16");
+            }
+        free(m.room);
+        int all[3] = {types[i], types[i], types[i]};
+        for (int activation = 0; activation < 4; activation++) {
+            struct moe e = moe_make(all, 256, 512, 9, activation);
+            for (int j = 0; j < 9 * 256; j++) e.x[j] = nasty[next() % 8];
+            float *y = malloc(9 * 256 * 4);
+            check(moe_run(&e, pool, y) == KT_OK, "garbage experts");
+            free(y);
+            moe_free(&e);
+        }
+    }
+}
+
+static void errors(kt_pool *pool) {
+    struct weight m = make(KT_TYPE_Q8_0, 4, 64);
+    float x[64] = {0}, out[4];
+    kt_weight w = m.w;
+    kt_experts *e;
+    check(kt_linear(NULL, &w, NULL, x, KT_F32, 1, out) == KT_ERR_NULL, "null pool");
+    check(kt_linear(pool, NULL, NULL, x, KT_F32, 1, out) == KT_ERR_NULL, "null weight");
+    check(kt_linear(pool, &w, NULL, NULL, KT_F32, 1, out) == KT_ERR_NULL, "null x");
+    check(kt_linear(pool, &w, NULL, x, 7, 1, out) == KT_ERR_DTYPE, "dtype");
+    check(kt_linear(pool, &w, NULL, x, KT_F32, -1, out) == KT_ERR_SHAPE, "tokens");
+    check(kt_linear(pool, &w, NULL, x, KT_F32, 0, NULL) == KT_OK, "no tokens");
+    w.cols = 65;
+    check(kt_linear(pool, &w, NULL, x, KT_F32, 1, out) == KT_ERR_BLOCK, "block");
+    w.cols = INT64_MAX;
+    check(kt_dequantize(&w, out) == KT_ERR_SHAPE, "huge");
+    w = m.w, w.bytes--;
+    check(kt_dequantize(&w, out) == KT_ERR_BYTES, "bytes");
+    check(kt_dequantize(&m.w, NULL) == KT_ERR_NULL, "null out");
+    check(kt_experts_create(1, &m.w, &m.w, &m.w, KT_SILU, &e) == KT_ERR_SHAPE && !e, "fit");
+    check(kt_experts_create(0, &m.w, &m.w, &m.w, KT_SILU, &e) == KT_ERR_SHAPE, "count");
+    check(kt_experts_create(1, &m.w, &m.w, &m.w, 9, &e) == KT_ERR_ACTIVATION, "activation");
+    check(kt_experts_create(1, NULL, &m.w, &m.w, KT_SILU, &e) == KT_ERR_NULL, "null gate");
+    check(kt_experts_create(1, &m.w, &m.w, &m.w, KT_SILU, NULL) == KT_ERR_NULL, "null experts");
+    check(kt_experts_forward(NULL, pool, x, KT_F32, 1, NULL, 0, NULL, out) == KT_ERR_NULL, "null experts");
+    for (int s = -1; s < 12; s++) check(kt_status_message(s) != NULL, "message");
+    check(!kt_type_name(77) && !kt_type_block(77) && !kt_isa_name(99) && !kt_cpu_feature_name(40), "names");
+    free(m.room);
+}
+
+/* ---- the pool ---- */
+
+struct caller {
+    kt_pool *pool;
+    const struct moe *m;
+    const float *expected;
+    int wrong;
+};
+static void *call_often(void *arg) {
+    struct caller *c = arg;
+    size_t bytes = (size_t)(c->m->tokens * c->m->hidden) * 4;
+    float *out = malloc(bytes);
+    for (int i = 0; i < 25; i++) {
+        if (moe_run(c->m, c->pool, out) != KT_OK || memcmp(out, c->expected, bytes)) c->wrong++;
+        if (i % 5 == 0) usleep(300); /* long enough for workers to fall asleep */
+    }
+    free(out);
+    return NULL;
+}
+
+static void pool_cases(int with_fork) {
+    kt_set_panel_threshold(0);
+    const int type[3] = {KT_TYPE_Q8_0, KT_TYPE_Q8_0, KT_TYPE_Q8_0};
+    struct moe m = moe_make(type, 64, 96, 20, KT_SILU);
+    float *expected = malloc(20 * 64 * 4);
+    kt_pool *pool = NULL, *shared = NULL;
+    for (int threads = 1; threads < 9; threads++) { /* one more than any core count of a laptop: sleeps at once */
+        check(kt_pool_create(threads, &pool) == KT_OK, "pool");
+        if (threads == 1) moe_run(&m, pool, expected);
+        struct caller c = {pool, &m, expected, 0};
+        call_often(&c);
+        check(!c.wrong, "same bits for any number of threads");
+        kt_pool_destroy(pool);
+    }
+    check(kt_pool_create(THREADS, &shared) == KT_OK, "pool");
+    struct caller callers[4];
+    pthread_t id[4];
+    for (int i = 0; i < 4; i++) {
+        callers[i] = (struct caller){shared, &m, expected, 0};
+        pthread_create(&id[i], NULL, call_often, &callers[i]);
+    }
+    for (int i = 0; i < 4 && with_fork; i++) {
+        pid_t child = fork();
+        if (child == 0) {
+            struct caller c = {shared, &m, expected, 0};
+            call_often(&c);
+            _exit(c.wrong ? 1 : 0);
+        }
+        int status = 1;
+        waitpid(child, &status, 0);
+        check(status == 0, "fork while the pool works");
+    }
+    for (int i = 0; i < 4; i++) {
+        pthread_join(id[i], NULL);
+        check(!callers[i].wrong, "concurrent callers");
+    }
+    check(kt_bench_read(shared, expected, 20 * 64 * 4) == kt_bench_read(shared, expected, 20 * 64 * 4), "read");
+    for (int isa = 0; kt_isa_usable(isa); isa++)
+        for (int kind = 0; kind < 3; kind++) kt_isa_force(kt_isa_name(isa)), kt_bench_peak(shared, kind, 10);
+    kt_pool_destroy(shared);
+    free(expected);
+    moe_free(&m);
+}
+
+int main(int argc, char **argv) {
+    int pool_only = argc > 1 && !strcmp(argv[1], "pool");
+    kt_pool *pool = NULL;
+    check(kt_pool_create(THREADS, &pool) == KT_OK, "pool");
+    for (int i = 0; i < TYPES && !pool_only; i++) {
+        int64_t block = kt_type_block(types[i]);
+        int64_t cols[] = {block, block == 1 ? 67 : 3 * block, block == 1 ? 1029 : 2048 + block};
+        for (int c = 0; c < 3; c++) {
+            dequantize_case(types[i], 5, cols[c]);
+            for (int threshold = 1; threshold < 1002; threshold += 1000)
+                for (int64_t tokens = 0; tokens < 20; tokens += tokens < 8 ? 1 : 5)
+                    for (int64_t rows = 1; rows < 100; rows += 41) linear_case(pool, types[i], rows, cols[c], tokens, threshold);
+        }
+        int all[3] = {types[i], types[i], types[i]}, mixed[3] = {types[i], types[(i + 1) % TYPES], types[(i + 2) % TYPES]};
+        for (int threshold = 0; threshold < 1001; threshold += threshold ? 999 : 1)
+            for (int64_t tokens = 0; tokens < 30; tokens += 1 + tokens * 2) {
+                experts_case(pool, all, block == 1 ? 77 : 512, block == 1 ? 45 : 256, tokens, threshold);
+                experts_case(pool, mixed, 256, 512, tokens, threshold);
+            }
+    }
+    if (!pool_only) garbage(pool), errors(pool);
+    pool_cases(!pool_only);
+    kt_pool_destroy(pool);
+    fprintf(stderr, failures ? "%d failures\n" : "all equal, on:", failures);
+    for (int i = 0; !failures && kt_isa_usable(i); i++) fprintf(stderr, " %s%s", kt_isa_name(i), kt_isa_usable(i + 1) ? "" : "\n");
+    return failures != 0;
+}
