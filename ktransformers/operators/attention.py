@@ -136,14 +136,16 @@ class KDeepseekV2Attention(FamilyOperator):
 
     def _attend(self, parts, values: Tensor, mask: Tensor | None, wants_weights: bool) -> tuple[Tensor, Tensor | None]:
         """Attention with scores summed over `parts`, pairs of queries [B, A, S, D] and keys [B, A or 1, T, D]."""
+        queries, cached = parts[0][0].shape[2], values.shape[2]
         out, weights = [], []
-        for start in range(0, parts[0][0].shape[2], self.chunck_size):
-            chunk = slice(start, start + self.chunck_size)
-            scores = sum(_product(q[:, :, chunk], k.transpose(2, 3)).float() for q, k in parts)
+        for start in range(0, queries, self.chunck_size):
+            stop = min(start + self.chunck_size, queries)
+            seen = cached if mask is not None or wants_weights else cached - queries + stop  # causal: the rest is masked
+            scores = sum(_product(q[:, :, start:stop], k[:, :, :seen].transpose(2, 3)).float() for q, k in parts)
             probs = F.softmax(_masked(scores * self.scaling, mask, start), -1).to(values.dtype)  # [B, A, chunk, T]
             if self.training and self.attention_dropout:
                 probs = F.dropout(probs, self.attention_dropout)
-            out.append(_product(probs, values))
+            out.append(_product(probs, values[:, :, :seen]))
             weights += [probs] if wants_weights else []
         return torch.cat(out, 2), torch.cat(weights, 2) if wants_weights else None
 

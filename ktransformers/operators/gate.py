@@ -14,6 +14,13 @@ class KMoEGate(FamilyOperator):
     It stays an instance of the family's router class, so ``output_router_logits=True`` and what trains with it work.
     """
 
+    def load(self) -> None:
+        # The correction bias decides between close experts: transformers keeps it in fp32 whatever the model's dtype.
+        for name, buffer in self._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                self._buffers[name] = buffer.float()
+        super().load()
+
     @classmethod
     def check(cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None) -> list[str]:
         weight = getattr(orig_module, "weight", None)

@@ -124,10 +124,13 @@ class KLinearCPUInfer(KLinearBase):
         if weights is None:
             return ""
         name = f"{key}.weight"
+        if not weights.can_pack(name):
+            return f"{name} is not stored as one matrix in the checkpoint; use KLinearTorch"
         kind = weights.quant_type(name)
-        if kind not in native.SUPPORTED_TYPES:
-            return f"the C library does not compute {kind} (it does {', '.join(sorted(native.SUPPORTED_TYPES))}); use KLinearTorch"
-        return "" if weights.can_pack(name) else f"{name} is not stored as one matrix in the checkpoint; use KLinearTorch"
+        if kind in native.SUPPORTED_TYPES:
+            return ""
+        known = ", ".join(sorted(native.SUPPORTED_TYPES))
+        return f"the C library does not compute {kind} (it does {known}); use KLinearTorch"
 
     def load(self, w: Weight = None, device: Any = None) -> None:
         if w is not None:
