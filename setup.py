@@ -7,8 +7,6 @@ import tempfile
 from glob import glob
 from pathlib import Path
 
-from setuptools import find_packages, setup
-
 BASE = ["-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-math-errno"]
 """-ffp-contract=off: portable C and every instruction set must round alike; kernels ask for FMA by name."""
 
@@ -59,7 +57,9 @@ def libraries() -> list[tuple[str, dict]]:
     ]
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # native/sanitize.py reads the table above without setuptools
+    from setuptools import find_packages, setup
+
     setup(
         packages=[
             *find_packages(include=["ktransformers", "ktransformers.*"]),

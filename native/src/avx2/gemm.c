@@ -126,12 +126,11 @@ static double peak(int kind, int64_t iterations) {
         for (int64_t n = 0; n < iterations; n++) {
 #pragma GCC unroll 8
             for (int i = 0; i < 8; i++) {
-                __m256i x = u;
-                __asm__ volatile("" : "+x"(x)); /* or the product would leave the loop */
-                acc[i] = add4(acc[i], dot2(x, a));
-                __asm__ volatile("" : "+x"(acc[i]));
+                acc[i] = add4(acc[i], dot2(u, a));
+                __asm__("" : "+x"(u)); /* a new value each time, or products would leave the loop */
             }
         }
+        for (int i = 0; i < 8; i++) __asm__ volatile("" : : "x"(acc[i]));
         return 8.0 * 64.0 * (double)iterations;
     }
     if (kind == KT_PEAK_F32) {
@@ -141,9 +140,9 @@ static double peak(int kind, int64_t iterations) {
 #pragma GCC unroll 12
             for (int i = 0; i < 12; i++) {
                 acc[i] = _mm256_fmadd_ps(x, y, acc[i]);
-                __asm__ volatile("" : "+x"(acc[i]));
             }
         }
+        for (int i = 0; i < 12; i++) __asm__ volatile("" : : "x"(acc[i]));
         return 12.0 * 16.0 * (double)iterations;
     }
     return 0;

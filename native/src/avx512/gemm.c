@@ -207,9 +207,10 @@ static double peak(int kind, int64_t iterations) {
 #pragma GCC unroll 12
             for (int i = 0; i < 12; i++) {
                 acc[i] = dot4(acc[i], u, a);
-                __asm__ volatile("" : "+v"(acc[i]));
+                __asm__("" : "+v"(u)); /* a new value each time, or products would leave the loop */
             }
         }
+        for (int i = 0; i < 12; i++) __asm__ volatile("" : : "v"(acc[i]));
         return 12.0 * 128.0 * (double)iterations;
     }
     if (kind == KT_PEAK_F32) {
@@ -219,9 +220,9 @@ static double peak(int kind, int64_t iterations) {
 #pragma GCC unroll 12
             for (int i = 0; i < 12; i++) {
                 acc[i] = _mm512_fmadd_ps(x, y, acc[i]);
-                __asm__ volatile("" : "+v"(acc[i]));
             }
         }
+        for (int i = 0; i < 12; i++) __asm__ volatile("" : : "v"(acc[i]));
         return 12.0 * 32.0 * (double)iterations;
     }
     return 0;

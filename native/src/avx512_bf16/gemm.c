@@ -71,9 +71,9 @@ static double peak(int kind, int64_t iterations) {
 #pragma GCC unroll 12
         for (int i = 0; i < 12; i++) {
             acc[i] = _mm512_dpbf16_ps(acc[i], x, y);
-            __asm__ volatile("" : "+v"(acc[i]));
         }
     }
+    for (int i = 0; i < 12; i++) __asm__ volatile("" : : "v"(acc[i]));
     return 12.0 * 64.0 * (double)iterations;
 }
 
