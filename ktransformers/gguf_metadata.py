@@ -64,6 +64,8 @@ def _deepseek2(config) -> dict[str, int | float | bool | None]:
     rope = getattr(config, "rope_parameters", None) or {}
     latent = config.kv_lora_rank
     sigmoid = config.model_type == "deepseek_v3"
+    # A greedy deepseek_v2 has groups in its config and does not use them; llama.cpp would.
+    grouped = sigmoid or config.topk_method != "greedy"
     return {
         "attention.head_count_kv": 1,
         "attention.q_lora_rank": config.q_lora_rank,
@@ -83,8 +85,8 @@ def _deepseek2(config) -> dict[str, int | float | bool | None]:
         "expert_weights_scale": float(config.routed_scaling_factor),
         "expert_weights_norm": bool(config.norm_topk_prob) if sigmoid else False,
         "expert_gating_func": _SIGMOID if sigmoid else _SOFTMAX,
-        "expert_group_count": config.n_group,
-        "expert_group_used_count": config.topk_group,
+        "expert_group_count": config.n_group if grouped else None,
+        "expert_group_used_count": config.topk_group if grouped else None,
     }
 
 

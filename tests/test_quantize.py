@@ -235,6 +235,19 @@ def test_metadata(family, tmp_path):
     assert ("attention.q_lora_rank" in found) == (family == "deepseek_v3")
 
 
+def byte_tokenizer():
+    """The 256 byte letters in order, and a tokenizer of them, with one merge and one special token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: i for i, letter in enumerate([*alphabet, "Ġa"])}
+    tokenizer = Tokenizer(models.BPE(vocab, [("Ġ", "a")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|end|>"])
+    return alphabet, tokenizer
+
+
 def save_tokenizer(folder, pre=None):
     """A byte-level BPE tokenizer of a few tokens, one of them special, written as tokenizer.json."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
