@@ -9,7 +9,7 @@ torch.set_num_threads(1)  # at these sizes threads cost more than they give
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """Call with a family and config overrides: (transformers' model, folder of its checkpoint), made once per session."""
+    """Call with a family and config overrides: (transformers' model, its checkpoint's folder), made once."""
     made = {}
 
     def make(family: str, **overrides):

@@ -1,4 +1,4 @@
-"""Weights from a dict of tensors, with the interface that operators ask (`ktransformers.loaders.ModelWeights`)."""
+"""Weights from a dict of tensors, with the interface of `ktransformers.loaders.ModelWeights`."""
 
 from types import SimpleNamespace
 
@@ -9,7 +9,7 @@ from ktransformers.quants import QUANT_TYPES, Packed, quant_type
 
 
 class DictWeights:
-    """Stands in for an open checkpoint. `types` maps a name to a GGUF type that its tensor is quantized to first."""
+    """Stands in for an open checkpoint. `types`: name -> GGUF type that its tensor is quantized to first."""
 
     def __init__(self, tensors: dict[str, torch.Tensor], types: dict[str, str] | None = None):
         self.tensors = {name: t.detach() for name, t in tensors.items()}
@@ -41,7 +41,9 @@ class DictWeights:
             kind = getattr(gguf.GGMLQuantizationType, self.types[name])
             data = torch.from_numpy(gguf.quantize(tensor.float().numpy(), kind)).reshape(-1)
             return Packed(data, quant_type(self.types[name]), tuple(tensor.shape))
-        return Packed(tensor.view(-1).view(torch.uint8), quant_type(self.quant_type(name)), tuple(tensor.shape))
+        return Packed(
+            tensor.view(-1).view(torch.uint8), quant_type(self.quant_type(name)), tuple(tensor.shape)
+        )
 
     def tensor(self, name, device="cpu", dtype=None):
         return self.packed(name).dequantize(dtype or torch.float32, device)

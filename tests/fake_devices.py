@@ -1,4 +1,4 @@
-"""Devices this machine does not have: fake tensors on ``cuda:0``, ``cuda:1``, ... that raise where devices do not meet."""
+"""Devices this machine does not have: fake tensors on ``cuda:0``, ``cuda:1``, ... that refuse to mix."""
 
 import contextlib
 
@@ -8,7 +8,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class _WithoutGuards(TorchFunctionMode):
-    """A few tensor methods first switch to the tensor's device, which a build without CUDA cannot; call what is behind."""
+    """A few tensor methods first switch to the tensor's device, which a build without CUDA cannot do."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return _BEHIND.get(function, function)(*args, **(kwargs or {}))
@@ -45,6 +45,6 @@ _BEHIND = {
 
 @contextlib.contextmanager
 def fake_devices():
-    """Inside, ``torch.empty(2, device="cuda:7")`` works; nothing is computed, only shapes, dtypes and devices."""
+    """Inside, ``torch.empty(2, device="cuda:7")`` works: shapes, dtypes and devices, but no numbers."""
     with FakeTensorMode(allow_non_fake_inputs=True), _WithoutGuards(), torch.no_grad():
         yield

@@ -1,7 +1,7 @@
 """Tiny random models of the five families, built the way transformers builds them: truth for the tests.
 
-Sizes are small enough that a forward takes milliseconds, odd enough that swapped dimensions do not fit, and the
-weights large enough that every part of a layer matters to the logits.
+Sizes are small enough that a forward takes milliseconds, odd enough that swapped dimensions do not fit, and
+the weights large enough that every part of a layer matters to the logits.
 """
 
 import copy
@@ -10,31 +10,55 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-_COMMON = dict(
-    vocab_size=128, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=256,
-    bos_token_id=1, eos_token_id=None, pad_token_id=0, tie_word_embeddings=False,
-)  # fmt: skip
-_MLA = dict(
-    num_key_value_heads=4, q_lora_rank=24, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12,
-    head_dim=8, intermediate_size=96, moe_intermediate_size=32, first_k_dense_replace=1, n_routed_experts=8, num_experts_per_tok=3,
-    n_shared_experts=2, n_group=4, topk_group=2,
-)  # fmt: skip
-_GQA = dict(num_key_value_heads=2, head_dim=16, intermediate_size=96)
+_COMMON = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+_MLA = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "head_dim": 8,  # transformers' rotary embedding reads this one: it is qk_rope_head_dim
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 2,
+    "n_group": 4,
+    "topk_group": 2,
+}
+_GQA = {"num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 96}
+_EXPERTS = {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 3}
 
 FAMILIES: dict[str, dict] = {
-    "deepseek_v2": dict(_MLA, topk_method="group_limited_greedy", routed_scaling_factor=1.5),
-    "deepseek_v3": dict(_MLA, routed_scaling_factor=2.5),
-    "qwen2_moe": dict(
-        _GQA, moe_intermediate_size=32, shared_expert_intermediate_size=48, num_experts=8, num_experts_per_tok=3,
-    ),
-    "qwen3_moe": dict(_GQA, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=3, norm_topk_prob=True),
-    "mixtral": dict(_GQA, num_local_experts=8, num_experts_per_tok=2),
-}  # fmt: skip
+    "deepseek_v2": {**_MLA, "topk_method": "group_limited_greedy", "routed_scaling_factor": 1.5},
+    "deepseek_v3": {**_MLA, "routed_scaling_factor": 2.5},
+    "qwen2_moe": {**_GQA, **_EXPERTS, "shared_expert_intermediate_size": 48},
+    "qwen3_moe": {**_GQA, **_EXPERTS, "norm_topk_prob": True},
+    "mixtral": {**_GQA, "num_local_experts": 8, "num_experts_per_tok": 2},
+}
 
-YARN = dict(
-    rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64, beta_fast=32, beta_slow=1,
-    mscale=1.0, mscale_all_dim=0.8,
-)  # fmt: skip
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.8,
+}
 
 
 def tiny_config(family: str, **overrides):
@@ -43,7 +67,7 @@ def tiny_config(family: str, **overrides):
 
 
 def tiny_model(family: str, seed: int = 0, **overrides):
-    """A random fp32 model with eager attention and eager experts, in eval mode: transformers' plainest path."""
+    """A random fp32 model in eval mode with eager attention and experts: transformers' plainest path."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(
         tiny_config(family, **overrides), attn_implementation="eager", experts_implementation="eager"
@@ -51,7 +75,9 @@ def tiny_model(family: str, seed: int = 0, **overrides):
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if tensor.dim() >= 2:
-                tensor.normal_(0, 1.2 * tensor.shape[-1] ** -0.5)  # keeps activations near 1 through every layer
+                tensor.normal_(
+                    0, 1.2 * tensor.shape[-1] ** -0.5
+                )  # keeps activations near 1 through every layer
             elif "inv_freq" not in name:
                 tensor.uniform_(0.5, 1.5) if "norm" in name else tensor.normal_(0, 0.1)
     return model

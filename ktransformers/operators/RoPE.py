@@ -1,6 +1,6 @@
-"""Rotary position embeddings as operators. A model built on the meta device has no frequencies; these compute them.
+"""Rotary position embeddings as operators: a model built on the meta device has no frequencies yet.
 
-The mathematics is transformers' own: which kind (default, yarn, dynamic, llama3, ...) the model's config says, so
+The mathematics is transformers' own, and the model's config says which kind (default, yarn, dynamic, ...). So
 the names below, which published rule files tell apart by checkpoint, are one and the same operator.
 Loading computes on the CPU and then moves, so that every device holds the same bits.
 """
@@ -14,16 +14,19 @@ from ktransformers.operators.base_operator import FamilyOperator
 
 
 class RotaryEmbedding(FamilyOperator):
-    """(x, position_ids [B, S]) -> the family's form: (cos, sin) [B, S, R] each, or complex factors for DeepSeek-V2.
+    """(x, position_ids [B, S]) -> (cos, sin) [B, S, R] each, or the complex factors that DeepSeek-V2 takes.
 
     The class names end in ``RotaryEmbedding`` because transformers finds rotary modules by that.
     """
 
     @classmethod
-    def check(cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None) -> list[str]:
+    def check(
+        cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None
+    ) -> list[str]:
         if "inv_freq" in orig_module._buffers and hasattr(orig_module, "config"):
             return []
-        return [f"{cls.__name__} replaces a rotary embedding (a module with inv_freq), found {type(orig_module).__name__}"]
+        found = type(orig_module).__name__
+        return [f"{cls.__name__} replaces a rotary embedding (a module with inv_freq), found {found}"]
 
     def load(self) -> None:
         fresh = type(self.orig_module)(self.orig_module.config)
@@ -55,4 +58,4 @@ class YarnRotaryEmbeddingV3(YarnRotaryEmbedding):
 
 
 class DynamicNTKScalingRotaryEmbedding(RotaryEmbedding):
-    """`RotaryEmbedding`, under the name of rule files for dynamic NTK scaling; grows with the sequence as before."""
+    """`RotaryEmbedding`, under the name of rule files for dynamic NTK scaling."""

@@ -1,15 +1,17 @@
 """Multi-head latent attention (DeepSeek-V2, V3 and kin) with `kv_b_proj` absorbed into queries and outputs.
 
-The cache holds, per token, one latent (rank L) and one rotated key (R) for all heads, exactly as transformers' own
-module fills it, so dynamic, static and quantized caches all work. transformers expands the whole cache to per-head
-keys and values in every step; here a step with few queries works on the latents instead. Following the papers
-(DeepSeek-V2, section 2.1), with W_UK and W_UV the key and value rows of `kv_b_proj`:
+The cache holds, per token, one latent (rank L) and one rotated key (R) for all heads, exactly as
+transformers' own module fills it, so dynamic, static and quantized caches all work. transformers expands the
+whole cache to per-head keys and values in every step; here a step with few queries works on the latents
+instead. Following the papers (DeepSeek-V2, section 2.1), with W_UK and W_UV the key and value rows of
+`kv_b_proj`:
 
     expanded   score = q_nope · (W_UK c) + q_rot · k_rot        out = Σ p (W_UV c)
     absorbed   score = (q_nope W_UK) · c + q_rot · k_rot        out = W_UV Σ p c
 
 Both are the same sum in another order. Not here: paged caches, GPU kernels.
-Letters: B batch, S queries, T cached tokens, A heads, N no-rope and R rope part of a query, L latent rank, V value size.
+Letters: B batch, S queries, T cached tokens, A heads, L latent rank, V value size, N and R the sizes of the
+parts of a query without and with rotary positions.
 """
 
 from collections.abc import Mapping
@@ -22,19 +24,23 @@ from torch import Tensor, nn
 from ktransformers.errors import UnsupportedError
 from ktransformers.operators.base_operator import FamilyOperator
 
-_NEEDED = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "num_heads", "scaling")
+_NEEDED = (
+    *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "scaling"),
+    *("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj"),
+)
 
 
 class KDeepseekV2Attention(FamilyOperator):
     """MLA for DeepSeek-V2 (complex rotary factors) and V3 (cos, sin).
 
     Args:
-        chunck_size: queries whose scores are in memory at a time, [B, A, chunck_size, T] in fp32. Spelt as upstream does.
+        chunck_size: queries whose scores are in memory at a time, fp32 [B, A, chunck_size, T]
+            (upstream's spelling).
         absorb_for_prefill: work on the latents whatever the number of queries. Otherwise the form with fewer
-            multiplications is taken: absorbed for decoding, expanded for long prompts (`absorbing_is_cheaper`).
+            multiplications is taken (`absorbing_is_cheaper`): absorbed to decode, expanded for long prompts.
 
-    `kv_b_proj` serves as the source of W_UK and W_UV. If a rule replaces it by something without a dense `weight`,
-    a dense copy is loaded beside it.
+    W_UK and W_UV are views of `kv_b_proj`. If a rule replaces it by something without a dense `weight`, a
+    dense copy is loaded beside it.
     """
 
     def __init__(
@@ -54,19 +60,24 @@ class KDeepseekV2Attention(FamilyOperator):
         self._kv_b: Tensor | None = None  # only where kv_b_proj has no dense weight
 
     @classmethod
-    def check(cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None) -> list[str]:
-        missing = [name for name in (*_NEEDED, "kv_a_proj_with_mqa", "kv_b_proj") if not hasattr(orig_module, name)]
+    def check(
+        cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None
+    ) -> list[str]:
+        missing = [name for name in _NEEDED if not hasattr(orig_module, name)]
         if missing or hasattr(orig_module, "indexer"):
             why = f"no {', '.join(missing)}" if missing else "an indexer, so its attention is sparse"
-            return [f"{cls.__name__} replaces multi-head latent attention; found {type(orig_module).__name__} with {why}"]
+            found = type(orig_module).__name__
+            return [f"{cls.__name__} replaces multi-head latent attention; found {found} with {why}"]
         chunk = kwargs.get("chunck_size", 1)
-        return [] if isinstance(chunk, int) and chunk > 0 else [f"chunck_size: {chunk!r}, expected a positive number of queries"]
+        if isinstance(chunk, int) and chunk > 0:
+            return []
+        return [f"chunck_size: {chunk!r}, expected a positive number of queries"]
 
     def load(self) -> None:
         super().load()
         if _dense_weight(self.kv_b_proj) is None:
-            dtype = self.orig_module.kv_a_layernorm.weight.dtype
-            self._kv_b = self.gguf_loader.tensor(f"{self.key}.kv_b_proj.weight", device=self.device, dtype=dtype)
+            name, dtype = f"{self.key}.kv_b_proj.weight", self.kv_a_layernorm.weight.dtype
+            self._kv_b = self.gguf_loader.tensor(name, device=self.device, dtype=dtype)
 
     def unload(self) -> None:
         super().unload()
@@ -80,10 +91,11 @@ class KDeepseekV2Attention(FamilyOperator):
         position_embeddings: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden [B, S, H] -> ([B, S, H], None), or with the weights [B, A, S, T] when attentions are asked for."""
+        """hidden [B, S, H] -> ([B, S, H], None, or [B, A, S, T] where attentions are asked for)."""
         batch, length = hidden_states.shape[:2]
         q_nope, q_rot = self._queries(hidden_states)
-        latent, k_rot = self.kv_a_proj_with_mqa(hidden_states).split([self.kv_lora_rank, self.qk_rope_head_dim], -1)
+        compressed = self.kv_a_proj_with_mqa(hidden_states)
+        latent, k_rot = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], -1)
         latent = self.kv_a_layernorm(latent).unsqueeze(1)  # [B, 1, S, L]
         interleave = getattr(self.config, "rope_interleave", False)
         q_rot = rotate(q_rot, position_embeddings, interleave)
@@ -93,16 +105,17 @@ class KDeepseekV2Attention(FamilyOperator):
         mask = _checked_mask(attention_mask, self.config)
 
         if mask is None and length > 1:
-            # transformers omits the mask only where the cache was empty; what a static cache holds beyond is unused.
+            # transformers omits the mask only where the cache was empty; more is there if it is a static one.
             latent, k_rot = latent[:, :, :length], k_rot[:, :, :length]
 
-        wants_weights = bool(kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)))
-        attend = self._absorbed if self.absorb_for_prefill or self.absorbing_is_cheaper(length, latent.shape[2]) else self._expanded
+        wants_weights = kwargs.get("output_attentions", getattr(self.config, "output_attentions", False))
+        absorb = self.absorb_for_prefill or self.absorbing_is_cheaper(length, latent.shape[2])
+        attend = self._absorbed if absorb else self._expanded
         out, weights = attend(q_nope, q_rot, latent, k_rot, mask, wants_weights)  # [B, A, S, V]
         return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1)), weights
 
     def absorbing_is_cheaper(self, queries: int, cached: int) -> bool:
-        """Compare multiplications per head. For V3's sizes and a long cache, up to about 170 queries are absorbed."""
+        """Compare multiplications per head. With V3's sizes and a long cache, 170 queries are the limit."""
         n, r, v, rank = self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim, self.kv_lora_rank
         absorbed = queries * rank * (n + v) + queries * cached * (2 * rank + r)
         expanded = cached * rank * (n + v) + queries * cached * (n + r + v)
@@ -122,27 +135,33 @@ class KDeepseekV2Attention(FamilyOperator):
         return _dense_weight(self.kv_b_proj) if self._kv_b is None else self._kv_b
 
     def _absorbed(self, q_nope, q_rot, latent, k_rot, mask, wants_weights) -> tuple[Tensor, Tensor | None]:
-        by_head = self._kv_b_weight().to(latent.dtype).view(-1, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
-        w_uk, w_uv = by_head.split([self.qk_nope_head_dim, self.v_head_dim], 1)  # [A, N, L], [A, V, L]: views
+        per_head = [self.qk_nope_head_dim, self.v_head_dim]
+        weight = self._kv_b_weight().to(latent.dtype).view(-1, sum(per_head), self.kv_lora_rank)
+        w_uk, w_uv = weight.split(per_head, 1)  # [A, N, L], [A, V, L]: views
         q_latent = torch.einsum("basn,anl->basl", q_nope, w_uk)
         context, weights = self._attend([(q_latent, latent), (q_rot, k_rot)], latent, mask, wants_weights)
         return torch.einsum("basl,avl->basv", context, w_uv), weights
 
     def _expanded(self, q_nope, q_rot, latent, k_rot, mask, wants_weights) -> tuple[Tensor, Tensor | None]:
+        per_head = [self.qk_nope_head_dim, self.v_head_dim]
         expanded = F.linear(latent[:, 0], self._kv_b_weight().to(latent.dtype))  # [B, T, A * (N + V)]
-        expanded = expanded.view(*expanded.shape[:2], -1, self.qk_nope_head_dim + self.v_head_dim).transpose(1, 2)
-        keys, values = expanded.split([self.qk_nope_head_dim, self.v_head_dim], -1)
+        expanded = expanded.view(*expanded.shape[:2], -1, sum(per_head)).transpose(1, 2)
+        keys, values = expanded.split(per_head, -1)
         return self._attend([(q_nope, keys), (q_rot, k_rot)], values, mask, wants_weights)
 
-    def _attend(self, parts, values: Tensor, mask: Tensor | None, wants_weights: bool) -> tuple[Tensor, Tensor | None]:
-        """Attention with scores summed over `parts`, pairs of queries [B, A, S, D] and keys [B, A or 1, T, D]."""
+    def _attend(
+        self, parts, values: Tensor, mask: Tensor | None, wants_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention whose scores sum over `parts`: queries [B, A, S, D] with keys [B, A or 1, T, D]."""
         queries, cached = parts[0][0].shape[2], values.shape[2]
         out, weights = [], []
         for start in range(0, queries, self.chunck_size):
             stop = min(start + self.chunck_size, queries)
-            seen = cached if mask is not None or wants_weights else cached - queries + stop  # causal: the rest is masked
-            scores = sum(_product(q[:, :, start:stop], k[:, :, :seen].transpose(2, 3)).float() for q, k in parts)
-            probs = F.softmax(_masked(scores * self.scaling, mask, start), -1).to(values.dtype)  # [B, A, chunk, T]
+            causal = mask is None and not wants_weights
+            seen = cached - queries + stop if causal else cached  # the chunk's last query sees no further
+            products = [_product(q[:, :, start:stop], k[:, :, :seen].transpose(2, 3)) for q, k in parts]
+            scores = sum(product.float() for product in products) * self.scaling  # [B, A, chunk, T]
+            probs = F.softmax(_masked(scores, mask, start), -1).to(values.dtype)
             if self.training and self.attention_dropout:
                 probs = F.dropout(probs, self.attention_dropout)
             out.append(_product(probs, values[:, :, :seen]))
@@ -160,7 +179,7 @@ def _dense_weight(linear: nn.Module) -> Tensor | None:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """[B, A, S, X] x [B, A or 1, X, Y] -> [B, A, S, Y]; one matrix product per sequence where all heads share `right`."""
+    """[B, A, S, X] x [B, A or 1, X, Y] -> [B, A, S, Y]; one product per sequence if heads share `right`."""
     if right.shape[1] == left.shape[1]:
         return left @ right
     b, a, s, x = left.shape
@@ -168,7 +187,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _masked(scores: Tensor, mask: Tensor | None, start: int) -> Tensor:
-    """Mask fp32 scores [B, A, chunk, T] of the queries from `start` on; without a mask as causal, first on first."""
+    """Mask fp32 scores [B, A, chunk, T] of the queries from `start` on. No mask: causal, first on first."""
     chunk, cached = scores.shape[2:]
     if mask is None:
         if start == 0 and chunk == 1:
@@ -181,22 +200,22 @@ def _masked(scores: Tensor, mask: Tensor | None, start: int) -> Tensor:
 
 
 def _checked_mask(mask: Any, config: Any) -> Tensor | None:
-    if mask is None or isinstance(mask, Tensor) and mask.dim() == 4:
+    if mask is None or (isinstance(mask, Tensor) and mask.dim() == 4):
         return mask
     found = f"a {mask.dim()}-D tensor" if isinstance(mask, Tensor) else type(mask).__name__
     raise UnsupportedError(
-        f"KDeepseekV2Attention takes 4-D masks, found {found} (attn_implementation {config._attn_implementation!r}). "
-        "Build the model with attn_implementation='sdpa' or 'eager'."
+        f"KDeepseekV2Attention takes 4-D masks, found {found} (attn_implementation "
+        f"{config._attn_implementation!r}). Build the model with attn_implementation='sdpa' or 'eager'."
     )
 
 
 def rotate(x: Tensor, position_embeddings: Any, interleave: bool) -> Tensor:
-    """Apply rotary positions to x [B, heads, S, R] as the family does, bit for bit in the layout of the result.
+    """Apply rotary positions to x [B, heads, S, R] as the family does, the layout of the result included.
 
     Args:
-        position_embeddings: complex factors [B or 1, S, R/2] (DeepSeek-V2; pairs stay interleaved), or (cos, sin)
-            [B or 1, S, R] each.
-        interleave: with (cos, sin): the pairs to rotate are neighbours in x; the result has them R/2 apart.
+        position_embeddings: complex factors [B or 1, S, R/2] (DeepSeek-V2: pairs stay neighbours), or
+            (cos, sin) of [B or 1, S, R] each.
+        interleave: with (cos, sin), whether pairs are neighbours in x; in the result they are R/2 apart.
     """
     if isinstance(position_embeddings, Tensor):
         pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))

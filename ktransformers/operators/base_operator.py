@@ -33,15 +33,15 @@ class BaseInjectedModule(nn.Module):
 
     Args:
         key: dotted name of the replaced module, such as ``model.layers.3.mlp``.
-        gguf_loader: the open weights bound to the model (`ktransformers.loaders.ModelWeights`), of whatever format;
-            asked with module names. The name is upstream's: users' operators are written to it.
+        gguf_loader: the open weights bound to the model (`ktransformers.loaders.ModelWeights`), of whatever
+            format, asked with module names. The name is upstream's: users' operators are written to it.
         config: the model's `PretrainedConfig`.
-        orig_module: the replaced module, normally on the meta device. Kept as a plain attribute, not as a child.
-        prefill_device, generate_device: where the operator computes; `generate_device` None means `prefill_device`.
+        orig_module: the replaced module, normally on the meta device. A plain attribute, not a child.
+        prefill_device, generate_device: where the operator computes; without the second, the first is both.
 
-    An operator shares `_modules`, `_parameters` and `_buffers` with `orig_module`: names in the state dict stay as
-    they were, a child replaced later is seen by both, and calling the original computes with the loaded weights.
-    A class that replaces the weights by something of its own says ``adopts = False`` and starts empty.
+    An operator shares `_modules`, `_parameters` and `_buffers` with `orig_module`: names in the state dict
+    stay as they were, a child replaced later is seen by both, and calling the original computes with what is
+    loaded. A class that replaces the weights by something else says ``adopts = False`` and starts empty.
     """
 
     adopts: ClassVar[bool]  # no value here: a mixin such as KLinearBase, later in the MRO, may say False
@@ -56,13 +56,13 @@ class BaseInjectedModule(nn.Module):
         generate_device: str | None = None,
         **kwargs: Any,
     ):
-        nn.Module.__init__(self)  # not super(): with a FamilyOperator the next class would build the whole module
+        nn.Module.__init__(self)  # not super(): that may be the family's class, which builds a whole module
         self.key = key
         self.gguf_loader = gguf_loader
         self.config = config
         self.prefill_device = prefill_device
         self.generate_device = prefill_device if generate_device is None else generate_device
-        self.devices: Mapping[str, str] = {}  # module name -> device; load_weights hands it over for the children
+        self.devices: Mapping[str, str] = {}  # module name -> device; set by load_weights, for the children
         object.__setattr__(self, "orig_module", orig_module)  # past nn.Module, which would register a child
         if orig_module is not None:
             self.training = orig_module.training
@@ -71,11 +71,13 @@ class BaseInjectedModule(nn.Module):
                     self.__dict__[shared] = orig_module.__dict__[shared]
 
     @classmethod
-    def check(cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None) -> list[str]:
+    def check(
+        cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None
+    ) -> list[str]:
         """Say why this operator cannot take the place of `orig_module`; an empty list when it can.
 
-        Called before anything is touched. `kwargs` are the rule's, devices already mapped; `weights` is None when
-        only a plan is asked for.
+        Called before anything is touched. `kwargs` are the rule's, devices already mapped; `weights` is None
+        when only a plan is asked for.
         """
         return []
 
@@ -110,33 +112,48 @@ class BaseInjectedModule(nn.Module):
 class FamilyOperator(BaseInjectedModule):
     """An operator that stays an instance of the class it replaces.
 
-    transformers finds modules by class: to record attentions and router logits, to initialize, to nest models.
-    So an instance gets a class of its own, made from the operator's and the replaced module's, and a copy of the
-    replaced module's plain attributes, which the family's methods read.
+    transformers finds modules by class: to record attentions and router logits, to initialize, to nest
+    models. So an instance gets a class of its own, made from the operator's and the replaced module's, and a
+    copy of the replaced module's plain attributes, which the family's methods read.
     """
 
-    def __new__(cls, key: str = "", gguf_loader: Any = None, config: Any = None, orig_module: nn.Module | None = None,
-                *args: Any, **kwargs: Any) -> "FamilyOperator":  # fmt: skip
+    def __new__(
+        cls,
+        key: str = "",
+        gguf_loader: Any = None,
+        config: Any = None,
+        orig_module: nn.Module | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> "FamilyOperator":
         if orig_module is None or isinstance(orig_module, cls) or issubclass(cls, type(orig_module)):
             return super().__new__(cls)
         return super().__new__(_family_class(cls, type(orig_module)))
 
-    def __init__(self, key: str, gguf_loader: Any, config: Any, orig_module: nn.Module | None = None,
-                 prefill_device: str = "cuda", generate_device: str | None = None, **kwargs: Any):  # fmt: skip
+    def __init__(
+        self,
+        key: str,
+        gguf_loader: Any,
+        config: Any,
+        orig_module: nn.Module | None = None,
+        prefill_device: str = "cuda",
+        generate_device: str | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(key, gguf_loader, config, orig_module, prefill_device, generate_device, **kwargs)
         if orig_module is not None:
-            internal = vars(nn.Module())
-            own = {k: v for k, v in vars(orig_module).items() if k not in internal and k not in self.__dict__}
-            self.__dict__.update(own)
+            mine = self.__dict__.keys() - {"config"}  # the module's own config may be a part of the model's
+            self.__dict__.update({k: v for k, v in vars(orig_module).items() if k not in mine})
 
 
 @functools.cache
 def _family_class(operator: type, family: type) -> type:
-    # It keeps the operator's name: that is what printing a model and the "RotaryEmbedding" convention show.
-    return type(operator.__name__, (operator, family), {"__module__": operator.__module__, "__doc__": operator.__doc__})
+    # The operator's name stays: printed models show it, and transformers looks for "RotaryEmbedding" in it.
+    names = {"__module__": operator.__module__, "__doc__": operator.__doc__}
+    return type(operator.__name__, (operator, family), names)
 
 
-# --- weights into modules ---------------------------------------------------------------------------------------
+# --- weights into modules -------------------------------------------------------------------------------
 
 
 def load_weights(
@@ -144,8 +161,8 @@ def load_weights(
 ) -> None:
     """Load `module`, whose name in the model is `prefix`, and everything below it. An operator loads itself.
 
-    `devices` maps module names to devices; a module that is not in it goes where its parent goes. Dtypes are those
-    of the meta tensors. Peak memory: what is loaded, plus one tensor.
+    `devices` maps module names to devices; a module that is not in it goes where its parent goes. Dtypes are
+    those of the meta tensors. Peak memory: what is loaded, plus one tensor.
     """
     devices = devices or {}
     if callable(getattr(module, "load", None)):
@@ -165,8 +182,8 @@ def load_children(module: nn.Module, gguf_loader: Any, prefix: str, devices: Map
 def load_own_weights(module: nn.Module, gguf_loader: Any, prefix: str, device: Any) -> None:
     """Load the parameters and persistent buffers of `module` itself.
 
-    A tensor the checkpoint does not hold stays on meta (it may be tied to one that it holds); whoever drives the
-    loading looks at what is left on meta at the end.
+    A tensor the checkpoint does not hold stays on meta (it may be tied to one that it holds); whoever drives
+    the loading looks at what is left on meta at the end.
 
     Raises:
         WeightError: a tensor has another shape than the module expects.
@@ -179,7 +196,9 @@ def load_own_weights(module: nn.Module, gguf_loader: Any, prefix: str, device: A
                 continue
             new = gguf_loader.tensor(full, device=device, dtype=old.dtype)
             if new.shape != old.shape:
-                raise WeightError(f"{full}: the checkpoint holds {list(new.shape)}, the model expects {list(old.shape)}.")
+                raise WeightError(
+                    f"{full}: the checkpoint holds {list(new.shape)}, the model expects {list(old.shape)}."
+                )
             if table is module._parameters:
                 new = nn.Parameter(new, requires_grad=old.requires_grad)
             new._is_hf_initialized = True  # so that transformers' initialize_weights() leaves it alone
@@ -193,7 +212,9 @@ def unload_weights(module: nn.Module) -> None:
             if old is None or name in module._non_persistent_buffers_set:
                 continue
             new = torch.empty_like(old, device="meta")
-            table[name] = nn.Parameter(new, requires_grad=old.requires_grad) if table is module._parameters else new
+            if table is module._parameters:
+                new = nn.Parameter(new, requires_grad=old.requires_grad)
+            table[name] = new
     for child in module.children():
         if isinstance(child, BaseInjectedModule):
             child.unload()
@@ -215,7 +236,7 @@ def join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
-# --- small things that several operators need -------------------------------------------------------------------
+# --- small things that several operators need -----------------------------------------------------------
 
 _told: set[str] = set()
 
@@ -228,7 +249,7 @@ def tell_once(message: str) -> None:
 
 
 def to_device(value: Any, device: Any) -> Any:
-    """Move the tensors in `value` (tensor, tuple, list or dict of them) to `device`; anything else stays as it is."""
+    """Move the tensors in `value` (one, or a tuple, list or dict of them) to `device`; all else stays."""
     if isinstance(value, Tensor):
         return value.to(device)
     if type(value) in (tuple, list):
@@ -253,7 +274,7 @@ class _ForwardOnly(torch.autograd.Function):
 
 
 def forward_only(function: Callable[..., Tensor], what: str, *tensors: Tensor) -> Tensor:
-    """Call `function(*tensors)`; asking for gradients through the result raises UnsupportedError naming `what`."""
+    """Call `function(*tensors)`. Gradients through the result raise UnsupportedError, which names `what`."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _ForwardOnly.apply(function, what, *tensors)
     return function(*tensors)
@@ -261,5 +282,5 @@ def forward_only(function: Callable[..., Tensor], what: str, *tensors: Tensor) -
 
 def forward_arguments(module: nn.Module) -> list[str]:
     """Names of the required positional arguments of the module's forward."""
-    parameters = inspect.signature(type(module).forward).parameters.values()
-    return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty and p.name != "self"]
+    _, *arguments = inspect.signature(type(module).forward).parameters.values()
+    return [a.name for a in arguments if a.kind is a.POSITIONAL_OR_KEYWORD and a.default is a.empty]

@@ -1,8 +1,8 @@
-"""Routed experts: the wrapper that a rule names and its inner operators. Router and shared experts are in moe.py.
+"""Routed experts: the wrapper that a rule names, and its inner operators. Routing is in moe.py.
 
-The contract is that of transformers 5: ``experts(hidden[T, H], top_k_index[T, K], top_k_weights[T, K]) -> [T, H]``,
-where an index outside 0..E-1 is skipped (expert parallelism marks experts of other ranks so) and an expert that
-a row names twice counts twice.
+The contract is that of transformers 5: experts(hidden [T, H], top_k_index [T, K], top_k_weights [T, K]) gives
+[T, H]. An index outside 0..E-1 is skipped (expert parallelism marks experts of other ranks so), and an expert
+that a row names twice counts twice.
 Letters: T tokens, H hidden, I intermediate, E experts, K experts per token.
 """
 
@@ -17,8 +17,8 @@ from transformers.activations import ACT2FN
 from ktransformers import native
 from ktransformers.errors import did_you_mean
 from ktransformers.operators.base_operator import forward_only, tell_once
-from ktransformers.operators.inner_ops import StagedOperator, given, op_problem, resolve_op
-from ktransformers.operators.moe import (  # noqa: F401  rule files name the blocks as ktransformers.operators.experts.*
+from ktransformers.operators.inner_ops import StagedOperator, final_name, given, op_problem, resolve_op
+from ktransformers.operators.moe import (  # noqa: F401  rule files name the blocks as operators.experts.*
     KDeepseekV2MoE,
     KDeepseekV3MoE,
     KMistralSparseMoEBlock,
@@ -31,11 +31,11 @@ BACKENDS = ("llamafile", "AMXBF16", "AMXInt8")
 
 
 class KExpertsBase:
-    """An inner operator for the experts under `key`. `load` reads the checkpoint, `unload` gives the memory back."""
+    """An inner operator for the experts under `key`: `load` reads them, `unload` gives the memory back."""
 
-    def __init__(self, key: str, gguf_loader: Any, config: Any, orig_module: nn.Module | None = None,
-                 device: Any = "cpu", **kwargs: Any):  # fmt: skip
-        self.key, self.gguf_loader, self.config, self.orig_module, self.device = key, gguf_loader, config, orig_module, device
+    def __init__(self, key: str, gguf_loader: Any, config: Any, orig_module: nn.Module, device: Any = "cpu"):
+        self.key, self.gguf_loader, self.config = key, gguf_loader, config
+        self.orig_module, self.device = orig_module, device
 
     def load(self, w: Any = None, device: Any = None) -> None:
         raise NotImplementedError
@@ -44,7 +44,7 @@ class KExpertsBase:
         raise NotImplementedError
 
     def forward(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """hidden [T, H], ids int64 [T, K], weights float [T, K] -> [T, H] in the dtype and on the device of `hidden`."""
+        """hidden [T, H], ids int64 [T, K], weights float [T, K] -> [T, H], dtype and device as `hidden`."""
         raise NotImplementedError
 
 
@@ -66,15 +66,15 @@ class KExpertsCPU(KExpertsBase):
             return f"the C library does not compute the activation {activation!r}; use KExpertsTorch"
         if weights is None or not weights.has_experts(key):
             return ""
-        kinds = weights.quant_type(f"{key}.gate_up_proj").split("+") + weights.quant_type(f"{key}.down_proj").split("+")
-        unknown = sorted(set(kinds) - native.SUPPORTED_TYPES)
-        if not unknown:
+        kinds = [weights.quant_type(f"{key}.{name}") for name in ("gate_up_proj", "down_proj")]
+        if not (unknown := sorted(set("+".join(kinds).split("+")) - native.SUPPORTED_TYPES)):
             return ""
-        return f"the C library does not compute {', '.join(unknown)} (it does {', '.join(sorted(native.SUPPORTED_TYPES))}); use KExpertsTorch"
+        known = ", ".join(sorted(native.SUPPORTED_TYPES))
+        return f"the C library does not compute {', '.join(unknown)} (it does {known}); use KExpertsTorch"
 
     def load(self, w: Any = None, device: Any = None) -> None:
-        packed = self.gguf_loader.experts(self.key)
-        self.experts = native.Experts(packed.gate, packed.up, packed.down, activation_of(self.orig_module), name=self.key)
+        packed, activation = self.gguf_loader.experts(self.key), activation_of(self.orig_module)
+        self.experts = native.Experts(packed.gate, packed.up, packed.down, activation, name=self.key)
 
     def unload(self) -> None:
         self.experts = None
@@ -111,7 +111,7 @@ class KExpertsTorch(KExpertsBase):
         x, ids = hidden.to(self.down.device, self.down.dtype), ids.to(self.down.device)
         n_experts = self.down.shape[0]
         flat = ids.reshape(-1)  # pair p is slot p % K of token p // K
-        flat = flat.masked_fill((flat < 0) | (flat > n_experts), n_experts)  # all that is to be skipped sorts last
+        flat = flat.where((flat >= 0) & (flat < n_experts), n_experts)  # what is to be skipped sorts last
         order = flat.argsort(stable=True)
         counts = flat.bincount(minlength=n_experts + 1)[:n_experts].tolist()
         scale = weights.to(x.device).reshape(-1, 1)
@@ -134,7 +134,7 @@ EXPERTS_MAP: dict[str, type] = {"KExpertsTorch": KExpertsTorch, "KExpertsCPU": K
 
 
 class KTransformersExperts(StagedOperator):
-    """Routed experts, computed by the inner operator a rule names; see `StagedOperator` for prefill and generate.
+    """Routed experts, computed by the inner operator a rule names (see `StagedOperator`).
 
     Their weights are neither parameters nor buffers. The result is on `out_device`, or where the input was.
     `backend` is accepted from older rule files; see `BACKENDS`.
@@ -156,33 +156,39 @@ class KTransformersExperts(StagedOperator):
         super().__init__(key, gguf_loader, config, orig_module, prefill_device, generate_device)
         self.out_device = out_device
         if backend in BACKENDS[1:]:
-            tell_once(f"backend {backend!r}: the C library chooses its kernels from this CPU, and converts no weights")
-        generate = self._op(generate_op or "KExpertsCPU", generate_device)
-        prefill = self._op(prefill_op, prefill_device) if given(prefill_op) else generate
-        make = (key, gguf_loader, config, orig_module)
-        self.hold(generate[0](*make, generate[1]), prefill[0](*make, prefill[1]) if prefill != generate else None)
+            tell_once(
+                f"backend {backend!r}: the C library picks kernels for this CPU, and converts no weights"
+            )
+        generate = self._op(given(generate_op) or "KExpertsCPU", generate_device)
+        self.hold(generate, self._op(prefill_op, prefill_device) if given(prefill_op) else None)
 
     @staticmethod
     def _op(name: str, device: str) -> tuple[type, torch.device]:
         return EXPERTS_MAP[resolve_op(name, device)], torch.device(device)
 
     @classmethod
-    def check(cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None) -> list[str]:
+    def check(
+        cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None
+    ) -> list[str]:
         if problem := layout_problem(orig_module):
             return [problem]
         problems = []
-        named = {"generate": kwargs.get("generate_op") or "KExpertsCPU", "prefill": given(kwargs.get("prefill_op"))}
+        named = {
+            "generate": given(kwargs.get("generate_op")) or "KExpertsCPU",
+            "prefill": given(kwargs.get("prefill_op")),
+        }
         fallback = {"generate": "cpu", "prefill": "cuda"}
         for stage, name in named.items():
             device = kwargs.get(f"{stage}_device") or fallback[stage]
             if problem := op_problem(f"{stage}_op", name, device, EXPERTS_MAP):
                 problems.append(problem)
-            elif name is not None and _resolved_quietly(name) == "KExpertsCPU":
+            elif name is not None and final_name(name) == "KExpertsCPU":
                 if problem := KExpertsCPU.problem(key, activation_of(orig_module), weights):
                     problems.append(f"{stage}_op: {problem}")
         backend = kwargs.get("backend")
         if backend is not None and backend not in BACKENDS:
-            problems.append(f"backend: {backend!r} unknown{did_you_mean(str(backend), BACKENDS)}; known: {', '.join(BACKENDS)}")
+            hint = did_you_mean(str(backend), BACKENDS)
+            problems.append(f"backend: {backend!r} unknown{hint}; known: {', '.join(BACKENDS)}")
         return problems
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -193,34 +199,41 @@ class KTransformersExperts(StagedOperator):
         return f"{type(self.active).__name__} on {self.generate_device}"
 
 
-def _resolved_quietly(name: str) -> str:
-    from ktransformers.operators.inner_ops import CPU_COUNTERPART, OBSOLETE_OPS
-
-    today = OBSOLETE_OPS.get(name, name)
-    return CPU_COUNTERPART.get(today, today)
-
-
 def activation_of(experts: nn.Module) -> str | None:
-    """The name of the experts' activation as configs spell it, such as ``silu``; None when it has no name there."""
-    kind = type(experts.act_fn)
-    return next((name for name, act in ACT2FN.items() if type(ACT2FN[name]) is kind), None)
+    """The name of the experts' activation as configs spell it, such as ``silu``, or None."""
+    return next((name for name in ACT2FN if type(ACT2FN[name]) is type(experts.act_fn)), None)
 
 
 def layout_problem(experts: nn.Module) -> str:
-    """Say why `experts` is not laid out as most families are (gate and up stacked, down, one activation), or ``""``."""
+    """Say why `experts` is not laid out as in most families, or ``""``."""
     found = type(experts).__name__
     gate_up, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
     if not (isinstance(gate_up, Tensor) and isinstance(down, Tensor) and gate_up.dim() == down.dim() == 3):
-        return f"found {found}, expected an experts module with stacked gate_up_proj [E, 2I, H] and down_proj [E, H, I]"
-    odd = [word for word in ("is_transposed", "has_bias", "has_post_expert_norm") if getattr(experts, word, False)]
-    odd += [f"{word} = False" for word in ("is_concatenated", "has_gate") if not getattr(experts, word, True)]
-    if not odd and (gate_up.shape[0] != down.shape[0] or tuple(gate_up.shape[1:]) != (2 * down.shape[2], down.shape[1])):
-        odd.append(f"gate_up_proj {list(gate_up.shape)} with down_proj {list(down.shape)}")
-    gate_function = getattr(type(experts), "_apply_gate", None)
-    if not odd and getattr(gate_function, "__name__", "_default_apply_gate") != "_default_apply_gate":
-        odd.append("a gating of its own (_apply_gate)")
-    if not odd and not hasattr(experts, "act_fn"):
-        odd.append("no act_fn")
-    if not odd:
-        return ""
-    return f"{found} has {', '.join(odd)}, which this version does not compute; leave it to transformers (class: default)"
+        return f"found {found}, expected an experts module with gate_up_proj [E, 2I, H], down_proj [E, H, I]"
+    if odd := _oddity(experts, gate_up, down):
+        refused = "which this version does not compute; leave it to transformers (class: default)"
+        return f"{found} has {odd}, {refused}"
+    return ""
+
+
+def _oddity(experts: nn.Module, gate_up: Tensor, down: Tensor) -> str:
+    """The first thing about `experts` that the inner operators do not compute, or ``""``."""
+    for word, expected in _LAYOUT.items():
+        if getattr(experts, word, expected) is not expected:
+            return f"{word} = {not expected}"
+    if gate_up.shape != (down.shape[0], 2 * down.shape[2], down.shape[1]):
+        return f"gate_up_proj {list(gate_up.shape)} with down_proj {list(down.shape)}"
+    gating = getattr(type(experts), "_apply_gate", None)
+    if gating is not None and gating.__name__ != "_default_apply_gate":
+        return "a gating of its own (_apply_gate)"
+    return "" if hasattr(experts, "act_fn") else "no act_fn"
+
+
+_LAYOUT = {
+    "is_transposed": False,
+    "has_bias": False,
+    "has_post_expert_norm": False,
+    "is_concatenated": True,
+    "has_gate": True,
+}
+"""What transformers' decorator `use_experts_implementation` says of most families."""

@@ -9,22 +9,25 @@ from ktransformers.operators.base_operator import FamilyOperator
 
 
 class KMoEGate(FamilyOperator):
-    """The family's router, loaded where the rule says: hidden [..., H] -> (logits [T, E], weights [T, K], ids [T, K]).
+    """The family's router: hidden [..., H] -> (logits [T, E], weights [T, K], ids [T, K]).
 
-    It stays an instance of the family's router class, so ``output_router_logits=True`` and what trains with it work.
+    It stays an instance of the router's class, so ``output_router_logits=True`` and what trains with it work.
     """
 
     def load(self) -> None:
-        # The correction bias decides between close experts: transformers keeps it in fp32 whatever the model's dtype.
+        # The correction bias decides between close experts; transformers too keeps it in fp32 in any model.
         for name, buffer in self._buffers.items():
             if buffer is not None and buffer.is_floating_point():
                 self._buffers[name] = buffer.float()
         super().load()
 
     @classmethod
-    def check(cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None) -> list[str]:
+    def check(
+        cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None
+    ) -> list[str]:
         weight = getattr(orig_module, "weight", None)
         routes = isinstance(weight, Tensor) and weight.dim() == 2 and hasattr(orig_module, "top_k")
         if routes and not isinstance(orig_module, nn.Linear):
             return []
-        return [f"{cls.__name__} replaces a router (weight [E, H] and top_k), found {type(orig_module).__name__}"]
+        found = type(orig_module).__name__
+        return [f"{cls.__name__} replaces a router (weight [E, H] and top_k), found {found}"]

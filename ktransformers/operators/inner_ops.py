@@ -1,4 +1,4 @@
-"""Inner operators (`generate_op`, `prefill_op` in a rule): their names, and the wrapper that holds one or two.
+"""Inner operators (`generate_op`, `prefill_op` in a rule): their names, and the wrapper around them.
 
 Which names are today's, obsolete, or need a GPU is said here once for `KTransformersLinear` and
 `KTransformersExperts`; what the inner operators compute is said in linear.py and experts.py.
@@ -28,7 +28,7 @@ CPU_COUNTERPART = {
     "KLinearIPEXLLM": "KLinearCPUInfer",
     "KExpertsMarlin": "KExpertsCPU",
 }
-"""Operators with GPU kernels, none of them built yet -> what takes their place where the rule's device is the CPU."""
+"""Operators with GPU kernels, none of them built yet -> what takes their place on the CPU."""
 
 
 def is_cpu(device: Any) -> bool:
@@ -39,6 +39,12 @@ def is_cpu(device: Any) -> bool:
 def given(name: Any) -> str | None:
     """The operator a rule names, or None; shipped rule files also write the text "None"."""
     return None if name in (None, "None") else name
+
+
+def final_name(name: str | None) -> str | None:
+    """What `name` comes to on the CPU: today's name, or the counterpart of a GPU operator. Tells nobody."""
+    today = OBSOLETE_OPS.get(name, name)
+    return CPU_COUNTERPART.get(today, today)
 
 
 def resolve_op(name: str, device: Any) -> str:
@@ -64,16 +70,15 @@ def op_problem(kwarg: str, name: Any, device: Any, table: Mapping[str, type]) ->
     if given(name) is None:
         return ""
     today = OBSOLETE_OPS.get(name, name)
-    if today in CPU_COUNTERPART:
-        counterpart_known = CPU_COUNTERPART[today] in table
-        if counterpart_known:
-            return "" if is_cpu(device) else f"{kwarg}: {_not_built(today, device)}"
+    if today in CPU_COUNTERPART and CPU_COUNTERPART[today] in table:
+        return "" if is_cpu(device) else f"{kwarg}: {_not_built(today, device)}"
     if today not in table:
         known = [*table, *(op for op, cpu in CPU_COUNTERPART.items() if cpu in table)]
         return f"{kwarg}: {name!r} unknown{did_you_mean(str(name), known)}; known: {', '.join(known)}"
     if getattr(table[today], "cpu_only", False) and not is_cpu(device):
         device_kwarg = kwarg.replace("_op", "_device")
-        return f"{kwarg}: {today} computes on the CPU, but {device_kwarg} is {str(device)!r}; set {device_kwarg}: cpu"
+        found = f"but {device_kwarg} is {str(device)!r}"
+        return f"{kwarg}: {today} computes on the CPU, {found}; set {device_kwarg}: cpu"
     return ""
 
 
@@ -85,18 +90,24 @@ def _not_built(name: str, device: Any) -> str:
 class StagedOperator(BaseInjectedModule):
     """An operator around an inner one, or around two of which one is loaded at a time.
 
-    The generate operator serves prefill too: one weight in memory. Another prefill operator, where a rule asks for
-    one, is loaded in its stead by ``set_inference_mode(InferenceState.PREFILL)``. An inner operator has
-    ``load(w=None)``, ``unload()`` and ``forward(...)``; it is no child module.
+    The generate operator serves prefill too: one weight in memory. Another prefill operator, where a rule
+    asks for one, is loaded in its stead by ``set_inference_mode(InferenceState.PREFILL)``. An inner operator
+    has ``load(w=None)``, ``unload()`` and ``forward(...)``; it is no child module.
     """
 
     adopts = False
 
-    def hold(self, generate: Any, prefill: Any = None) -> None:
-        """Take the inner operators; `prefill` None means that `generate` serves both."""
+    def hold(self, generate: tuple[type, Any], prefill: tuple[type, Any] | None) -> None:
+        """Make the inner operators, each a (class, device). If `prefill` is None or equal, one serves both."""
+        first = second = self._make(*generate)
+        if prefill is not None and prefill != generate:
+            second = self._make(*prefill)
         self.mode = InferenceState.UNLOAD
         # In a dict, so that nn.Module does not register them: state dict names stay those of the original.
-        self._inner = {InferenceState.GENERATE: generate, InferenceState.PREFILL: prefill or generate}
+        self._inner = {InferenceState.GENERATE: first, InferenceState.PREFILL: second}
+
+    def _make(self, operator: type, device: Any) -> Any:
+        return operator(self.key, self.gguf_loader, self.config, self.orig_module, device)
 
     @property
     def active(self) -> Any:
@@ -105,7 +116,7 @@ class StagedOperator(BaseInjectedModule):
         return self._inner[stage]
 
     def load(self, w: Any = None, mode: InferenceState = InferenceState.GENERATE) -> None:
-        """Load the inner operator of `mode`, from the checkpoint or from `w`; another one is unloaded first."""
+        """Load the inner operator of `mode`, from the checkpoint or from `w`; another is unloaded first."""
         if mode is InferenceState.UNLOAD:
             return self.unload()
         if self.active is not self._inner[mode]:

@@ -1,7 +1,7 @@
-"""Linear layers: the wrapper that a rule names, the inner operators it chooses from, and the base for authors.
+"""Linear layers: the wrapper that a rule names, its inner operators, and the base for authors.
 
-`KTransformersLinear` holds inner operators, each of which knows one way of computing. Packed GPU kernels (Marlin,
-FP8) are not built; see inner_ops.py.
+`KTransformersLinear` holds inner operators, each of which knows one way of computing. Packed GPU kernels
+(Marlin, FP8) are not built; see inner_ops.py.
 Letters: N output features, K input features.
 """
 
@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from ktransformers import native
 from ktransformers.errors import WeightError
 from ktransformers.operators.base_operator import BaseInjectedModule, InferenceState, forward_only
-from ktransformers.operators.inner_ops import OBSOLETE_OPS, StagedOperator, given, is_cpu, op_problem, resolve_op
+from ktransformers.operators.inner_ops import (
+    OBSOLETE_OPS,
+    StagedOperator,
+    given,
+    is_cpu,
+    op_problem,
+    resolve_op,
+)
 
 Weight = dict | nn.Parameter | tuple | None
 """What `load(w=...)` takes: nothing (read the checkpoint), the weight [N, K], or (weight, bias)."""
@@ -46,7 +53,7 @@ class KLinearBase:
             super().__init__()
             self.key, self.gguf_loader, self.config = key, gguf_loader, config
             self.device = "cuda" if device is None else device
-            object.__setattr__(self, "orig_module", orig_module)  # past nn.Module, which would register a child
+            object.__setattr__(self, "orig_module", orig_module)  # past nn.Module, which would register it
         self.has_bias = getattr(self.orig_module, "bias", None) is not None
         if self.orig_module is not None:
             self.in_features, self.out_features = self.orig_module.in_features, self.orig_module.out_features
@@ -56,7 +63,7 @@ class KLinearBase:
     def load_weight(
         self, override_key: str | None = None, device: Any = None, dtype: torch.dtype | None = None
     ) -> nn.Parameter | tuple[nn.Parameter, nn.Parameter]:
-        """Read the weight [N, K], or the pair (weight, bias [N]) when the layer has a bias; never requiring gradients.
+        """Read the weight [N, K], or (weight, bias [N]) if the layer has a bias. Neither requires gradients.
 
         `dtype` None is torch's default dtype; quantized weights are dequantized into it. `device` None is the
         operator's. Raises WeightError when the shape does not fit the layer.
@@ -67,7 +74,9 @@ class KLinearBase:
         weight = self.gguf_loader.tensor(f"{key}.weight", device=device, dtype=dtype)
         if tuple(weight.shape) != (self.out_features, self.in_features):
             expected = [self.out_features, self.in_features]
-            raise WeightError(f"{key}.weight: the checkpoint holds {list(weight.shape)}, the layer expects {expected}.")
+            raise WeightError(
+                f"{key}.weight: the checkpoint holds {list(weight.shape)}, the layer expects {expected}."
+            )
         weight = nn.Parameter(weight, requires_grad=False)
         if getattr(self.orig_module, "bias", None) is None:
             return weight
@@ -75,12 +84,18 @@ class KLinearBase:
         return weight, nn.Parameter(bias, requires_grad=False)
 
 
-class KLinearTorch(KLinearBase, nn.Module):
-    """Dense weight on any device, computed by torch. `weight` and `bias` are parameters in the model's dtype."""
+def _weight_and_bias(w: Weight, key: str) -> tuple[Tensor, Tensor | None]:
+    weight, bias = w if isinstance(w, tuple) else (w, None)
+    if not isinstance(weight, Tensor):
+        raise WeightError(f"{key}: found {type(weight).__name__}, expected the weight or (weight, bias).")
+    return weight, bias
 
-    def __init__(self, key: str, gguf_loader: Any, config: Any, orig_module: nn.Module | None = None,
-                 device: str | None = None, **kwargs: Any):  # fmt: skip
-        super().__init__(key, gguf_loader, config, orig_module, device, **kwargs)
+
+class KLinearTorch(KLinearBase, nn.Module):
+    """Dense weight on any device, computed by torch. Parameters `weight` and `bias` in the model's dtype."""
+
+    def __init__(self, key: str, gguf_loader: Any, config: Any, orig_module: nn.Module, device: Any = None):
+        super().__init__(key, gguf_loader, config, orig_module, device)
         weight = getattr(orig_module, "weight", None)
         self.dtype = torch.get_default_dtype() if weight is None else weight.dtype
         self.register_parameter("weight", None)
@@ -90,13 +105,10 @@ class KLinearTorch(KLinearBase, nn.Module):
         device = self.device if device is None else device
         if w is None:
             w = self.load_weight(device=device, dtype=self.dtype)
-        weight, bias = w if isinstance(w, tuple) else (w, None)
-        if not isinstance(weight, Tensor):
-            raise WeightError(f"{self.key}: found {type(weight).__name__}, expected the weight or (weight, bias).")
-        self.weight, self.bias = (
-            None if t is None else nn.Parameter(t.detach().to(device, self.dtype), requires_grad=False)
-            for t in (weight, bias)
-        )
+        weight, bias = _weight_and_bias(w, self.key)
+        self.weight = nn.Parameter(weight.detach().to(device, self.dtype), requires_grad=False)
+        if bias is not None:
+            self.bias = nn.Parameter(bias.detach().to(device, self.dtype), requires_grad=False)
 
     def unload(self) -> None:
         self.weight = self.bias = None
@@ -111,9 +123,8 @@ class KLinearCPUInfer(KLinearBase):
 
     cpu_only = True
 
-    def __init__(self, key: str, gguf_loader: Any, config: Any, orig_module: nn.Module | None = None,
-                 device: str | None = None, **kwargs: Any):  # fmt: skip
-        super().__init__(key, gguf_loader, config, orig_module, device, **kwargs)
+    def __init__(self, key: str, gguf_loader: Any, config: Any, orig_module: nn.Module, device: Any = None):
+        super().__init__(key, gguf_loader, config, orig_module, device)
         self.linear: native.Linear | None = None
 
     @classmethod
@@ -134,7 +145,9 @@ class KLinearCPUInfer(KLinearBase):
 
     def load(self, w: Weight = None, device: Any = None) -> None:
         if w is not None:
-            raise WeightError(f"{self.key}: KLinearCPUInfer computes from the checkpoint's bytes; load it without `w`.")
+            raise WeightError(
+                f"{self.key}: KLinearCPUInfer computes from the checkpoint; load it without `w`."
+            )
         bias = self.gguf_loader.tensor(f"{self.key}.bias", dtype=torch.float32) if self.has_bias else None
         self.linear = native.Linear(self.gguf_loader.packed(f"{self.key}.weight"), bias, name=self.key)
 
@@ -142,7 +155,8 @@ class KLinearCPUInfer(KLinearBase):
         self.linear = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return forward_only(lambda t: self.linear.forward(t.cpu()).to(t.device), f"{self.key} (KLinearCPUInfer)", x)
+        what = f"{self.key} (KLinearCPUInfer)"
+        return forward_only(lambda t: self.linear.forward(t.cpu()).to(t.device), what, x)
 
 
 LINEAR_MAP: dict[str, type] = {"KLinearTorch": KLinearTorch, "KLinearCPUInfer": KLinearCPUInfer}
@@ -150,10 +164,11 @@ LINEAR_MAP: dict[str, type] = {"KLinearTorch": KLinearTorch, "KLinearCPUInfer": 
 
 
 class KTransformersLinear(StagedOperator):
-    """A linear layer that computes with the inner operator a rule names; see `StagedOperator` for prefill and generate.
+    """A linear layer that computes with the inner operator a rule names (see `StagedOperator`).
 
-    Without a name the device decides: on the CPU `KLinearCPUInfer` for weights that the C library computes, else
-    `KLinearTorch`. The input may be on any device; the result is on `out_device`, or where the input was.
+    Without a name the device decides: on the CPU `KLinearCPUInfer` for weights that the C library computes,
+    else `KLinearTorch`. The input may be on any device; the result is on `out_device`, or
+    where the input was.
     """
 
     def __init__(
@@ -171,9 +186,7 @@ class KTransformersLinear(StagedOperator):
         super().__init__(key, gguf_loader, config, orig_module, prefill_device, generate_device)
         self.out_device = out_device
         generate = self._op(generate_op, generate_device)
-        prefill = self._op(prefill_op, prefill_device) if given(prefill_op) else generate
-        make = (key, gguf_loader, config, orig_module)
-        self.hold(generate[0](*make, generate[1]), prefill[0](*make, prefill[1]) if prefill != generate else None)
+        self.hold(generate, self._op(prefill_op, prefill_device) if given(prefill_op) else None)
         self.in_features, self.out_features = self.active.in_features, self.active.out_features
 
     def _op(self, name: str | None, device: str) -> tuple[type, torch.device]:
@@ -185,7 +198,9 @@ class KTransformersLinear(StagedOperator):
         return (KLinearCPUInfer if usable else KLinearTorch), torch.device(device)
 
     @classmethod
-    def check(cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None) -> list[str]:
+    def check(
+        cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None
+    ) -> list[str]:
         if not isinstance(orig_module, nn.Linear):
             return [f"{cls.__name__} replaces torch.nn.Linear, found {type(orig_module).__name__}"]
         problems = []
@@ -207,7 +222,7 @@ class KTransformersLinear(StagedOperator):
         self._show_parameters()
 
     def _show_parameters(self) -> None:
-        """Share the inner operator's parameters: state dict names stay those of nn.Linear, and `.to()` moves them."""
+        """Share the inner operator's parameters: named as nn.Linear names them, and moved by `.to()`."""
         self.__dict__["_parameters"] = self.active._parameters if isinstance(self.active, nn.Module) else {}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -215,7 +230,8 @@ class KTransformersLinear(StagedOperator):
         return out if self.out_device is None else out.to(self.out_device)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features} -> {self.out_features}, {type(self.active).__name__} on {self.generate_device}"
+        sizes = f"{self.in_features} -> {self.out_features}"
+        return f"{sizes}, {type(self.active).__name__} on {self.generate_device}"
 
 
 class LinearTorchInject(BaseInjectedModule, KLinearBase):
@@ -245,9 +261,7 @@ class LinearTorchInject(BaseInjectedModule, KLinearBase):
         device = self.device if device is None else device
         if w is None:
             w = self.load_weight(device=device)
-        weight, bias = w if isinstance(w, tuple) else (w, None)
-        if not isinstance(weight, Tensor):
-            raise WeightError(f"{self.key}: found {type(weight).__name__}, expected the weight or (weight, bias).")
+        weight, bias = _weight_and_bias(w, self.key)
         self.w = weight.detach().to(device, self.dtype).T
         self.bias = None if bias is None else bias.detach().to(device, self.dtype)
 

@@ -17,11 +17,13 @@ class DecoderModel(FamilyOperator):
     """Base of the model operators.
 
     Args:
-        transfer_map: {layer number: device}: from that layer on, hidden states, position ids, masks and position
-            embeddings are moved to that device. Layers before the first entry work where their weights are.
-        per_layer_prefill_intput_threshold: prompt length from which layer-wise prefill starts; only 0, off, is built.
-            Spelt as upstream does.
-        device: accepted from older rule files, where it named the device of the first layers; the weights tell.
+        transfer_map: {layer number: device}: from that layer on, hidden states, position ids, masks and
+            position embeddings are moved to that device. Layers before the first entry work where their
+            weights are.
+        per_layer_prefill_intput_threshold: prompt length from which layer-wise prefill starts; only 0, off,
+            is built. Upstream's spelling.
+        device: accepted from older rule files, where it named the device of the first layers; here the
+            weights tell.
     """
 
     def __init__(
@@ -44,24 +46,32 @@ class DecoderModel(FamilyOperator):
 
     @property
     def device(self) -> torch.device:
-        """Where the embedding is, as for any transformers model; that is where callers put their token ids."""
+        """Where the embedding is, as for any transformers model: there callers put their token ids."""
         return next(self.parameters()).device
 
     @classmethod
-    def check(cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None) -> list[str]:
+    def check(
+        cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None
+    ) -> list[str]:
         layers = getattr(orig_module, "layers", None)
         if not isinstance(layers, nn.ModuleList) or not hasattr(orig_module, "embed_tokens"):
-            return [f"{cls.__name__} replaces a decoder model (embed_tokens and layers), found {type(orig_module).__name__}"]
+            found = type(orig_module).__name__
+            return [f"{cls.__name__} replaces a decoder model (embed_tokens and layers), found {found}"]
         problems = []
-        threshold = kwargs.get("per_layer_prefill_intput_threshold")
-        if threshold:
-            problems.append(f"per_layer_prefill_intput_threshold: layer-wise prefill is not built; found {threshold}, expected 0")
+        if threshold := kwargs.get("per_layer_prefill_intput_threshold"):
+            expected = f"found {threshold}, expected 0"
+            problems.append(
+                f"per_layer_prefill_intput_threshold: layer-wise prefill is not built; {expected}"
+            )
+        last = len(layers) - 1
         for layer in kwargs.get("transfer_map") or {}:
             number = _whole_number(layer)
             if number is None:
-                problems.append(f"transfer_map: {layer!r} is no layer number; expected a whole number such as 30")
-            elif not 0 <= number < len(layers):
-                problems.append(f"transfer_map: layer {number} does not exist; the model has layers 0 to {len(layers) - 1}")
+                problems.append(f"transfer_map: {layer!r} is no layer number; expected one such as 30")
+            elif not 0 <= number <= last:
+                problems.append(
+                    f"transfer_map: layer {number} does not exist; the model has layers 0 to {last}"
+                )
         return problems
 
     def load(self) -> None:
@@ -78,11 +88,11 @@ class DecoderModel(FamilyOperator):
         """(Re)install the hooks that move inputs, on the modules that are in place now."""
         for hook in self._hooks:
             hook.remove()
-        # The embedding may stay on the CPU; what is made from its output (masks, positions) belongs to the layers.
-        self._hooks = [
-            self._watch(self.embed_tokens, None),
-            self.embed_tokens.register_forward_hook(lambda module, args, out: to_device(out, self.entry_device)),
-        ]
+        # The embedding may stay on the CPU; what is made of its output (masks, positions) is for the layers.
+        moved = self.embed_tokens.register_forward_hook(
+            lambda _, args, out: to_device(out, self.entry_device)
+        )
+        self._hooks = [self._watch(self.embed_tokens, None), moved]
         device = None
         for number, layer in enumerate(self.layers):
             device = self.transfer_map.get(number, device)
@@ -100,7 +110,9 @@ class DecoderModel(FamilyOperator):
 
         def move(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             target = device if device is not None else _weights_device(module)
-            return (args, kwargs) if target is None else (to_device(args, target), self._shared(kwargs, target))
+            return (
+                (args, kwargs) if target is None else (to_device(args, target), self._shared(kwargs, target))
+            )
 
         return module.register_forward_pre_hook(move, with_kwargs=True)
 
@@ -122,7 +134,9 @@ class DecoderModel(FamilyOperator):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().forward(*to_device(args, self.entry_device), **to_device(kwargs, self.entry_device))
+            return super().forward(
+                *to_device(args, self.entry_device), **to_device(kwargs, self.entry_device)
+            )
         finally:
             self._moved.clear()
 

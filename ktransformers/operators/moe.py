@@ -1,7 +1,7 @@
 """Blocks of routed and shared experts: route, compute, combine. One class per family, for what differs.
 
-A block keeps the family's own router, shared experts and routed experts, each of which another rule may replace;
-it says only in which order they run and how their results add up. Rule files name these classes as
+A block keeps the family's own router, shared experts and routed experts, each of which another rule may
+replace; it says only in which order they run and how their results add up. Rule files name these classes as
 ``ktransformers.operators.experts.*``.
 Letters: B batch, S sequence, T = B*S tokens, H hidden, K experts per token.
 """
@@ -20,12 +20,14 @@ class SparseMoEBlock(BaseInjectedModule):
     """hidden [B, S, H] -> [B, S, H]: ``experts(hidden, *gate(hidden)) + shared(hidden)``."""
 
     children_expected: ClassVar[frozenset[str]] = frozenset({"gate", "experts"})
-    """Exactly the children that the forward below uses: a block with more would lose their part of the result."""
+    """Exactly the children that the forward below uses: others would lose their part of the result."""
 
     @classmethod
-    def check(cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None) -> list[str]:
+    def check(
+        cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None
+    ) -> list[str]:
         found = frozenset(name for name, _ in orig_module.named_children())
-        own = [*dict(orig_module.named_parameters(recurse=False)), *dict(orig_module.named_buffers(recurse=False))]
+        own = [*orig_module._parameters, *orig_module._buffers]
         arguments = forward_arguments(orig_module)
         if found == cls.children_expected and not own and len(arguments) == 1:
             return []

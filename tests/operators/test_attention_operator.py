@@ -1,4 +1,4 @@
-"""Absorbed MLA: both forms agree, caches hold what transformers' own hold, and masks and chunks change nothing."""
+"""Absorbed MLA: both forms agree, caches hold what transformers' hold, masks and chunks change nothing."""
 
 import pytest
 import torch
@@ -15,7 +15,9 @@ FAMILIES = pytest.mark.parametrize("mla", ["deepseek_v2", "deepseek_v3"])
 
 
 def twin(mla, kv_b=None, **overrides):
-    """(transformers' model, a model of the same weights with MLA operators built with `kwargs` on every layer)."""
+    """(transformers' model, a model of the same weights with MLA operators built with `kwargs` on every
+    layer).
+    """
     kwargs = {k: overrides.pop(k) for k in ("absorb_for_prefill", "chunck_size") if k in overrides}
     truth = tiny_model(mla, **overrides)
     model, weights = meta_model(truth.config), DictWeights(truth.state_dict())
@@ -59,7 +61,9 @@ def test_a_cache_filled_by_transformers_is_continued(mla):
     cache = DynamicCache(config=truth.config)
     with torch.no_grad():
         truth(ids[:, :5], past_key_values=cache)
-        assert relative_error(model(ids[:, 5:], past_key_values=cache).logits, truth(ids).logits[:, 5:]) < 1e-5
+        assert (
+            relative_error(model(ids[:, 5:], past_key_values=cache).logits, truth(ids).logits[:, 5:]) < 1e-5
+        )
 
 
 @FAMILIES
@@ -76,7 +80,9 @@ def test_left_padding_in_chunks_equals_the_sequence_alone(mla, attention, absorb
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         found = [
-            model(ids[:, a:b], attention_mask=mask[:, :b], position_ids=positions[:, a:b], past_key_values=cache).logits
+            model(
+                ids[:, a:b], attention_mask=mask[:, :b], position_ids=positions[:, a:b], past_key_values=cache
+            ).logits
             for a, b in ((0, 3), (3, 8), (8, 10))
         ]
         found = torch.cat(found, 1)
@@ -86,7 +92,7 @@ def test_left_padding_in_chunks_equals_the_sequence_alone(mla, attention, absorb
 
 
 def test_the_cheaper_form_is_absorbed_for_decoding_and_expanded_for_long_prompts():
-    sizes = dict(qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, kv_lora_rank=512)
+    sizes = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "kv_lora_rank": 512}
     original = type("Sizes", (nn.Module,), {})()
     vars(original).update(sizes)
     cheaper = KDeepseekV2Attention("a", None, None, original, "cpu").absorbing_is_cheaper

@@ -10,7 +10,13 @@ from torch import nn
 
 from ktransformers.errors import UnsupportedError, WeightError
 from ktransformers.operators import base_operator
-from ktransformers.operators.base_operator import BaseInjectedModule, FamilyOperator, device_of, forward_only, load_weights
+from ktransformers.operators.base_operator import (
+    BaseInjectedModule,
+    FamilyOperator,
+    device_of,
+    forward_only,
+    load_weights,
+)
 
 
 class Block(nn.Module):
@@ -141,7 +147,9 @@ def test_a_users_operator_with_a_load_of_its_own_takes_part_in_a_model():
     truth = tiny_model("qwen3_moe")
     model, weights = meta_model(truth.config), DictWeights(truth.state_dict())
     attention = model.model.layers[1].self_attn
-    attention.o_proj = Doubled("model.layers.1.self_attn.o_proj", weights, model.config, attention.o_proj, "cpu")
+    attention.o_proj = Doubled(
+        "model.layers.1.self_attn.o_proj", weights, model.config, attention.o_proj, "cpu"
+    )
     load_weights(model, weights)
     model.model.rotary_emb = copy.deepcopy(truth.model.rotary_emb)
     with torch.no_grad():

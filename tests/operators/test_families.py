@@ -1,4 +1,4 @@
-"""Every operator alone and all together compute what transformers' eager model computes, for the five families."""
+"""Every operator alone, and all together, compute what transformers' eager model computes."""
 
 import functools
 
@@ -17,7 +17,11 @@ MOE_BLOCK = {
     "qwen3_moe": "experts.KQwen3MoeSparseMoeBlock",
     "mixtral": "experts.KMistralSparseMoEBlock",
 }
-MODEL = {"deepseek_v2": "models.KDeepseekV2Model", "deepseek_v3": "models.KDeepseekV2Model", "qwen3_moe": "models.KQwen3MoeModel"}
+MODEL = {
+    "deepseek_v2": "models.KDeepseekV2Model",
+    "deepseek_v3": "models.KDeepseekV2Model",
+    "qwen3_moe": "models.KQwen3MoeModel",
+}
 ROTARY = {"deepseek_v2": "RoPE.YarnRotaryEmbedding", "deepseek_v3": "RoPE.YarnRotaryEmbeddingV3"}
 MLA_FAMILIES = ("deepseek_v2", "deepseek_v3")
 
@@ -32,21 +36,21 @@ def rule(name, operator, recursive=True, **kwargs):
 
 
 def rules_for(family, *parts):
-    """Rules that replace the named parts of a model, in an order in which the first match is the intended one."""
+    """Rules that replace the named parts of a model."""
     both = {"generate_device": "cpu", "prefill_device": "cpu"}
+    experts, linear = r"\.mlp\.experts$", r"(_proj|_proj_with_mqa|shared_expert_gate|lm_head)$"
     known = {
         "model": rule(r"^model$", MODEL.get(family, "models.KQwen2MoeModel"), transfer_map={"1": "cpu"}),
         "rope": rule(r"^model\.rotary_emb$", ROTARY.get(family, "RoPE.RotaryEmbedding")),
         "attention": rule(r"\.self_attn$", "attention.KDeepseekV2Attention", chunck_size=5),
         "gate": rule(r"\.mlp\.gate$", "gate.KMoEGate"),
-        "experts": rule(r"\.mlp\.experts$", "experts.KTransformersExperts", generate_op="KExpertsCPU", **both),
-        "experts_torch": rule(r"\.mlp\.experts$", "experts.KTransformersExperts", generate_op="KExpertsTorch", **both),
+        "experts": rule(experts, "experts.KTransformersExperts", generate_op="KExpertsCPU", **both),
+        "experts_torch": rule(experts, "experts.KTransformersExperts", generate_op="KExpertsTorch", **both),
         "moe": rule(r"\.layers\.[12]\.mlp$" if family in MLA_FAMILIES else r"\.mlp$", MOE_BLOCK[family]),
-        "linear": rule(r"(_proj|_proj_with_mqa|shared_expert_gate|lm_head)$", "linear.KTransformersLinear", **both),
-        "linear_torch": rule(r"(_proj|_proj_with_mqa|shared_expert_gate|lm_head)$", "linear.KTransformersLinear",
-                             generate_op="KLinearTorch", **both),
-        "linear_inject": rule(r"(_proj|_proj_with_mqa|shared_expert_gate|lm_head)$", "linear.LinearTorchInject", my_param=False),
-    }  # fmt: skip
+        "linear": rule(linear, "linear.KTransformersLinear", **both),
+        "linear_torch": rule(linear, "linear.KTransformersLinear", generate_op="KLinearTorch", **both),
+        "linear_inject": rule(linear, "linear.LinearTorchInject", my_param=False),
+    }
     return [known[part] for part in parts]
 
 
@@ -58,13 +62,13 @@ def all_parts(family):
 def build(checkpoint, family, *parts, **overrides):
     """(transformers' model, the same checkpoint with `parts` replaced)."""
     reference, folder = checkpoint(family, **overrides)
-    model = meta_model(reference.config)
-    return reference, optimize_and_load(model, rules_for(family, *parts), folder, default_device="cpu", progress=False)
+    model, rules = meta_model(reference.config), rules_for(family, *parts)
+    return reference, optimize_and_load(model, rules, folder, default_device="cpu", progress=False)
 
 
 @pytest.fixture(scope="module")
 def together(checkpoint):
-    """Call with a family: (transformers' model, its twin of operators only, transformers' 32 greedy tokens for `PROMPT`)."""
+    """Call with a family: (transformers' model, its twin of operators, transformers' answer to `PROMPT`)."""
 
     @functools.cache
     def make(family):
@@ -75,7 +79,8 @@ def together(checkpoint):
 
 
 PROMPT = random_ids(1, 11)
-ALONE = ["model", "rope", "gate", "experts", "experts_torch", "moe", "linear", "linear_torch", "linear_inject"]
+EXPERTS_AND_LINEAR = ["experts", "experts_torch", "linear", "linear_torch", "linear_inject"]
+ALONE = ["model", "rope", "gate", "moe", *EXPERTS_AND_LINEAR]
 
 
 @pytest.mark.parametrize("part", ALONE)
@@ -86,7 +91,9 @@ def test_an_operator_alone_gives_the_same_logits(checkpoint, family, part):
         assert relative_error(model(ids).logits, reference(ids).logits) < 1e-4
 
 
-@pytest.mark.parametrize("overrides", [{}, {"rope_parameters": YARN}, {"q_lora_rank": None}, {"attention_bias": True}], ids=str)
+@pytest.mark.parametrize(
+    "overrides", [{}, {"rope_parameters": YARN}, {"q_lora_rank": None}, {"attention_bias": True}], ids=str
+)
 @pytest.mark.parametrize("mla_family", MLA_FAMILIES)
 def test_attention_alone_gives_the_same_logits(checkpoint, mla_family, overrides):
     reference, model = build(checkpoint, mla_family, "attention", **overrides)
@@ -104,7 +111,9 @@ def test_all_together_give_the_same_logits_and_names(together, family):
     assert model.dtype == torch.float32 and model.device.type == "cpu"
 
 
-@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"prefill_chunk_size": 4}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"cache_implementation": "static"}, {"prefill_chunk_size": 4}], ids=str
+)
 def test_greedy_tokens_are_equal(together, family, options):
     _, model, expected = together(family)
     assert torch.equal(model.generate(PROMPT, max_new_tokens=32, do_sample=False, **options), expected)
@@ -119,7 +128,9 @@ def test_a_padded_batch_equals_its_sequences_alone(together, family, attention):
     mask = (torch.arange(12) >= torch.tensor([[7], [0]])).long()
     out = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)[:, 12:]
     for row, alone in zip(out, (short, long), strict=True):
-        assert torch.equal(row, reference.generate(alone, max_new_tokens=8, do_sample=False)[0, alone.shape[1] :])
+        assert torch.equal(
+            row, reference.generate(alone, max_new_tokens=8, do_sample=False)[0, alone.shape[1] :]
+        )
 
 
 def test_chunked_prefill_with_a_static_cache_equals_one_shot(together, family):
@@ -134,7 +145,7 @@ def test_chunked_prefill_with_a_static_cache_equals_one_shot(together, family):
 def test_router_logits_attentions_and_hidden_states_are_recorded(together, family):
     reference, model, _ = together(family)
     ids = random_ids(1, 7)
-    wanted = dict(output_router_logits=True, output_attentions=True, output_hidden_states=True)
+    wanted = {"output_router_logits": True, "output_attentions": True, "output_hidden_states": True}
     model.set_attn_implementation("eager")
     with torch.no_grad():
         ours, theirs = model(ids, **wanted), reference(ids, **wanted)

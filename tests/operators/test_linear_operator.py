@@ -1,4 +1,4 @@
-"""Linear operators: same result as torch, one weight for both stages, names old and new, and the tutorial's class."""
+"""Linear operators: the result of torch, one weight for both stages, names old and new, authors' classes."""
 
 import warnings
 
@@ -10,7 +10,13 @@ from torch import nn
 from ktransformers.errors import UnsupportedError, WeightError
 from ktransformers.operators import base_operator, linear
 from ktransformers.operators.base_operator import BaseInjectedModule, InferenceState
-from ktransformers.operators.linear import KLinearBase, KLinearCPUInfer, KLinearTorch, KTransformersLinear, LinearTorchInject
+from ktransformers.operators.linear import (
+    KLinearBase,
+    KLinearCPUInfer,
+    KLinearTorch,
+    KTransformersLinear,
+    LinearTorchInject,
+)
 
 KEY = "model.layers.0.proj"
 CPU = {"generate_device": "cpu", "prefill_device": "cpu"}
@@ -74,7 +80,10 @@ def test_torch_keeps_the_models_dtype_and_the_inputs_dtype():
 def test_the_torch_operator_shows_its_weight_as_nn_linear_does_and_to_moves_it():
     _, meta, weights = pair()
     module = loaded(KTransformersLinear, meta, weights, generate_op="KLinearTorch", **CPU)
-    assert [name for name, _ in module.named_parameters()] == ["weight", "bias"] and not module.weight.requires_grad
+    assert [name for name, _ in module.named_parameters()] == [
+        "weight",
+        "bias",
+    ] and not module.weight.requires_grad
     before = module(torch.ones(1, 64))
     module.to(torch.float64)
     assert module.weight.dtype == torch.float64
@@ -95,7 +104,10 @@ def test_one_weight_serves_both_stages_unless_two_operators_are_asked_for():
     two.load()
     x = torch.randn(4, 64)
     with torch.no_grad():
-        for mode, kind in ((InferenceState.PREFILL, KLinearTorch), (InferenceState.GENERATE, KLinearCPUInfer)):
+        for mode, kind in (
+            (InferenceState.PREFILL, KLinearTorch),
+            (InferenceState.GENERATE, KLinearCPUInfer),
+        ):
             two.set_inference_mode(mode)
             assert isinstance(two.active, kind) and two.mode is mode
             torch.testing.assert_close(two(x), truth(x), rtol=1e-5, atol=1e-5)
@@ -136,7 +148,9 @@ def test_a_gpu_operator_on_a_gpu_says_that_it_is_not_built():
     _, meta, weights = pair()
     with pytest.raises(UnsupportedError, match="KLinearMarlin on cuda is not built yet; use KLinearTorch"):
         KTransformersLinear(KEY, weights, None, meta, "cuda", "KLinearMarlin")
-    problems = KTransformersLinear.check(KEY, meta, {"generate_op": "KLinearMarlin", "generate_device": "cuda"}, weights)
+    problems = KTransformersLinear.check(
+        KEY, meta, {"generate_op": "KLinearMarlin", "generate_device": "cuda"}, weights
+    )
     assert len(problems) == 1 and "not built yet" in problems[0]
 
 
@@ -148,7 +162,7 @@ def test_check_lists_what_does_not_fit():
     problems = check(KEY, meta, {"generate_op": "KLinearTorhc", "prefill_op": "KLinear", **CPU}, weights)
     assert len(problems) == 2 and "did you mean 'KLinearTorch'" in problems[0]
     problems = check(KEY, meta, {"generate_op": "KLinearCPUInfer", "generate_device": "cuda"}, weights)
-    assert problems == ["generate_op: KLinearCPUInfer computes on the CPU, but generate_device is 'cuda'; set generate_device: cpu"]
+    assert len(problems) == 1 and "generate_device is 'cuda'; set generate_device: cpu" in problems[0]
 
 
 def test_a_weight_of_another_shape_is_refused_by_name():
@@ -183,7 +197,9 @@ def test_the_tutorials_operator_equals_torch(bias):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_an_authors_class_in_the_tutorials_call_shape_works(bias):
-    """The mixin is initialized without arguments, plain tensors are assigned to `bias`, load takes w and device."""
+    """The mixin is initialized without arguments, plain tensors are assigned to `bias`, load takes w and
+    device.
+    """
 
     class Transposed(BaseInjectedModule, KLinearBase):
         def __init__(self, key, gguf_loader, config, orig_module=None, generate_device="cuda", **kwargs):

@@ -8,8 +8,9 @@ from dict_weights import DictWeights
 from fake_devices import fake_devices
 from tiny import YARN, meta_model, random_ids, relative_error, tiny_config, tiny_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
+from ktransformers.operators.attention import KDeepseekV2Attention
 from ktransformers.operators.base_operator import load_weights
 from ktransformers.operators.experts import (
     KDeepseekV2MoE,
@@ -19,14 +20,15 @@ from ktransformers.operators.experts import (
     KQwen3MoeSparseMoeBlock,
 )
 from ktransformers.operators.gate import KMoEGate
+from ktransformers.operators.linear import KTransformersLinear
 from ktransformers.operators.models import KDeepseekV2Model, KQwen2MoeModel, KQwen3MoeModel
 from ktransformers.operators.RoPE import RotaryEmbedding, YarnRotaryEmbedding, YarnRotaryEmbeddingV3
 
-DYNAMIC = dict(rope_type="dynamic", rope_theta=10000.0, factor=2.0)
-DEFAULT = dict(rope_type="default", rope_theta=10000.0)
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
 
 
-# --- rotary ------------------------------------------------------------------------------------------------------
+# --- rotary --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rope", [DEFAULT, YARN, DYNAMIC], ids=lambda rope: rope["rope_type"])
@@ -55,7 +57,7 @@ def test_transformers_own_initialization_leaves_a_loaded_rotary_as_it_is():
     assert torch.equal(model.model.rotary_emb.inv_freq, before)
 
 
-# --- router and blocks -------------------------------------------------------------------------------------------
+# --- router and blocks ---------------------------------------------------------------
 
 
 def test_a_router_operator_is_a_router_and_equals_it(family):
@@ -118,21 +120,35 @@ def test_a_block_refuses_a_family_whose_parts_it_would_lose(family, operator):
 
 def test_check_refuses_other_modules():
     model = meta_model(tiny_config("deepseek_v3"))
-    assert "found DeepseekV3MLP with act_fn, down_proj" in KDeepseekV3MoE.check("a", model.model.layers[0].mlp, {})[0]
+    assert (
+        "found DeepseekV3MLP with act_fn, down_proj"
+        in KDeepseekV3MoE.check("a", model.model.layers[0].mlp, {})[0]
+    )
     assert "found Linear" in KMoEGate.check("a", nn.Linear(2, 2), {})[0]
     assert "found Linear" in RotaryEmbedding.check("a", nn.Linear(2, 2), {})[0]
     assert KMoEGate.check("a", model.model.layers[2].mlp.gate, {}) == []
     assert RotaryEmbedding.check("a", model.model.rotary_emb, {}) == []
 
 
-# --- model -------------------------------------------------------------------------------------------------------
+# --- model ---------------------------------------------------------------------------
 
 
 def test_check_of_the_model_operator_lists_every_problem():
     model = meta_model(tiny_config("qwen2_moe"))
     check = KQwen2MoeModel.check
-    assert check("model", model.model, {"transfer_map": {1: "cpu", "2": "cpu"}, "per_layer_prefill_intput_threshold": 0}) == []
-    problems = check("model", model.model, {"transfer_map": {3: "cpu", "one": "cpu", "-1": "cpu"}, "per_layer_prefill_intput_threshold": 9})
+    assert (
+        check(
+            "model",
+            model.model,
+            {"transfer_map": {1: "cpu", "2": "cpu"}, "per_layer_prefill_intput_threshold": 0},
+        )
+        == []
+    )
+    problems = check(
+        "model",
+        model.model,
+        {"transfer_map": {3: "cpu", "one": "cpu", "-1": "cpu"}, "per_layer_prefill_intput_threshold": 9},
+    )
     assert len(problems) == 4
     assert "layer 3 does not exist; the model has layers 0 to 2" in problems[1]
     assert "'one' is no layer number" in problems[2]
@@ -142,26 +158,32 @@ def test_check_of_the_model_operator_lists_every_problem():
 def test_the_model_operator_is_a_model_of_its_family():
     truth = tiny_model("qwen3_moe")
     model = copy.deepcopy(truth)
-    model.model = KQwen3MoeModel("model", DictWeights(truth.state_dict()), model.config, model.model, "cpu", transfer_map={1: "cpu"})
+    model.model = KQwen3MoeModel(
+        "model", DictWeights(truth.state_dict()), model.config, model.model, "cpu", transfer_map={1: "cpu"}
+    )
     model.model.load()
     model.eval()
     assert isinstance(model.model, PreTrainedModel) and isinstance(model.model, type(truth.model))
     assert model.get_decoder() is model.model and model.get_input_embeddings() is model.model.embed_tokens
     assert model.model.device == model.device and list(model.state_dict()) == list(truth.state_dict())
     ids = random_ids(1, 6)
-    wanted = dict(output_hidden_states=True, output_attentions=True, output_router_logits=True)
+    wanted = {"output_hidden_states": True, "output_attentions": True, "output_router_logits": True}
     with torch.no_grad():
         found, expected = model(ids, **wanted), truth(ids, **wanted)
     assert torch.equal(found.logits, expected.logits)
     assert all(torch.equal(f, e) for f, e in zip(found.hidden_states, expected.hidden_states, strict=True))
-    assert len(found.attentions) == len(expected.attentions) and len(found.router_logits) == len(expected.router_logits)
+    assert len(found.attentions) == len(expected.attentions) and len(found.router_logits) == len(
+        expected.router_logits
+    )
 
 
 def on_devices(family, operator, transfer_map, lm_head):
     """A fake-tensor model: embedding on the CPU, layer 0 on cuda:0, the rest where `transfer_map` says."""
     with torch.device("meta"):
         model = meta_model(tiny_config(family))
-    model.set_experts_implementation("batched_mm")  # the one that neither reads values nor asks for CUDA's version
+    model.set_experts_implementation(
+        "batched_mm"
+    )  # the one that neither reads values nor asks for CUDA's version
     devices = {"model": "cuda:0", "model.embed_tokens": "cpu", "lm_head": lm_head}
     device = "cuda:0"
     for number in range(3):
@@ -171,13 +193,20 @@ def on_devices(family, operator, transfer_map, lm_head):
     weights = DictWeights({name: torch.empty(t.shape) for name, t in model.state_dict().items()})
     weights.tensor = lambda name, device, dtype: torch.empty(weights.shape(name), dtype=dtype, device=device)
     if operator is not None:
-        model.model = operator("model", weights, model.config, model.model, "cuda:0", transfer_map=transfer_map)
-    model.model.rotary_emb = RotaryEmbedding("model.rotary_emb", weights, model.config, model.model.rotary_emb, "cuda:0")
+        model.model = operator(
+            "model", weights, model.config, model.model, "cuda:0", transfer_map=transfer_map
+        )
+    model.model.rotary_emb = RotaryEmbedding(
+        "model.rotary_emb", weights, model.config, model.model.rotary_emb, "cuda:0"
+    )
     load_weights(model, weights, "", devices)
     return model
 
 
-@pytest.mark.parametrize("family, operator", [("deepseek_v3", KDeepseekV2Model), ("deepseek_v2", KDeepseekV2Model), ("mixtral", KQwen2MoeModel)])
+@pytest.mark.parametrize(
+    "family, operator",
+    [("deepseek_v3", KDeepseekV2Model), ("deepseek_v2", KDeepseekV2Model), ("mixtral", KQwen2MoeModel)],
+)
 @pytest.mark.parametrize("transfer_map", [{1: "cuda:1"}, {"1": "cuda:1", "2": "cuda:2"}, {2: "cpu"}], ids=str)
 def test_transfer_map_moves_everything_a_layer_is_given(family, operator, transfer_map):
     last = list(transfer_map.values())[-1]
@@ -191,6 +220,44 @@ def test_transfer_map_moves_everything_a_layer_is_given(family, operator, transf
         assert not model.model._moved  # nothing is kept between calls
 
 
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "qwen2_moe"])
+def test_all_torch_operators_on_two_gpus_never_mix_devices(family):
+    """Embedding on the CPU, layer 0 on cuda:0, the others on cuda:1; every linear, router, block and
+    attention is ours.
+    """
+    with fake_devices():
+        model = on_devices(family, None, {}, "cuda:1")
+        weights, config, place = model.model.rotary_emb.gguf_loader, model.config, {0: "cuda:0"}
+        for name, module in list(model.named_modules()):
+            parts = name.split(".")
+            device = (
+                place.get(int(parts[2]), "cuda:1")
+                if name.startswith("model.layers.") and len(parts) > 2
+                else "cuda:1"
+            )
+            parent, child = model.get_submodule(".".join(parts[:-1])), parts[-1]
+            make = (name, weights, config, module)
+            if isinstance(module, nn.Linear):
+                setattr(parent, child, KTransformersLinear(*make, device, "KLinearTorch", device))
+            elif child == "self_attn" and hasattr(module, "kv_b_proj"):
+                setattr(parent, child, KDeepseekV2Attention(*make, device))
+            elif child == "gate" and hasattr(module, "top_k"):
+                setattr(parent, child, KMoEGate(*make, device))
+            elif child == "mlp" and hasattr(module, "experts"):
+                setattr(parent, child, BLOCKS[family](*make, device))
+        model.model = KDeepseekV2Model(
+            "model", weights, config, model.model, "cuda:0", transfer_map={1: "cuda:1"}
+        )
+        devices = {"": "cuda:1", "model.embed_tokens": "cpu", "model.layers.0": "cuda:0"}
+        load_weights(model, weights, "", devices)
+        cache = DynamicCache(config=config)
+        for length in (6, 1):
+            ids = torch.zeros(2, length, dtype=torch.long)
+            logits = model(ids, past_key_values=cache, use_cache=True).logits
+            assert logits.shape == (2, length, 128) and logits.device == torch.device("cuda:1")
+        assert [layer.keys.device.index for layer in cache.layers] == [0, 1, 1]
+
+
 def test_without_the_operator_the_devices_do_not_meet():
     with fake_devices(), pytest.raises(Exception, match="device"):
         model = on_devices("mixtral", None, {1: "cuda:1"}, "cuda:1")
@@ -199,7 +266,9 @@ def test_without_the_operator_the_devices_do_not_meet():
 
 def test_layers_replaced_after_loading_are_watched_again():
     truth = tiny_model("mixtral")
-    operator = KQwen2MoeModel("model", DictWeights(truth.state_dict()), truth.config, truth.model, "cpu", transfer_map={1: "cpu"})
+    operator = KQwen2MoeModel(
+        "model", DictWeights(truth.state_dict()), truth.config, truth.model, "cpu", transfer_map={1: "cpu"}
+    )
     operator.load()
     operator.load()
     assert all(len(layer._forward_pre_hooks) == 1 for layer in operator.layers)
