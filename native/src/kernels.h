@@ -17,11 +17,15 @@
 #define KT_TILE 16          /* weight rows interleaved in a panel tile */
 #define KT_DOT_ROWS 4       /* weight rows that a decode kernel takes at once */
 #define KT_ACT_GROUP 32     /* activations that share an int8 scale */
-#define KT_MAX_GROUPS 128   /* most groups in a panel: KT_PANEL_K_Q8 / 16 */
-#define KT_PANEL_K_Q8 2048  /* columns of a panel, by kind; chosen so that 64 rows take 128 KiB of L2 */
-#define KT_PANEL_K_BF16 1024
-#define KT_PANEL_K_F32 512
-#define KT_STAGE_K 512      /* columns unpacked to row-major staging before they are interleaved */
+#define KT_PANEL_BYTES 2048 /* bytes of a panel row: 2048 codes, 1024 bf16 or 512 floats. 64 rows take 128 KiB of L2 */
+#define KT_CACHE_BYTES 512  /* of them, what a GEMM takes at once: two tiles are 16 KiB and stay in L1 for all tokens */
+#define KT_MAX_GROUPS (KT_PANEL_BYTES / 16)
+
+/* What a group of 32 activations carries besides its codes. */
+struct kt_group {
+    float d, ds;
+    int32_t minus[2]; /* minus the sum of each 16 codes: meets a weight format's zero point */
+};
 
 /* Activations of T tokens in every form that some weight needs; unused forms are NULL. A row of any form
  * starts `stride` values after the one before; stride is cols rounded up to 32. */
@@ -32,8 +36,9 @@ struct kt_acts {
     int8_t *q;       /* [T, stride] */
     float *d;        /* [T, stride/32] scale of each group */
     float *ds;       /* [T, stride/32] scale times sum of the group's codes: meets a weight group's min */
-    int32_t *sum16;  /* [T, stride/16] sum of 16 codes: meets a weight format's zero point */
+    struct kt_group *g; /* [T, stride/32] the same for the GEMMs, which want one address a token */
 };
+
 
 /* One token of kt_acts, for the decode kernels. */
 struct kt_act {
@@ -80,7 +85,7 @@ struct kt_kernels {
     void (*interleave)(const uint32_t *in, size_t in_stride, int64_t n, uint32_t *out);
 
     /* Quantize n (a multiple of 32) activations; see kt_native.h for the rule. Same bits on every ISA. */
-    void (*quantize)(const float *x, int64_t n, int8_t *q, float *d, float *ds, int32_t *sum16);
+    void (*quantize)(const float *x, int64_t n, int8_t *q, float *d, float *ds, struct kt_group *groups);
     void (*to_bf16)(const float *x, int64_t n, uint16_t *out);
     void (*to_f16)(const float *x, int64_t n, uint16_t *out);
 

@@ -35,12 +35,12 @@ void *kt_arena_take(struct kt_arena *arena, int64_t count, size_t size) {
 
 void kt_scratch_take(struct kt_arena *arena, int64_t tokens, struct kt_scratch *s) {
     const int64_t scales = KT_BLOCK_ROWS * KT_MAX_GROUPS;
-    s->data = kt_arena_take(arena, KT_BLOCK_ROWS * KT_PANEL_K_Q8, 1); /* the same bytes for every kind */
+    s->data = kt_arena_take(arena, KT_BLOCK_ROWS * KT_PANEL_BYTES, 1);
     s->scales = kt_arena_take(arena, scales, 4);
     s->mins = kt_arena_take(arena, scales, 4);
-    s->stage = kt_arena_take(arena, KT_TILE * KT_STAGE_K, 4);
-    s->stage_scales = kt_arena_take(arena, KT_TILE * KT_STAGE_K / 16, 4);
-    s->stage_mins = kt_arena_take(arena, KT_TILE * KT_STAGE_K / 16, 4);
+    s->stage = kt_arena_take(arena, KT_TILE * KT_PANEL_BYTES, 1);
+    s->stage_scales = kt_arena_take(arena, KT_TILE * KT_MAX_GROUPS, 4);
+    s->stage_mins = kt_arena_take(arena, KT_TILE * KT_MAX_GROUPS, 4);
     s->c = kt_arena_take(arena, tokens * KT_BLOCK_ROWS, 4);
 }
 
@@ -61,7 +61,7 @@ void kt_acts_take(struct kt_arena *arena, int64_t tokens, int64_t cols, int need
         a->q = kt_arena_take(arena, tokens * stride, 1);
         a->d = kt_arena_take(arena, tokens * stride / KT_ACT_GROUP, 4);
         a->ds = kt_arena_take(arena, tokens * stride / KT_ACT_GROUP, 4);
-        a->sum16 = kt_arena_take(arena, tokens * stride / 16, 4);
+        a->g = kt_arena_take(arena, tokens * stride / KT_ACT_GROUP, sizeof *a->g);
     }
 }
 
@@ -69,7 +69,7 @@ void kt_acts_derive(const struct kt_kernels *k, struct kt_acts *a, int64_t t, in
     const float *x = a->f + t * a->stride;
     int64_t group = t * a->stride / KT_ACT_GROUP;
     if (need & KT_NEED_Q8) /* such a matrix has cols % 32 == 0 */
-        k->quantize(x, a->cols, a->q + t * a->stride, a->d + group, a->ds + group, a->sum16 + 2 * group);
+        k->quantize(x, a->cols, a->q + t * a->stride, a->d + group, a->ds + group, a->g + group);
     if (need & KT_NEED_BF16) {
         uint16_t *h = a->h + t * a->stride;
         k->to_bf16(x, a->cols, h);
@@ -120,40 +120,36 @@ static void dot_block(const struct kt_kernels *k, const struct kt_matrix *w, int
     }
 }
 
-/* Unpack columns k0 .. k0+p->k of up to 64 rows into the panel `p` describes. */
+static int values_per_dword(enum kt_kind kind) { return kind == KT_KIND_Q8 ? 4 : kind == KT_KIND_BF16 ? 2 : 1; }
+
+/* Unpack columns k0 .. k0+p->k of up to 64 rows into the panel `p` describes, a tile of 16 rows at a time:
+ * whole rows first, so that memory is read in order, then the transpose. */
 static void fill_panel(const struct kt_kernels *k, const struct kt_matrix *w, int64_t first, int rows, int64_t k0,
                        const struct kt_scratch *s, const struct kt_panel *p) {
     const struct kt_traits *t = w->traits;
-    const int values = p->kind == KT_KIND_Q8 ? 4 : p->kind == KT_KIND_BF16 ? 2 : 1; /* in a dword */
+    const int values = values_per_dword(p->kind);
     const int64_t dwords = (p->k + values - 1) / values, groups = t->group ? p->k / t->group : 0;
-    const size_t row_dwords = (size_t)KT_STAGE_K / (size_t)values; /* staging stride */
     for (int tile = 0; tile < p->tiles; tile++) {
-        uint32_t *data = s->data + tile * dwords * KT_TILE;
-        int live = (int)kt_min(rows - tile * KT_TILE, KT_TILE);
-        if (live < KT_TILE) { /* rows past the end are zeros */
-            memset(s->stage, 0, KT_TILE * row_dwords * 4);
-            memset(s->stage_scales, 0, KT_TILE * KT_STAGE_K / 16 * 4);
-            memset(s->stage_mins, 0, KT_TILE * KT_STAGE_K / 16 * 4);
-        }
-        for (int64_t c = 0; c < p->k; c += KT_STAGE_K) {
-            int64_t n = kt_min(p->k - c, KT_STAGE_K), g = t->group ? n / t->group : 0;
-            const uint8_t *bytes = w->data + (size_t)(first + tile * KT_TILE) * w->stride + kt_row_bytes(t, k0 + c);
-            for (int r = 0; r < live; r++, bytes += w->stride) {
-                uint32_t *row = s->stage + (size_t)r * row_dwords;
-                if (p->kind == KT_KIND_BF16) {
-                    if (n & 1) row[n / 2] = 0;
-                    memcpy(row, bytes, (size_t)n * 2);
-                } else {
-                    k->unpack[w->format](bytes, n, row, s->stage_scales + r * (KT_STAGE_K / 16),
-                                         s->stage_mins + r * (KT_STAGE_K / 16));
-                }
+        const uint8_t *bytes = w->data + (size_t)(first + tile * KT_TILE) * w->stride + kt_row_bytes(t, k0);
+        for (int r = 0; r < KT_TILE; r++, bytes += w->stride) {
+            uint32_t *row = s->stage + r * KT_PANEL_BYTES / 4;
+            float *scales = s->stage_scales + r * KT_MAX_GROUPS, *mins = s->stage_mins + r * KT_MAX_GROUPS;
+            if (tile * KT_TILE + r >= rows) { /* past the end */
+                memset(row, 0, (size_t)dwords * 4);
+                memset(scales, 0, (size_t)groups * 4);
+                memset(mins, 0, (size_t)groups * 4);
+            } else if (p->kind == KT_KIND_BF16) {
+                if (p->k & 1) row[p->k / 2] = 0;
+                memcpy(row, bytes, (size_t)p->k * 2);
+            } else {
+                k->unpack[w->format](bytes, p->k, row, scales, mins);
             }
-            k->interleave(s->stage, row_dwords, (n + values - 1) / values, data + c / values * KT_TILE);
-            if (!g) continue;
-            int64_t at = (tile * groups + c / t->group) * KT_TILE;
-            k->interleave((const uint32_t *)s->stage_scales, KT_STAGE_K / 16, g, (uint32_t *)s->scales + at);
-            if (t->has_min) k->interleave((const uint32_t *)s->stage_mins, KT_STAGE_K / 16, g, (uint32_t *)s->mins + at);
         }
+        k->interleave(s->stage, KT_PANEL_BYTES / 4, dwords, s->data + tile * dwords * KT_TILE);
+        if (!groups) continue;
+        const int64_t at = tile * groups * KT_TILE;
+        k->interleave((const uint32_t *)s->stage_scales, KT_MAX_GROUPS, groups, (uint32_t *)s->scales + at);
+        if (t->has_min) k->interleave((const uint32_t *)s->stage_mins, KT_MAX_GROUPS, groups, (uint32_t *)s->mins + at);
     }
 }
 
@@ -163,7 +159,7 @@ static void panel_block(const struct kt_kernels *k, const struct kt_matrix *w, i
     const struct kt_traits *t = w->traits;
     enum kt_kind kind = t->kind == KT_KIND_BF16 && !k->gemm_bf16 ? KT_KIND_F32 : t->kind;
     kt_gemm_fn gemm = kind == KT_KIND_Q8 ? k->gemm_q8 : kind == KT_KIND_BF16 ? k->gemm_bf16 : k->gemm_f32;
-    int64_t columns = kind == KT_KIND_Q8 ? KT_PANEL_K_Q8 : kind == KT_KIND_BF16 ? KT_PANEL_K_BF16 : KT_PANEL_K_F32;
+    const int64_t columns = KT_PANEL_BYTES / 4 * values_per_dword(kind);
     for (int64_t k0 = 0; k0 < w->cols; k0 += columns) {
         struct kt_panel p = {.kind = kind, .tiles = (rows + KT_TILE - 1) / KT_TILE, .k = kt_min(w->cols - k0, columns),
                              .data = s->data, .group = t->group, .zero = t->zero, .scales = s->scales,

@@ -20,24 +20,24 @@ INLINE void store_tile(float *out, __m256 low, __m256 high, int add) {
 /* What the inner loop needs of a token. */
 struct token_q8 {
     const int8_t *q;
-    const float *d, *ds;
-    const int32_t *sum16;
+    const struct kt_group *g;
 };
 
 /* `wide`: codes exceed 7 bits and have zero point 128, so they are made signed (see dot2_signed) and need no
  * correction; other codes stay unsigned and start from minus zero * sum. */
-INLINE void micro_q8(const int N, const int group, const int has_min, const int wide, const struct kt_panel *p, int tile,
-                     const struct token_q8 *x, float *c, int64_t ldc, int add) {
-    const int64_t groups = p->k / group;
-    const uint8_t *data = (const uint8_t *)(p->data + tile * (p->k / 4) * KT_TILE);
-    const float *scales = p->scales + tile * groups * KT_TILE, *mins = has_min ? p->mins + tile * groups * KT_TILE : NULL;
+INLINE void micro_q8(const int N, const int group, const int has_min, const int wide, const struct kt_panel *p, int64_t k,
+                     int64_t n_k, int tile, const struct token_q8 *x, float *c, int64_t ldc, int add) {
+    const int64_t groups = n_k / group, at = (tile * (p->k / group) + k / group) * KT_TILE;
+    const uint8_t *data = (const uint8_t *)(p->data + (tile * p->k + k) / 4 * KT_TILE);
+    const float *scales = p->scales + at, *mins = has_min ? p->mins + at : NULL;
     __m256 acc[2][2];
     for (int n = 0; n < N; n++) acc[n][0] = acc[n][1] = _mm256_setzero_ps();
     for (int64_t g = 0; g < groups; g++, scales += KT_TILE) {
         __m256i sum[2][2];
         for (int n = 0; n < N; n++) {
-            int32_t codes = group == 16 ? x[n].sum16[g] : x[n].sum16[2 * g] + x[n].sum16[2 * g + 1];
-            sum[n][0] = sum[n][1] = _mm256_set1_epi32(wide ? 0 : -p->zero * codes);
+            const struct kt_group *s = &x[n].g[g * group / KT_ACT_GROUP];
+            int32_t minus = group == 16 ? s->minus[g & 1] : s->minus[0] + s->minus[1];
+            sum[n][0] = sum[n][1] = _mm256_set1_epi32(wide ? 0 : p->zero * minus);
         }
         for (int j = 0; j < group / 4; j++, data += 64) {
             __m256i u[2] = {load256(data), load256(data + 32)};
@@ -52,44 +52,47 @@ INLINE void micro_q8(const int N, const int group, const int has_min, const int 
             for (int i = 0; i < 2; i++) {
                 const int64_t ag = g * group / KT_ACT_GROUP;
                 __m256 s = _mm256_mul_ps(_mm256_cvtepi32_ps(sum[n][i]), load_f32(scales + 8 * i));
-                acc[n][i] = _mm256_fmadd_ps(s, _mm256_set1_ps(x[n].d[ag]), acc[n][i]);
+                acc[n][i] = _mm256_fmadd_ps(s, _mm256_set1_ps(x[n].g[ag].d), acc[n][i]);
                 if (has_min)
-                    acc[n][i] = _mm256_fnmadd_ps(load_f32(mins + g * KT_TILE + 8 * i), _mm256_set1_ps(x[n].ds[ag]), acc[n][i]);
+                    acc[n][i] = _mm256_fnmadd_ps(load_f32(mins + g * KT_TILE + 8 * i), _mm256_set1_ps(x[n].g[ag].ds), acc[n][i]);
             }
     }
     for (int n = 0; n < N; n++) store_tile(c + n * ldc + tile * KT_TILE, acc[n][0], acc[n][1], add);
 }
 
-INLINE void tiles_q8(const int N, const struct kt_panel *p, const struct token_q8 *x, float *c, int64_t ldc, int add) {
+INLINE void tiles_q8(const int N, const struct kt_panel *p, int64_t k, int64_t n_k, const struct token_q8 *x, float *c,
+                     int64_t ldc, int add) {
     for (int tile = 0; tile < p->tiles; tile++) {
-        if (p->group == 16) micro_q8(N, 16, 0, 0, p, tile, x, c, ldc, add);
-        else if (p->mins) micro_q8(N, 32, 1, 0, p, tile, x, c, ldc, add);
-        else if (p->zero == 128) micro_q8(N, 32, 0, 1, p, tile, x, c, ldc, add);
-        else micro_q8(N, 32, 0, 0, p, tile, x, c, ldc, add);
+        if (p->group == 16) micro_q8(N, 16, 0, 0, p, k, n_k, tile, x, c, ldc, add);
+        else if (p->mins) micro_q8(N, 32, 1, 0, p, k, n_k, tile, x, c, ldc, add);
+        else if (p->zero == 128) micro_q8(N, 32, 0, 1, p, k, n_k, tile, x, c, ldc, add);
+        else micro_q8(N, 32, 0, 0, p, k, n_k, tile, x, c, ldc, add);
     }
 }
 
 static void gemm_q8(const struct kt_panel *p, const struct kt_acts *a, const int32_t *token, int tokens, int64_t k0,
                     float *c, int64_t ldc, int add) {
-    for (int t = 0; t < tokens; t += 2, c += 2 * ldc) {
-        struct token_q8 x[2];
-        for (int n = 0; n < 2 && t + n < tokens; n++) {
-            int64_t at = token[t + n] * a->stride + k0;
-            x[n] = (struct token_q8){a->q + at, a->d + at / 32, a->ds + at / 32, a->sum16 + at / 16};
+    for (int64_t k = 0; k < p->k; k += KT_CACHE_BYTES)
+        for (int t = 0; t < tokens; t += 2) {
+            const int64_t n_k = p->k - k < KT_CACHE_BYTES ? p->k - k : KT_CACHE_BYTES;
+            struct token_q8 x[2];
+            for (int n = 0; n < 2 && t + n < tokens; n++) {
+                int64_t at = token[t + n] * a->stride + k0 + k;
+                x[n] = (struct token_q8){a->q + at, a->g + at / KT_ACT_GROUP};
+            }
+            if (t + 1 < tokens) tiles_q8(2, p, k, n_k, x, c + t * ldc, ldc, add || k);
+            else tiles_q8(1, p, k, n_k, x, c + t * ldc, ldc, add || k);
         }
-        if (t + 1 < tokens) tiles_q8(2, p, x, c, ldc, add);
-        else tiles_q8(1, p, x, c, ldc, add);
-    }
 }
 
 /* ---- fp32 ------------------------------------------------------------------------------------------- */
 
-INLINE void micro_f32(const int N, const struct kt_panel *p, int tile, const float *const *x, float *c, int64_t ldc,
-                      int add) {
-    const float *data = (const float *)p->data + tile * p->k * KT_TILE;
+INLINE void micro_f32(const int N, const struct kt_panel *p, int64_t k0, int64_t n_k, int tile, const float *const *x,
+                      float *c, int64_t ldc, int add) {
+    const float *data = (const float *)p->data + (tile * p->k + k0) * KT_TILE;
     __m256 acc[6][2];
     for (int n = 0; n < N; n++) acc[n][0] = acc[n][1] = _mm256_setzero_ps();
-    for (int64_t k = 0; k < p->k; k++, data += KT_TILE) {
+    for (int64_t k = 0; k < n_k; k++, data += KT_TILE) {
         __m256 low = load_f32(data), high = load_f32(data + 8);
         for (int n = 0; n < N; n++) {
             __m256 b = _mm256_set1_ps(x[n][k]);
@@ -102,19 +105,19 @@ INLINE void micro_f32(const int N, const struct kt_panel *p, int tile, const flo
 
 static void gemm_f32(const struct kt_panel *p, const struct kt_acts *a, const int32_t *token, int tokens, int64_t k0,
                      float *c, int64_t ldc, int add) {
-    while (tokens > 0) {
-        int n = tokens >= 6 ? 6 : tokens >= 2 ? 2 : 1;
-        const float *x[6];
-        for (int i = 0; i < n; i++) x[i] = a->f + token[i] * a->stride + k0;
-        for (int tile = 0; tile < p->tiles; tile++) {
-            if (n == 6) micro_f32(6, p, tile, x, c, ldc, add);
-            else if (n == 2) micro_f32(2, p, tile, x, c, ldc, add);
-            else micro_f32(1, p, tile, x, c, ldc, add);
+    const int64_t step = KT_CACHE_BYTES / 4;
+    for (int64_t k = 0; k < p->k; k += step)
+        for (int t = 0, n; t < tokens; t += n) {
+            const int64_t n_k = p->k - k < step ? p->k - k : step;
+            const float *x[6];
+            n = tokens - t >= 6 ? 6 : tokens - t >= 2 ? 2 : 1;
+            for (int i = 0; i < n; i++) x[i] = a->f + token[t + i] * a->stride + k0 + k;
+            for (int tile = 0; tile < p->tiles; tile++) {
+                if (n == 6) micro_f32(6, p, k, n_k, tile, x, c + t * ldc, ldc, add || k);
+                else if (n == 2) micro_f32(2, p, k, n_k, tile, x, c + t * ldc, ldc, add || k);
+                else micro_f32(1, p, k, n_k, tile, x, c + t * ldc, ldc, add || k);
+            }
         }
-        tokens -= n;
-        token += n;
-        c += n * ldc;
-    }
 }
 
 /* ---- limits ----------------------------------------------------------------------------------------- */

@@ -8,90 +8,79 @@
 
 enum { TOKENS = 6 };
 
-/* What a group of columns needs to know of six tokens, gathered once for all tiles of a panel. */
-struct side {
-    int32_t start[TOKENS]; /* minus zero point times sum of codes */
-    float d[TOKENS], ds[TOKENS];
-};
-
-static void gather_side(const struct kt_panel *p, const struct kt_acts *a, const int32_t *token, int n, int64_t k0,
-                        struct side *side) {
-#ifdef __AVX512VNNI__
-    const int zero = p->zero;
-#else
-    const int zero = p->zero == 128 ? 0 : p->zero; /* codes of 8 bits are made signed instead: see step */
-#endif
-    const int64_t groups = p->k / p->group;
-    for (int i = 0; i < n; i++) {
-        const int64_t at = token[i] * a->stride + k0;
-        const float *d = a->d + at / 32, *ds = a->ds + at / 32;
-        const int32_t *sum = a->sum16 + at / 16;
-        if (p->group == 32)
-            for (int64_t g = 0; g < groups; g++) {
-                side[g].start[i] = -zero * (sum[2 * g] + sum[2 * g + 1]);
-                side[g].d[i] = d[g];
-                side[g].ds[i] = ds[g];
-            }
-        else
-            for (int64_t g = 0; g < groups; g++) {
-                side[g].start[i] = -zero * sum[g];
-                side[g].d[i] = d[g / 2];
-                side[g].ds[i] = 0; /* formats with groups of 16 have no min yet */
-            }
-    }
-}
-
 INLINE __m512i broadcast4(const int8_t *p) {
     int32_t v;
     memcpy(&v, p, 4);
     return _mm512_set1_epi32(v);
 }
 
-/* c[N tokens][R tiles] (+)= all groups of the panel. `wide`: codes exceed 7 bits (their zero point is 128). */
-INLINE void micro_q8(const int R, const int N, const int group, const int has_min, const int wide,
-                     const struct kt_panel *p, int tile, const int8_t *const *q, const struct side *side, float *c,
-                     int64_t ldc, int add) {
-    const int64_t groups = p->k / group;
-    const uint32_t *data = p->data + tile * (p->k / 4) * KT_TILE;
-    const float *scales = p->scales + tile * groups * KT_TILE, *mins = has_min ? p->mins + tile * groups * KT_TILE : NULL;
-    const int8_t *x[TOKENS];
+INLINE void store_tile(float *out, __m512 v, int add) {
+    _mm512_storeu_ps(out, add ? _mm512_add_ps(_mm512_loadu_ps(out), v) : v);
+}
+
+/* Columns k .. k+n of a panel meet up to six tokens. */
+struct slice {
+    const struct kt_panel *p;
+    int64_t k, n;
+    const int8_t *q[TOKENS]; /* at column k */
+    const struct kt_group *g[TOKENS];
+    float *c;
+    int64_t ldc;
+    int add;
+};
+
+/* c[N tokens][R tiles] (+)= the slice. `wide`: codes exceed 7 bits and have zero point 128, and there is no
+ * VNNI: they are made signed instead of corrected by 128 * sum. */
+INLINE void micro_q8(const int R, const int N, const int group, const int has_min, const int has_zero, const int wide,
+                     const struct slice *s, int tile) {
+    const struct kt_panel *p = s->p;
+    const int64_t tile_dwords = p->k / 4 * KT_TILE, tile_groups = p->k / group * KT_TILE, groups = s->n / group;
+    const uint32_t *data = p->data + tile * tile_dwords + s->k / 4 * KT_TILE;
+    const int64_t at = tile * tile_groups + s->k / group * KT_TILE;
+    const float *scales = p->scales + at, *mins = has_min ? p->mins + at : NULL;
+    const __m512i zero = _mm512_set1_epi32(p->zero);
     __m512 acc[2][TOKENS];
-    for (int n = 0; n < N; n++) {
-        x[n] = q[n];
+    for (int n = 0; n < N; n++)
         for (int r = 0; r < R; r++) acc[r][n] = _mm512_setzero_ps();
-    }
     for (int64_t g = 0; g < groups; g++) {
+        const int64_t ag = group == 32 ? g : g / 2;
         __m512i sum[2][TOKENS];
-        for (int n = 0; n < N; n++)
-            for (int r = 0; r < R; r++) sum[r][n] = _mm512_set1_epi32(side[g].start[n]);
+        for (int n = 0; n < N; n++) {
+            __m512i start = _mm512_setzero_si512();
+            if (has_zero && !wide) {
+                const struct kt_group *x = &s->g[n][ag];
+                start = _mm512_set1_epi32(x->minus[group == 32 ? 0 : g & 1]);
+                if (group == 32) start = _mm512_add_epi32(start, _mm512_set1_epi32(x->minus[1]));
+                start = _mm512_mullo_epi32(start, zero);
+            }
+            for (int r = 0; r < R; r++) sum[r][n] = start;
+        }
 #pragma GCC unroll 8
         for (int j = 0; j < group / 4; j++) {
             __m512i u[2];
-            for (int r = 0; r < R; r++) u[r] = _mm512_load_si512(data + j * KT_TILE + r * (p->k / 4) * KT_TILE);
+            for (int r = 0; r < R; r++) {
+                u[r] = _mm512_load_si512(data + j * KT_TILE + r * tile_dwords);
+                if (wide) u[r] = _mm512_xor_si512(u[r], _mm512_set1_epi8(-128));
+            }
             for (int n = 0; n < N; n++) {
-                __m512i b = broadcast4(x[n] + 4 * j);
-                for (int r = 0; r < R; r++)
-                    sum[r][n] = wide ? dot4_signed(sum[r][n], _mm512_xor_si512(u[r], _mm512_set1_epi8(-128)), b)
-                                     : dot4(sum[r][n], u[r], b);
+                __m512i b = broadcast4(s->q[n] + g * group + 4 * j);
+                for (int r = 0; r < R; r++) sum[r][n] = wide ? dot4_signed(sum[r][n], u[r], b) : dot4(sum[r][n], u[r], b);
             }
         }
-        for (int n = 0; n < N; n++) x[n] += group;
         data += group / 4 * KT_TILE;
         for (int r = 0; r < R; r++) {
-            __m512 s = _mm512_load_ps(scales + (r * groups + g) * KT_TILE);
+            __m512 scale = _mm512_load_ps(scales + r * tile_groups + g * KT_TILE);
             for (int n = 0; n < N; n++)
-                acc[r][n] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][n]), s),
-                                            _mm512_set1_ps(side[g].d[n]), acc[r][n]);
+                acc[r][n] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][n]), scale),
+                                            _mm512_set1_ps(s->g[n][ag].d), acc[r][n]);
             if (!has_min) continue;
-            __m512 m = _mm512_load_ps(mins + (r * groups + g) * KT_TILE);
-            for (int n = 0; n < N; n++) acc[r][n] = _mm512_fnmadd_ps(m, _mm512_set1_ps(side[g].ds[n]), acc[r][n]);
+            __m512 min = _mm512_load_ps(mins + r * tile_groups + g * KT_TILE);
+            for (int n = 0; n < N; n++)
+                acc[r][n] = _mm512_fnmadd_ps(min, _mm512_set1_ps(s->g[n][ag].ds), acc[r][n]);
         }
     }
     for (int n = 0; n < N; n++)
-        for (int r = 0; r < R; r++) {
-            float *out = c + n * ldc + (tile + r) * KT_TILE;
-            _mm512_storeu_ps(out, add ? _mm512_add_ps(_mm512_loadu_ps(out), acc[r][n]) : acc[r][n]);
-        }
+        for (int r = 0; r < R; r++) store_tile(s->c + n * s->ldc + (tile + r) * KT_TILE, acc[r][n], s->add);
 }
 
 #ifdef __AVX512VNNI__
@@ -101,67 +90,56 @@ INLINE void micro_q8(const int R, const int N, const int group, const int has_mi
 #endif
 
 /* All tiles of the panel for N tokens, in one of the few variants that exist. */
-#define VARIANT(group, has_min, wide)                                                             \
-    do {                                                                                          \
-        int tile = 0;                                                                             \
-        for (; tile + 2 <= p->tiles; tile += 2)                                                   \
-            micro_q8(2, N, group, has_min, wide, p, tile, q, side, c, ldc, add);                  \
-        if (tile < p->tiles) micro_q8(1, N, group, has_min, wide, p, tile, q, side, c, ldc, add); \
+#define VARIANT(group, has_min, has_zero, wide)                                                     \
+    do {                                                                                            \
+        int tile = 0;                                                                               \
+        for (; tile + 2 <= s->p->tiles; tile += 2)                                                  \
+            micro_q8(2, N, group, has_min, has_zero, wide, s, tile);                                \
+        if (tile < s->p->tiles) micro_q8(1, N, group, has_min, has_zero, wide, s, tile);            \
     } while (0)
 
-INLINE void tiles_q8(const int N, const struct kt_panel *p, const int8_t *const *q, const struct side *side, float *c,
-                     int64_t ldc, int add) {
-    if (p->group == 16)
-        VARIANT(16, 0, 0);
-    else if (p->mins)
-        VARIANT(32, 1, 0);
-    else if (WIDE(p))
-        VARIANT(32, 0, 1);
+INLINE void tiles_q8(const int N, const struct slice *s) {
+    if (s->p->group == 16)
+        VARIANT(16, 0, 1, 0); /* no format with groups of 16 has mins yet */
+    else if (s->p->mins)
+        VARIANT(32, 1, 0, 0); /* nor does one have both a zero point and mins */
+    else if (WIDE(s->p))
+        VARIANT(32, 0, 1, 1);
     else
-        VARIANT(32, 0, 0);
+        VARIANT(32, 0, 1, 0);
 }
 
-/* Six tokens at a time, then two, then one: not every remainder is worth its own code. */
-static void tokens6(const struct kt_panel *p, const int8_t *const *q, const struct side *s, float *c, int64_t ldc, int add) {
-    tiles_q8(6, p, q, s, c, ldc, add);
-}
-static void tokens4(const struct kt_panel *p, const int8_t *const *q, const struct side *s, float *c, int64_t ldc, int add) {
-    tiles_q8(4, p, q, s, c, ldc, add);
-}
-static void tokens2(const struct kt_panel *p, const int8_t *const *q, const struct side *s, float *c, int64_t ldc, int add) {
-    tiles_q8(2, p, q, s, c, ldc, add);
-}
-static void tokens1(const struct kt_panel *p, const int8_t *const *q, const struct side *s, float *c, int64_t ldc, int add) {
-    tiles_q8(1, p, q, s, c, ldc, add);
-}
+static void tokens6(const struct slice *s) { tiles_q8(6, s); }
+static void tokens4(const struct slice *s) { tiles_q8(4, s); }
+static void tokens3(const struct slice *s) { tiles_q8(3, s); }
+static void tokens2(const struct slice *s) { tiles_q8(2, s); }
+static void tokens1(const struct slice *s) { tiles_q8(1, s); }
 
 static void gemm_q8(const struct kt_panel *p, const struct kt_acts *a, const int32_t *token, int tokens, int64_t k0,
                     float *c, int64_t ldc, int add) {
-    struct side side[KT_MAX_GROUPS];
-    const int8_t *q[TOKENS];
-    while (tokens > 0) {
-        int n = tokens >= 6 ? 6 : tokens >= 4 ? 4 : tokens >= 2 ? 2 : 1;
-        gather_side(p, a, token, n, k0, side);
-        for (int i = 0; i < n; i++) q[i] = a->q + token[i] * a->stride + k0;
-        (n == 6 ? tokens6 : n == 4 ? tokens4 : n == 2 ? tokens2 : tokens1)(p, q, side, c, ldc, add);
-        tokens -= n;
-        token += n;
-        c += n * ldc;
-    }
+    for (int64_t k = 0; k < p->k; k += KT_CACHE_BYTES)
+        for (int t = 0, n; t < tokens; t += n) {
+            const int left = tokens - t;
+            n = left >= 6 && left != 7 && left != 8 ? 6 : left >= 4 ? 4 : left; /* 7 = 4 + 3, 8 = 4 + 4 */
+            struct slice s = {.p = p, .k = k, .n = p->k - k < KT_CACHE_BYTES ? p->k - k : KT_CACHE_BYTES,
+                              .c = c + t * ldc, .ldc = ldc, .add = add || k};
+            for (int i = 0; i < n; i++) {
+                s.q[i] = a->q + token[t + i] * a->stride + k0 + k;
+                s.g[i] = a->g + (token[t + i] * a->stride + k0 + k) / KT_ACT_GROUP;
+            }
+            (n == 6 ? tokens6 : n == 4 ? tokens4 : n == 3 ? tokens3 : n == 2 ? tokens2 : tokens1)(&s);
+        }
 }
 
 /* ---- fp32 ------------------------------------------------------------------------------------------- */
 
-INLINE void micro_f32(const int R, const int N, const struct kt_panel *p, int tile, const float *const *q, float *c,
-                      int64_t ldc, int add) {
-    const float *data = (const float *)p->data + tile * p->k * KT_TILE;
-    const float *x[TOKENS];
+INLINE void micro_f32(const int R, const int N, const struct kt_panel *p, int64_t k0, int64_t n_k, int tile,
+                      const float *const *x, float *c, int64_t ldc, int add) {
+    const float *data = (const float *)p->data + (tile * p->k + k0) * KT_TILE;
     __m512 acc[2][TOKENS];
-    for (int n = 0; n < N; n++) {
-        x[n] = q[n];
+    for (int n = 0; n < N; n++)
         for (int r = 0; r < R; r++) acc[r][n] = _mm512_setzero_ps();
-    }
-    for (int64_t k = 0; k < p->k; k++) {
+    for (int64_t k = 0; k < n_k; k++) {
         __m512 w[2];
         for (int r = 0; r < R; r++) w[r] = _mm512_load_ps(data + (k + r * p->k) * KT_TILE);
         for (int n = 0; n < N; n++) {
@@ -170,31 +148,29 @@ INLINE void micro_f32(const int R, const int N, const struct kt_panel *p, int ti
         }
     }
     for (int n = 0; n < N; n++)
-        for (int r = 0; r < R; r++) {
-            float *out = c + n * ldc + (tile + r) * KT_TILE;
-            _mm512_storeu_ps(out, add ? _mm512_add_ps(_mm512_loadu_ps(out), acc[r][n]) : acc[r][n]);
-        }
+        for (int r = 0; r < R; r++) store_tile(c + n * ldc + (tile + r) * KT_TILE, acc[r][n], add);
 }
 
-INLINE void tiles_f32(const int N, const struct kt_panel *p, const float *const *x, float *c, int64_t ldc, int add) {
+INLINE void tiles_f32(const int N, const struct kt_panel *p, int64_t k, int64_t n_k, const float *const *x, float *c,
+                      int64_t ldc, int add) {
     int tile = 0;
-    for (; tile + 2 <= p->tiles; tile += 2) micro_f32(2, N, p, tile, x, c, ldc, add);
-    if (tile < p->tiles) micro_f32(1, N, p, tile, x, c, ldc, add);
+    for (; tile + 2 <= p->tiles; tile += 2) micro_f32(2, N, p, k, n_k, tile, x, c, ldc, add);
+    if (tile < p->tiles) micro_f32(1, N, p, k, n_k, tile, x, c, ldc, add);
 }
 
 static void gemm_f32(const struct kt_panel *p, const struct kt_acts *a, const int32_t *token, int tokens, int64_t k0,
                      float *c, int64_t ldc, int add) {
-    const float *x[TOKENS];
-    while (tokens > 0) {
-        int n = tokens >= 6 ? 6 : tokens >= 2 ? 2 : 1;
-        for (int i = 0; i < n; i++) x[i] = a->f + token[i] * a->stride + k0;
-        if (n == 6) tiles_f32(6, p, x, c, ldc, add);
-        else if (n == 2) tiles_f32(2, p, x, c, ldc, add);
-        else tiles_f32(1, p, x, c, ldc, add);
-        tokens -= n;
-        token += n;
-        c += n * ldc;
-    }
+    const int64_t step = KT_CACHE_BYTES / 4;
+    for (int64_t k = 0; k < p->k; k += step)
+        for (int t = 0, n; t < tokens; t += n) {
+            const int64_t n_k = p->k - k < step ? p->k - k : step;
+            const float *x[TOKENS];
+            n = tokens - t >= 6 ? 6 : tokens - t >= 2 ? 2 : 1;
+            for (int i = 0; i < n; i++) x[i] = a->f + token[t + i] * a->stride + k0 + k;
+            if (n == 6) tiles_f32(6, p, k, n_k, x, c + t * ldc, ldc, add || k);
+            else if (n == 2) tiles_f32(2, p, k, n_k, x, c + t * ldc, ldc, add || k);
+            else tiles_f32(1, p, k, n_k, x, c + t * ldc, ldc, add || k);
+        }
 }
 
 /* ---- limits ----------------------------------------------------------------------------------------- */

@@ -14,17 +14,19 @@ INLINE __m512bh broadcast2(const uint16_t *p) {
     return as_bf16(_mm512_set1_epi32(v));
 }
 
-INLINE void micro(const int R, const int N, const struct kt_panel *p, int tile, const uint16_t *const *q, float *c,
-                  int64_t ldc, int add) {
-    const int64_t pairs = (p->k + 1) / 2; /* an odd last column is paired with a zero on both sides */
-    const uint32_t *data = p->data + tile * pairs * KT_TILE;
-    const uint16_t *x[TOKENS];
+INLINE void store_tile(float *out, __m512 v, int add) {
+    _mm512_storeu_ps(out, add ? _mm512_add_ps(_mm512_loadu_ps(out), v) : v);
+}
+
+/* first, count: pairs of columns. An odd last column is paired with a zero on both sides. */
+INLINE void micro(const int R, const int N, const struct kt_panel *p, int64_t first, int64_t count, int tile,
+                  const uint16_t *const *x, float *c, int64_t ldc, int add) {
+    const int64_t pairs = (p->k + 1) / 2;
+    const uint32_t *data = p->data + (tile * pairs + first) * KT_TILE;
     __m512 acc[2][TOKENS];
-    for (int n = 0; n < N; n++) {
-        x[n] = q[n];
+    for (int n = 0; n < N; n++)
         for (int r = 0; r < R; r++) acc[r][n] = _mm512_setzero_ps();
-    }
-    for (int64_t k = 0; k < pairs; k++) {
+    for (int64_t k = 0; k < count; k++) {
         __m512bh w[2];
         for (int r = 0; r < R; r++) w[r] = as_bf16(_mm512_load_si512(data + (k + r * pairs) * KT_TILE));
         for (int n = 0; n < N; n++) {
@@ -33,31 +35,29 @@ INLINE void micro(const int R, const int N, const struct kt_panel *p, int tile, 
         }
     }
     for (int n = 0; n < N; n++)
-        for (int r = 0; r < R; r++) {
-            float *out = c + n * ldc + (tile + r) * KT_TILE;
-            _mm512_storeu_ps(out, add ? _mm512_add_ps(_mm512_loadu_ps(out), acc[r][n]) : acc[r][n]);
-        }
+        for (int r = 0; r < R; r++) store_tile(c + n * ldc + (tile + r) * KT_TILE, acc[r][n], add);
 }
 
-INLINE void tiles(const int N, const struct kt_panel *p, const uint16_t *const *x, float *c, int64_t ldc, int add) {
+INLINE void tiles(const int N, const struct kt_panel *p, int64_t first, int64_t count, const uint16_t *const *x, float *c,
+                  int64_t ldc, int add) {
     int tile = 0;
-    for (; tile + 2 <= p->tiles; tile += 2) micro(2, N, p, tile, x, c, ldc, add);
-    if (tile < p->tiles) micro(1, N, p, tile, x, c, ldc, add);
+    for (; tile + 2 <= p->tiles; tile += 2) micro(2, N, p, first, count, tile, x, c, ldc, add);
+    if (tile < p->tiles) micro(1, N, p, first, count, tile, x, c, ldc, add);
 }
 
 static void gemm_bf16(const struct kt_panel *p, const struct kt_acts *a, const int32_t *token, int tokens, int64_t k0,
                       float *c, int64_t ldc, int add) {
-    const uint16_t *x[TOKENS];
-    while (tokens > 0) {
-        int n = tokens >= 6 ? 6 : tokens >= 2 ? 2 : 1;
-        for (int i = 0; i < n; i++) x[i] = a->h + token[i] * a->stride + k0;
-        if (n == 6) tiles(6, p, x, c, ldc, add);
-        else if (n == 2) tiles(2, p, x, c, ldc, add);
-        else tiles(1, p, x, c, ldc, add);
-        tokens -= n;
-        token += n;
-        c += n * ldc;
-    }
+    const int64_t pairs = (p->k + 1) / 2, step = KT_CACHE_BYTES / 4;
+    for (int64_t k = 0; k < pairs; k += step)
+        for (int t = 0, n; t < tokens; t += n) {
+            const int64_t count = pairs - k < step ? pairs - k : step;
+            const uint16_t *x[TOKENS];
+            n = tokens - t >= 6 ? 6 : tokens - t >= 2 ? 2 : 1;
+            for (int i = 0; i < n; i++) x[i] = a->h + token[t + i] * a->stride + k0 + 2 * k;
+            if (n == 6) tiles(6, p, k, count, x, c + t * ldc, ldc, add || k);
+            else if (n == 2) tiles(2, p, k, count, x, c + t * ldc, ldc, add || k);
+            else tiles(1, p, k, count, x, c + t * ldc, ldc, add || k);
+        }
 }
 
 static double (*peak_below)(int kind, int64_t iterations);
