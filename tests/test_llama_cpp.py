@@ -22,7 +22,7 @@ YARN = dict(
     rope_type="yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=32, beta_slow=1,
     rope_theta=10000.0, mscale=1.0, mscale_all_dim=1.0,
 )  # fmt: skip
-# llama.cpp takes deepseek2 for the kind without q_a_proj by its 27 layers alone, and has no dense qwen layers.
+# llama.cpp knows the deepseek2 without q_a_proj by its 27 layers alone, and has no dense qwen layers.
 MODELS = {
     "deepseek_v2": dict(num_hidden_layers=27),
     "deepseek_v2 with q_lora and yarn": dict(q_lora_rank=48, rope_parameters=YARN),
@@ -49,7 +49,7 @@ json.dump({token["id"]: token["logprob"] for token in found}, open(answer, "w"))
 
 
 def readable_prompt(model) -> tuple[list[int], torch.Tensor]:
-    """A prompt after which the likeliest token is printable (llama.cpp tells nothing about half a character), and
+    """A prompt after which the likeliest token is printable (llama.cpp is silent about half a character), and
     the log-probabilities after it."""
     alphabet = byte_tokenizer()[0]
     for start in range(100):

@@ -6,6 +6,7 @@ Peak memory of `tensor` is its result plus a few MiB.
 
 import mmap
 import os
+import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,8 +18,8 @@ from torch import Tensor
 from ktransformers.errors import WeightError, did_you_mean
 from ktransformers.quants import Packed, QuantType
 
-# Python names it from 3.13 on; the value is Linux's on every architecture but alpha, mips, sparc and parisc.
-_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+# Python 3.11 does not name it; the value is Linux's on every architecture that torch has wheels for.
+_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,8 @@ _STRING, _ARRAY = 8, 9
 _MAX_NAME = 65535  # the format's limit for a key; ggml itself allows 63 bytes in a tensor's name
 _MAX_NESTING = 4  # no published file nests arrays at all
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
-_COMPANION = re.compile(
-    r"mmproj|imatrix", re.IGNORECASE
-)  # vision towers and calibration data beside the weights
+# Vision towers and calibration data that lie beside the weights.
+_COMPANION = re.compile(r"^mmproj|imatrix\.gguf$", re.IGNORECASE)
 
 
 class GGUFArray(Sequence):
@@ -288,11 +287,12 @@ class GGUFFiles(WeightFiles):
 
 def _pick(folder: Path) -> Path:
     """The one GGUF file, or first shard, of a folder. Raises WeightError when there are none or several."""
-    found = sorted(p for p in folder.glob("*.gguf") if not _COMPANION.search(p.name))
-    models: dict[str, Path] = {}
+    every = sorted(folder.glob("*.gguf"))
+    found = [p for p in every if not _COMPANION.search(p.name)] or every
+    models: dict[object, Path] = {}
     for path in found:
         shard = _SHARD.fullmatch(path.name)
-        models.setdefault(shard["stem"] if shard else path.name, path)
+        models.setdefault((shard["stem"], shard["count"]) if shard else path.name, path)
     if len(models) == 1:
         return next(iter(models.values()))
     if models:

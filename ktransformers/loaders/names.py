@@ -153,7 +153,9 @@ class ModelWeights:
             found.append(Problem(name, text))
         for kind in dict.fromkeys(info.type for info in source.infos):
             if not kind.computed:
-                found.append(Problem(name, f"stored as {kind.name}, which this version does not compute"))
+                found.append(
+                    Problem(name, f"stored as {kind.name}, not computed yet; use another quantization")
+                )
         return found
 
     def _unused(self, ignore_unexpected: Iterable[str]) -> list[str]:

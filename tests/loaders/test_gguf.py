@@ -342,6 +342,11 @@ def test_folders(tmp_path):
     good_file(tmp_path / "y.gguf")
     with pytest.raises(WeightError, match="2 GGUF models.*x.gguf, y.gguf"):
         open_weights(tmp_path)
+    (tmp_path / "two").mkdir()
+    for count in (1, 2):
+        good_file(tmp_path / "two" / f"m-00001-of-0000{count}.gguf")
+    with pytest.raises(WeightError, match="2 GGUF models.*of-00001.gguf, .*of-00002.gguf"):
+        open_weights(tmp_path / "two")
     with pytest.raises(WeightError, match="no such file"):
         open_weights(tmp_path / "z.gguf")
     (tmp_path / "deep").mkdir()

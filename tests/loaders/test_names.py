@@ -251,9 +251,11 @@ def test_ignored_tensors(saved, tmp_path):
     """rope_freqs in GGUF, and inv_freq and multi-token-prediction layers in safetensors, are not called
     unused."""
     one = saved("deepseek_v3")
-    extra = lambda n, d, _: (
-        [(n, d), ("rope_freqs.weight", np.ones(4, np.float32))] if n == "output.weight" else None
-    )  # noqa: E731
+
+    def extra(name, data, _):
+        rope = ("rope_freqs.weight", np.ones(4, np.float32))
+        return [(name, data), rope] if name == "output.weight" else None
+
     weights, expected = bound(tiny.edit_gguf(one.gguf, tmp_path / "x.gguf", extra), "deepseek_v3")
     assert weights.problems(expected) == []
     tensors = load_file(one.root / "hf" / "model.safetensors")
