@@ -198,12 +198,14 @@ def _drop_replaced_tensors(model: nn.Module) -> None:
 
 
 def _tie(model: nn.Module) -> None:
-    """Give tied parameters (such as lm_head of a small model) their source, unless an operator loaded them itself."""
+    """Give tied parameters (such as lm_head of a small model) their source, unless they live elsewhere."""
+    loaded = dict(model.named_parameters(remove_duplicate=False))
     for target, origin in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         module_name, _, name = target.rpartition(".")
-        table = model.get_submodule(module_name)._parameters
-        if table.get(name) is not None and table[name].is_meta:
-            table[name] = model.get_parameter(origin)
+        table, source = model.get_submodule(module_name)._parameters, loaded.get(origin)
+        tied = table.get(name)
+        if tied is not None and source is not None and (tied.is_meta or tied.device == source.device):
+            table[name] = source
 
 
 def _fill_buffers(model: nn.Module, devices: Mapping[str, str]) -> None:

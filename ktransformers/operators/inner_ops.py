@@ -98,7 +98,7 @@ class StagedOperator(BaseInjectedModule):
     adopts = False
 
     def hold(self, generate: tuple[type, Any], prefill: tuple[type, Any] | None) -> None:
-        """Make the inner operators, each a (class, device). If `prefill` is None or equal, one serves both."""
+        """Make the inner operators, each a (class, device). With `prefill` None or equal, one serves both."""
         first = second = self._make(*generate)
         if prefill is not None and prefill != generate:
             second = self._make(*prefill)

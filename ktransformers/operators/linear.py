@@ -201,8 +201,8 @@ class KTransformersLinear(StagedOperator):
     def check(
         cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None
     ) -> list[str]:
-        if not isinstance(orig_module, nn.Linear):
-            return [f"{cls.__name__} replaces torch.nn.Linear, found {type(orig_module).__name__}"]
+        if problem := _not_linear(orig_module):
+            return [f"{cls.__name__} {problem}"]
         problems = []
         for stage in ("generate", "prefill"):
             name, device = kwargs.get(f"{stage}_op"), kwargs.get(f"{stage}_device") or "cuda"
@@ -234,6 +234,14 @@ class KTransformersLinear(StagedOperator):
         return f"{sizes}, {type(self.active).__name__} on {self.generate_device}"
 
 
+def _not_linear(module: nn.Module) -> str:
+    """Say that `module` is no linear layer, or more than one (a router may be a subclass), or return ``""``."""
+    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+        return ""
+    more = ", which computes more than that" if isinstance(module, nn.Linear) else ""
+    return f"replaces torch.nn.Linear, found {type(module).__name__}{more}"
+
+
 class LinearTorchInject(BaseInjectedModule, KLinearBase):
     """The tutorial's operator: a dense transposed weight and a matrix product, on one device.
 
@@ -256,6 +264,13 @@ class LinearTorchInject(BaseInjectedModule, KLinearBase):
         self.dtype = torch.get_default_dtype()
         self.w: Tensor | None = None  # [K, N]
         self.bias: Tensor | None = None
+
+    @classmethod
+    def check(
+        cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None
+    ) -> list[str]:
+        problem = _not_linear(orig_module)
+        return [f"{cls.__name__} {problem}"] if problem else []
 
     def load(self, w: Weight = None, device: Any = None) -> None:
         device = self.device if device is None else device

@@ -102,6 +102,26 @@ def test_attention_alone_gives_the_same_logits(checkpoint, mla_family, overrides
         assert relative_error(model(ids).logits, reference(ids).logits) < 1e-4
 
 
+def test_torch_operators_pass_the_same_gradients(checkpoint, family):
+    parts = [part for part in all_parts(family) if part not in ("experts", "linear")]
+    reference, model = build(checkpoint, family, *parts, "experts_torch", "linear_torch")
+    for one in (reference, model):
+        one.zero_grad()
+        one(PROMPT).logits.square().mean().backward()
+    expected = dict(reference.named_parameters())
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert "model.embed_tokens.weight" in found and any(name.endswith("mlp.gate.weight") for name in found)
+    assert max(relative_error(grad, expected[name].grad) for name, grad in found.items()) < 1e-3
+
+
+@pytest.mark.parametrize("part", ["gate", "linear_torch"])
+def test_tied_embeddings_are_one_tensor(checkpoint, part):
+    reference, model = build(checkpoint, "qwen3_moe", part, tie_word_embeddings=True)
+    with torch.no_grad():
+        assert relative_error(model(PROMPT).logits, reference(PROMPT).logits) < 1e-4
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
 def test_all_together_give_the_same_logits_and_names(together, family):
     reference, model, _ = together(family)
     ids = random_ids(2, 13)

@@ -158,7 +158,10 @@ def test_check_lists_what_does_not_fit():
     _, meta, weights = pair()
     check = KTransformersLinear.check
     assert check(KEY, meta, {"generate_op": "KLinearMarlin", "prefill_op": "None", **CPU}, weights) == []
-    assert "found LayerNorm" in check(KEY, nn.LayerNorm(4), {}, weights)[0]
+    router = type("Router", (nn.Linear,), {"forward": lambda self, x: (x, x)})(2, 2)
+    for operator in (KTransformersLinear, LinearTorchInject):
+        assert "found LayerNorm" in operator.check(KEY, nn.LayerNorm(4), {}, weights)[0]
+        assert "found Router, which computes more" in operator.check(KEY, router, {}, weights)[0]
     problems = check(KEY, meta, {"generate_op": "KLinearTorhc", "prefill_op": "KLinear", **CPU}, weights)
     assert len(problems) == 2 and "did you mean 'KLinearTorch'" in problems[0]
     problems = check(KEY, meta, {"generate_op": "KLinearCPUInfer", "generate_device": "cuda"}, weights)
