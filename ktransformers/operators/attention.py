@@ -105,7 +105,7 @@ class KDeepseekV2Attention(FamilyOperator):
         mask = _checked_mask(attention_mask, self.config)
 
         if mask is None and length > 1:
-            # transformers omits the mask only where the cache was empty; more is there if it is a static one.
+            # transformers omits the mask only where the cache was empty; beyond, a static one still is empty.
             latent, k_rot = latent[:, :, :length], k_rot[:, :, :length]
 
         wants_weights = kwargs.get("output_attentions", getattr(self.config, "output_attentions", False))

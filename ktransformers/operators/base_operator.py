@@ -263,7 +263,7 @@ class _ForwardOnly(torch.autograd.Function):
     @staticmethod
     def forward(ctx, function: Callable, what: str, *tensors: Tensor) -> Tensor:
         ctx.what = what
-        return function(*(tensor.detach() for tensor in tensors))
+        return function(*tensors)  # autograd is off in here
 
     @staticmethod
     def backward(ctx, *grads: Tensor):

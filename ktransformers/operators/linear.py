@@ -235,7 +235,7 @@ class KTransformersLinear(StagedOperator):
 
 
 def _not_linear(module: nn.Module) -> str:
-    """Say that `module` is no linear layer, or more than one (a router may be a subclass), or return ``""``."""
+    """Say that `module` is no linear layer, or more than one (routers may subclass it), or return ``""``."""
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
         return ""
     more = ", which computes more than that" if isinstance(module, nn.Linear) else ""

@@ -258,6 +258,24 @@ def test_all_torch_operators_on_two_gpus_never_mix_devices(family):
         assert [layer.keys.device.index for layer in cache.layers] == [0, 1, 1]
 
 
+def test_a_layer_after_the_map_s_last_entry_is_fed_there_whatever_its_weights_say():
+    class Probe(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.on_the_cpu = nn.Parameter(torch.empty(1))
+
+        def forward(self, hidden, position_ids=None, **kwargs):
+            self.seen = {hidden.device, position_ids.device}
+            return hidden
+
+    with fake_devices():
+        model = on_devices("mixtral", KQwen2MoeModel, {1: "cuda:1"}, "cuda:1")
+        probe = model.model.layers[2] = Probe()
+        model.model.watch_layers()
+        model.model(torch.zeros(2, 6, dtype=torch.long))
+        assert probe.seen == {torch.device("cuda:1")}
+
+
 def test_without_the_operator_the_devices_do_not_meet():
     with fake_devices(), pytest.raises(Exception, match="device"):
         model = on_devices("mixtral", None, {1: "cuda:1"}, "cuda:1")
