@@ -19,13 +19,14 @@ static inline const uint8_t *row_at(const uint8_t *w, size_t stride, int r) { re
     INLINE void name##_rows(const uint8_t *w, size_t stride, const int R, int64_t cols, const struct kt_act *a, \
                             float *out) {                                                                       \
         __m256 acc[2][4];                                                                                       \
+        const size_t next = next_rows(stride, R);                                                               \
         int64_t c = 0;                                                                                          \
         for (int i = 0; i < 4; i++) acc[0][i] = acc[1][i] = _mm256_setzero_ps();                                \
         for (; c + 32 <= cols; c += 32)                                                                         \
             for (int r = 0; r < R; r++) {                                                                       \
                 const uint8_t *p = row_at(w, stride, r) + c * size;                                             \
-                PREFETCH(p);                                                                                    \
-                if (size == 4) PREFETCH(p + 64);                                                                \
+                PREFETCH(p, next);                                                                                    \
+                if (size == 4) PREFETCH(p + 64, next);                                                                \
                 for (int i = 0; i < 4; i++)                                                                     \
                     acc[r][i] = _mm256_fmadd_ps(load(p + 8 * i * size), load_f32(a->f + c + 8 * i), acc[r][i]); \
             }                                                                                                   \
@@ -107,10 +108,11 @@ INLINE __m256 q6_k_block(__m256 acc, const uint8_t *p, const struct kt_act *a, i
     INLINE void name##_rows(const uint8_t *w, size_t stride, const int R, int64_t cols, const struct kt_act *a, \
                             float *out) {                                                                       \
         __m256 acc[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};                                             \
+        const size_t next = next_rows(stride, R);                                                               \
         for (int64_t c = 0; c < cols; c += block)                                                               \
             for (int r = 0; r < R; r++) {                                                                       \
                 const uint8_t *p = row_at(w, stride, r) + c / block * bytes;                                    \
-                for (int i = 0; i < (bytes + 63) / 64; i++) PREFETCH(p + 64 * i);                               \
+                for (int i = 0; i < (bytes + 63) / 64; i++) PREFETCH(p + 64 * i, next);                               \
                 acc[r] = name##_block(acc[r], p, a, c);                                                         \
             }                                                                                                   \
         for (int r = 0; r < R; r++) out[r] = sum_ps(acc[r]);                                                    \

@@ -29,14 +29,15 @@ static inline const uint8_t *row_at(const uint8_t *w, size_t stride, int r) { re
     INLINE void name##_rows(const uint8_t *w, size_t stride, const int R, int64_t cols, const struct kt_act *a,       \
                             float *out) {                                                                             \
         __m512 even[4], odd[4];                                                                                       \
+        const size_t next = next_rows(stride, R);                                                                         \
         int64_t c = 0;                                                                                                \
         for (int r = 0; r < R; r++) even[r] = odd[r] = _mm512_setzero_ps();                                           \
         for (; c + 32 <= cols; c += 32) {                                                                             \
             __m512 x = _mm512_loadu_ps(a->f + c), y = _mm512_loadu_ps(a->f + c + 16);                                 \
             for (int r = 0; r < R; r++) {                                                                             \
                 const uint8_t *p = row_at(w, stride, r) + c * size;                                                   \
-                PREFETCH(p);                                                                                          \
-                if (size == 4) PREFETCH(p + 64);                                                                      \
+                PREFETCH(p, next);                                                                                          \
+                if (size == 4) PREFETCH(p + 64, next);                                                                      \
                 even[r] = _mm512_fmadd_ps(load(p), x, even[r]);                                                       \
                 odd[r] = _mm512_fmadd_ps(load(p + 16 * size), y, odd[r]);                                             \
             }                                                                                                         \
@@ -64,6 +65,7 @@ INLINE __m512 pair_ps(float s0, float s1) {
 
 INLINE void q8_0_rows(const uint8_t *w, size_t stride, const int R, int64_t cols, const struct kt_act *a, float *out) {
     __m512 acc[4];
+    const size_t next = next_rows(stride, R);
     for (int r = 0; r < R; r++) acc[r] = _mm512_setzero_ps();
     int64_t c = 0;
     for (; c + 64 <= cols; c += 64) {
@@ -71,7 +73,7 @@ INLINE void q8_0_rows(const uint8_t *w, size_t stride, const int R, int64_t cols
         const float *d = a->d + c / 32;
         for (int r = 0; r < R; r++) {
             const uint8_t *p = row_at(w, stride, r) + c / 32 * 34;
-            PREFETCH(p);
+            PREFETCH(p, next);
             __m512i v = _mm512_inserti64x4(_mm512_castsi256_si512(load256(p + 2)), load256(p + 36), 1);
             __m512 s = pair_ps(f16_at(p) * d[0], f16_at(p + 34) * d[1]);
             acc[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot4_signed(start, v, q)), s, acc[r]);
@@ -146,12 +148,13 @@ INLINE __m512 q5_k_block(__m512 acc, const uint8_t *p, const struct k4_acts *x) 
     INLINE void name##_rows(const uint8_t *w, size_t stride, const int R, int64_t cols, const struct kt_act *a, \
                             float *out) {                                                                       \
         __m512 acc[4];                                                                                          \
+        const size_t next = next_rows(stride, R);                                                                   \
         for (int r = 0; r < R; r++) acc[r] = _mm512_setzero_ps();                                               \
         for (int64_t c = 0; c < cols; c += KT_QK) {                                                             \
             const struct k4_acts x = k4_load(a, c);                                                             \
             for (int r = 0; r < R; r++) {                                                                       \
                 const uint8_t *p = row_at(w, stride, r) + c / KT_QK * (bytes);                                  \
-                for (int i = 0; i < (lines); i++) PREFETCH(p + 64 * i);                                         \
+                for (int i = 0; i < (lines); i++) PREFETCH(p + 64 * i, next);                                         \
                 acc[r] = name##_block(acc[r], p, &x);                                                           \
             }                                                                                                   \
         }                                                                                                       \
@@ -167,6 +170,7 @@ INLINE void q6_k_rows(const uint8_t *w, size_t stride, const int R, int64_t cols
     const __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
     const __m512i quads = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
     __m512 acc[4];
+    const size_t next = next_rows(stride, R);
     for (int r = 0; r < R; r++) acc[r] = _mm512_setzero_ps();
     for (int64_t c = 0; c < cols; c += KT_QK) {
         __m512i q[4], start[4];
@@ -177,7 +181,7 @@ INLINE void q6_k_rows(const uint8_t *w, size_t stride, const int R, int64_t cols
         __m512 d = _mm512_permutexvar_ps(twice, _mm512_castps256_ps512(_mm256_loadu_ps(a->d + c / 32)));
         for (int r = 0; r < R; r++) {
             const uint8_t *p = row_at(w, stride, r) + c / KT_QK * 210;
-            for (int i = 0; i < 4; i++) PREFETCH(p + 64 * i);
+            for (int i = 0; i < 4; i++) PREFETCH(p + 64 * i, next);
             __m512 s = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load128(p + 192))), d);
             s = _mm512_mul_ps(s, _mm512_set1_ps(f16_at(p + 208)));
             for (int i = 0; i < 4; i++) { /* 64 codes, four groups of 16 */

@@ -10,7 +10,7 @@ static void unpack_f16(const uint8_t *w, int64_t n, void *data, float *scales, f
     UNUSED;
     float *out = data;
     int64_t i = 0;
-    for (; i + 16 <= n; i += 16) PREFETCH(w + 2 * i), _mm512_storeu_ps(out + i, load_f16(w + 2 * i));
+    for (; i + 16 <= n; i += 16) PREFETCH(w + 2 * i, UNPACK_AHEAD), _mm512_storeu_ps(out + i, load_f16(w + 2 * i));
     __mmask16 m = (__mmask16)((1u << (n - i)) - 1);
     _mm512_mask_storeu_ps(out + i, m, load_f16_mask(m, w + 2 * i));
 }
@@ -19,7 +19,7 @@ static void unpack_bf16(const uint8_t *w, int64_t n, void *data, float *scales, 
     UNUSED;
     float *out = data;
     int64_t i = 0;
-    for (; i + 16 <= n; i += 16) PREFETCH(w + 2 * i), _mm512_storeu_ps(out + i, load_bf16(w + 2 * i));
+    for (; i + 16 <= n; i += 16) PREFETCH(w + 2 * i, UNPACK_AHEAD), _mm512_storeu_ps(out + i, load_bf16(w + 2 * i));
     __mmask16 m = (__mmask16)((1u << (n - i)) - 1);
     _mm512_mask_storeu_ps(out + i, m, load_bf16_mask(m, w + 2 * i));
 }
@@ -28,7 +28,7 @@ static void unpack_q8_0(const uint8_t *w, int64_t n, void *data, float *scales, 
     (void)mins;
     uint8_t *u = data;
     for (int64_t g = 0; g < n / 32; g++, w += 34) {
-        PREFETCH(w);
+        PREFETCH(w, UNPACK_AHEAD);
         scales[g] = f16_at(w);
         _mm256_storeu_si256((__m256i_u *)(u + 32 * g), _mm256_xor_si256(load256(w + 2), _mm256_set1_epi8(-128)));
     }
@@ -50,7 +50,7 @@ static void unpack_q4_k(const uint8_t *w, int64_t n, void *data, float *scales, 
     const __m512i low = _mm512_set1_epi8(15);
     uint8_t *u = data;
     for (; n > 0; n -= KT_QK, w += 144, u += KT_QK, scales += 8, mins += 8) {
-        for (int i = 0; i < 3; i++) PREFETCH(w + 64 * i);
+        for (int i = 0; i < 3; i++) PREFETCH(w + 64 * i, UNPACK_AHEAD);
         store_k4_scales(w, scales, mins);
         for (int i = 0; i < 2; i++) {
             __m512i v = _mm512_loadu_si512(w + 16 + 64 * i);
@@ -62,7 +62,7 @@ static void unpack_q4_k(const uint8_t *w, int64_t n, void *data, float *scales, 
 static void unpack_q5_k(const uint8_t *w, int64_t n, void *data, float *scales, float *mins) {
     uint8_t *u = data;
     for (; n > 0; n -= KT_QK, w += 176, u += KT_QK, scales += 8, mins += 8) {
-        for (int i = 0; i < 3; i++) PREFETCH(w + 64 * i);
+        for (int i = 0; i < 3; i++) PREFETCH(w + 64 * i, UNPACK_AHEAD);
         store_k4_scales(w, scales, mins);
         __m512i high = _mm512_broadcast_i64x4(load256(w + 16));
         for (int i = 0; i < 2; i++) {
@@ -76,7 +76,7 @@ static void unpack_q6_k(const uint8_t *w, int64_t n, void *data, float *scales, 
     (void)mins;
     uint8_t *u = data;
     for (; n > 0; n -= KT_QK, w += 210, u += KT_QK, scales += 16) {
-        for (int i = 0; i < 4; i++) PREFETCH(w + 64 * i);
+        for (int i = 0; i < 4; i++) PREFETCH(w + 64 * i, UNPACK_AHEAD);
         __m512 s = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load128(w + 192)));
         _mm512_storeu_ps(scales, _mm512_mul_ps(s, _mm512_set1_ps(f16_at(w + 208))));
         for (int i = 0; i < 4; i++) _mm512_storeu_si512(u + 64 * i, q6_codes(w, i));
