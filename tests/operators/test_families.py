@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from tiny import YARN, meta_model, random_ids, relative_error
+from tiny import YARN, meta_model, random_ids, relative_error, save, tiny_model
 from transformers import StaticCache
 
 from ktransformers import optimize_and_load
@@ -100,6 +100,29 @@ def test_attention_alone_gives_the_same_logits(checkpoint, mla_family, overrides
     ids = random_ids(2, 13)
     with torch.no_grad():
         assert relative_error(model(ids).logits, reference(ids).logits) < 1e-4
+
+
+def test_bf16_is_as_near_to_fp32_as_transformers_bf16_is(family, tmp_path):
+    reference = tiny_model(family)
+    in_fp32 = {
+        name: buffer.clone() for name, buffer in reference.named_buffers()
+    }  # as from_pretrained keeps them
+    reference = reference.to(torch.bfloat16)
+    for name, buffer in in_fp32.items():
+        setattr(reference.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], buffer)
+    folder, ids = save(reference, tmp_path), random_ids(2, 13)
+    model = optimize_and_load(
+        meta_model(reference.config).to(torch.bfloat16),
+        rules_for(family, *all_parts(family)),
+        folder,
+        default_device="cpu",
+        progress=False,
+    )
+    with torch.no_grad():
+        ours, theirs = model(ids).logits, reference(ids).logits
+        exact = reference.float()(ids).logits
+    assert ours.dtype == torch.bfloat16
+    assert (ours.float() - exact).abs().mean() < 1.5 * (theirs.float() - exact).abs().mean()
 
 
 def test_torch_operators_pass_the_same_gradients(checkpoint, family):
