@@ -75,5 +75,6 @@ if __name__ == "__main__":  # native/sanitize.py reads the table above without s
         libraries=libraries(),
         cffi_modules=["native/cffi_build.py:ffibuilder"],
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
+        include_package_data=False,  # the lists above say it all; MANIFEST.in is for the sdist
         zip_safe=False,
     )
