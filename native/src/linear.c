@@ -76,7 +76,7 @@ int kt_linear(kt_pool *pool, const kt_weight *w, const float *bias, const void *
 
     kt_pool_lock(pool);
     l.k = kt_kernels();
-    l.panel = kt_use_panel(l.k, l.w.format, tokens);
+    l.panel = kt_use_panel(l.w.format, tokens);
     l.need = kt_forms_needed(l.k, l.w.format, l.panel);
     l.rows = kt_job_rows(pool, l.w.rows);
     l.per_job = (int32_t)(1 + 16384 / l.w.cols);

@@ -65,7 +65,7 @@ size_t kt_dtype_size(int dtype); /* 0 if unknown */
 /* ---- the product ---- */
 
 /* Whether `tokens` tokens take the panel path for this format. */
-int kt_use_panel(const struct kt_kernels *k, int format, int64_t tokens);
+int kt_use_panel(int format, int64_t tokens);
 
 /* c[i, r] = row (first + r) of w . token[i], r < rows <= KT_BLOCK_ROWS; c needs rows rounded up to 16. */
 void kt_matmul_block(const struct kt_kernels *k, const struct kt_matrix *w, int64_t first, int rows,

@@ -163,9 +163,9 @@ static void gate_up(void *ctx, int32_t job, int thread) {
     int rows = (int)kt_min(e->inner - first, f->rows);
     const int32_t *token = f->token + g->begin;
     float *m = f->m.f + g->begin * f->m.stride + first;
-    kt_matmul_block(f->k, gate, first, rows, &f->x, token, g->tokens, kt_use_panel(f->k, gate->format, g->tokens), s,
+    kt_matmul_block(f->k, gate, first, rows, &f->x, token, g->tokens, kt_use_panel(gate->format, g->tokens), s,
                     s->c, KT_BLOCK_ROWS);
-    kt_matmul_block(f->k, up, first, rows, &f->x, token, g->tokens, kt_use_panel(f->k, up->format, g->tokens), s, m,
+    kt_matmul_block(f->k, up, first, rows, &f->x, token, g->tokens, kt_use_panel(up->format, g->tokens), s, m,
                     f->m.stride);
     for (int64_t i = 0; i < g->tokens; i++)
         f->k->activate(e->activation, s->c + i * KT_BLOCK_ROWS, m + i * f->m.stride, rows);
@@ -185,7 +185,7 @@ static void down(void *ctx, int32_t job, int thread) {
     int64_t first = (int64_t)(job % f->blocks_hidden) * f->rows;
     int rows = (int)kt_min(f->e->hidden - first, f->rows);
     kt_matmul_block(f->k, w, first, rows, &f->m, f->place + g->begin, g->tokens,
-                    kt_use_panel(f->k, w->format, g->tokens), &f->scratch[thread],
+                    kt_use_panel(w->format, g->tokens), &f->scratch[thread],
                     f->y + g->begin * f->y_stride + first, f->y_stride);
 }
 
@@ -212,9 +212,9 @@ static void needs(struct forward *f) {
         int32_t tokens = f->group_of[i];
         if (!tokens) continue;
         int gate = f->e->gate[i].format, up = f->e->up[i].format, down_ = f->e->down[i].format;
-        f->need_x |= kt_forms_needed(f->k, gate, kt_use_panel(f->k, gate, tokens));
-        f->need_x |= kt_forms_needed(f->k, up, kt_use_panel(f->k, up, tokens));
-        f->need_m |= kt_forms_needed(f->k, down_, kt_use_panel(f->k, down_, tokens));
+        f->need_x |= kt_forms_needed(f->k, gate, kt_use_panel(gate, tokens));
+        f->need_x |= kt_forms_needed(f->k, up, kt_use_panel(up, tokens));
+        f->need_m |= kt_forms_needed(f->k, down_, kt_use_panel(down_, tokens));
     }
 }
 
