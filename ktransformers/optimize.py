@@ -75,6 +75,7 @@ def _optimize_and_load(model, rule, weights, config, default_device, devices, pr
         if env.debug():
             report.print_plan(model, replacements, source)
         with _restored_on_failure(model):
+            _keep_in_fp32(model)
             inject(model, replacements, source, config)
             _load(model, replacements, source, progress)
     except BaseException:
@@ -180,6 +181,23 @@ def _load(model: nn.Module, replacements: Mapping[str, Replacement], source: Any
     left = [name for name, tensor in _named_tensors(model) if tensor.is_meta]
     if left:
         raise join_errors(WeightError, "tensors without a value after loading, please report this:", left)
+
+
+def _keep_in_fp32(model: nn.Module) -> None:
+    """Raise the meta tensors that a family wants in fp32 whatever its dtype, such as a router's correction bias.
+
+    from_pretrained does so too (the two `_keep_in_fp32_modules` lists; the plain one holds for fp16 only).
+    """
+    names = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if getattr(model, "dtype", None) == torch.float16:
+        names |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    wanted = re.compile(r"(^|\.)(" + "|".join(names) + r")($|\.)") if names else None
+    for prefix, module in model.named_modules() if wanted else ():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None and tensor.is_meta and tensor.is_floating_point() and wanted.search(f"{prefix}.{name}"):
+                    raised = tensor.detach().float()
+                    table[name] = nn.Parameter(raised, tensor.requires_grad) if table is module._parameters else raised
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -236,6 +236,7 @@ def test_dtype_of_the_meta_model_is_kept(checkpoint):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
     ktransformers.optimize_and_load(model, "DeepSeek-V3", devices=CPU, progress=False)
     assert model.model.norm.weight.dtype == torch.bfloat16
+    assert model.model.layers[1].mlp.gate.e_score_correction_bias.dtype == torch.float32, "as from_pretrained has it"
     assert model(random_ids(1, 5)).logits.dtype == torch.bfloat16
 
 

@@ -14,13 +14,6 @@ class KMoEGate(FamilyOperator):
     It stays an instance of the router's class, so ``output_router_logits=True`` and what trains with it work.
     """
 
-    def load(self) -> None:
-        # The correction bias decides between close experts; transformers too keeps it in fp32 in any model.
-        for name, buffer in self._buffers.items():
-            if buffer is not None and buffer.is_floating_point():
-                self._buffers[name] = buffer.float()
-        super().load()
-
     @classmethod
     def check(
         cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None

@@ -156,7 +156,11 @@ def test_codes_at_both_ends():
         for code in (0x00, 0x7F, 0x80, 0xFF):
             raw = np.full((20, 2, size), code, dtype=np.uint8)
             raw[..., at : at + width] = np.tile(np.array([1.0], np.float16).view(np.uint8), width // 2)
-            weight = Packed(torch.from_numpy(raw.reshape(-1)), random_weight(rng_for(), name, 1, block).type, (20, 2 * block))
+            weight = Packed(
+                torch.from_numpy(raw.reshape(-1)),
+                random_weight(rng_for(), name, 1, block).type,
+                (20, 2 * block),
+            )
             for sign in (1.0, -1.0):
                 x = torch.full((7, 2 * block), 127.0 * sign)
                 expected = x.double() @ values(weight).T
@@ -169,7 +173,7 @@ def test_codes_at_both_ends():
                         assert torch.allclose(found.double(), expected, rtol=1e-6, atol=1e-3), case
 
 
-# ---- experts -------------------------------------------------------------------------------------------------
+# ---- experts -----------------------------------------------------------------------------------------------
 
 
 def make_experts(rng, types, count, hidden, inner, activation="silu", nasty=False):
@@ -245,7 +249,9 @@ def test_experts_with_nasty_weights(name):
         for threshold in (DECODE, PREFILL):
             native.set_panel_threshold(threshold)
             error = relative(experts(x, ids, scale), expected)
-            assert error < (0.03 if name in QUANTIZED else 0.01 if name == "BF16" else 3e-6), f"{name} {isa} {error:.3g}"
+            assert error < (0.03 if name in QUANTIZED else 0.01 if name == "BF16" else 3e-6), (
+                f"{name} {isa} {error:.3g}"
+            )
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -1,4 +1,4 @@
-"""The border: bad arguments become named errors, threads and forks change nothing, dtypes and KT_* are obeyed."""
+"""The border: bad arguments become named errors; threads, forks, dtypes and KT_* do what they should."""
 
 import os
 import re
@@ -44,11 +44,16 @@ def call(tokens=7, hidden=512, count=4) -> tuple[torch.Tensor, torch.Tensor, tor
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
     """Run code in a fresh interpreter at the repository root."""
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
 
 
-# ---- one fact in two places -----------------------------------------------------------------------------------
+# ---- one fact in two places --------------------------------------------------------------------------------
 
 
 def test_tables_agree():
@@ -83,7 +88,7 @@ def test_every_status_has_words():
     assert len(codes) == 11 and len(set(words)) == len(words)
 
 
-# ---- bad arguments --------------------------------------------------------------------------------------------
+# ---- bad arguments -----------------------------------------------------------------------------------------
 
 
 def bad_weights():
@@ -95,10 +100,17 @@ def bad_weights():
     yield "rows", Packed(good.data, good.type, (0, 512)), NativeError, "[(]0, 512[)]"
     yield "3-D", Packed(good.data, good.type, (2, 4, 512)), NativeError, "expected a matrix"
     yield "dtype", Packed(good.data.float(), good.type, (8, 512)), NativeError, "uint8"
-    yield "strided", Packed(torch.zeros(4608, dtype=torch.uint8)[::2], good.type, (8, 512)), NativeError, "contiguous"
+    yield (
+        "strided",
+        Packed(torch.zeros(4608, dtype=torch.uint8)[::2], good.type, (8, 512)),
+        NativeError,
+        "contiguous",
+    )
 
 
-@pytest.mark.parametrize(("weight", "error", "words"), [b[1:] for b in bad_weights()], ids=[b[0] for b in bad_weights()])
+@pytest.mark.parametrize(
+    ("weight", "error", "words"), [b[1:] for b in bad_weights()], ids=[b[0] for b in bad_weights()]
+)
 def test_bad_weights_are_named(weight, error, words):
     """A weight that cannot be computed raises before C sees it, with the name and what was expected."""
     if len(weight.shape) == 2:
@@ -145,7 +157,7 @@ def test_experts_that_do_not_fit_are_named():
 
 
 def test_c_checks_its_own_arguments():
-    """The library itself refuses NULLs, unknown ids and impossible sizes with a status: no caller is trusted."""
+    """The library itself refuses NULLs, unknown ids and impossible sizes with a status."""
     state, pool = native._pool()
     ffi, lib = state.ffi, state.lib
     data = ffi.new("uint8_t[]", 34 * 4)
@@ -174,7 +186,7 @@ def test_c_checks_its_own_arguments():
     lib.kt_experts_destroy(ffi.NULL)
 
 
-# ---- dtypes ---------------------------------------------------------------------------------------------------
+# ---- dtypes ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -194,7 +206,9 @@ def test_dtypes_in_and_out(dtype):
 
 def test_float16_edges():
     """Overflow, subnormals and ties convert as torch converts them."""
-    edge = torch.tensor([65504.0, 65519.9, 65520.0, 1e9, 6e-8, 2.9e-8, 3.0e-8, -5.9e-5, 1 + 2**-11, 1 + 3 * 2**-11, 0.0])
+    edge = torch.tensor(
+        [65504.0, 65519.9, 65520.0, 1e9, 6e-8, 2.9e-8, 3.0e-8, -5.9e-5, 1 + 2**-11, 1 + 3 * 2**-11, 0.0]
+    )
     weight = torch.diag(torch.ones(len(edge)))
     linear = native.Linear(Packed(weight.view(torch.uint8).reshape(-1), Type("F32"), tuple(weight.shape)), bias=edge)
     for dtype in (torch.float16, torch.bfloat16):
@@ -212,7 +226,7 @@ def test_views_are_accepted():
     assert not linear(x.T).requires_grad
 
 
-# ---- threads, forks -------------------------------------------------------------------------------------------
+# ---- threads, forks ----------------------------------------------------------------------------------------
 
 
 def test_thread_counts_give_the_same_bits():
@@ -285,7 +299,7 @@ sys.exit(1 if bad else 0)
     assert done.returncode == 0, done.stderr
 
 
-# ---- the environment ------------------------------------------------------------------------------------------
+# ---- the environment ---------------------------------------------------------------------------------------
 
 
 def test_import_starts_nothing():
@@ -303,7 +317,7 @@ assert len(os.listdir("/proc/self/task")) == before
 
 
 def test_kt_isa_and_kt_threads(monkeypatch):
-    """KT_ISA lowers the instruction set, KT_THREADS sets the pool; an unusable one is an error that lists what works."""
+    """KT_ISA lowers the instruction set, KT_THREADS sets the pool; an unusable KT_ISA lists what works."""
     monkeypatch.setenv("KT_ISA", "portable")
     monkeypatch.setenv("KT_THREADS", "3")
     monkeypatch.setattr(native, "_state", None)
