@@ -7,7 +7,16 @@ import tempfile
 from glob import glob
 from pathlib import Path
 
-BASE = ["-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-math-errno"]
+BASE = [
+    "-std=gnu11",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+]
 """-ffp-contract=off: portable C and every instruction set must round alike; kernels ask for FMA by name."""
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -49,7 +58,12 @@ def libraries() -> list[tuple[str, dict]]:
     def library(sources: list[str], flags: list[str]) -> dict:
         # avx512_vnni/*.c include avx512/*.c, so C files of other sets count as headers too.
         depends = headers + (glob("native/src/avx512/*.c") if flags else [])
-        return {"sources": sorted(sources), "cflags": [*BASE, *flags], "macros": have, "obj_deps": {"": depends}}
+        return {
+            "sources": sorted(sources),
+            "cflags": [*BASE, *flags],
+            "macros": have,
+            "obj_deps": {"": depends},
+        }
 
     core = glob("native/src/*.c") + glob("native/src/portable/*.c")
     return [("kt_core", library(core, []))] + [

@@ -216,7 +216,7 @@ def _input(state: _State, x: torch.Tensor, cols: int, subject: str) -> torch.Ten
     return x.detach().contiguous()
 
 
-# ---- what operators use --------------------------------------------------------------------------------------
+# ---- what operators use ------------------------------------------------------------------------------------
 
 
 class Linear:

@@ -1,4 +1,4 @@
-"""Builds ktransformers._native, the cffi module: reads the API from kt_native.h, links the static libraries of setup.py.
+"""Builds ktransformers._native, the cffi module: API from kt_native.h, code from the static libraries of setup.py.
 
 Not shipped in the wheel. setup.py names it in `cffi_modules`; nothing else imports it.
 """
