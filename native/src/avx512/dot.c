@@ -63,20 +63,47 @@ INLINE __m512 pair_ps(float s0, float s1) {
     return _mm512_mask_broadcastss_ps(_mm512_set1_ps(s0), 0xff00, _mm_set_ss(s1));
 }
 
+/* The codes of two blocks, without the scales between them. */
+INLINE __m512i two_blocks(const uint8_t *p) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(load256(p + 2)), load256(p + 36), 1);
+}
+
+/* The scales of eight blocks. */
+INLINE __m256 q8_0_scales(const uint8_t *p) {
+    uint64_t low = kt_load16(p) | (uint64_t)kt_load16(p + 34) << 16 | (uint64_t)kt_load16(p + 68) << 32;
+    uint64_t high = kt_load16(p + 136) | (uint64_t)kt_load16(p + 170) << 16 | (uint64_t)kt_load16(p + 204) << 32;
+    low |= (uint64_t)kt_load16(p + 102) << 48;
+    high |= (uint64_t)kt_load16(p + 238) << 48;
+    return _mm256_cvtph_ps(_mm_set_epi64x((int64_t)high, (int64_t)low));
+}
+
 INLINE void q8_0_rows(const uint8_t *w, size_t stride, const int R, int64_t cols, const struct kt_act *a, float *out) {
     __m512 acc[4];
     const size_t next = next_rows(stride, R);
     for (int r = 0; r < R; r++) acc[r] = _mm512_setzero_ps();
     int64_t c = 0;
+    for (; c + 256 <= cols; c += 256) { /* eight blocks, whose scales become one vector */
+        __m512i q[4], start[4];
+        for (int i = 0; i < 4; i++) q[i] = _mm512_loadu_si512(a->q + c + 64 * i), start[i] = signed_start(q[i]);
+        const __m256 d = _mm256_loadu_ps(a->d + c / 32);
+        for (int r = 0; r < R; r++) {
+            const uint8_t *p = row_at(w, stride, r) + c / 32 * 34;
+            for (int i = 0; i < 5; i++) PREFETCH(p + 64 * i, next);
+            __m512 s = _mm512_castps256_ps512(_mm256_mul_ps(q8_0_scales(p), d));
+            for (int i = 0; i < 4; i++) {
+                const __m512i lanes = _mm512_inserti64x4(_mm512_set1_epi32(2 * i), _mm256_set1_epi32(2 * i + 1), 1);
+                __m512 sum = _mm512_cvtepi32_ps(dot4_signed(start[i], two_blocks(p + 68 * i), q[i]));
+                acc[r] = _mm512_fmadd_ps(sum, _mm512_permutexvar_ps(lanes, s), acc[r]);
+            }
+        }
+    }
     for (; c + 64 <= cols; c += 64) {
         __m512i q = _mm512_loadu_si512(a->q + c), start = signed_start(q);
         const float *d = a->d + c / 32;
         for (int r = 0; r < R; r++) {
             const uint8_t *p = row_at(w, stride, r) + c / 32 * 34;
-            PREFETCH(p, next);
-            __m512i v = _mm512_inserti64x4(_mm512_castsi256_si512(load256(p + 2)), load256(p + 36), 1);
             __m512 s = pair_ps(f16_at(p) * d[0], f16_at(p + 34) * d[1]);
-            acc[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot4_signed(start, v, q)), s, acc[r]);
+            acc[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot4_signed(start, two_blocks(p), q)), s, acc[r]);
         }
     }
     if (c < cols) { /* one block left */
