@@ -8,7 +8,9 @@
  * Waiting: a worker looks at the ticket for a few microseconds (the gap between two job sets of one call),
  * then sleeps on a condition. Nobody looks at all when there are more threads than cores, because the time
  * would be taken from the thread that has the work. */
+#ifndef _GNU_SOURCE
 #define _GNU_SOURCE
+#endif
 #include "threads.h"
 
 #include <pthread.h>

@@ -3,7 +3,9 @@
  * paths, nasty numbers, the pool from several threads, and fork. Built and run by ../sanitize.py.
  *
  * The Python tests hold the results to the truth; this program holds the memory accesses to the rules. */
+#ifndef _GNU_SOURCE
 #define _GNU_SOURCE
+#endif
 #include <math.h>
 #include <pthread.h>
 #include <stdio.h>
