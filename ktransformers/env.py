@@ -11,7 +11,7 @@ ISAS = ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
 """Instruction-set levels of the C library, lowest first; KT_ISA may lower the detected one."""
 
 VARIABLES = {
-    "KT_DEBUG": "0 quiet, 1 print the injection plan, 2 also load timings",
+    "KT_DEBUG": "0 quiet, 1 print the injection plan while loading",
     "KT_ISA": f"highest instruction set the C library may use: {', '.join(ISAS)}",
     "KT_RULE_MODULES": "comma-separated modules that rule files may import beyond torch, transformers, ktransformers",
     "KT_THREADS": "threads of the C library, the calling one included; default: the cores this process may use",
@@ -32,7 +32,7 @@ def _integer(name: str, default: int | None, low: int, high: int) -> int | None:
 
 def debug() -> int:
     """KT_DEBUG as an integer, 0 when unset."""
-    return _integer("KT_DEBUG", 0, 0, 9)
+    return _integer("KT_DEBUG", 0, 0, 1)
 
 
 def threads() -> int | None:

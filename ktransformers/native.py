@@ -31,18 +31,23 @@ _lock = threading.RLock()
 _state: Any = None
 
 
+def _module() -> Any:
+    try:
+        from ktransformers import _native
+    except ImportError as error:
+        raise NativeError(
+            f"The C library cannot be loaded: {error}. Expected the compiled module ktransformers._native. "
+            "In a checkout run `make setup`; an installed wheel contains it."
+        ) from error
+    return _native
+
+
 class _State:
     """The loaded module and the one pool. Made at first use."""
 
     def __init__(self) -> None:
-        try:
-            from ktransformers import _native
-        except ImportError as error:
-            raise NativeError(
-                f"The C library cannot be loaded: {error}. Expected the compiled module ktransformers._native. "
-                "In a checkout run `make setup`; an installed wheel contains it."
-            ) from error
-        self.ffi, self.lib = _native.ffi, _native.lib
+        module = _module()
+        self.ffi, self.lib = module.ffi, module.lib
         self.pool: Any = None
         self.type_ids = {self.text(self.lib.kt_type_name(i)): i for i in range(64) if self.lib.kt_type_name(i)}
         self.dtypes = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -107,9 +112,9 @@ if hasattr(os, "register_at_fork"):
 
 
 def available() -> bool:
-    """Whether the C library is built and loads."""
+    """Whether the C library is built and loads. Whether KT_ISA and KT_THREADS make sense shows at first use."""
     try:
-        _native()
+        _module()
     except NativeError:
         return False
     return True
