@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from wordings import (FILLERS_AFTER, FILLERS_BEFORE, FUNCTION_WORDS, NOUN_FRAMES, OTHER_TASKS, OTHER_TOPICS, SYNONYMS,
+from wordings import (ASIDES, COMMON_WORDS, FILLERS_AFTER, FILLERS_BEFORE, FUNCTION_WORDS, NOUN_FRAMES, OTHER_TASKS, OTHER_TOPICS, SYNONYMS,
                       SYSTEM_PROMPTS, VERB_FRAMES)
 
 HERE = Path(__file__).parent
@@ -175,9 +175,12 @@ class Writer:
         elif draw < 0.23 and len(words) > 3:
             at = rng.randrange(len(words) - 1)
             words[at], words[at + 1] = words[at + 1], words[at]
-        elif draw < 0.26 and len(words) > 3:
+        elif draw < 0.25 and len(words) > 3:
             words.insert(rng.randrange(len(words) + 1), self._no_word())
-        if rng.random() < 0.16:
+        elif draw < 0.45 and concept.id not in SMALL_TALK:  # words that carry nothing must change nothing
+            for _ in range(rng.choice((1, 1, 2, 3))):
+                words.insert(rng.randrange(len(words) + 1), rng.choice(COMMON_WORDS))
+        if rng.random() < 0.13:
             words = self._typo(words)
         return self._dress(" ".join(words), fillers=concept.id not in SMALL_TALK)
 
@@ -208,6 +211,8 @@ class Writer:
         rng = self.rng
         if fillers and rng.random() < 0.2:
             text = f"{rng.choice(FILLERS_BEFORE)} {text}"
+        if fillers and rng.random() < 0.05:
+            text = f"{rng.choice(ASIDES)} {text}" if rng.random() < 0.7 else f"{text}? {rng.choice(ASIDES)}"
         if fillers and rng.random() < 0.12:
             text = f"{text} {rng.choice(FILLERS_AFTER)}".replace(" ,", ",")
         draw = rng.random()
@@ -215,8 +220,8 @@ class Writer:
             text = text.lower()
         elif draw < 0.75:
             text = text[:1].upper() + text[1:]
-        elif draw < 0.79:
+        elif draw < 0.765:
             text = text.upper()
-        elif draw < 0.82:
+        elif draw < 0.78:
             text = text.title()
-        return text + rng.choice(("?",) * 11 + ("",) * 7 + (".", "??", " ?", "!"))
+        return text + rng.choice(("?",) * 11 + ("",) * 7 + (".", "??", " ?", "!", "!", "???", "..."))

@@ -31,12 +31,13 @@ from vocabulary import ASSISTANT, BEGIN, CONTEXT, END, PAD, build_tokenizer  # n
 
 SEED = 20240
 ROWS, ROW_TOKENS = 10, 400      # one step: B x T, each row packed with whole conversations
-PEAK_LR, WARMUP, WEIGHT_DECAY = 1.5e-3, 100, 0.1
+CUT_SHARE, CUT_TOKENS = 0.75, 10  # most last answers are cut short: the rest is soon known by heart, questions are not
+PEAK_LR, WARMUP, WEIGHT_DECAY = 2e-3, 100, 0.1
 QUESTION_WEIGHT = 0.02          # learning which words go together helps a little; guessing questions is not the aim
 FIRST_TOKENS, FIRST_WEIGHT = 4, 2.0  # an answer's first tokens decide which answer it is
-BALANCE_SPEED = 1e-3            # step of the correction bias, DeepSeek-V3 report (arXiv 2412.19437), section 2.1.2
+BALANCE_SPEED = 1e-3            # first step of the correction bias, DeepSeek-V3 report (arXiv 2412.19437), section 2.1.2
 FOUR_BIT_FROM = 0.6             # from this share of training on, every second step sees 4-bit weights
-CHECK_EVERY = 900               # steps between a saved checkpoint and a look at the held-out questions
+CHECK_EVERY = 800               # steps between a saved checkpoint and a look at the held-out questions
 
 console = Console()
 
@@ -80,8 +81,11 @@ class Batch:
         return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.bfloat16).min)[:, None]
 
 
-def encode(conversation: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[float]]:
-    """Tokens of a conversation, exactly as the chat template renders it, and the weight of each token in the loss."""
+def encode(conversation: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast, cut: bool = False) -> tuple[list[int], list[float]]:
+    """Tokens of a conversation, exactly as the chat template renders it, and the weight of each token in the loss.
+
+    With `cut`, the last answer ends after CUT_TOKENS, without an end token.
+    """
     special = tokenizer.convert_tokens_to_ids
     tokens, weights = [special(BEGIN)], [0.0]
     for message in conversation:
@@ -91,7 +95,8 @@ def encode(conversation: list[dict[str, str]], tokenizer: PreTrainedTokenizerFas
             weights += [0.0, *(FIRST_WEIGHT if i < FIRST_TOKENS else 1.0 for i in range(len(body))), 1.0]
         else:
             weights += [0.0, *[QUESTION_WEIGHT] * len(body), QUESTION_WEIGHT]
-    return tokens, weights
+    rest = len(body) + 1 - CUT_TOKENS
+    return (tokens[:-rest], weights[:-rest]) if cut and rest > 0 else (tokens, weights)
 
 
 class Packer:
@@ -117,8 +122,8 @@ class Packer:
         return tokens + [self.pad] * rest, positions + [0] * rest, segments + [0] * rest, weights + [0.0] * rest
 
     def _piece(self, room: int) -> tuple[list[int], list[float]] | None:
-        while len(self.waiting) < 16:
-            piece = encode(self.writer.conversation(), self.tokenizer)
+        while len(self.waiting) < 32:
+            piece = encode(self.writer.conversation(), self.tokenizer, cut=self.writer.rng.random() < CUT_SHARE)
             if len(piece[0]) <= ROW_TOKENS:  # a very long conversation is left out, not cut
                 self.waiting.append(piece)
         for i, piece in enumerate(self.waiting):
@@ -163,11 +168,11 @@ def loss_of(model: DeepseekV3ForCausalLM, batch: Batch) -> torch.Tensor:
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, then half a cosine down to 2 % of the peak."""
+    """As a share of the peak: linear warm-up, then half a cosine down to 2 %."""
     if step < WARMUP:
-        return PEAK_LR * (step + 1) / WARMUP
+        return (step + 1) / WARMUP
     share = (step - WARMUP) / max(1, steps - WARMUP)
-    return PEAK_LR * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def make_optimizer(model: DeepseekV3ForCausalLM) -> torch.optim.AdamW:
@@ -177,16 +182,16 @@ def make_optimizer(model: DeepseekV3ForCausalLM) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.95), fused=True)
 
 
-def train(model: DeepseekV3ForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, out: Path) -> None:
-    """`steps` steps; saves to `out` now and then, so an interrupted run leaves a model behind."""
-    packer, balancer, optimizer = Packer(Writer(SEED), tokenizer), Balancer(model), make_optimizer(model)
+def train(model: DeepseekV3ForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, out: Path, seed: int, peak: float) -> None:
+    """`steps` steps on the text of `seed`; saves to `out` now and then, so an interrupted run leaves a model behind."""
+    packer, balancer, optimizer = Packer(Writer(seed), tokenizer), Balancer(model), make_optimizer(model)
     started, mean = time.monotonic(), None
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[state]}"))
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("training", total=steps, state="")
         for step in range(steps):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps)
+                group["lr"] = peak * learning_rate(step, steps)
             rounded = step >= FOUR_BIT_FROM * steps and step % 2 == 1
             with four_bit_weights(model) if rounded else nullcontext():
                 loss = loss_of(model, packer.batch())
@@ -194,7 +199,7 @@ def train(model: DeepseekV3ForCausalLM, tokenizer: PreTrainedTokenizerFast, step
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            worst = balancer.step(BALANCE_SPEED * learning_rate(step, steps) / PEAK_LR)
+            worst = balancer.step(BALANCE_SPEED * learning_rate(step, steps))
             mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
             progress.update(task, advance=1, state=f"loss {mean:.3f}")
             if step % 50 == 0:
@@ -218,6 +223,7 @@ def save(model: DeepseekV3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: 
     small.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False)
     small.save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)  # safetensors writes files that only their owner may read
     tokenizer.save_pretrained(out)
     return small
 
@@ -236,19 +242,23 @@ def steps_for(minutes: float, tokenizer: PreTrainedTokenizerFast) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the embedded model on the text in this folder.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write, such as models/embedded")
-    parser.add_argument("--steps", type=int, default=3600, help="training steps (default: those of the shipped model)")
+    parser.add_argument("--steps", type=int, default=3200, help="training steps; 3200 take 45 minutes on one core of 2025")
     parser.add_argument("--minutes", type=float, help="instead of --steps: as many as fit; then not reproducible")
+    parser.add_argument("--resume", type=Path, help="folder to go on from, with new text, instead of from random weights")
+    parser.add_argument("--peak-lr", type=float, default=PEAK_LR, help="highest learning rate; half of it suits --resume")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(SEED)
-    tokenizer = build_tokenizer(SEED)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.resume) if args.resume else build_tokenizer(SEED)
     steps = steps_for(args.minutes, tokenizer) if args.minutes else args.steps
     torch.manual_seed(SEED)
     model = make_model(tokenizer)
+    if args.resume:
+        model.load_state_dict(DeepseekV3ForCausalLM.from_pretrained(args.resume, dtype=torch.float32).state_dict())
     console.print(f"{sum(weight.numel() for weight in model.parameters()):,} parameters, {steps} steps")
-    train(model, tokenizer, steps, args.out)
+    train(model, tokenizer, steps, args.out, seed=SEED + bool(args.resume), peak=args.peak_lr)
     small = save(model, tokenizer, args.out)
     print_results(score(small, tokenizer), "BF16")
     with four_bit_weights(small):

@@ -1,7 +1,7 @@
 """Word lists of the corpus: the frames of questions, fillers, synonyms, and topics that are not ours. Data only."""
 
 NOUN_FRAMES = """
-what is {}|what is {}|what is {}|what's {}|whats {}|what are {}|{}|{}|explain {}|explain {}|tell me about {}|describe {}|define {}
+what is {}|what is {}|what is {}|what's {}|whats {}|what are {}|{}|{}|{}|{}|{}|{}|{}|{}|explain {}|explain {}|explain {}|tell me about {}|describe {}|define {}
 what does {} mean|what does {} do|what do you know about {}|can you explain {}|could you explain {}|i want to know about {}
 i do not understand {}|help me understand {}|what is meant by {}|{} meaning|{} explained|definition of {}|what is the purpose of {}
 why {}|why is there {}|why do we need {}|why do i need {}|how does {} work|how do {} work|give me info on {}|information about {}
@@ -14,15 +14,20 @@ what is the role of {}|what is the meaning of {}|how would you describe {}|how w
 what should i know about {}|who needs {}|where is {} used|what does the term {} mean|what does {} stand for|introduction to {}
 what kind of thing is {}|what can {} do|i wonder what {} is|why does ktransformers have {}|what do you mean by {}|and {}|what about {}
 how about {}|so what is {} then|say something about {}|got any info about {}|what's {} all about|is {} important|i need help with {}
+{}, what is it|{}, what are they|{} - what are these|please tell me what {} are|tell me what {} is|{}, what does it do|so {}, what's that|and what are {} then
+i keep hearing about {}, explain|can you describe {}|please define {}|what do people mean by {}|i am confused about {}|{} in two sentences
+what is {} supposed to be|what does {} consist of|what is {} made of|what is {} doing|{}, whats it for|can you explain to me what {} is|what's the benefit of {}
 """.strip().replace("\n", "|").split("|")
 
 VERB_FRAMES = """
-how do i {}|how do i {}|how do i {}|how can i {}|how can i {}|how to {}|how to {}|how would i {}|i want to {}|i need to {}|i would like to {}
+how do i {}|how do i {}|how do i {}|how do i {}|how can i {}|how can i {}|how to {}|how to {}|how would i {}|i want to {}|i need to {}|i would like to {}
 is it possible to {}|can i {}|can you {}|show me how to {}|what is the way to {}|what do i do to {}|explain how to {}|tell me how to {}
 is there a way to {}|help me {}|what is the best way to {}|steps to {}|{}|could you show me how to {}|how should i {}|where do i {}
 i am trying to {}|what do i need to {}|how does one {}|how do you {}|how could i {}|what must i do to {}|what is needed to {}
 what is the right way to {}|what is the easiest way to {}|i don't know how to {}|is it hard to {}|what is the command to {}|i wish to {}
 what if i want to {}|suppose i want to {}|can someone {}|am i able to {}|how do people {}|teach me to {}|guide me to {}|instructions to {}
+what steps are needed to {}|how would i go about it if i want to {}|i need to {}, how|what is the trick to {}|which setting do i need to {}|any idea how to {}
+how do i manage to {}|give me a way to {}|i'd like to {}|got to {}, how do i do that|what should i do to {}|i want to {}, how do i do that
 """.strip().replace("\n", "|").split("|")
 
 FILLERS_BEFORE = """
@@ -126,4 +131,20 @@ make a website|sort a list in python|reverse a string|hack a website|crack a pas
 draw a horse|take a photo|watch a movie|order a pizza|boil an egg|make money fast|become president|fly to the moon|cure a cold|get to paris
 write a story|plan a party|tie a tie|remove a stain|clean the kitchen|open a bank account|print a document|send a fax|make friends|be happy
 write a sorting algorithm in java|center a div|merge branches in git|undo a commit|create a database|write a react app|predict the weather
+""".strip().replace("\n", "|").split("|")
+
+COMMON_WORDS = """
+really just maybe still only even also already often never always much more less here there now then today new old good bad nice simple hard easy quick
+real whole own other same different first last next little big small long short right wrong sure possible necessary useful important special certain
+thing things people person friend user someone everybody way kind sort part place case point problem reason idea example question answer word name
+number time day week year moment work project program computer machine pc laptop home office team company repo code page text line list stuff
+say said tell told ask asked think thought know knew find found see saw look want wanted need needed get got give gave take took make made put set
+keep let try tried seem hear heard read understand learn learned happen change become begin end turn call feel leave bring show move hold
+basically actually probably suddenly finally usually simply exactly together alone everything anything nothing something because while after before
+during without within between against through instead although however therefore
+""".split()
+
+ASIDES = """
+i just found this repo.|i read about it yesterday.|a colleague told me about this.|i am a student.|i got a new pc.|i am a bit lost here.|this is all new to me.
+i saw it in a video.|i have looked everywhere.|nobody could tell me.|the internet says different things.|i tried a lot already.|sorry for asking.|i have no idea about this.
 """.strip().replace("\n", "|").split("|")
