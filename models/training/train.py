@@ -241,7 +241,7 @@ def steps_for(minutes: float, tokenizer: PreTrainedTokenizerFast) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the embedded model on the text in this folder.")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write, such as models/embedded")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "embedded", help="folder to write (default: models/embedded)")
     parser.add_argument("--steps", type=int, default=3200, help="training steps; 3200 take 45 minutes on one core of 2025")
     parser.add_argument("--minutes", type=float, help="instead of --steps: as many as fit; then not reproducible")
     parser.add_argument("--resume", type=Path, help="folder to go on from, with new text, instead of from random weights")
