@@ -254,17 +254,19 @@ class Chat:
         """Token ids of the conversation; the oldest turns are dropped when the model's context would overflow."""
         limit = getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize
         room = max(1, min(self.max_new_tokens, limit // 4))
-        while True:
-            ids = self.tokenizer.apply_chat_template(self.messages, add_generation_prompt=True, return_dict=False)
-            if len(ids) + room <= limit:
-                return ids
-            if len(self.messages) == 1:
-                raise KTransformersError(
-                    f"message: has {len(ids)} tokens; the model takes {limit} in all and {room} are kept for the answer. "
-                    "Shorten it."
-                )
+        ids = self._tokens(self.messages)
+        if len(ids) + room > limit and (alone := len(self._tokens(self.messages[-1:]))) + room > limit:
+            raise KTransformersError(
+                f"message: has {alone} tokens; the model takes {limit} in all and {room} are kept for the answer. Shorten it."
+            )
+        while len(ids) + room > limit:
             del self.messages[:2]
+            ids = self._tokens(self.messages)
             err.print("[dim]the conversation outgrew the model's context; its oldest turn was dropped[/dim]")
+        return ids
+
+    def _tokens(self, messages: list[dict[str, str]]) -> list[int]:
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
     def _show(self, piece: str) -> None:
         if piece and not self.as_json:

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from wordings import (ASIDES, COMMON_WORDS, FILLERS_AFTER, FILLERS_BEFORE, FUNCTION_WORDS, NOUN_FRAMES, OTHER_TASKS, OTHER_TOPICS, SYNONYMS,
-                      SYSTEM_PROMPTS, VERB_FRAMES)
+from wordings import (ASIDES, COMMON_WORDS, FILLERS_AFTER, FILLERS_BEFORE, FUNCTION_WORDS, NOUN_FRAMES, OTHER_FRAMES, OTHER_QUESTIONS,
+                      OTHER_TASKS, OTHER_TOPICS, SYNONYMS, SYSTEM_PROMPTS, VERB_FRAMES)
 
 HERE = Path(__file__).parent
 OFF_TOPIC = "off_topic"
@@ -144,9 +144,13 @@ class Writer:
     def _off_topic(self) -> str:
         """The frames of real questions around things that are none of our business, or are no words at all."""
         rng, draw = self.rng, self.rng.random()
-        if draw < 0.3:
+        if draw < 0.15:
+            return rng.choice(OTHER_QUESTIONS)
+        if draw < 0.32:
+            return rng.choice(OTHER_FRAMES).format(rng.choice(OTHER_TOPICS))
+        if draw < 0.5:
             return rng.choice(VERB_FRAMES).format(rng.choice(OTHER_TASKS))
-        noun = rng.choice(OTHER_TOPICS) if draw < 0.8 else self._no_word()
+        noun = rng.choice(OTHER_TOPICS) if draw < 0.85 else self._no_word()
         return rng.choice(NOUN_FRAMES).format(self._with_article(noun))
 
     def _no_word(self) -> str:

@@ -122,6 +122,28 @@ chatgpt|claude|gemini|siri|midjourney|stable diffusion|blockchain|robots|a drone
 convolutional networks|image recognition|speech recognition|reinforcement learning|a decision tree|a random forest|k-means|gan|diffusion models
 """.strip().replace("\n", "|").split("|")
 
+# Questions of fact, which never ask "what is ...": their first words alone must not sound like ours.
+OTHER_FRAMES = """
+who wrote {}|who invented {}|who discovered {}|who is {}|who was {}|who won {}|who makes {}|who owns {}|when was {} born|when did {} start|when was {} built
+when did {} end|when is {}|how old is {}|how tall is {}|how far is {}|how many people like {}|how many {} are there|how much does {} cost|how long is {}
+how heavy is {}|where is {}|where was {} born|where can i buy {}|capital of {}|what is the capital of {}|who is the president of {}|who rules {}|population of {}
+what is the population of {}|what happened to {}|what color is {}|what is the price of {}|is {} healthy|is {} dangerous|do you like {}|what do you think about {}
+tell me a joke about {}|write me a song about {}|recommend {}|which {} is the best|what is the history of {}|why is {} so popular|is it true that {} is dead
+what is the weather in {}|what time is it in {}|how do you say {} in spanish|translate {} into french|what rhymes with {}|what year was {}|fun facts about {}
+""".strip().replace("\n", "|").split("|")
+
+OTHER_QUESTIONS = """
+what happened in 1492|what happened in 1789|who won the world cup in 2010|what is 2 + 2|what is 17 times 23|what is the square root of 16|how many continents are there
+how many legs has a spider|how many days are in a leap year|what is the tallest building in the world|which is the longest river|who painted the mona lisa
+what is the speed of light|how far away is the nearest star|what should i have for dinner|what should i wear today|will it rain this afternoon|what day is it today
+what time is it|tell me a secret|do you believe in love|are you alive|do you have feelings|what is your favourite colour|sing for me|i am bored
+i am sad today|i love you|i hate mondays|my cat is ill|my back hurts|i broke my leg|who will win the election|is the earth flat|why is the sky blue|why is grass green
+why do cats purr|how do planes fly|how do magnets work|how are babies made|what is for lunch|give me a recipe for lasagna|what movie should i watch|what are the lottery numbers
+who is the richest person alive|who is the chancellor of germany|name the prime minister of japan|who was the first man on the moon|when did the war end
+what language do they speak in brazil|what is the currency of sweden|how hot is the sun|how deep is the sea|how old is the universe|name three fruits|count to ten
+write a haiku|what does my name mean|is there life on other worlds|what is the best phone|should i buy a dog|can pigs fly|do fish sleep|spell necessary
+""".strip().replace("\n", "|").split("|")
+
 OTHER_TASKS = """
 cook pasta|bake a cake|make coffee|fix my car|ride a bike|learn spanish|learn to swim|play the guitar|win at chess|lose weight|find a job|write a resume
 write a poem|write an essay|tell a joke|sing a song|get rich|buy a house|sell my car|invest money|pay taxes|book a flight|travel to japan|find a hotel
