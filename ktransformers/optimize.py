@@ -65,13 +65,12 @@ def optimize_and_load_gguf(
 
 
 def _optimize_and_load(model, rule, weights, config, default_device, devices, progress) -> nn.Module:
-    parsed = rules.load_rules(rule)
-    replacements = rules.plan(model, parsed, default_device=default_device, devices=devices)
+    replacements = rules.plan(model, rule, default_device=default_device, devices=devices)
     files = open_weights(weights if weights is not None else _checkpoint_of(config))
     try:
         source = bind(files, model)
         _check_weights(model, source)
-        _check_operators(parsed, model, replacements, source)
+        _check_operators(model, replacements, source)
         if env.debug():
             report.print_plan(model, replacements, source)
         with _restored_on_failure(model):
@@ -113,11 +112,10 @@ def _check_weights(model: nn.Module, source: Any) -> None:
         raise join_errors(WeightError, f"{source.path} does not fit {type(model).__name__}, nothing was loaded:", problems)
 
 
-def _check_operators(parsed, model, replacements, source) -> None:
+def _check_operators(model, replacements, source) -> None:
     """Ask the operators again, now that the types of their tensors are known."""
     if problems := rules.operator_problems(model, replacements, source):
-        label = parsed[0].where.rpartition(":")[0] or "rules"
-        raise join_errors(RuleError, f"{label} does not fit {source.path}, nothing was loaded:", problems)
+        raise join_errors(RuleError, f"the rules do not fit {source.path}, nothing was loaded:", problems)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

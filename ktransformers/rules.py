@@ -40,6 +40,8 @@ class Rule:
     operator: type | None = None
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     recursive: bool = True
+    matchable: bool = True
+    """False when the match part could not be understood; such a rule takes part in nothing but the list of problems."""
 
     def failed_conditions(self, name: str, module: nn.Module) -> list[str]:
         """Return the match keys that do not hold for the module, so an empty list is a match."""
@@ -108,20 +110,25 @@ def load_rules(rule: RulesLike) -> list[Rule]:
     Raises:
         RuleError: the file is missing or no YAML, or any rule in it is malformed; all problems at once.
     """
+    label, rules, problems = _read_rules(rule)
+    if problems:
+        raise join_errors(RuleError, f"{label}: {_count(problems)}, nothing was changed:", problems)
+    return rules
+
+
+def _read_rules(rule: RulesLike) -> tuple[str, list[Rule], list[str]]:
+    """What to call the source, its rules as far as they can be understood, and what is wrong with them."""
     if isinstance(rule, (str, Path)):
         label, items = _read_file(rule)
     else:
-        label, items = "", rule
-    if isinstance(items, Sequence) and items and all(isinstance(item, Rule) for item in items):
-        return list(items)
+        label, items = "rules", list(rule) if isinstance(rule, tuple) else rule
+    if isinstance(items, list) and items and all(isinstance(item, Rule) for item in items):
+        return label, items, []
     if not isinstance(items, list) or not items:
         found = "nothing" if items in (None, []) else resolve.type_name(items)
-        raise RuleError(f"{label or 'rules'}: found {found}, expected a YAML list of rules, each with match and replace")
+        raise RuleError(f"{label}: found {found}, expected a YAML list of rules, each with match and replace")
     problems: list[str] = []
-    rules = [_parse_rule(item, number, label, problems) for number, item in enumerate(items, 1)]
-    if problems:
-        raise join_errors(RuleError, f"{label or 'rules'}: {_count(problems)}, nothing was changed:", problems)
-    return rules
+    return label, [_parse_rule(item, number, label, problems) for number, item in enumerate(items, 1)], problems
 
 
 def _count(problems: list[str]) -> str:
@@ -153,16 +160,20 @@ def _read_file(rule: str | Path) -> tuple[str, Any]:
 
 
 def _parse_rule(item: Any, number: int, label: str, problems: list[str]) -> Rule:
-    where = f"{label}:{item.line}" if label and isinstance(item, _Mapping) else f"rule {number}"
+    where = f"{label}:{item.line}" if isinstance(item, _Mapping) else f"rule {number}"
     report = _Reporter(where, number, problems)
     if not isinstance(item, dict):
         report(f"found {resolve.type_name(item)}, expected a mapping with match and replace")
-        return Rule(number, where)
+        return Rule(number, where, matchable=False)
     report.unknown_keys("", item, RULE_KEYS)
+    before = len(problems)
     match = report.section(item, "match", MATCH_KEYS)
-    replace = report.section(item, "replace", REPLACE_KEYS)
     if match is not None and not any(key in match for key in MATCH_KEYS):
         report("match: is empty; expected name (a regular expression), class, or trait")
+    match = match or {}
+    conditions = {"name": report.pattern(match), "cls": report.cls("match.class", match.get("class")), "trait": report.trait(match)}
+    matchable = len(problems) == before
+    replace = report.section(item, "replace", REPLACE_KEYS)
     kwargs = (replace or {}).get("kwargs") or {}
     if not isinstance(kwargs, dict):
         report(f"replace.kwargs: found {resolve.type_name(kwargs)}, expected a mapping")
@@ -170,13 +181,11 @@ def _parse_rule(item: Any, number: int, label: str, problems: list[str]) -> Rule
     recursive = item.get("recursive", True)
     if not isinstance(recursive, bool):
         report(f"recursive: found {recursive!r}, expected true or false (without quotes)")
-    match = match or {}
     return Rule(
         number=number,
         where=where,
-        name=report.pattern(match),
-        cls=report.cls("match.class", match.get("class")),
-        trait=report.trait(match),
+        **conditions,
+        matchable=matchable,
         operator=report.operator((replace or {}).get("class", "default"), kwargs),
         kwargs=kwargs,
         recursive=recursive is not False,
@@ -288,17 +297,17 @@ def plan(
         RuleError: unreadable or malformed rules, kwargs, operators or devices that do not fit, rules that match no
             module; all of them at once, with file and line.
     """
-    parsed = load_rules(rules)
+    label, parsed, problems = _read_rules(rules)
     default_device = default_device or device_names.map_device(device_names.default_device(), devices)
-    walk = _Walk(parsed, str(default_device), devices)
+    walk = _Walk([rule for rule in parsed if rule.matchable], str(default_device), devices)
     walk.visit("", model)
-    problems = walk.problems(model)
+    problems += walk.problems(model)
     problems += operator_problems(model, walk.plan, weights)
     if problem := device_names.device_problem(default_device):
         problems.append(f"default_device: {problem}")
     if problems:
-        label = parsed[0].where.rpartition(":")[0] or "rules"
-        raise join_errors(RuleError, f"{label} does not fit {type(model).__name__}, nothing was changed:", problems)
+        headline = f"{label} for {type(model).__name__}: {_count(problems)}, nothing was changed:"
+        raise join_errors(RuleError, headline, problems)
     for text in walk.shadowed():
         warnings.warn(text, stacklevel=2)
     return walk.plan

@@ -161,6 +161,14 @@ def test_all_mistakes_of_a_file_are_listed_with_their_lines(model, tmp_path):
     assert "4 problems" in text  # rule 2 has an unknown key and no replace
 
 
+def test_malformed_rules_and_rules_that_match_nothing_are_listed_together(model):
+    bad = [rule("("), rule("no_such"), rule("nor_this", operator=LINEAR, generate_opp=1), rule("lm_head")]
+    with pytest.raises(RuleError) as caught:
+        plan(model, bad, default_device="cpu")
+    text = str(caught.value)
+    assert "4 problems" in text and text.count("matches no module") == 2 and "no regular expression" in text
+
+
 def test_rules_that_do_not_fit_are_listed_together(model):
     with pytest.raises(RuleError) as caught:
         plan(model, [rule("no_such"), rule("lm_head", generate_device="cuda:9"), rule("nothing_either")], default_device="cpu")
