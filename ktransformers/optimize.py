@@ -15,10 +15,16 @@ import torch
 from torch import nn
 
 from ktransformers import env, report, rules
-from ktransformers.devices import map_device
-from ktransformers.errors import RuleError, WeightError, join_errors
+from ktransformers.errors import (
+    DeviceError,
+    KTransformersError,
+    RuleError,
+    UnsupportedError,
+    WeightError,
+    join_errors,
+)
 from ktransformers.loaders import bind, open_weights
-from ktransformers.operators.base_operator import BaseInjectedModule, load_weights
+from ktransformers.operators.base_operator import BaseInjectedModule, device_of, load_weights
 from ktransformers.rules import Replacement, RulesLike
 
 
@@ -50,7 +56,7 @@ def optimize_and_load(
         WeightError: a damaged checkpoint, or tensors that are missing, unused or of the wrong shape.
         UnsupportedError: a valid checkpoint or operator that this version does not compute.
     """
-    return _optimize_and_load(model, rule, weights, model.config, default_device, devices, progress)
+    return _optimize_and_load(model, rule, weights, None, default_device, devices, progress)
 
 
 def optimize_and_load_gguf(
@@ -59,16 +65,26 @@ def optimize_and_load_gguf(
     gguf_path: str | Path,
     model_config: Any,
     default_device: str | None = None,
+    *,
+    devices: Mapping[str, str] | None = None,
 ) -> nn.Module:
     """`optimize_and_load` under upstream's name and argument order. `gguf_path` may be safetensors too."""
-    return _optimize_and_load(module, rule_file, gguf_path, model_config or module.config, default_device, None, True)
+    return _optimize_and_load(module, rule_file, gguf_path, model_config, default_device, devices, True)
 
 
 def _optimize_and_load(model, rule, weights, config, default_device, devices, progress) -> nn.Module:
+    _check_arguments(model, weights, default_device, devices)
+    config = config or model.config
+    with torch.device("cpu"):  # a caller may still be inside `with torch.device("meta")`
+        return _checked_optimize_and_load(model, rule, weights, config, default_device, devices, progress)
+
+
+def _checked_optimize_and_load(model, rule, weights, config, default_device, devices, progress) -> nn.Module:
     replacements = rules.plan(model, rule, default_device=default_device, devices=devices)
     files = open_weights(weights if weights is not None else _checkpoint_of(config))
     try:
         source = bind(files, model)
+        generation_config = _generation_config(config)
         _check_weights(model, source)
         _check_operators(model, replacements, source)
         if env.debug():
@@ -82,8 +98,26 @@ def _optimize_and_load(model, rule, weights, config, default_device, devices, pr
         raise
     model.gguf_loader = source  # upstream's name; also keeps the mapped files open while operators point into them
     model.hf_device_map = _device_map(model, replacements)
-    _read_generation_config(model, config)
+    model.generation_config = generation_config or model.generation_config
+    _refuse_saving(model, source)
     return model.eval()
+
+
+def _check_arguments(model: Any, weights: Any, default_device: Any, devices: Any) -> None:
+    """Refuse what is no model, path or device before anything is read. Rules are checked where they are parsed."""
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise KTransformersError(
+            f"model: found {type(model).__name__}, expected a transformers model, such as AutoModelForCausalLM.from_config(config)."
+        )
+    if any(isinstance(module, BaseInjectedModule) for module in model.modules()):
+        raise KTransformersError("model: operators are in it already. Build it again on the meta device, then optimize it once.")
+    if weights is not None and (not isinstance(weights, (str, Path)) or not str(weights)):
+        raise WeightError(f"weights: found {weights!r}, expected the path of a folder, a .safetensors or a .gguf, or None.")
+    if not isinstance(default_device, (str, torch.device, type(None))):
+        raise DeviceError(f"default_device: found {default_device!r}, expected a name such as 'cpu' or 'cuda:0', or None.")
+    named = isinstance(devices, Mapping) and all(isinstance(n, str) for pair in devices.items() for n in pair)
+    if devices is not None and not named:
+        raise DeviceError(f"devices: found {devices!r}, expected a mapping of device names, such as {{'cuda': 'cpu'}}.")
 
 
 def _checkpoint_of(config: Any) -> Path:
@@ -135,13 +169,15 @@ def inject(model: nn.Module, replacements: Mapping[str, Replacement], source: An
 
 
 def _build(replacement: Replacement, source: Any, config: Any, original: nn.Module) -> nn.Module:
+    arguments = (replacement.key, source, config, original)
     try:
-        operator = replacement.operator(replacement.key, source, config, original, **replacement.kwargs)
+        inspect.signature(replacement.operator).bind(*arguments, **replacement.kwargs)
     except TypeError as error:
         raise RuleError(
             f"{replacement.rule.where}: {replacement.operator.__name__} for {replacement.key} was not built with kwargs "
             f"{dict(replacement.kwargs)}: {error}. Its constructor is {inspect.signature(replacement.operator)}."
         ) from error
+    operator = replacement.operator(*arguments, **replacement.kwargs)
     operator._is_hf_initialized = True  # transformers must not initialize it again
     return operator.train(original.training)
 
@@ -230,7 +266,7 @@ def _fill_buffers(model: nn.Module, devices: Mapping[str, str]) -> None:
     for name, module in model.named_modules():
         for key, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta and key in module._non_persistent_buffers_set:
-                module._buffers[key] = torch.empty_like(buffer, device=devices.get(name, "cpu"))
+                module._buffers[key] = torch.empty_like(buffer, device=device_of(name, devices))
                 waiting = True
     if not waiting:
         return
@@ -247,16 +283,37 @@ def _device_map(model: nn.Module, replacements: Mapping[str, Replacement]) -> di
     device_map: dict[str, str] = {}
     for name, replacement in replacements.items():
         whole = layer.match(name + ".")
-        owns = next(model.get_submodule(name).parameters(recurse=False), None) is not None
+        module = model.get_submodule(name) if replacement.operator is None else None
+        owns = module is None or next(module.parameters(recurse=False), None) is not None
         if whole and whole.group(1) == name or owns and not whole:
-            device_map[name] = str(map_device(replacement.device, None))
+            device_map[name] = str(replacement.device)
     return device_map
 
 
-def _read_generation_config(model: nn.Module, config: Any) -> None:
-    """Take stop tokens and sampling defaults from the config's folder, as from_pretrained does."""
+def _generation_config(config: Any) -> Any:
+    """Stop tokens and sampling defaults from the config's folder, as from_pretrained reads them; None without a file."""
     from transformers import GenerationConfig
 
-    folder = Path(getattr(config, "_name_or_path", "") or "")
-    if folder.name and folder.joinpath("generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    path = Path(getattr(config, "_name_or_path", "") or "") / "generation_config.json"
+    if not path.parent.name or not path.is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(path.parent)
+    except (OSError, ValueError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise WeightError(f"{path}: cannot be read: {reason}. Correct it, or delete it to use the defaults.") from error
+
+
+def _refuse_saving(model: nn.Module, source: Any) -> None:
+    """Make save_pretrained an error: operators hold weights that no state dict has, so the copy would lack them."""
+    held = sum(isinstance(module, BaseInjectedModule) and not getattr(module, "adopts", True) for module in model.modules())
+    if not held:
+        return
+
+    def save_pretrained(*args: Any, **kwargs: Any) -> None:
+        raise UnsupportedError(
+            f"save_pretrained: {held} operators compute from the bytes of {source.path} and have no weights to save. "
+            "Copy that checkpoint, or write another with `python -m ktransformers.quantize`."
+        )
+
+    model.save_pretrained = save_pretrained

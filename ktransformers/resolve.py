@@ -23,17 +23,25 @@ FRAMEWORK_PARAMETERS = {"self", "key", "gguf_loader", "config", "orig_module", "
 def find_class(dotted: str) -> tuple[type | None, str]:
     """Find the class that `dotted` names. Returns ``(class, "")``, or ``(None, what is wrong)``."""
     module_name, _, class_name = dotted.rpartition(".")
-    if not module_name:
+    if not module_name or not all(part.isidentifier() for part in dotted.split(".")):
         return None, f"class {dotted!r}: expected a dotted path such as 'torch.nn.Linear'"
     module, problem = _find_module(module_name)
     if module is None:
         return None, f"class {dotted!r}: {problem}"
     found = getattr(module, class_name, None)
-    if not inspect.isclass(found):
+    if not inspect.isclass(found) or not _instances_can_be_tested(found):
         classes = [name for name, value in vars(module).items() if inspect.isclass(value)]
         hint = did_you_mean(class_name, classes)
         return None, f"class {dotted!r} not found: module {module_name!r} has no class {class_name!r}{hint}"
     return found, ""
+
+
+def _instances_can_be_tested(cls: type) -> bool:
+    try:
+        isinstance(None, cls)
+    except TypeError:  # such as typing.Any
+        return False
+    return True
 
 
 def _find_module(name: str) -> tuple[types.ModuleType | None, str]:
@@ -48,7 +56,8 @@ def _find_module(name: str) -> tuple[types.ModuleType | None, str]:
     try:
         return importlib.import_module(name), ""
     except ImportError as error:
-        return None, f"module {name!r} cannot be imported: {error}{_module_hint(name)}"
+        missing = getattr(error, "name", None) == name
+        return None, f"module {name!r} cannot be imported: {error}{_module_hint(name) if missing else ''}"
 
 
 def _module_hint(name: str) -> str:
@@ -84,9 +93,22 @@ def _hints(function) -> dict[str, Any]:
         return {}
 
 
-def own_parameters(operator: type) -> set[str]:
-    """The names in `operator`'s own constructor signature, without those it takes through ``**kwargs``."""
-    return set(inspect.signature(operator.__init__).parameters)
+def device_parameters(operator: type) -> list[str]:
+    """Which of generate_device and prefill_device the framework fills in when a rule gives none.
+
+    Those the operator's own constructor names; all it takes at all when it names neither. An operator written as the
+    tutorial's hands its generate_device on by position, where a prefill_device beside it would be one value too many.
+    """
+    both = ("generate_device", "prefill_device")
+    own = inspect.signature(operator.__init__).parameters
+    return [key for key in both if key in own] or [key for key in both if key in parameters(operator)]
+
+
+def is_operator(cls: type) -> bool:
+    """Whether the framework can build and load `cls`: the contract of operators/base_operator.py."""
+    from ktransformers.operators.base_operator import BaseInjectedModule
+
+    return issubclass(cls, BaseInjectedModule)
 
 
 def kwargs_problems(operator: type, kwargs: dict[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ every problem of a file is found and listed at once, with file and line, before 
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -57,17 +57,13 @@ class Rule:
 
 @dataclass(frozen=True)
 class Replacement:
-    """What becomes of one module. `operator` None keeps the module; `kwargs` always holds both devices then."""
+    """What becomes of one module. `operator` None keeps the module; its own parameters live on `device`."""
 
     key: str
     rule: Rule | None
     operator: type | None
     kwargs: Mapping[str, Any]
-
-    @property
-    def device(self) -> str:
-        """The device that the module's own parameters live on."""
-        return self.kwargs.get("generate_device") or self.kwargs.get("device") or self.kwargs["prefill_device"]
+    device: str
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,14 +81,29 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader whose mappings carry line numbers and whose repeated keys are errors (plain YAML drops them)."""
 
     def construct_marked(self, node: yaml.MappingNode) -> _Mapping:
+        self._refuse_repeated_keys(node)
+        self.flatten_mapping(node)  # merge keys: "<<: *anchor"
         mapping = _Mapping()
         mapping.line = node.start_mark.line + 1
         for key_node, value_node in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in mapping:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            mapping[key] = self.construct_object(value_node, deep=True)
+            mapping[self._key(key_node)] = self.construct_object(value_node, deep=True)
         return mapping
+
+    def _refuse_repeated_keys(self, node: yaml.MappingNode) -> None:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self._key(key_node)
+            if (type(key), key) in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add((type(key), key))
+
+    def _key(self, node: yaml.Node) -> Any:
+        key = self.construct_object(node, deep=True)
+        if isinstance(key, (dict, list, set)):
+            raise yaml.constructor.ConstructorError(None, None, f"{key!r} cannot be a key", node.start_mark)
+        return key
 
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_marked)
@@ -121,9 +132,9 @@ def _read_rules(rule: RulesLike) -> tuple[str, list[Rule], list[str]]:
     if isinstance(rule, (str, Path)):
         label, items = _read_file(rule)
     else:
-        label, items = "rules", list(rule) if isinstance(rule, tuple) else rule
+        label, items = "rules", list(rule) if isinstance(rule, Sequence) and not isinstance(rule, bytes) else rule
     if isinstance(items, list) and items and all(isinstance(item, Rule) for item in items):
-        return label, items, []
+        return label, [replace(item, number=number) for number, item in enumerate(items, 1)], []
     if not isinstance(items, list) or not items:
         found = "nothing" if items in (None, []) else resolve.type_name(items)
         raise RuleError(f"{label}: found {found}, expected a YAML list of rules, each with match and replace")
@@ -136,7 +147,9 @@ def _count(problems: list[str]) -> str:
 
 
 def _read_file(rule: str | Path) -> tuple[str, Any]:
-    path = Path(rule)
+    path = Path(rule).expanduser() if str(rule).startswith("~/") else Path(rule)
+    if not str(rule) or len(str(rule)) > 4096:
+        raise RuleError(f"rule file: {str(rule)[:40]!r} is no path; expected a YAML file or one of {', '.join(packaged_rules())}")
     if path.is_dir():
         raise RuleError(f"rule file {rule}: is a folder, expected a YAML file or one of {', '.join(packaged_rules())}")
     if not path.is_file():
@@ -152,6 +165,8 @@ def _read_file(rule: str | Path) -> tuple[str, Any]:
         return path.name, yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise RuleError(f"rule file {path}: cannot be read: {error}") from error
+    except (ValueError, TypeError, LookupError, RecursionError) as error:  # what PyYAML lets through from bad scalars
+        raise RuleError(f"{path.name}: not valid YAML: {str(error)[:200] or type(error).__name__}. Simplify the file.") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path.name}:{mark.line + 1}" if mark else path.name
@@ -171,10 +186,10 @@ def _parse_rule(item: Any, number: int, label: str, problems: list[str]) -> Rule
     if match is not None and not any(key in match for key in MATCH_KEYS):
         report("match: is empty; expected name (a regular expression), class, or trait")
     match = match or {}
-    conditions = {"name": report.pattern(match), "cls": report.cls("match.class", match.get("class")), "trait": report.trait(match)}
+    conditions = {"name": report.pattern(match), "cls": report.cls("match.class", match["class"]) if "class" in match else None, "trait": report.trait(match)}
     matchable = len(problems) == before
-    replace = report.section(item, "replace", REPLACE_KEYS)
-    kwargs = (replace or {}).get("kwargs") or {}
+    becomes = report.section(item, "replace", REPLACE_KEYS) or {}
+    kwargs = becomes.get("kwargs") or {}
     if not isinstance(kwargs, dict):
         report(f"replace.kwargs: found {resolve.type_name(kwargs)}, expected a mapping")
         kwargs = {}
@@ -186,7 +201,7 @@ def _parse_rule(item: Any, number: int, label: str, problems: list[str]) -> Rule
         where=where,
         **conditions,
         matchable=matchable,
-        operator=report.operator((replace or {}).get("class", "default"), kwargs),
+        operator=report.operator(becomes.get("class", "default"), kwargs),
         kwargs=kwargs,
         recursive=recursive is not False,
     )
@@ -222,17 +237,17 @@ class _Reporter:
     def pattern(self, match: dict) -> re.Pattern | None:
         if "name" not in match:
             return None
+        name = match["name"]
+        if not isinstance(name, (str, re.Pattern)) or isinstance(getattr(name, "pattern", ""), bytes):
+            self(f"match.name: found {resolve.type_name(name)}, expected a regular expression in quotes")
+            return None
         try:
-            return re.compile(match["name"])
-        except re.error as error:
-            self(f"match.name: {match['name']!r} is no regular expression: {error}")
-        except TypeError:
-            self(f"match.name: found {resolve.type_name(match['name'])}, expected a regular expression in quotes")
+            return re.compile(name)
+        except (re.error, OverflowError, RecursionError) as error:
+            self(f"match.name: {str(name)[:200]!r} is no regular expression: {error}")
         return None
 
     def cls(self, key: str, dotted: Any) -> type | None:
-        if dotted is None:
-            return None
         if not isinstance(dotted, str):
             self(f"{key}: found {resolve.type_name(dotted)}, expected a dotted path such as torch.nn.Linear")
             return None
@@ -243,7 +258,7 @@ class _Reporter:
 
     def trait(self, match: dict) -> str | None:
         trait = match.get("trait")
-        if trait is None or trait in TRAITS:
+        if "trait" not in match or isinstance(trait, str) and trait in TRAITS:
             return trait
         self(f"match.trait: {trait!r} unknown{did_you_mean(str(trait), TRAITS)}; known: {', '.join(TRAITS)}")
         return None
@@ -259,9 +274,10 @@ class _Reporter:
         operator = self.cls("replace.class", dotted)
         if operator is None:
             return None
-        if not (issubclass(operator, nn.Module) and callable(getattr(operator, "load", None))):
+        if not resolve.is_operator(operator):
             self(f"replace.class: {dotted} is no operator; expected a subclass of "
-                 "ktransformers.operators.base_operator.BaseInjectedModule, or 'default'")
+                 "ktransformers.operators.base_operator.BaseInjectedModule, or 'default'. Names such as KLinearTorch and "
+                 "KExpertsCPU go into generate_op of KTransformersLinear and KTransformersExperts")
             return None
         for problem in resolve.kwargs_problems(operator, kwargs):
             self(problem)
@@ -298,7 +314,7 @@ def plan(
             module; all of them at once, with file and line.
     """
     label, parsed, problems = _read_rules(rules)
-    default_device = default_device or device_names.map_device(device_names.default_device(), devices)
+    default_device = device_names.map_device(default_device or device_names.default_device(), devices)
     walk = _Walk([rule for rule in parsed if rule.matchable], str(default_device), devices)
     walk.visit("", model)
     problems += walk.problems(model)
@@ -341,13 +357,13 @@ class _Walk:
     def _replacement(self, name: str, rule: Rule | None) -> Replacement:
         kwargs = device_names.map_kwargs(rule.kwargs, self.devices) if rule else {}
         operator = rule.operator if rule else None
-        wanted = resolve.own_parameters(operator) if operator else {"generate_device", "prefill_device"}
         if operator is None and "generate_device" in kwargs:
             kwargs.setdefault("prefill_device", kwargs["generate_device"])
-        for key in ("generate_device", "prefill_device"):
-            if key in wanted and kwargs.get(key) is None:
+        for key in resolve.device_parameters(operator) if operator else ("generate_device", "prefill_device"):
+            if kwargs.get(key) is None:
                 kwargs[key] = self.default_device
-        return Replacement(name, rule, operator, kwargs)
+        device = kwargs.get("generate_device") or kwargs.get("device") or kwargs.get("prefill_device") or self.default_device
+        return Replacement(name, rule, operator, kwargs, device)
 
     def problems(self, model: nn.Module) -> list[str]:
         found = []
@@ -385,6 +401,8 @@ def _why_no_match(rule: Rule, model: nn.Module, reached: Mapping[str, Replacemen
         hidden += not failed and name not in reached
         for key in counts:
             counts[key] += key not in failed
+    if not rule.recursive and not rule.failed_conditions("", model):
+        return "matches the model itself first (its name is empty), and recursive: False stops there; write '.+' for '.*'"
     if hidden:
         return (
             f"matches {hidden} modules, but all lie below a module that an earlier rule took with recursive: False "

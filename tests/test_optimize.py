@@ -368,6 +368,59 @@ def test_an_operator_that_cannot_be_built_names_its_rule(checkpoint):
     refused(meta_model(tiny_config("mixtral")), rules, folder, RuleError, "Stubborn for lm_head was not built")
 
 
+def test_arguments_of_the_wrong_kind_are_named(checkpoint):
+    _, folder = checkpoint("mixtral")
+    model = meta_model(tiny_config("mixtral"))
+    for weights in (3, [], ""):
+        refused(model, "Mixtral", weights, WeightError, "weights: found")
+    for devices in ("cpu", ["cuda"], {"cuda": None}):
+        refused(model, "Mixtral", folder, KTransformersError, "devices: found", devices=devices)
+    refused(model, "Mixtral", folder, KTransformersError, "default_device: found 0", default_device=0)
+    refused(model, "Mixtral", folder, RuleError, "default_device: .*meta", default_device="meta")
+    for rule in (None, 3, "", "x" * 5000, b"Mixtral", []):
+        refused(model, rule, folder, RuleError, "")
+    for no_model in (None, "Mixtral", nn.Linear(2, 2)):
+        with pytest.raises(KTransformersError, match="expected a transformers model"):
+            ktransformers.optimize_and_load(no_model, "Mixtral", folder)
+
+
+def test_a_model_is_optimized_once_and_not_saved_without_its_weights(everything, tmp_path):
+    _, model = everything("mixtral")
+    with pytest.raises(KTransformersError, match="operators are in it already"):
+        ktransformers.optimize_and_load(model, "Mixtral", devices=CPU)
+    with pytest.raises(UnsupportedError, match="have no weights to save"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_loading_inside_the_meta_context_works(checkpoint):
+    reference, folder = checkpoint("deepseek_v2")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        ktransformers.optimize_and_load(model, "DeepSeek-V2", devices=CPU, progress=False)
+    ids = random_ids(1, 8)
+    with torch.no_grad():
+        assert relative_error(model(ids).logits, reference(ids).logits) < 1e-4
+
+
+def test_a_broken_generation_config_is_found_before_loading(checkpoint, tmp_path):
+    shutil.copytree(checkpoint("mixtral")[1], tmp_path / "m")
+    (tmp_path / "m" / "generation_config.json").write_text("{")
+    refused(meta_model(AutoConfig.from_pretrained(tmp_path / "m")), "Mixtral", None, WeightError, "generation_config.json")
+
+
+class Anything(BaseInjectedModule):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+
+
+def test_an_operator_that_names_no_parameter_still_gets_its_devices(checkpoint):
+    _, folder = checkpoint("mixtral")
+    rules = [{"match": {"name": "lm_head"}, "replace": {"class": f"{__name__}.Anything"}}]
+    model = load("mixtral", folder, rules, default_device="cpu")
+    assert type(model.lm_head) is Anything and model.lm_head.generate_device == "cpu" == model.hf_device_map["lm_head"]
+
+
 class Stubborn(BaseInjectedModule):
     def __init__(self, key, gguf_loader, config, orig_module=None, generate_device="cuda", *, needed: str, **kwargs):
         super().__init__(key, gguf_loader, config, orig_module, generate_device, **kwargs)

@@ -137,6 +137,18 @@ MISTAKES = [
     (rule("lm_head", "torch.nn.Embedding"), r"matches no module .*name 'lm_head' matches 1, class .*Embedding matches 1"),
     ({"match": {"trait": "expert"}, "replace": {"class": "default"}}, r"'expert' unknown \(did you mean 'experts'\?\)"),
     ("lm_head", r"found text, expected a mapping with match and replace"),
+    ({"match": {"trait": ["experts"]}, "replace": {"class": "default"}}, r"\['experts'\] unknown"),
+    ({"match": {"trait": None}, "replace": {"class": "default"}}, r"None unknown"),
+    ({"match": {"class": None}, "replace": {"class": "default"}}, r"match.class: found null"),
+    ({"match": {"name": None}, "replace": {"class": "default"}}, r"match.name: found null"),
+    (rule("lm_head", operator=None), r"replace.class: found null"),
+    (rule(b"lm_head"), r"match.name: found bytes"),
+    (rule("a{99999999999999}"), r"no regular expression"),
+    (rule("(" * 5000), r"no regular expression"),
+    (rule("lm_head", "typing.Any"), r"outside torch|no class 'Any'"),
+    (rule("lm_head", "torch..x"), r"expected a dotted path"),
+    (rule("lm_head", operator="ktransformers.operators.linear.KLinearTorch"), r"is no operator.*generate_op of KTransformersLinear"),
+    (rule(".*", recursive=False), r"matches the model itself first"),
 ]
 
 
@@ -190,6 +202,35 @@ def test_a_file_that_is_no_rule_list_is_named(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(RuleError, match=message):
         load_rules(path)
+
+
+NASTY = ["? [a] : b\n", "- {? {a: b} : c}\n", "- name: 2001-13-45\n", "- match: {name: !!int abc}\n", "- match: {name: !!int ''}\n",
+         "- match: {name: !!bool maybe}\n", "[" * 3000, "- match: {name: !!binary aGVsbG8=}\n  replace: {class: default}\n",
+         "- match: {name: " + "9" * 5000 + "}\n", "- &a [*a]\n", "- !!python/object:os.system {}\n"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NASTY, ids=lambda text: text[:24].strip())
+def test_nasty_yaml_is_a_rule_error(model, tmp_path, text):
+    path = tmp_path / "nasty.yaml"
+    path.write_text(text)
+    with pytest.raises(RuleError):
+        plan(model, path)
+
+
+def test_merge_keys_work_and_repeated_keys_do_not(model, tmp_path):
+    path = tmp_path / "merge.yaml"
+    path.write_text(
+        "- match: {name: ^lm_head$}\n  replace:\n    class: default\n    kwargs: &cpu {generate_device: cpu}\n"
+        "- match: {name: embed_tokens}\n  replace:\n    class: default\n    kwargs: {<<: *cpu, prefill_device: cpu}\n"
+    )
+    assert plan(model, path)["model.embed_tokens"].kwargs == {"generate_device": "cpu", "prefill_device": "cpu"}
+
+
+def test_rules_of_several_files_are_renumbered(model, tmp_path):
+    for name, text in (("a", "lm_head"), ("b", "no_such_module")):
+        (tmp_path / f"{name}.yaml").write_text(f"- match: {{name: {text}}}\n  replace: {{class: default}}\n")
+    with pytest.raises(RuleError, match=r"b.yaml:1 \(rule 2\): matches no module"):
+        plan(model, [*load_rules(tmp_path / "a.yaml"), *load_rules(tmp_path / "b.yaml")], default_device="cpu")
 
 
 def test_a_missing_file_suggests_a_packaged_one(tmp_path):
