@@ -14,6 +14,8 @@ Letters: B batch, S queries, T cached tokens, A heads, L latent rank, V value si
 parts of a query without and with rotary positions.
 """
 
+import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +30,16 @@ _NEEDED = (
     *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "scaling"),
     *("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj"),
 )
+_CHILDREN = frozenset(
+    {"q_proj", "q_a_proj", "q_a_layernorm", "q_b_proj"}
+    | {"kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj"}
+)
+_ARGUMENTS = frozenset(
+    {"self", "hidden_states", "position_embeddings", "attention_mask", "past_key_values", "kwargs"}
+    | {"cache_position", "use_cache", "output_attentions"}  # these change no number
+)
+_PLAIN_NUMBERS = frozenset({"scaling", "attention_dropout"})
+_BUILD_WITH = "Build the model with attn_implementation='sdpa' or 'eager'"
 
 
 class KDeepseekV2Attention(FamilyOperator):
@@ -63,15 +75,17 @@ class KDeepseekV2Attention(FamilyOperator):
     def check(
         cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None
     ) -> list[str]:
-        missing = [name for name in _NEEDED if not hasattr(orig_module, name)]
-        if missing or hasattr(orig_module, "indexer"):
-            why = f"no {', '.join(missing)}" if missing else "an indexer, so its attention is sparse"
-            found = type(orig_module).__name__
-            return [f"{cls.__name__} replaces multi-head latent attention; found {found} with {why}"]
+        if differences := _differences(orig_module):
+            found = f"found {type(orig_module).__name__} with {'; '.join(differences)}"
+            return [f"{cls.__name__} replaces multi-head latent attention as DeepSeek computes it; {found}"]
+        problems = []
+        masks = getattr(getattr(orig_module, "config", None), "_attn_implementation", None)
+        if masks not in (None, "sdpa", "eager"):
+            problems.append(f"{cls.__name__} takes no masks of attn_implementation {masks!r}. {_BUILD_WITH}")
         chunk = kwargs.get("chunck_size", 1)
-        if isinstance(chunk, int) and chunk > 0:
-            return []
-        return [f"chunck_size: {chunk!r}, expected a positive number of queries"]
+        if not isinstance(chunk, int) or chunk <= 0:
+            problems.append(f"chunck_size: {chunk!r}, expected a positive number of queries")
+        return problems
 
     def load(self) -> None:
         super().load()
@@ -185,6 +199,38 @@ class KDeepseekV2Attention(FamilyOperator):
         return torch.cat(out, 2), torch.cat(weights, 2) if wants_weights else None
 
 
+def _differences(module: nn.Module) -> list[str]:
+    """What `module` lacks of this attention or has beside it; told from its structure, for families share names.
+
+    Families that pass in transformers 5.23 compute the same numbers: deepseek_v2, deepseek_v3, glm4_moe_lite,
+    youtu, axk1 and minicpm3.
+    """
+    missing = [name for name in _NEEDED if not hasattr(module, name)]
+    if "kv_a_proj_with_mqa" in missing:  # no MLA at all: all else is different too
+        return [f"no {', '.join(missing)}"]
+    arguments = set(inspect.signature(type(module).forward).parameters)
+    parts = {name for name, _ in module.named_children()} - _CHILDREN  # one that is None is not listed
+    weights = {name for name, tensor in [*module._parameters.items(), *module._buffers.items()] if tensor is not None}
+    factors = {name for name, value in vars(module).items() if _changes_numbers(name, value)}
+    found = [
+        ("parts of its own", parts | weights),
+        ("factors of its own", factors),
+        ("a forward that also takes", arguments - _ARGUMENTS),
+    ]
+    differences = [f"no {', '.join(missing)}"] if missing else []
+    differences += [f"{what}: {', '.join(sorted(names))}" for what, names in found if names]
+    if "position_embeddings" not in arguments:
+        differences.append("no rotary positions (its forward takes no position_embeddings)")
+    return differences
+
+
+def _changes_numbers(name: str, value: Any) -> bool:
+    """Whether a plain attribute looks like a factor or window, such as mla_scale_q_lora or sliding_window."""
+    if name in _PLAIN_NUMBERS or value is None or value is False:
+        return False
+    return isinstance(value, float) or re.search("scale|window|softcap", name) is not None
+
+
 _LOWEST = torch.finfo(torch.float32).min
 
 
@@ -221,7 +267,7 @@ def _checked_mask(mask: Any, config: Any) -> Tensor | None:
     found = f"a {mask.dim()}-D tensor" if isinstance(mask, Tensor) else type(mask).__name__
     raise UnsupportedError(
         f"KDeepseekV2Attention takes 4-D masks, found {found} (attn_implementation "
-        f"{config._attn_implementation!r}). Build the model with attn_implementation='sdpa' or 'eager'."
+        f"{config._attn_implementation!r}). {_BUILD_WITH}."
     )
 
 

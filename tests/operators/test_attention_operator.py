@@ -1,11 +1,14 @@
 """Absorbed MLA: both forms agree, caches hold what transformers' hold, masks and chunks change nothing."""
 
+import importlib
+import re
+
 import pytest
 import torch
 from dict_weights import DictWeights
 from tiny import YARN, meta_model, random_ids, relative_error, tiny_config, tiny_model
 from torch import nn
-from transformers import DynamicCache
+from transformers import AutoConfig, DynamicCache
 
 from ktransformers.errors import UnsupportedError
 from ktransformers.operators.attention import KDeepseekV2Attention
@@ -150,6 +153,58 @@ def test_check_refuses_other_attention_and_bad_chunks():
     assert check("a", mla, {}) == check("a", mla, {"chunck_size": 512}) == []
     assert "found Qwen3MoeAttention" in check("a", qwen, {})[0]
     assert "chunck_size: 0" in check("a", mla, {"chunck_size": 0})[0]
+
+
+def family_attention(model_type, name):
+    """The attention module of layer 0 of a family's default config, on meta."""
+    modeling = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    config = AutoConfig.for_model(model_type)
+    with torch.device("meta"):
+        return getattr(modeling, name)(config.get_text_config(), 0)
+
+
+@pytest.mark.parametrize(
+    "model_type, name",
+    [
+        ("deepseek_v2", "DeepseekV2Attention"),
+        ("deepseek_v3", "DeepseekV3Attention"),
+        ("glm4_moe_lite", "Glm4MoeLiteAttention"),
+        ("youtu", "YoutuAttention"),
+        ("axk1", "AXK1Attention"),
+        ("minicpm3", "MiniCPM3Attention"),
+    ],
+)
+def test_check_takes_the_families_that_compute_the_same(model_type, name):
+    assert KDeepseekV2Attention.check("a", family_attention(model_type, name), {}) == []
+
+
+@pytest.mark.parametrize(
+    "model_type, name, difference",
+    [
+        ("longcat_flash", "LongcatFlashMLA", "factors of its own: mla_scale_kv_lora, mla_scale_q_lora"),
+        ("mistral4", "Mistral4Attention", "a forward that also takes: position_ids"),
+        ("kimi_linear", "KimiLinearAttention", "no rotary positions"),
+        ("bailing_hybrid", "BailingHybridAttention", "parts of its own: g_proj"),
+        ("dots3_note", "Dots3NoteTextAttention", "kv_lora_scale.*q_lora_scale"),
+        ("deepseek_v32", "DeepseekV32Attention", "parts of its own: indexer"),
+        ("hy_v4", "HYV4Attention", "gate_proj.*sinks"),
+    ],
+)
+def test_check_refuses_families_that_compute_more(model_type, name, difference):
+    (problem,) = KDeepseekV2Attention.check("a", family_attention(model_type, name), {})
+    assert f"found {name} with" in problem
+    assert re.search(difference, problem)
+
+
+@pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2"])
+def test_check_refuses_implementations_whose_masks_it_cannot_read(implementation):
+    attention = family_attention("deepseek_v3", "DeepseekV3Attention")
+    attention.config._attn_implementation_internal = implementation
+    (problem,) = KDeepseekV2Attention.check("a", attention, {})
+    assert implementation in problem and "attn_implementation='sdpa' or 'eager'" in problem
+    for known in ("sdpa", "eager", None):
+        attention.config._attn_implementation_internal = known
+        assert KDeepseekV2Attention.check("a", attention, {}) == []
 
 
 def test_a_mask_it_cannot_read_is_refused():
