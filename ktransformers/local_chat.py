@@ -52,7 +52,13 @@ def main(
     except KeyboardInterrupt:
         err.print("interrupted while loading; nothing was kept")
         raise typer.Exit(130) from None
-    sys.exit(chat.run([prompt] if prompt_file else _messages(as_json)))
+    try:
+        code = chat.run([prompt] if prompt_file else _messages(as_json))
+    except OSError as error:  # whoever reads the answers went away, or the disk they go to is full
+        err.print(f"[red]error:[/red] standard output cannot be written: {_plain(error)}")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that flushing at exit cannot fail again
+        code = 1
+    sys.exit(code)
 
 
 def _plain(error: Exception) -> str:
@@ -138,15 +144,17 @@ def _load(model_path: str, weights: str, rule: str, devices: dict[str, str], qui
 def _read_config(model_path: str) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoTokenizer
 
-    folder = Path(model_path)
-    if folder.exists() and not folder.joinpath("config.json").is_file():
+    folder = Path(model_path).expanduser()
+    if not folder.is_dir():
+        raise KTransformersError(f"--model_path {model_path}: no such folder; expected a Hugging Face model folder.")
+    if not folder.joinpath("config.json").is_file():
         raise KTransformersError(f"{model_path}: has no config.json; expected a Hugging Face model folder.")
     try:
-        config = AutoConfig.from_pretrained(model_path)
-        tokenizer = AutoTokenizer.from_pretrained(model_path)
-    except (OSError, ValueError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise KTransformersError(f"{model_path}: config or tokenizer cannot be read: {first_line}") from error
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises its own kinds for damaged files, none with a common root
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise KTransformersError(f"{model_path}: config or tokenizer cannot be read: {' '.join(lines[:2])}") from error
     if not getattr(tokenizer, "chat_template", None):
         raise KTransformersError(
             f"{model_path}: the tokenizer has no chat template, so messages cannot be told apart. "
@@ -162,6 +170,10 @@ def _read_config(model_path: str) -> tuple[Any, Any]:
 
 def _messages(quiet: bool) -> Iterator[str]:
     """Yield what the user says, from a terminal or line by line from a pipe."""
+    if sys.stdin is None:  # closed
+        return
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")  # a stray byte costs one character, not the program
     terminal = sys.stdin.isatty()
     if terminal and not quiet:
         import readline  # noqa: F401  (line editing and history for input())
@@ -189,7 +201,11 @@ def _read_fenced(first: str, terminal: bool) -> str:
     """Read lines up to the one that ends with the closing fence."""
     lines = [first] if first else []
     while not (lines and lines[-1].rstrip().endswith(FENCE)):
-        lines.append(input("... " if terminal else ""))
+        try:
+            lines.append(input("... " if terminal else ""))
+        except EOFError:
+            err.print(f"[yellow]note:[/yellow] the closing {FENCE} is missing; everything up to the end is the message")
+            return "\n".join(lines).strip()
     lines[-1] = lines[-1].rstrip().removesuffix(FENCE)
     return "\n".join(lines).strip()
 
@@ -234,12 +250,16 @@ class Chat:
         timing, words = Timing(), _Words(self.tokenizer)
         stopped = False
         try:
+            prompt = self._prompt()
+            room = min(self.max_new_tokens, self._context() - len(prompt))
             tokens = generate(
-                self.model, self._prompt(), max_new_tokens=self.max_new_tokens, chunk_size=self.chunk_size,
+                self.model, prompt, max_new_tokens=room, chunk_size=self.chunk_size,
                 sampling=self.sampling, cache=self.cache, timing=timing,
             )  # fmt: skip
             for token in tokens:
                 self._show(words.add(token))
+            if len(words.ids) == room < self.max_new_tokens:
+                err.print("\n[dim]the model's context is full[/dim]")
         except KeyboardInterrupt:
             stopped = True
         except KTransformersError:
@@ -252,7 +272,7 @@ class Chat:
 
     def _prompt(self) -> list[int]:
         """Token ids of the conversation; the oldest turns are dropped when the model's context would overflow."""
-        limit = getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize
+        limit = self._context()
         room = max(1, min(self.max_new_tokens, limit // 4))
         ids = self._tokens(self.messages)
         if len(ids) + room > limit and (alone := len(self._tokens(self.messages[-1:]))) + room > limit:
@@ -265,8 +285,17 @@ class Chat:
             err.print("[dim]the conversation outgrew the model's context; its oldest turn was dropped[/dim]")
         return ids
 
+    def _context(self) -> int:
+        """How many tokens prompt and answer may have together."""
+        return getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize
+
     def _tokens(self, messages: list[dict[str, str]]) -> list[int]:
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        except TemplateError as error:
+            raise KTransformersError(f"the tokenizer's chat template refuses this conversation: {error}. Say /new to start over.") from error
 
     def _show(self, piece: str) -> None:
         if piece and not self.as_json:
@@ -301,7 +330,9 @@ class _Words:
         return self._take(hold=True)
 
     def rest(self) -> str:
-        return self._take(hold=False)
+        piece = self._take(hold=False).rstrip("\ufffd")  # an answer that was cut short may end inside a character
+        self.text = self.text.rstrip("\ufffd")
+        return piece
 
     def _take(self, hold: bool) -> str:
         before, now = self._decode(self.ids[self.context : self.done]), self._decode(self.ids[self.context :])

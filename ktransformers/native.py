@@ -9,6 +9,7 @@ Letters: T tokens, H hidden, I intermediate, E experts, K experts per token.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,12 @@ SUPPORTED_TYPES = frozenset({"F32", "F16", "BF16", "Q8_0", "Q4_K", "Q5_K", "Q6_K
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "gelu_pytorch_tanh": 2, "relu": 3}
 """Names of kt_activation, in transformers' spelling; a test holds them to the header."""
 
+NOT_BUILT = "the C library is not built or does not load; run `make setup` in the checkout"
+"""What to say where `available()` is false."""
+
+MAX_THREADS = 1024
+"""Of a pool, as in native/src/threads.c; a test holds the two together."""
+
 _lock = threading.RLock()
 _state: Any = None
 
@@ -35,10 +42,7 @@ def _module() -> Any:
     try:
         from ktransformers import _native
     except ImportError as error:
-        raise NativeError(
-            f"The C library cannot be loaded: {error}. Expected the compiled module ktransformers._native. "
-            "In a checkout run `make setup`; an installed wheel contains it."
-        ) from error
+        raise NativeError(f"ktransformers._native, which an installed wheel contains: {error}; {NOT_BUILT}.") from error
     return _native
 
 
@@ -63,12 +67,13 @@ class _State:
         return [self.text(lib.kt_isa_name(i)) for i in range(lib.kt_isa_count()) if lib.kt_isa_usable(i)]
 
     def force(self, name: str, subject: str) -> None:
-        if self.lib.kt_isa_force(name.encode()) != self.lib.KT_OK:
-            usable = self.isas()
+        usable = self.isas()
+        if not isinstance(name, str) or name not in usable:
             raise NativeError(
-                f"{subject}={name!r}: not an instruction set of this machine{did_you_mean(name, usable)}. "
+                f"{subject}={name!r}: not an instruction set of this machine{did_you_mean(str(name), usable)}. "
                 f"Usable here, lowest first: {', '.join(usable)}."
             )
+        self.check(self.lib.kt_isa_force(name.encode()), f"{subject}={name!r}")
 
     def new_pool(self, count: int) -> None:
         out = self.ffi.new("kt_pool **")
@@ -143,9 +148,12 @@ def threads() -> int:
 
 
 def set_threads(count: int | None) -> None:
-    """Use `count` threads from now on, the calling one included; None: KT_THREADS or the machine's cores."""
-    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
-        raise NativeError(f"set_threads: found {count!r}, expected a whole number from 1 on, or None.")
+    """Use `count` threads from now on, the calling one included; None: KT_THREADS or the machine's cores.
+
+    Raises NativeError for what is not a whole number from 1 to MAX_THREADS.
+    """
+    if count is not None:
+        _whole(count, 1, MAX_THREADS, "set_threads", ", or None")
     with _lock:
         _native().new_pool(count if count is not None else env.threads() or 0)
 
@@ -163,12 +171,14 @@ def cpu_features() -> dict[str, bool]:
 
 def set_panel_threshold(tokens: int) -> None:
     """For tests and tuning: tokens per matrix from which the prefill path is taken; 0 = the measured default."""
+    _whole(tokens, 0, 2**31 - 1, "set_panel_threshold")
     _native().lib.kt_set_panel_threshold(tokens)
 
 
 def bench_read(data: torch.Tensor) -> int:
     """Stream a uint8 tensor once through the pool's threads (a bandwidth probe); the value is meaningless."""
     state, pool = _pool()
+    _bytes(data, "bench_read")
     return state.lib.kt_bench_read(pool, state.ffi.cast("void *", data.data_ptr()), data.numel())
 
 
@@ -176,49 +186,92 @@ def bench_peak(kind: str, iterations: int) -> float:
     """Run register-only multiply-adds ("int8", "bf16" or "f32") on every thread; returns operations done (2 per
     multiply-add), 0.0 where the instruction set in use has none of that kind."""
     state, pool = _pool()
-    return state.lib.kt_bench_peak(pool, {"int8": 0, "bf16": 1, "f32": 2}[kind], iterations)
+    kinds = ["int8", "bf16", "f32"]
+    if kind not in kinds:
+        raise NativeError(f"bench_peak: found {kind!r}, expected one of {', '.join(kinds)}.")
+    _whole(iterations, 0, 2**62, "bench_peak (iterations)")
+    return state.lib.kt_bench_peak(pool, kinds.index(kind), iterations)
 
 
 # ---- checks ------------------------------------------------------------------------------------------------
 
 
-def _weight(state: _State, weight: Packed, subject: str, keep: list[Any], into: Any) -> None:
-    """Fill the kt_weight `into` from a Packed matrix after checking it; `keep` holds what must stay alive."""
-    name, shape, data = weight.type.name, tuple(weight.shape), weight.data
+def _whole(value: Any, low: int, high: int, subject: str, otherwise: str = "") -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise NativeError(f"{subject}: found {value!r}, expected a whole number from {low} to {high}{otherwise}.")
+
+
+def _tensor(value: Any, subject: str, expected: str, movable: bool = False) -> torch.Tensor:
+    """`value` as a tensor whose memory can be read: strided, with values, on the cpu (or elsewhere if `movable`)."""
+    if not isinstance(value, torch.Tensor):
+        raise NativeError(f"{subject}: found {type(value).__name__}, expected {expected}.")
+    if value.is_nested or value.layout is not torch.strided:
+        found = "nested" if value.is_nested else value.layout
+        raise NativeError(f"{subject}: found a tensor that is {found}, expected {expected}, torch.strided.")
+    if value.is_meta or not (movable or value.device.type == "cpu"):
+        raise NativeError(f"{subject}: found a tensor on {value.device}, expected {expected} on the cpu.")
+    return value
+
+
+def _plain(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`x` with its values in order in memory, as C reads them."""
+    return x.detach().to("cpu", dtype).resolve_neg().contiguous()
+
+
+def _bytes(data: Any, subject: str) -> None:
+    expected = "a contiguous uint8 tensor"
+    _tensor(data, subject, expected)
+    if data.dtype != torch.uint8 or not data.is_contiguous():
+        raise NativeError(
+            f"{subject}: found {data.dtype}, contiguous={data.is_contiguous()}, expected {expected} on the cpu."
+        )
+
+
+def _shape(weight: Packed, subject: str) -> tuple[int, ...]:
+    """The shape of a Packed of any number of dimensions, after checking that it is one and its bytes are bytes."""
+    name, shape = getattr(getattr(weight, "type", None), "name", None), getattr(weight, "shape", None)
+    if not isinstance(name, str) or not isinstance(shape, tuple) or not hasattr(weight, "data"):
+        raise NativeError(f"{subject}: found {type(weight).__name__}, expected a Packed (see ktransformers.quants).")
+    if not shape or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise NativeError(f"{subject}: found shape {shape}, expected whole numbers from 1 on.")
+    _bytes(weight.data, f"{subject}, bytes")
+    return shape
+
+
+def _weight(state: _State, weight: Packed, subject: str, keep: list[Any], into: Any, flat: bool = False) -> Any:
+    """Fill the kt_weight `into` from a Packed matrix after checking it; `keep` holds what must stay alive.
+
+    `flat`: any number of dimensions, seen as a matrix. Returns the shape.
+    """
+    shape = _shape(weight, subject)
+    name, data = weight.type.name, weight.data
     if name not in state.type_ids:
         raise UnsupportedError(
             f"{subject}: weight type {name} has no C kernel{did_you_mean(name, state.type_ids)}. "
             f"Computed: {', '.join(sorted(state.type_ids))}. Use an operator that dequantizes (KLinearTorch)."
         )
-    if len(shape) != 2:
+    if len(shape) != 2 and not flat:
         raise NativeError(f"{subject}: found shape {shape}, expected a matrix [rows, cols].")
-    if data.device.type != "cpu" or data.dtype != torch.uint8 or not data.is_contiguous():
-        raise NativeError(
-            f"{subject}: found bytes of {data.dtype} on {data.device}, contiguous={data.is_contiguous()}; "
-            "expected a contiguous uint8 tensor on the cpu."
-        )
-    type_id = state.type_ids[name]
-    into.type, into.rows, into.cols = type_id, shape[0], shape[1]
+    type_id, rows, cols = state.type_ids[name], math.prod(shape[:-1]), shape[-1]
+    block, size = state.lib.kt_type_block(type_id), state.lib.kt_type_block_bytes(type_id)
+    if cols % block:
+        raise NativeError(f"{subject}: found shape {shape}, expected cols to be a multiple of {block} ({name}).")
+    needed = rows * (cols // block) * size
+    if data.numel() != needed:
+        raise NativeError(f"{subject}: found {data.numel()} bytes, expected {needed} for {name} {list(shape)}.")
+    into.type, into.rows, into.cols = type_id, rows, cols
     into.data, into.bytes = state.ffi.cast("void *", data.data_ptr()), data.numel()
     keep.append(data)
-    block, size = state.lib.kt_type_block(type_id), state.lib.kt_type_block_bytes(type_id)
-    if min(shape) < 1 or shape[1] % block:
-        raise NativeError(f"{subject}: found shape {shape}, expected cols to be a multiple of {block} ({name}).")
-    if data.numel() != shape[0] * (shape[1] // block) * size:
-        raise NativeError(
-            f"{subject}: found {data.numel()} bytes, expected {shape[0] * (shape[1] // block) * size} "
-            f"for {name} {list(shape)}."
-        )
+    return shape
 
 
 def _input(state: _State, x: torch.Tensor, cols: int, subject: str) -> torch.Tensor:
-    if x.device.type != "cpu":
-        raise NativeError(f"{subject}: found input on {x.device}, expected the cpu. Move it with .to('cpu').")
+    _tensor(x, subject, f"input [..., {cols}]")
     if x.dtype not in state.dtypes:
         raise NativeError(f"{subject}: found input of {x.dtype}, expected float32, bfloat16 or float16.")
     if x.ndim < 1 or x.shape[-1] != cols:
         raise NativeError(f"{subject}: found input of shape {list(x.shape)}, expected last dimension {cols}.")
-    return x.detach().contiguous()
+    return _plain(x, x.dtype)
 
 
 # ---- what operators use ------------------------------------------------------------------------------------
@@ -231,15 +284,16 @@ class Linear:
         """`weight` [N, K] packed along K, `bias` [N] of any float dtype. Raises UnsupportedError, NativeError."""
         state = _native()
         self.name, self.weight = name, weight
-        self.out_features, self.in_features = weight.shape
         self._keep: list[Any] = []
         self._w = state.ffi.new("kt_weight *")
-        _weight(state, weight, f"{name} (weight)", self._keep, self._w)
+        self.out_features, self.in_features = _weight(state, weight, f"{name} (weight)", self._keep, self._w)
         self.bias = None
         if bias is not None:
-            if tuple(bias.shape) != (self.out_features,):
-                raise NativeError(f"{name} (bias): found {list(bias.shape)}, expected [{self.out_features}].")
-            self.bias = bias.detach().to("cpu", torch.float32).contiguous()
+            expected = f"float [{self.out_features}]"
+            _tensor(bias, f"{name} (bias)", expected, movable=True)
+            if tuple(bias.shape) != (self.out_features,) or not bias.is_floating_point():
+                raise NativeError(f"{name} (bias): found {bias.dtype} {list(bias.shape)}, expected {expected}.")
+            self.bias = _plain(bias, torch.float32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x` [..., K] of float32, bfloat16 or float16 -> [..., N] of the same dtype."""
@@ -274,27 +328,31 @@ class Experts:
         Raises UnsupportedError for a weight type or activation without C code, NativeError for what does not fit.
         """
         state = _native()
-        if activation not in ACTIVATIONS:
+        if not isinstance(activation, str) or activation not in ACTIVATIONS:
             raise UnsupportedError(
-                f"{name}: activation {activation!r} is not computed in C{did_you_mean(activation, ACTIVATIONS)}. "
+                f"{name}: activation {activation!r} is not computed in C{did_you_mean(str(activation), ACTIVATIONS)}. "
                 f"Known: {', '.join(ACTIVATIONS)}."
             )
+        for role, weights in (("gate", gate), ("up", up), ("down", down)):
+            if not isinstance(weights, (list, tuple)):
+                raise NativeError(f"{name} ({role}): found {type(weights).__name__}, expected a list of E Packed.")
         if not gate or len(gate) != len(up) or len(gate) != len(down):
             raise NativeError(
                 f"{name}: found {len(gate)} gate, {len(up)} up and {len(down)} down matrices, expected E of each."
             )
         self.name, self.count = name, len(gate)
-        self.intermediate, self.hidden = gate[0].shape
         self._keep: list[Any] = []
+        first = _weight(state, gate[0], f"{name}.0.gate", self._keep, state.ffi.new("kt_weight *"))
+        self.intermediate, self.hidden = first
         arrays = []
         shapes = {"gate": (self.intermediate, self.hidden), "down": (self.hidden, self.intermediate)}
         for role, weights in (("gate", gate), ("up", up), ("down", down)):
             array = state.ffi.new("kt_weight[]", self.count)
             for e, weight in enumerate(weights):
                 subject, expected = f"{name}.{e}.{role}", shapes.get(role, shapes["gate"])
-                _weight(state, weight, subject, self._keep, array[e])
-                if tuple(weight.shape) != expected:
-                    raise NativeError(f"{subject}: found shape {list(weight.shape)}, expected {list(expected)}.")
+                shape = _weight(state, weight, subject, self._keep, array[e])
+                if shape != expected:
+                    raise NativeError(f"{subject}: found shape {list(shape)}, expected {list(expected)}.")
             arrays.append(array)
         out = state.ffi.new("kt_experts **")
         status = state.lib.kt_experts_create(self.count, *arrays, ACTIVATIONS[activation], out)
@@ -308,6 +366,8 @@ class Experts:
         """
         state, pool = _pool()
         hidden = _input(state, hidden, self.hidden, self.name)
+        _tensor(ids, f"{self.name} (ids)", "int64 [T, K]", movable=True)
+        _tensor(weights, f"{self.name} (weights)", "float [T, K]", movable=True)
         if hidden.ndim != 2 or ids.ndim != 2 or ids.shape[0] != hidden.shape[0] or weights.shape != ids.shape:
             raise NativeError(
                 f"{self.name}: found hidden {list(hidden.shape)}, ids {list(ids.shape)}, weights "
@@ -317,8 +377,7 @@ class Experts:
             raise NativeError(f"{self.name}: found ids of {ids.dtype}, expected int64.")
         if not weights.is_floating_point():
             raise NativeError(f"{self.name}: found weights of {weights.dtype}, expected a float dtype.")
-        ids = ids.to("cpu", torch.int64).contiguous()
-        weights = weights.detach().to("cpu", torch.float32).contiguous()
+        ids, weights = _plain(ids, torch.int64), _plain(weights, torch.float32)
         out = torch.empty_like(hidden)
         cast = state.ffi.cast
         status = state.lib.kt_experts_forward(
@@ -333,19 +392,9 @@ class Experts:
 
 
 def dequantize(packed: Packed) -> torch.Tensor:
-    """The values of a packed matrix (or vector) in float32, computed by the C library; same shape."""
+    """The values of a packed tensor of any number of dimensions in float32, computed by the C library; same shape."""
     state = _native()
-    shape = tuple(packed.shape)
-    w, keep = state.ffi.new("kt_weight *"), []
-    flat = _Matrix(packed.data, packed.type, (max(1, torch.Size(shape[:-1]).numel()), shape[-1]))
-    _weight(state, flat, "dequantize", keep, w)  # type: ignore[arg-type]
-    out = torch.empty(shape, dtype=torch.float32)
+    w = state.ffi.new("kt_weight *")
+    out = torch.empty(_weight(state, packed, "dequantize", [], w, flat=True), dtype=torch.float32)
     state.check(state.lib.kt_dequantize(w, state.ffi.cast("float *", out.data_ptr())), "dequantize")
     return out
-
-
-class _Matrix:
-    """A Packed seen as a matrix; only what _weight looks at."""
-
-    def __init__(self, data: torch.Tensor, type: Any, shape: tuple[int, int]) -> None:
-        self.data, self.type, self.shape = data, type, shape

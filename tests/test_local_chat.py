@@ -114,6 +114,42 @@ def test_a_fence_takes_several_lines(monkeypatch):
     assert list(local_chat._messages(quiet=True)) == ["first\nsecond", "third"]
 
 
+def test_a_fence_that_is_never_closed_still_makes_a_message(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO('"""first\nsecond'))
+    assert list(local_chat._messages(quiet=True)) == ["first\nsecond"]
+
+
+def test_stray_bytes_and_a_closed_input_are_no_disaster():
+    ran = subprocess.run(command("--max_new_tokens", "5"), input=b"caf\xe9 ?\nWhat is MLA?\n", capture_output=True, cwd=ROOT, timeout=300)
+    assert ran.returncode == 0 and len(ran.stdout.splitlines()) == 2
+    ran = subprocess.run(["bash", "-c", '"$@" <&-', "bash", *command()], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert ran.returncode == 0 and "Traceback" not in ran.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_below_standard_output_is_one_error():
+    ran = subprocess.run(
+        ["bash", "-c", '"$@" > /dev/full', "bash", *command("--max_new_tokens", "5")],
+        input="What is MLA?\n", capture_output=True, text=True, cwd=ROOT, timeout=300,
+    )  # fmt: skip
+    assert ran.returncode == 1 and "cannot be written" in ran.stderr and "Traceback" not in ran.stderr
+
+
+def test_an_answer_ends_where_the_context_does(loaded, capsys, monkeypatch):
+    one = chat(loaded, max_new_tokens=500)
+    monkeypatch.setattr(one.model.config, "max_position_embeddings", 24)
+    one.answer("What is a rule file?")
+    result = json.loads(capsys.readouterr().out)
+    assert result["prefill_tokens"] + result["decode_tokens"] < 24
+
+
+def test_a_template_that_refuses_is_one_error(loaded, capsys, monkeypatch):
+    one = chat(loaded)
+    monkeypatch.setattr(one.tokenizer, "chat_template", "{{ raise_exception('system first') }}")
+    assert one.run(["hello"]) == 1
+    assert "system first" in capsys.readouterr().err and one.messages == []
+
+
 def test_a_prompt_file_is_answered_once(tmp_path):
     prompt = tmp_path / "prompt.txt"
     prompt.write_text("What is a rule file?")
@@ -126,7 +162,7 @@ BAD = [
     (["--cpu_infer", "0x"], "cpu_infer"),
     (["--cpu_infer", "-3"], "expected 1 to"),
     (["--cpu_infer", "100000"], "the cores this process may use"),
-    (["--model_path", "/no/such/folder"], "cannot be read"),
+    (["--model_path", "/no/such/folder"], "no such folder"),
     (["--gguf_path", "/no/such/file.gguf"], "no such file"),
     (["--optimize_config_path", "DeepSek-V3"], "did you mean 'DeepSeek-V3'"),
     (["--prompt_file", "/no/such/prompt"], "cannot be read"),

@@ -18,8 +18,10 @@
  *  - Results do not depend on the number of threads, bit for bit.
  *
  * Numerics (met by portable C, equalled by every other instruction set up to fp32 summation order)
- *  - Float weights (F32, F16, BF16): products and sums in fp32 against fp32 activations. One exception:
- *    with avx512_bf16, BF16 weights meeting many tokens use activations rounded to bf16 (nearest even).
+ *  - Float weights (F32, F16, BF16): products and sums in fp32 against the activations in fp32. One exception:
+ *    with avx512_bf16, BF16 weights meeting many tokens of BF16 activations use a bf16 multiplier. It takes kt_linear's
+ *    and the experts' inputs as they are; the experts' intermediates are rounded to bf16 (nearest even) before
+ *    down. F32 and F16 activations are never rounded to bf16.
  *  - Quantized weights: each 32 activations become int8 with one fp32 scale amax/127, rounded to nearest
  *    even; dot products inside a group are exact int32; groups are added in fp32. With a weight written as
  *    w = s*(u - z) - m (u the unsigned code, z the format's constant) a group adds

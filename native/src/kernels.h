@@ -32,7 +32,7 @@ struct kt_group {
 struct kt_acts {
     int64_t cols, stride;
     float *f;        /* [T, stride] */
-    uint16_t *h;     /* [T, stride] bf16; zero from cols on */
+    uint16_t *h;     /* [T, stride] bf16; zero from cols on. NULL: BF16 weights use f */
     int8_t *q;       /* [T, stride] */
     float *d;        /* [T, stride/32] scale of each group */
     float *ds;       /* [T, stride/32] scale times sum of the group's codes: meets a weight group's min */
@@ -79,7 +79,7 @@ struct kt_kernels {
     kt_dot_fn dot[KT_FORMATS];
     kt_unpack_fn unpack[KT_FORMATS];
     kt_gemm_fn gemm_q8, gemm_f32;
-    kt_gemm_fn gemm_bf16; /* NULL: BF16 weights are unpacked to fp32 and use gemm_f32 */
+    kt_gemm_fn gemm_bf16; /* for bf16 activations. NULL: BF16 weights are unpacked to fp32 and use gemm_f32 */
 
     /* out[j][r] = in[r * in_stride + j] for 16 rows r and n dwords j. out is 64-byte aligned. */
     void (*interleave)(const uint32_t *in, size_t in_stride, int64_t n, uint32_t *out);

@@ -77,7 +77,7 @@ int kt_linear(kt_pool *pool, const kt_weight *w, const float *bias, const void *
     kt_pool_lock(pool);
     l.k = kt_kernels();
     l.panel = kt_use_panel(l.w.format, tokens);
-    l.need = kt_forms_needed(l.k, l.w.format, l.panel);
+    l.need = kt_forms_needed(l.k, l.w.format, l.panel, dtype);
     l.rows = kt_job_rows(pool, l.w.rows);
     l.per_job = (int32_t)(1 + 16384 / l.w.cols);
     const int64_t chunk = 2048; /* tokens at once: bounds the scratch memory; weights are read once a chunk */

@@ -46,10 +46,10 @@ void kt_scratch_take(struct kt_arena *arena, int64_t tokens, struct kt_scratch *
 
 /* ---- activations ------------------------------------------------------------------------------------ */
 
-int kt_forms_needed(const struct kt_kernels *k, int format, int panel) {
+int kt_forms_needed(const struct kt_kernels *k, int format, int panel, int dtype) {
     enum kt_kind kind = kt_traits_table[format].kind;
     if (kind == KT_KIND_Q8) return KT_NEED_Q8;
-    return kind == KT_KIND_BF16 && panel && k->gemm_bf16 ? KT_NEED_BF16 : 0;
+    return kind == KT_KIND_BF16 && panel && dtype == KT_BF16 && k->gemm_bf16 ? KT_NEED_BF16 : 0;
 }
 
 void kt_acts_take(struct kt_arena *arena, int64_t tokens, int64_t cols, int need, struct kt_acts *a) {
@@ -159,7 +159,7 @@ static void panel_block(const struct kt_kernels *k, const struct kt_matrix *w, i
                         const struct kt_acts *a, const int32_t *token, int tokens, const struct kt_scratch *s,
                         float *c, int64_t ldc) {
     const struct kt_traits *t = w->traits;
-    enum kt_kind kind = t->kind == KT_KIND_BF16 && !k->gemm_bf16 ? KT_KIND_F32 : t->kind;
+    enum kt_kind kind = t->kind == KT_KIND_BF16 && !a->h ? KT_KIND_F32 : t->kind;
     kt_gemm_fn gemm = kind == KT_KIND_Q8 ? k->gemm_q8 : kind == KT_KIND_BF16 ? k->gemm_bf16 : k->gemm_f32;
     const int64_t columns = KT_PANEL_BYTES / 4 * values_per_dword(kind);
     for (int64_t k0 = 0; k0 < w->cols; k0 += columns) {

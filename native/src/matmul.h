@@ -48,8 +48,9 @@ void kt_scratch_take(struct kt_arena *arena, int64_t tokens, struct kt_scratch *
 
 enum { KT_NEED_Q8 = 1, KT_NEED_BF16 = 2 }; /* fp32 is always there */
 
-/* The forms that a matrix of this format may ask for. */
-int kt_forms_needed(const struct kt_kernels *k, int format, int panel);
+/* The forms that a matrix of this format asks for. bf16 only where the caller's activations, of `dtype`, are bf16
+ * themselves: a form never costs precision that the caller had. */
+int kt_forms_needed(const struct kt_kernels *k, int format, int panel, int dtype);
 
 /* Room for `tokens` rows of `cols` values in the forms of `need`. */
 void kt_acts_take(struct kt_arena *arena, int64_t tokens, int64_t cols, int need, struct kt_acts *a);

@@ -212,9 +212,9 @@ static void needs(struct forward *f) {
         int32_t tokens = f->group_of[i];
         if (!tokens) continue;
         int gate = f->e->gate[i].format, up = f->e->up[i].format, down_ = f->e->down[i].format;
-        f->need_x |= kt_forms_needed(f->k, gate, kt_use_panel(gate, tokens));
-        f->need_x |= kt_forms_needed(f->k, up, kt_use_panel(up, tokens));
-        f->need_m |= kt_forms_needed(f->k, down_, kt_use_panel(down_, tokens));
+        f->need_x |= kt_forms_needed(f->k, gate, kt_use_panel(gate, tokens), f->dtype);
+        f->need_x |= kt_forms_needed(f->k, up, kt_use_panel(up, tokens), f->dtype);
+        f->need_m |= kt_forms_needed(f->k, down_, kt_use_panel(down_, tokens), f->dtype);
     }
 }
 

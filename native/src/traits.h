@@ -11,7 +11,7 @@ enum kt_format { KT_FMT_F32, KT_FMT_F16, KT_FMT_BF16, KT_FMT_Q8_0, KT_FMT_Q4_K, 
 /* What a format's weights are multiplied with. */
 enum kt_kind {
     KT_KIND_F32,  /* fp32 activations */
-    KT_KIND_BF16, /* fp32 activations in decode; bf16 in prefill where a bf16 GEMM exists */
+    KT_KIND_BF16, /* fp32 activations; bf16 in prefill where the caller's are and a bf16 GEMM exists */
     KT_KIND_Q8    /* int8 activations, one scale per 32 */
 };
 
