@@ -108,6 +108,13 @@ class BaseInjectedModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.orig_module.forward(*args, **kwargs)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """What copy.deepcopy, pickle and torch.save(model) ask. State dicts are not concerned."""
+        raise UnsupportedError(
+            f"{self.key}: a model with operators cannot be copied or pickled: its weights are mapped files and "
+            "handles. Build it again and call optimize_and_load."
+        )
+
 
 class FamilyOperator(BaseInjectedModule):
     """An operator that stays an instance of the class it replaces.

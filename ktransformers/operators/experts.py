@@ -17,7 +17,14 @@ from transformers.activations import ACT2FN
 from ktransformers import native
 from ktransformers.errors import did_you_mean
 from ktransformers.operators.base_operator import forward_only, tell_once
-from ktransformers.operators.inner_ops import StagedOperator, final_name, given, op_problem, resolve_op
+from ktransformers.operators.inner_ops import (
+    StagedOperator,
+    dtype_problem,
+    final_name,
+    given,
+    op_problem,
+    resolve_op,
+)
 from ktransformers.operators.moe import (  # noqa: F401  rule files name the blocks as operators.experts.*
     KDeepseekV2MoE,
     KDeepseekV3MoE,
@@ -58,10 +65,14 @@ class KExpertsCPU(KExpertsBase):
         self.experts: native.Experts | None = None
 
     @classmethod
-    def problem(cls, key: str, activation: str | None, weights: Any) -> str:
-        """Say why the C library cannot compute these experts, or return ``""``."""
+    def problem(
+        cls, key: str, activation: str | None, weights: Any, dtype: torch.dtype | None = None
+    ) -> str:
+        """Say why the C library cannot compute these experts in a model of `dtype`, or return ``""``."""
         if not native.available():
             return "the C library is not built (run `make native`); KExpertsTorch needs none"
+        if problem := dtype_problem(dtype, "KExpertsTorch"):
+            return problem
         if activation not in native.ACTIVATIONS:
             return f"the C library does not compute the activation {activation!r}; use KExpertsTorch"
         if weights is None or not weights.has_experts(key):
@@ -183,7 +194,8 @@ class KTransformersExperts(StagedOperator):
             if problem := op_problem(f"{stage}_op", name, device, EXPERTS_MAP):
                 problems.append(problem)
             elif name is not None and final_name(name) == "KExpertsCPU":
-                if problem := KExpertsCPU.problem(key, activation_of(orig_module), weights):
+                activation, dtype = activation_of(orig_module), orig_module.down_proj.dtype
+                if problem := KExpertsCPU.problem(key, activation, weights, dtype):
                     problems.append(f"{stage}_op: {problem}")
         backend = kwargs.get("backend")
         if backend is not None and backend not in BACKENDS:

@@ -82,6 +82,14 @@ def op_problem(kwarg: str, name: Any, device: Any, table: Mapping[str, type]) ->
     return ""
 
 
+def dtype_problem(dtype: torch.dtype | None, torch_op: str) -> str:
+    """Say why the C library cannot compute in a model of `dtype` (None: not known), or return ``""``."""
+    if dtype in (None, torch.float32, torch.bfloat16, torch.float16):
+        return ""
+    name = str(dtype).removeprefix("torch.")
+    return f"the C library does not compute {name} (it does float32, bfloat16, float16); use {torch_op}"
+
+
 def _not_built(name: str, device: Any) -> str:
     torch_op = "KExpertsTorch" if "Experts" in name else "KLinearTorch"
     return f"{name} on {device} is not built yet; use {torch_op} there, or {CPU_COUNTERPART[name]} on cpu"

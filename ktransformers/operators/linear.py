@@ -18,6 +18,7 @@ from ktransformers.operators.base_operator import BaseInjectedModule, InferenceS
 from ktransformers.operators.inner_ops import (
     OBSOLETE_OPS,
     StagedOperator,
+    dtype_problem,
     given,
     is_cpu,
     op_problem,
@@ -128,10 +129,12 @@ class KLinearCPUInfer(KLinearBase):
         self.linear: native.Linear | None = None
 
     @classmethod
-    def problem(cls, key: str, weights: Any) -> str:
-        """Say why the C library cannot compute this weight, or return ``""``."""
+    def problem(cls, key: str, weights: Any, dtype: torch.dtype | None = None) -> str:
+        """Say why the C library cannot compute this weight in a model of `dtype`, or return ``""``."""
         if not native.available():
             return "the C library is not built (run `make native`); KLinearTorch needs none"
+        if problem := dtype_problem(dtype, "KLinearTorch"):
+            return problem
         if weights is None:
             return ""
         name = f"{key}.weight"
@@ -194,7 +197,8 @@ class KTransformersLinear(StagedOperator):
         if today is not None and (today == OBSOLETE_OPS.get(name, name) or today != "KLinearCPUInfer"):
             return LINEAR_MAP[today], torch.device(device)
         # Nothing named, or a GPU operator that gave way: the best this device has for this weight.
-        usable = is_cpu(device) and not KLinearCPUInfer.problem(self.key, self.gguf_loader)
+        dtype = getattr(getattr(self.orig_module, "weight", None), "dtype", None)
+        usable = is_cpu(device) and not KLinearCPUInfer.problem(self.key, self.gguf_loader, dtype)
         return (KLinearCPUInfer if usable else KLinearTorch), torch.device(device)
 
     @classmethod
@@ -208,7 +212,7 @@ class KTransformersLinear(StagedOperator):
             name, device = kwargs.get(f"{stage}_op"), kwargs.get(f"{stage}_device") or "cuda"
             problem = op_problem(f"{stage}_op", name, device, LINEAR_MAP)
             if not problem and OBSOLETE_OPS.get(name, name) == "KLinearCPUInfer":
-                reason = KLinearCPUInfer.problem(key, weights)
+                reason = KLinearCPUInfer.problem(key, weights, orig_module.weight.dtype)
                 problem = reason and f"{stage}_op: {reason}"
             problems += [problem] if problem else []
         return problems
@@ -224,6 +228,19 @@ class KTransformersLinear(StagedOperator):
     def _show_parameters(self) -> None:
         """Share the inner operator's parameters: named as nn.Linear names them, and moved by `.to()`."""
         self.__dict__["_parameters"] = self.active._parameters if isinstance(self.active, nn.Module) else {}
+
+    def __getattr__(self, name: str) -> Any:
+        """Called for what is not found: `weight` and `bias` while the inner operator has no dense ones."""
+        inner = self.active if name in ("weight", "bias") and "_inner" in self.__dict__ else None
+        if not isinstance(inner, KLinearCPUInfer):
+            return super().__getattr__(name)
+        if name == "bias" and not inner.has_bias:
+            return None  # as nn.Linear
+        # An AttributeError, so that hasattr() and getattr(..., None) answer as for any module without one.
+        raise AttributeError(
+            f"{self.key}: computes from packed bytes and has no dense {name}; name KLinearTorch for it in the rule, "
+            "or leave it out"
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.active.forward(x)

@@ -1,6 +1,8 @@
 """The operator contract: shared tables, loading and unloading, classes that stay, and operators by users."""
 
 import copy
+import io
+import pickle
 
 import pytest
 import torch
@@ -174,3 +176,15 @@ def test_a_notice_is_given_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         base_operator.tell_once("only once, for the test")
+
+
+@pytest.mark.parametrize(
+    "copying", [copy.deepcopy, pickle.dumps, lambda model: torch.save(model, io.BytesIO())], ids=str
+)
+def test_a_model_with_operators_says_that_it_cannot_be_copied(copying):
+    model = nn.Sequential(random_block())
+    copying(model)
+    model[0] = BaseInjectedModule("b", weights_of(model[0]), None, model[0], "cpu")
+    with pytest.raises(UnsupportedError, match="b: a model with operators cannot be copied or pickled.*again"):
+        copying(model)
+    torch.save(model.state_dict(), io.BytesIO())

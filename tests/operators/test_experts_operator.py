@@ -181,3 +181,12 @@ def test_a_gating_of_its_own_is_refused():
 
     clamped = Clamped(tiny_config("qwen3_moe"))
     assert "_apply_gate" in KTransformersExperts.check(KEY, clamped, CPU)[0]
+
+
+def test_float64_is_refused_before_loading():
+    _, meta, weights = parts()
+    meta = meta.to(torch.float64)
+    for source in (weights, None):
+        (problem,) = KTransformersExperts.check(KEY, meta, {"generate_op": "KExpertsCPU", **CPU}, source)
+        assert "does not compute float64" in problem and "use KExpertsTorch" in problem
+    assert KTransformersExperts.check(KEY, meta, {"generate_op": "KExpertsTorch", **CPU}, weights) == []

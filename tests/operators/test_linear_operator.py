@@ -229,3 +229,31 @@ def test_an_authors_class_in_the_tutorials_call_shape_works(bias):
     x = torch.randn(2, 64)
     torch.testing.assert_close(module(x), truth(x), rtol=1e-5, atol=1e-5)
     assert module.device == "cpu" and (module.in_features, module.out_features) == (64, 48)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_reading_the_weight_of_packed_bytes_says_what_to_name_instead(bias):
+    _, meta, weights = pair(bias)
+    module = loaded(KTransformersLinear, meta, weights, generate_op="KLinearCPUInfer", **CPU)
+    with pytest.raises(AttributeError, match=f"{KEY}: computes from packed bytes.*no dense weight.*KLinearTorch"):
+        module.weight  # noqa: B018
+    assert not hasattr(module, "weight") and getattr(module, "weight", None) is None
+    assert hasattr(module, "bias") == (not bias) and getattr(module, "bias", None) is None
+    with pytest.raises(AttributeError, match="has no attribute 'wieght'"):
+        module.wieght  # noqa: B018
+    dense = loaded(KTransformersLinear, meta, weights, generate_op="KLinearTorch", **CPU)
+    assert dense.weight.shape == (48, 64) and (dense.bias is not None) is bias
+
+
+def test_float64_is_refused_before_loading_and_goes_to_torch_where_nothing_is_named():
+    truth, meta, weights = pair(dtype=torch.float64)
+    weights = DictWeights({name: t.float() for name, t in weights.tensors.items()})
+    check = KTransformersLinear.check
+    for source in (weights, None):
+        (problem,) = check(KEY, meta, {"generate_op": "KLinearCPUInfer", **CPU}, source)
+        assert "does not compute float64" in problem and "use KLinearTorch" in problem
+    assert check(KEY, meta, {"generate_op": "KLinearTorch", **CPU}, weights) == check(KEY, meta, CPU, weights) == []
+    module = loaded(KTransformersLinear, meta, weights, **CPU)
+    x = torch.randn(2, 64, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), truth(x), rtol=1e-5, atol=1e-5)
