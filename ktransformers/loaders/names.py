@@ -18,12 +18,14 @@ from ktransformers.loaders import gguf_names
 from ktransformers.loaders.base import WeightFiles
 from ktransformers.loaders.report import Problem, grouped
 from ktransformers.loaders.sources import (
+    WHOLE_NUMBERS,
     ExpertWeights,
     JoinedKVB,
     Plain,
     Source,
     Stacked,
     Unpermuted,
+    WholeNumbers,
     split_down,
     split_gate_up,
 )
@@ -152,10 +154,8 @@ class ModelWeights:
             text = f"has shape {_shapes(source)} in the checkpoint, the model expects {list(shape)}"
             found.append(Problem(name, text))
         for kind in dict.fromkeys(info.type for info in source.infos):
-            if not kind.computed:
-                found.append(
-                    Problem(name, f"stored as {kind.name}, not computed yet; use another quantization")
-                )
+            if not source.computes(kind):
+                found.append(Problem(name, f"stored as {kind.name}, not computed yet; {_OTHER[self.format]}"))
         return found
 
     def _unused(self, ignore_unexpected: Iterable[str]) -> list[str]:
@@ -166,10 +166,27 @@ class ModelWeights:
     def close(self) -> None:
         self.files.close()
 
+    def __deepcopy__(self, memo: dict) -> "ModelWeights":
+        """A copied model without operators reads nothing more from the files, so both may hold them."""
+        return self
+
+    def __reduce_ex__(self, protocol: object) -> object:
+        raise UnsupportedError(
+            f"{self.path}: open weights are mapped files and cannot be pickled. Save the model with "
+            "save_pretrained, or set its `gguf_loader` to None first."
+        )
+
     def __repr__(self) -> str:
         return (
             f"ModelWeights({len(self._sources)} tensors from {len(self.files.paths)} {self.format} file(s))"
         )
+
+
+_OTHER = {
+    "gguf": "use another quantization",
+    "safetensors": "save the model as bfloat16 with transformers (save_pretrained), or use a GGUF file of it",
+}
+"""What to do about a stored type that is not computed, by the checkpoint's format."""
 
 
 def _shapes(source: Source) -> str:
@@ -196,12 +213,25 @@ def bind(files: WeightFiles, model: torch.nn.Module) -> ModelWeights:
     Raises UnsupportedError for a family or a conversion this version does not know and WeightError for a file
     of another family. What is missing, unused or misshapen is told by `ModelWeights.problems`.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     binding = _Binding()
     binding.ignored = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
     (_bind_gguf if files.format == "gguf" else _bind_safetensors)(files, model, shapes, binding)
+    _keep_whole_numbers(state, binding)
     _share_tied(model, binding)
     return ModelWeights(files, binding)
+
+
+def _keep_whole_numbers(state: dict[str, Tensor], binding: _Binding) -> None:
+    """Deliver integers and flags as they are where the model holds such, in a type that the stored one fits."""
+    for name, source in binding.sources.items():
+        wanted = state[name].dtype
+        stored = WHOLE_NUMBERS.get(source.infos[0].type.name)
+        if type(source) is not Plain or wanted.is_floating_point or wanted.is_complex or stored is None:
+            continue
+        if torch.promote_types(stored, wanted) == wanted:
+            binding.sources[name] = WholeNumbers(source.files, source.names[0], source.shape)
 
 
 def _share_tied(model: torch.nn.Module, binding: _Binding) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ktransformers.errors import WeightError
 from ktransformers.loaders.base import TensorInfo, WeightFiles
-from ktransformers.quants import Packed
+from ktransformers.quants import Packed, QuantType
 
 Device = torch.device | str
 
@@ -38,6 +38,10 @@ class Source(ABC):
         """The stored float type when all parts have it, else float32."""
         dtypes = {info.type.torch_dtype for info in self.infos}
         return (dtypes.pop() if len(dtypes) == 1 else None) or torch.float32
+
+    def computes(self, kind: QuantType) -> bool:
+        """Whether a part stored as `kind` can be turned into the numbers of this tensor."""
+        return kind.computed
 
     can_pack = False
 
@@ -75,6 +79,32 @@ class Plain(Source):
 
     def tensor(self, device: Device, dtype: torch.dtype) -> Tensor:
         return self.packed().dequantize(dtype, device)
+
+
+WHOLE_NUMBERS = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+"""Stored types of tables of indices and flags, which `quants` does not compute because no weight has them."""
+
+
+class WholeNumbers(Plain):
+    """A tensor that the model holds as integers or flags, such as DeepSeek-V4's table from token to expert."""
+
+    @property
+    def native_dtype(self) -> torch.dtype:
+        return WHOLE_NUMBERS[self.infos[0].type.name]
+
+    def computes(self, kind: QuantType) -> bool:
+        return kind.name in WHOLE_NUMBERS
+
+    def tensor(self, device: Device, dtype: torch.dtype) -> Tensor:
+        stored = self.packed().data.clone().view(self.native_dtype)  # cloned: the file's address may be odd
+        return stored.view(self.shape).to(device, dtype)
 
 
 class Unpermuted(Source):

@@ -1,6 +1,8 @@
 """Both formats deliver, by module name, exactly the weights of the model that was saved, and name all that is
 wrong."""
 
+import copy
+import pickle
 import re
 
 import numpy as np
@@ -306,6 +308,47 @@ def test_names_of_the_base_model(saved, tmp_path):
     assert weights.problems(expected) == []
 
 
+@pytest.mark.parametrize("stored", [torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool])
+def test_integers_of_the_model_are_delivered_as_they_are(stored, tmp_path):
+    """A buffer of integers is delivered exactly, whatever integer type it is stored as."""
+    model, values = meta_with_table(torch.int64), (torch.arange(15).view(5, 3) * 7).to(stored)
+    weights, problems = bound_with_table(model, values, tmp_path)
+    assert problems == []
+    assert torch.equal(weights.tensor("table", dtype=torch.int64), values.long())
+    assert torch.equal(weights.tensor("table"), values)
+
+
+@pytest.mark.parametrize("held, stored", [(torch.float32, torch.int64), (torch.int32, torch.int64)])
+def test_integers_that_the_model_holds_otherwise_are_refused(held, stored, tmp_path):
+    """Quantized integers for a float, and integers wider than the model's, are named before loading."""
+    _, problems = bound_with_table(meta_with_table(held), torch.ones(5, 3, dtype=stored), tmp_path)
+    assert len(problems) == 1 and "table: stored as I64, not computed yet; save the model" in problems[0]
+
+
+def meta_with_table(dtype: torch.dtype):
+    """A tiny model with a table of experts by token, as the hash layers of DeepSeek-V4 have."""
+    model = tiny.meta("qwen3_moe")
+    model.register_buffer("table", torch.zeros(5, 3, dtype=dtype, device="meta"))
+    return model
+
+
+def bound_with_table(model, values, folder):
+    tensors = {n: torch.zeros(t.shape) for n, t in model.state_dict().items() if n != "table"}
+    save_file({**tensors, "table": values}, folder / "model.safetensors")
+    weights = bind(open_weights(folder), model)
+    return weights, weights.problems(tiny.expected(model))
+
+
+def test_a_model_copies_with_its_open_weights(saved):
+    """deepcopy shares the mapped files; pickling them says what to do instead."""
+    weights, _ = bound(saved("qwen3_moe").root / "hf", "qwen3_moe")
+    model = torch.nn.Linear(2, 2)
+    model.gguf_loader = weights
+    assert copy.deepcopy(model).gguf_loader is weights
+    with pytest.raises(UnsupportedError, match="cannot be pickled.*save_pretrained"):
+        pickle.dumps(model)
+
+
 # --- what is wrong, all at once -----------------------------------------------------------------------------
 
 
@@ -328,7 +371,7 @@ def test_missing_unused_and_misshapen_together(saved, tmp_path):
         ("model.layers.1.self_attn.q_proj.weight:", "did you mean 'model.layers.1.self_attn.q_porj.weight'"),
         ("model.layers.1.mlp.experts.gate_up_proj:", "mlp.experts.2.up_proj.weight"),
         ("model.norm.weight:", "[63] in the checkpoint, the model expects [64]"),
-        ("lm_head.weight:", "F8_E4M3"),
+        ("lm_head.weight:", "F8_E4M3, not computed yet; save the model as bfloat16 with transformers"),
         ("model.layers.1.self_attn.q_porj.weight:", "no place"),
         ("model.layers.0.mlp.experts.4.down_proj.weight:", "no place"),
     ):
