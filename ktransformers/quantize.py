@@ -140,6 +140,7 @@ def _kv_b_pieces(weights: ModelWeights, config, name: str, stored: str):
 @contextmanager
 def _folder_beside(out: Path) -> Iterator[Path]:
     """A folder on the disk of `out` to write in, gone afterwards in any case; disk errors become ours."""
+    made = [parent for parent in out.parents if not parent.exists()]  # innermost first
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=".quantize-", dir=out.parent))
@@ -155,6 +156,9 @@ def _folder_beside(out: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        for parent in made:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
 
 
 def _packed(output: Output) -> Tensor:
@@ -207,11 +211,21 @@ def write_gguf(
             _write_tensors(writer, outputs, progress)
         finally:
             writer.close()
-        written = []
-        for path in sorted(folder.iterdir()):
-            written.append(out.with_name(path.name))
-            path.replace(written[-1])
-        return written, no_tokenizer
+        return _publish(folder, out), no_tokenizer
+
+
+def _publish(folder: Path, out: Path) -> list[Path]:
+    """Move the finished files beside `out`: all of them, or none."""
+    places = {path: out.with_name(path.name) for path in sorted(folder.iterdir())}
+    try:
+        for path, place in places.items():
+            path.replace(place)
+    except BaseException:  # Ctrl-C as well
+        moved = [place for path, place in places.items() if not path.exists()]
+        for place in moved if len(moved) < len(places) else []:
+            place.unlink(missing_ok=True)
+        raise
+    return list(places.values())
 
 
 def _write_tensors(writer, outputs: list[Output], progress) -> None:
@@ -246,15 +260,17 @@ def quantize_folder(source: Path, out: Path, mix: str = "Q4_K_M", split: int = 0
         raise UnsupportedError(
             f"Unknown --type {mix!r}{did_you_mean(mix, FILE_TYPES)}. Known: {', '.join(FILE_TYPES)}."
         )
+    if split < 0:
+        raise UnsupportedError(f"--split {split}: expected 0 (one file) or more tensors in a file.")
     if out.suffix != ".gguf" or out.is_dir():
         raise WeightError(f"{out}: expected the path of a file NAME.gguf to write.")
     if not (source / "config.json").is_file():
         raise WeightError(f"{source}: no config.json in it. Give a folder in Hugging Face form.")
     try:
         config = AutoConfig.from_pretrained(source, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers and what it validates with raise many kinds
         raise WeightError(
-            f"{source / 'config.json'}: cannot be used ({error}). Download it again."
+            f"{source / 'config.json'}: cannot be used ({_reason(error)}). Download it again."
         ) from error
     families = [f for f in gguf_names.FAMILIES.values() if config.model_type in f.model_types]
     if not families:
@@ -282,6 +298,12 @@ def quantize_folder(source: Path, out: Path, mix: str = "Q4_K_M", split: int = 0
     }
 
 
+def _reason(error: Exception) -> str:
+    """The first line of an error's text, with the next where the first only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
 @contextmanager
 def _progress(outputs: list[Output], show: bool) -> Iterator[Callable[[Output], None]]:
     """A progress bar by weights, or nothing."""
@@ -297,7 +319,7 @@ def _progress(outputs: list[Output], show: bool) -> Iterator[Callable[[Output], 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns the exit status: 0, or 1 after one line of error."""
+    """The command line. Returns the exit status: 0, or after one line of error 1, or 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(
         "ktransformers.quantize", description="A Hugging Face folder to a GGUF file."
     )
@@ -306,16 +328,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--type", default="Q4_K_M", metavar="TYPE", help=f"one of {', '.join(FILE_TYPES)} (Q4_K_M)"
     )
-    parser.add_argument("--split", type=int, default=0, metavar="N", help="at most N tensors in a file")
+    parser.add_argument(
+        "--split", type=int, default=0, metavar="N", help="at most N tensors in a file; 0: one file (0)"
+    )
     parser.add_argument("--json", action="store_true", help="no progress; one JSON object on stdout")
     options = parser.parse_args(arguments)
     try:
         done = quantize_folder(
             options.source, options.out, options.type, options.split, show=not options.json
         )
-    except KTransformersError as error:
-        print(json.dumps({"error": str(error)}) if options.json else f"error: {error}", file=sys.stderr)
-        return 1
+    except (KTransformersError, KeyboardInterrupt) as error:
+        stopped = isinstance(error, KeyboardInterrupt)
+        text = "interrupted, nothing was left behind" if stopped else str(error)
+        print(json.dumps({"error": text}) if options.json else f"error: {text}", file=sys.stderr)
+        return 130 if stopped else 1
     if options.json:
         print(json.dumps(done))
         return 0

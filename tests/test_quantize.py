@@ -404,3 +404,54 @@ def test_bad_sources(folder, tmp_path):
     save_file(tensors, source / "model.safetensors")
     fails_and_leaves_nothing(source, out, "(?s)model.norm.weight: missing.*lm_head.weight: missing")
     fails_and_leaves_nothing(folder, tmp_path / "m.bin", "NAME.gguf")
+
+
+@pytest.mark.parametrize("place", ["_packed", "_publish"])
+@pytest.mark.parametrize("as_json", [True, False])
+def test_ctrl_c_is_one_line_and_leaves_nothing(place, as_json, folder, tmp_path, monkeypatch, capsys):
+    """Ctrl-C while writing ends with status 130 and one line; files and folders made so far are gone."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, place, interrupt)
+    arguments = [str(folder), str(tmp_path / "new" / "deep" / "m.gguf"), "--type", "Q8_0"]
+    assert main(arguments + ["--json"] * as_json) == 130
+    err = capsys.readouterr().err
+    assert "interrupted, nothing was left behind" in err and len(err.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_between_the_parts_of_a_split_leaves_none(folder, tmp_path, monkeypatch):
+    """A set of files appears whole or not at all."""
+    replace, moved = program.Path.replace, []
+    last = tmp_path / "m-00003-of-00003.gguf"
+    last.write_bytes(b"old")
+
+    def second_fails(path, target):
+        moved.append(target)
+        if len(moved) == 2:
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    monkeypatch.setattr(program.Path, "replace", second_fails)
+    assert main([str(folder), str(tmp_path / "m.gguf"), "--type", "Q8_0", "--split", "10", "--json"]) == 130
+    assert len(moved) == 2 and list(tmp_path.iterdir()) == [last] and last.read_bytes() == b"old"
+
+
+def test_negative_split_is_refused(folder, tmp_path, capsys):
+    """`--split -1` is an error, not one file per tensor."""
+    assert main([str(folder), str(tmp_path / "m.gguf"), "--split", "-1"]) == 1
+    assert "--split -1: expected 0" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_field_of_the_wrong_type_in_the_config(folder, tmp_path, capsys):
+    """transformers' validation errors become one line that names the field."""
+    config = json.loads((folder / "config.json").read_text()) | {"hidden_size": "x"}
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "config.json").write_text(json.dumps(config))
+    assert main([str(tmp_path / "src"), str(tmp_path / "m.gguf")]) == 1
+    err = capsys.readouterr().err
+    assert "config.json: cannot be used" in err and "'hidden_size' expected int, got str" in err
+    assert len(err.strip().splitlines()) == 1
