@@ -68,9 +68,45 @@ static float *random_floats(size_t n) {
     return x;
 }
 
+/* The n floats cut to bf16 in place, and as an allocation of their own; and back. */
+static uint16_t *cut_to_bf16(float *x, size_t n) {
+    uint16_t *h = malloc(n * sizeof *h + 1);
+    for (size_t i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, &x[i], 4);
+        h[i] = (uint16_t)(bits >> 16), bits &= 0xffff0000u;
+        memcpy(&x[i], &bits, 4);
+    }
+    return h;
+}
+static void widen(const uint16_t *h, size_t n, float *x) {
+    for (size_t i = 0; i < n; i++) {
+        uint32_t bits = (uint32_t)h[i] << 16;
+        memcpy(&x[i], &bits, 4);
+    }
+}
+
+/* bf16 activations, against `expected`, the fp32 result of the same values. */
+static void linear_bf16(kt_pool *pool, const struct weight *m, const float *bias, const uint16_t *x, int64_t tokens,
+                        const float *expected, const char *isa) {
+    size_t n = (size_t)(tokens * m->w.rows);
+    uint16_t *y = malloc(n * sizeof *y + 1);
+    float *found = malloc(n * 4 + 1);
+    check(kt_linear(pool, &m->w, bias, x, KT_BF16, tokens, y) == KT_OK, "linear bf16 status");
+    widen(y, n, found);
+    double d = difference(found, expected, n);
+    if (!(d < 0x1p-8)) {
+        failures++;
+        fprintf(stderr, "FAILED: linear %s [%ld, %ld] T=%ld %s of bf16: %g\n", kt_type_name(m->w.type), (long)m->w.rows,
+                (long)m->w.cols, (long)tokens, isa, d);
+    }
+    free(y), free(found);
+}
+
 static void linear_case(kt_pool *pool, int type, int64_t rows, int64_t cols, int64_t tokens, int threshold) {
     struct weight m = make(type, rows, cols);
     float *x = random_floats((size_t)(tokens * cols)), *bias = random_floats((size_t)rows);
+    uint16_t *h = cut_to_bf16(x, (size_t)(tokens * cols));
     size_t n = (size_t)(tokens * rows);
     float *expected = malloc(n * 4), *found = malloc(n * 4);
     kt_set_panel_threshold(threshold);
@@ -79,14 +115,15 @@ static void linear_case(kt_pool *pool, int type, int64_t rows, int64_t cols, int
     for (int isa = 1; kt_isa_usable(isa); isa++) {
         kt_isa_force(kt_isa_name(isa));
         check(kt_linear(pool, &m.w, bias, x, KT_F32, tokens, found) == KT_OK, "linear status");
-        double bound = type == KT_TYPE_BF16 ? 5e-3 : 3e-6, d = difference(found, expected, n);
-        if (!(d < bound)) {
+        linear_bf16(pool, &m, bias, h, tokens, expected, kt_isa_name(isa));
+        double d = difference(found, expected, n);
+        if (!(d < 3e-6)) {
             failures++;
             fprintf(stderr, "FAILED: linear %s [%ld, %ld] T=%ld %s threshold=%d: %g\n", kt_type_name(type), (long)rows,
                     (long)cols, (long)tokens, kt_isa_name(isa), threshold, d);
         }
     }
-    free(m.room), free(x), free(bias), free(expected), free(found);
+    free(m.room), free(x), free(h), free(bias), free(expected), free(found);
 }
 
 static void dequantize_case(int type, int64_t rows, int64_t cols) {
@@ -108,6 +145,7 @@ struct moe {
     struct weight part[3][E];
     kt_experts *experts;
     float *x, *weights;
+    uint16_t *h; /* x as bf16 */
     int64_t *ids;
 };
 
@@ -121,6 +159,7 @@ static struct moe moe_make(const int type[3], int64_t hidden, int64_t inner, int
         }
     check(kt_experts_create(E, w[0], w[1], w[2], activation, &m.experts) == KT_OK, "create");
     m.x = random_floats((size_t)(tokens * hidden));
+    m.h = cut_to_bf16(m.x, (size_t)(tokens * hidden));
     m.weights = random_floats((size_t)(tokens * K));
     m.ids = malloc((size_t)(tokens * K) * sizeof *m.ids + 1);
     for (int64_t i = 0; i < tokens * K; i++) m.ids[i] = (int64_t)(next() % (E + 2)) - 1;
@@ -130,7 +169,7 @@ static void moe_free(struct moe *m) {
     for (int p = 0; p < 3; p++)
         for (int e = 0; e < E; e++) free(m->part[p][e].room);
     kt_experts_destroy(m->experts);
-    free(m->x), free(m->weights), free(m->ids);
+    free(m->x), free(m->h), free(m->weights), free(m->ids);
 }
 static int moe_run(const struct moe *m, kt_pool *pool, float *out) {
     return kt_experts_forward(m->experts, pool, m->x, KT_F32, m->tokens, m->ids, K, m->weights, out);
@@ -140,6 +179,7 @@ static void experts_case(kt_pool *pool, const int type[3], int64_t hidden, int64
     struct moe m = moe_make(type, hidden, inner, tokens, (int)(next() % 4));
     size_t n = (size_t)(tokens * hidden);
     float *expected = malloc(n * 4 + 1), *found = malloc(n * 4 + 1);
+    uint16_t *y = malloc(n * sizeof *y + 1);
     kt_set_panel_threshold(threshold);
     kt_isa_force("portable");
     check(moe_run(&m, pool, expected) == KT_OK, "experts status");
@@ -147,13 +187,16 @@ static void experts_case(kt_pool *pool, const int type[3], int64_t hidden, int64
         kt_isa_force(kt_isa_name(isa));
         check(moe_run(&m, pool, found) == KT_OK, "experts status");
         double d = difference(found, expected, n);
+        check(kt_experts_forward(m.experts, pool, m.h, KT_BF16, tokens, m.ids, K, m.weights, y) == KT_OK, "experts bf16");
+        widen(y, n, found);
+        d = fmax(d, difference(found, expected, n));
         if (tokens && !(d < 1e-2)) {
             failures++;
             fprintf(stderr, "FAILED: experts %s T=%ld %s threshold=%d: %g\n", kt_type_name(type[0]), (long)tokens,
                     kt_isa_name(isa), threshold, d);
         }
     }
-    free(expected), free(found);
+    free(expected), free(found), free(y);
     moe_free(&m);
 }
 

@@ -1,9 +1,10 @@
 """Speed of the C library beside this machine's limits, measured in the same seconds: `make bench`.
 
 Decode (one token) is held to the read bandwidth of the very bytes it reads; prefill to the multiplier peak of
-the instruction set in use (int8, bf16 or fp32, whichever the format's GEMM multiplies with). Each figure is the
-median over short slices, with a probe of the limit right before and right after each slice, because shared
-machines change from second to second: quote shares, not absolute figures. `--quick` uses fewer experts and slices.
+the instruction set in use (int8, bf16 or fp32, whichever the format's GEMM multiplies with). Activations are fp32,
+for BF16 weights bf16: only those meet the bf16 multiplier. Each figure is the median over short slices, with a probe
+of the limit right before and right after each slice, because shared machines change from second to second: quote
+shares, not absolute figures. `--quick` uses fewer experts and slices.
 """
 
 import argparse
@@ -93,6 +94,7 @@ def multiplier(name: str) -> str:
 def measure(layer: Layer, name: str, tokens: int, slices: int, budget: float) -> Row:
     generator = torch.Generator().manual_seed(tokens)
     hidden = torch.randn(tokens, HIDDEN, generator=generator)
+    hidden = hidden.bfloat16() if name == "BF16" else hidden
     kind = "read" if tokens == 1 else multiplier(name)
     limit = (lambda: read_speed(layer.data)) if tokens == 1 else (lambda: peak_speed(kind))
     work = PER_TOKEN * layer.expert_bytes if tokens == 1 else 2 * 3 * HIDDEN * INNER * PER_TOKEN * tokens
