@@ -342,7 +342,7 @@ class Experts:
             )
         self.name, self.count = name, len(gate)
         self._keep: list[Any] = []
-        first = _weight(state, gate[0], f"{name}.0.gate", self._keep, state.ffi.new("kt_weight *"))
+        first = _weight(state, gate[0], f"{name}.0.gate", [], state.ffi.new("kt_weight *"))
         self.intermediate, self.hidden = first
         arrays = []
         shapes = {"gate": (self.intermediate, self.hidden), "down": (self.hidden, self.intermediate)}

@@ -70,7 +70,7 @@ class KExpertsCPU(KExpertsBase):
     ) -> str:
         """Say why the C library cannot compute these experts in a model of `dtype`, or return ``""``."""
         if not native.available():
-            return "the C library is not built (run `make native`); KExpertsTorch needs none"
+            return f"{native.NOT_BUILT}; KExpertsTorch needs none"
         if problem := dtype_problem(dtype, "KExpertsTorch"):
             return problem
         if activation not in native.ACTIVATIONS:

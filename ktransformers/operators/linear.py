@@ -132,7 +132,7 @@ class KLinearCPUInfer(KLinearBase):
     def problem(cls, key: str, weights: Any, dtype: torch.dtype | None = None) -> str:
         """Say why the C library cannot compute this weight in a model of `dtype`, or return ``""``."""
         if not native.available():
-            return "the C library is not built (run `make native`); KLinearTorch needs none"
+            return f"{native.NOT_BUILT}; KLinearTorch needs none"
         if problem := dtype_problem(dtype, "KLinearTorch"):
             return problem
         if weights is None:

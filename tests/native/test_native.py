@@ -98,6 +98,16 @@ def bad_weights():
     yield "block", Packed(good.data, good.type, (8, 500)), NativeError, "multiple of 256"
     yield "short", Packed(good.data[:-1], good.type, (8, 512)), NativeError, "2303 bytes, expected 2304"
     yield "rows", Packed(good.data, good.type, (0, 512)), NativeError, "[(]0, 512[)]"
+    yield "fraction", Packed(good.data, good.type, (8.0, 512)), NativeError, "whole numbers"
+    yield "0-D", Packed(good.data, good.type, ()), NativeError, "whole numbers"
+    yield "beyond C", Packed(good.data, good.type, (2**70, 512)), NativeError, "2304 bytes, expected"
+    yield "a tensor", torch.zeros(8, 512), NativeError, "found Tensor, expected a Packed"
+    yield "none", None, NativeError, "found NoneType, expected a Packed"
+    yield "a list", [[1.0]], NativeError, "found list, expected a Packed"
+    yield "no type", Packed(good.data, None, (8, 512)), NativeError, "expected a Packed"
+    yield "numpy", Packed(good.data.numpy(), good.type, (8, 512)), NativeError, "found ndarray.*uint8"
+    yield "meta", Packed(good.data.to("meta"), good.type, (8, 512)), NativeError, "on meta, expected.*cpu"
+    yield "sparse", Packed(good.data.to_sparse(), good.type, (8, 512)), NativeError, "sparse_coo"
     yield "3-D", Packed(good.data, good.type, (2, 4, 512)), NativeError, "expected a matrix"
     yield "dtype", Packed(good.data.float(), good.type, (8, 512)), NativeError, "uint8"
     yield (
@@ -113,12 +123,11 @@ def bad_weights():
 )
 def test_bad_weights_are_named(weight, error, words):
     """A weight that cannot be computed raises before C sees it, with the name and what was expected."""
-    if len(weight.shape) == 2:
-        with pytest.raises(error, match=words):
-            native.Linear(weight, name="blk.3")
-    else:
-        with pytest.raises((error, ValueError)):
-            native.Linear(weight, name="blk.3")
+    with pytest.raises(error, match=words) as caught:
+        native.Linear(weight, name="blk.3")
+    assert "blk.3 (weight" in str(caught.value)
+    with pytest.raises(error, match=r"blk\.3\.0\.gate"):
+        native.Experts([weight], [weight], [weight], name="blk.3")
 
 
 def test_bad_inputs_are_named():
@@ -130,7 +139,7 @@ def test_bad_inputs_are_named():
         linear(torch.zeros(2, 64, dtype=torch.float64))
     with pytest.raises(NativeError, match="meta"):
         linear(torch.zeros(2, 64, device="meta"))
-    with pytest.raises(NativeError, match=r"bias.*expected \[8\]"):
+    with pytest.raises(NativeError, match=r"bias.*expected float \[8\]"):
         native.Linear(linear.weight, bias=torch.zeros(9))
     e, (x, ids, w) = experts(), call()
     for arguments in ((x, ids[:3], w[:3]), (x, ids, w[:, :1]), (x[0], ids, w), (x, ids[0], w[0])):
@@ -140,6 +149,43 @@ def test_bad_inputs_are_named():
         e(x, ids.float(), w)
     with pytest.raises(NativeError, match="float dtype"):
         e(x, ids, ids)
+
+
+def unreadable(x: torch.Tensor):
+    """What may arrive in place of tensor `x` and has no memory that C could read."""
+    yield x.tolist(), "found list"
+    yield None, "found NoneType"
+    yield x.numpy(), "found ndarray"
+    yield x.to("meta"), "on meta"
+    yield x.to_sparse(), "torch.sparse_coo"
+    yield torch.nested.nested_tensor([x, x]), "nested"
+    yield torch.nested.nested_tensor([x, x], layout=torch.jagged), "nested"
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_what_is_not_a_readable_tensor_is_named():
+    """Lists, None, arrays, meta, sparse and nested tensors in any place raise NativeError with that place's name."""
+    weight = random_weight(rng(), "Q8_0", 8, 64)
+    linear = native.Linear(weight, name="blk.1")
+    for bad, words in unreadable(torch.zeros(2, 64)):
+        with pytest.raises(NativeError, match=rf"^blk\.1: {words}|^blk\.1: found.*{words}.*expected.*64"):
+            linear(bad)
+    for bad, words in unreadable(torch.zeros(8)):
+        if bad is not None:
+            with pytest.raises(NativeError, match=rf"^blk\.1 \(bias\): found.*{words[6:]}.*expected float \[8\]"):
+                native.Linear(weight, bias=bad, name="blk.1")
+    with pytest.raises(NativeError, match=r"int64 \[8\], expected float \[8\]"):
+        native.Linear(weight, bias=torch.zeros(8, dtype=torch.int64))
+    e, good = experts(), call()
+    for place, subject in enumerate(("experts", r"experts \(ids\)", r"experts \(weights\)")):
+        for bad, _ in unreadable(good[place]):
+            with pytest.raises(NativeError, match=f"^{subject}: found.*expected"):
+                e(*good[:place], bad, *good[place + 1 :])
+    with pytest.raises(NativeError, match="on meta, expected int64"):
+        e(good[0], good[1].float().to("meta"), good[2])
+    for bad in (None, 3, "Q4_K", torch.zeros(3), Packed(torch.zeros(1), Type("F32"), ())):
+        with pytest.raises(NativeError, match="^dequantize"):
+            native.dequantize(bad)
 
 
 def test_experts_that_do_not_fit_are_named():
@@ -154,6 +200,14 @@ def test_experts_that_do_not_fit_are_named():
         native.Experts([], [], [])
     with pytest.raises(UnsupportedError, match="did you mean 'silu'"):
         native.Experts([a], [a], [b], activation="silo")
+    for bad in ([], None, 3, {"silu": 1}):
+        with pytest.raises(UnsupportedError, match="^ffn: activation.*Known: silu"):
+            native.Experts([a], [a], [b], activation=bad, name="ffn")
+    for bad in (None, a, 3, "abc", iter([a])):
+        with pytest.raises(NativeError, match=r"^ffn \(up\): found.*expected a list"):
+            native.Experts([a], bad, [b], name="ffn")
+    with pytest.raises(NativeError, match=r"^ffn\.0\.down: found str, expected a Packed"):
+        native.Experts([a], [a], ["b"], name="ffn")
 
 
 def test_c_checks_its_own_arguments():
@@ -179,7 +233,9 @@ def test_c_checks_its_own_arguments():
     assert status(dtype=3) == status(dtype=-1) == lib.KT_ERR_DTYPE
     assert status(tokens=0, x=ffi.NULL) == lib.KT_OK
     out = ffi.new("kt_pool **")
-    assert lib.kt_pool_create(-1, out) == lib.kt_pool_create(10**6, out) == lib.KT_ERR_THREADS
+    assert lib.kt_pool_create(-1, out) == lib.kt_pool_create(native.MAX_THREADS + 1, out) == lib.KT_ERR_THREADS
+    assert lib.kt_pool_create(native.MAX_THREADS, out) == lib.KT_OK  # starts none: they start at first use
+    lib.kt_pool_destroy(out[0])
     assert lib.kt_isa_force(b"mmx") == lib.KT_ERR_ISA
     assert lib.kt_isa_force(ffi.NULL) == lib.KT_ERR_NULL
     lib.kt_pool_destroy(ffi.NULL)
@@ -223,6 +279,8 @@ def test_views_are_accepted():
     linear = native.Linear(random_weight(rng(), "F32", 5, 64))
     x = torch.randn(64, 6, requires_grad=True)
     assert torch.equal(linear(x.T), linear(x.detach().T.contiguous()))
+    minus = torch.complex(x.detach(), x.detach()).conj().imag.T  # a view that torch negates when it reads
+    assert minus.is_neg() and torch.equal(linear(minus), -linear(x.T))
     assert not linear(x.T).requires_grad
 
 
@@ -244,10 +302,19 @@ def test_thread_counts_give_the_same_bits():
 
 
 def test_bad_thread_counts():
-    """set_threads refuses what is not a count."""
-    for bad in (0, -1, 1.5, "2", True, 5000):
-        with pytest.raises(NativeError):
+    """set_threads refuses what is not a count, and so do the other numbers of the border."""
+    for bad in (0, -1, 1.5, "2", True, 1025, 5000, 10**12, [2]):
+        with pytest.raises(NativeError, match=r"^set_threads: found.*from 1 to 1024, or None"):
             native.set_threads(bad)
+    for bad in (-1, None, "2", 2**31):
+        with pytest.raises(NativeError, match="^set_panel_threshold: found"):
+            native.set_panel_threshold(bad)
+    for kind, iterations in (("int4", 1), (["f32"], 1), ("f32", -1), ("f32", None), ("f32", 2**70)):
+        with pytest.raises(NativeError, match="^bench_peak.*expected"):
+            native.bench_peak(kind, iterations)
+    for bad in (None, torch.zeros(3), torch.zeros(3, dtype=torch.uint8, device="meta")):
+        with pytest.raises(NativeError, match="^bench_read: found"):
+            native.bench_read(bad)
 
 
 def test_many_python_threads_share_the_pool():
@@ -335,8 +402,9 @@ def test_set_isa():
     for name in native.isas():
         native.set_isa(name)
         assert native.isa() == name
-    with pytest.raises(NativeError, match="Usable here"):
-        native.set_isa("avx1024")
+    for bad in ("avx1024", 3, None, [], b"avx2", "portable\0", "\ud800"):
+        with pytest.raises(NativeError, match="^instruction set=.*Usable here"):
+            native.set_isa(bad)
     assert native.isas()[0] == "portable"
     assert ("avx2" in native.isas()) <= native.cpu_features()["avx2"]
 
@@ -347,8 +415,9 @@ def test_not_built_is_explained(monkeypatch):
     monkeypatch.setitem(sys.modules, "ktransformers._native", None)
     monkeypatch.delattr("ktransformers._native")
     assert not native.available()
-    with pytest.raises(NativeError, match="make setup"):
+    with pytest.raises(NativeError, match="run `make setup` in the checkout") as caught:
         native.isa()
+    assert native.NOT_BUILT in str(caught.value)
     assert issubclass(NativeError, KTransformersError)
 
 
