@@ -48,7 +48,8 @@ def device_problem(name: Any) -> str:
     if count == 0:
         return (
             f"{name!r} does not exist: this machine has no {device.type} device. "
-            f"To run the rules without one, pass devices={{{device.type!r}: 'cpu'}}, or --devices {device.type}=cpu to the chat"
+            f"To run the rules without one, pass devices={{{device.type!r}: 'cpu'}}, "
+            f"or --devices {device.type}=cpu to the chat"
         )
     if device.index is not None and device.index >= count:
         return f"{name!r} does not exist: this machine has {device.type}:0 to {device.type}:{count - 1}"

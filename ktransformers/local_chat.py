@@ -19,22 +19,55 @@ from ktransformers.errors import KTransformersError
 
 EXIT_WORDS = ("exit", "quit", "/exit", "/quit")
 FENCE = '"""'
-HELP = f"Ctrl-C stops an answer, {FENCE} starts and ends a message of several lines, /new forgets, exit or Ctrl-D leaves."
+HELP = (
+    f"Ctrl-C stops an answer, {FENCE} starts and ends a message of several lines, /new forgets, exit or Ctrl-D leaves."
+)
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False)
 
 
 def main(
-    model_path: Annotated[str, typer.Option("--model_path", "--model-path", help="Folder with config and tokenizer; default: the embedded model.")] = "",
-    gguf_path: Annotated[str, typer.Option("--gguf_path", "--gguf-path", help="Weights: a .gguf (first of a split set), a .safetensors, or a folder; default: model_path.")] = "",
-    optimize_config_path: Annotated[str, typer.Option("--optimize_config_path", "--optimize-config-path", help="Rule file, or the name of a packaged one; default: by model family.")] = "",
-    max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", "--max-new-tokens", min=1, help="Most tokens in an answer.")] = 1000,
-    cpu_infer: Annotated[int, typer.Option("--cpu_infer", "--cpu-infer", help="CPU threads; 0 means all cores this process may use.")] = 0,
-    chunk_size: Annotated[int, typer.Option("--chunk_size", "--chunk-size", min=1, help="Prompt tokens per forward pass.")] = 8192,
-    prompt_file: Annotated[str, typer.Option("--prompt_file", "--prompt-file", help="Answer the text of this file, then leave.")] = "",
-    device: Annotated[list[str], typer.Option("--devices", help="Rename devices of the rules, such as cuda=cpu; may be repeated.")] = [],  # noqa: B006
-    greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token, whatever generation_config says.")] = False,
+    model_path: Annotated[
+        str,
+        typer.Option(
+            "--model_path", "--model-path", help="Folder with config and tokenizer; default: the embedded model."
+        ),
+    ] = "",
+    gguf_path: Annotated[
+        str,
+        typer.Option(
+            "--gguf_path",
+            "--gguf-path",
+            help="Weights: a .gguf (first of a split set), a .safetensors, or a folder; default: model_path.",
+        ),
+    ] = "",
+    optimize_config_path: Annotated[
+        str,
+        typer.Option(
+            "--optimize_config_path",
+            "--optimize-config-path",
+            help="Rule file, or the name of a packaged one; default: by model family.",
+        ),
+    ] = "",
+    max_new_tokens: Annotated[
+        int, typer.Option("--max_new_tokens", "--max-new-tokens", min=1, help="Most tokens in an answer.")
+    ] = 1000,
+    cpu_infer: Annotated[
+        int, typer.Option("--cpu_infer", "--cpu-infer", help="CPU threads; 0 means all cores this process may use.")
+    ] = 0,
+    chunk_size: Annotated[
+        int, typer.Option("--chunk_size", "--chunk-size", min=1, help="Prompt tokens per forward pass.")
+    ] = 8192,
+    prompt_file: Annotated[
+        str, typer.Option("--prompt_file", "--prompt-file", help="Answer the text of this file, then leave.")
+    ] = "",
+    device: Annotated[
+        list[str], typer.Option("--devices", help="Rename devices of the rules, such as cuda=cpu; may be repeated.")
+    ] = [],  # noqa: B006  (typer wants a list)
+    greedy: Annotated[
+        bool, typer.Option("--greedy", help="Always the likeliest token, whatever generation_config says.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per answer and nothing else.")] = False,
 ) -> None:
     """Chat with a model whose modules a rule file places and replaces."""
@@ -277,7 +310,8 @@ class Chat:
         ids = self._tokens(self.messages)
         if len(ids) + room > limit and (alone := len(self._tokens(self.messages[-1:]))) + room > limit:
             raise KTransformersError(
-                f"message: has {alone} tokens; the model takes {limit} in all and {room} are kept for the answer. Shorten it."
+                f"message: has {alone} tokens; the model takes {limit} in all, {room} of them kept for the answer. "
+                "Shorten it."
             )
         while len(ids) + room > limit:
             del self.messages[:2]
@@ -295,7 +329,9 @@ class Chat:
         try:
             return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         except TemplateError as error:
-            raise KTransformersError(f"the tokenizer's chat template refuses this conversation: {error}. Say /new to start over.") from error
+            raise KTransformersError(
+                f"the tokenizer's chat template refuses this conversation: {error}. Say /new to start over."
+            ) from error
 
     def _show(self, piece: str) -> None:
         if piece and not self.as_json:
@@ -304,7 +340,9 @@ class Chat:
 
     def _finish(self, question: str, answer: str, timing: Any, stopped: bool) -> None:
         if self.as_json:
-            print(json.dumps({"question": question, "answer": answer, "stopped": stopped, **asdict(timing)}), flush=True)
+            print(
+                json.dumps({"question": question, "answer": answer, "stopped": stopped, **asdict(timing)}), flush=True
+            )
             return
         out.print()
         err.print(

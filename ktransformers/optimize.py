@@ -107,14 +107,21 @@ def _check_arguments(model: Any, weights: Any, default_device: Any, devices: Any
     """Refuse what is no model, path or device before anything is read. Rules are checked where they are parsed."""
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise KTransformersError(
-            f"model: found {type(model).__name__}, expected a transformers model, such as AutoModelForCausalLM.from_config(config)."
+            f"model: found {type(model).__name__}, expected a transformers model, such as "
+            "AutoModelForCausalLM.from_config(config)."
         )
     if any(isinstance(module, BaseInjectedModule) for module in model.modules()):
-        raise KTransformersError("model: operators are in it already. Build it again on the meta device, then optimize it once.")
+        raise KTransformersError(
+            "model: operators are in it already. Build it again on the meta device, then optimize it once."
+        )
     if weights is not None and (not isinstance(weights, (str, Path)) or not str(weights)):
-        raise WeightError(f"weights: found {weights!r}, expected the path of a folder, a .safetensors or a .gguf, or None.")
+        raise WeightError(
+            f"weights: found {weights!r}, expected the path of a folder, a .safetensors or a .gguf, or None."
+        )
     if not isinstance(default_device, (str, torch.device, type(None))):
-        raise DeviceError(f"default_device: found {default_device!r}, expected a name such as 'cpu' or 'cuda:0', or None.")
+        raise DeviceError(
+            f"default_device: found {default_device!r}, expected a name such as 'cpu' or 'cuda:0', or None."
+        )
     named = isinstance(devices, Mapping) and all(isinstance(n, str) for pair in devices.items() for n in pair)
     if devices is not None and not named:
         raise DeviceError(f"devices: found {devices!r}, expected a mapping of device names, such as {{'cuda': 'cpu'}}.")
@@ -143,7 +150,9 @@ def _check_weights(model: nn.Module, source: Any) -> None:
         expected = {name: shape for name, shape in expected.items() if source.has(name) or not re.search(pattern, name)}
     ignore = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []), *(re.escape(name) for name in tied)]
     if problems := source.problems(expected, ignore):
-        raise join_errors(WeightError, f"{source.path} does not fit {type(model).__name__}, nothing was loaded:", problems)
+        raise join_errors(
+            WeightError, f"{source.path} does not fit {type(model).__name__}, nothing was loaded:", problems
+        )
 
 
 def _check_operators(model, replacements, source) -> None:
@@ -174,8 +183,8 @@ def _build(replacement: Replacement, source: Any, config: Any, original: nn.Modu
         inspect.signature(replacement.operator).bind(*arguments, **replacement.kwargs)
     except TypeError as error:
         raise RuleError(
-            f"{replacement.rule.where}: {replacement.operator.__name__} for {replacement.key} was not built with kwargs "
-            f"{dict(replacement.kwargs)}: {error}. Its constructor is {inspect.signature(replacement.operator)}."
+            f"{replacement.rule.where}: {replacement.operator.__name__} for {replacement.key} was not built with "
+            f"kwargs {dict(replacement.kwargs)}: {error}. Its constructor is {inspect.signature(replacement.operator)}."
         ) from error
     operator = replacement.operator(*arguments, **replacement.kwargs)
     operator._is_hf_initialized = True  # transformers must not initialize it again
@@ -229,7 +238,12 @@ def _keep_in_fp32(model: nn.Module) -> None:
     for prefix, module in model.named_modules() if wanted else ():
         for table in (module._parameters, module._buffers):
             for name, tensor in table.items():
-                if tensor is not None and tensor.is_meta and tensor.is_floating_point() and wanted.search(f"{prefix}.{name}"):
+                if (
+                    tensor is not None
+                    and tensor.is_meta
+                    and tensor.is_floating_point()
+                    and wanted.search(f"{prefix}.{name}")
+                ):
                     raised = tensor.detach().float()
                     table[name] = nn.Parameter(raised, tensor.requires_grad) if table is module._parameters else raised
 
@@ -291,7 +305,7 @@ def _device_map(model: nn.Module, replacements: Mapping[str, Replacement]) -> di
 
 
 def _generation_config(config: Any) -> Any:
-    """Stop tokens and sampling defaults from the config's folder, as from_pretrained reads them; None without a file."""
+    """Stop tokens and sampling defaults from the config's folder, as from_pretrained reads them; None without any."""
     from transformers import GenerationConfig
 
     path = Path(getattr(config, "_name_or_path", "") or "") / "generation_config.json"
@@ -306,7 +320,9 @@ def _generation_config(config: Any) -> Any:
 
 def _refuse_saving(model: nn.Module, source: Any) -> None:
     """Make save_pretrained an error: operators hold weights that no state dict has, so the copy would lack them."""
-    held = sum(isinstance(module, BaseInjectedModule) and not getattr(module, "adopts", True) for module in model.modules())
+    held = sum(
+        isinstance(module, BaseInjectedModule) and not getattr(module, "adopts", True) for module in model.modules()
+    )
     if not held:
         return
 

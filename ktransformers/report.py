@@ -78,7 +78,13 @@ def print_plan(model: nn.Module, plan: Mapping[str, Replacement], weights: Any =
 def load_progress(source: Any, enabled: bool) -> Iterator[None]:
     """Show a bar over the tensors of `source` while the block reads them, on a terminal only."""
     console = Console(stderr=True)
-    columns = (TextColumn("loading"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    columns = (
+        TextColumn("loading"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
     with Progress(*columns, console=console, disable=not (enabled and console.is_terminal), transient=True) as bar:
         task = bar.add_task("", total=len(source.names()))
         source.on_read = lambda name: bar.update(task, advance=1, description=name)

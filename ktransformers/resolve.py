@@ -118,7 +118,9 @@ def kwargs_problems(operator: type, kwargs: dict[str, Any]) -> list[str]:
     for name, value in kwargs.items():
         if name not in known:
             expected = ", ".join(sorted(known)) or "none"
-            problems.append(f"kwarg {name!r} unknown to {operator.__name__}{did_you_mean(name, known)}; it takes: {expected}")
+            problems.append(
+                f"kwarg {name!r} unknown to {operator.__name__}{did_you_mean(name, known)}; it takes: {expected}"
+            )
         elif not _fits(value, known[name]):
             problems.append(f"kwarg {name}: {value!r} is {type_name(value)}, expected {_annotation_name(known[name])}")
     return problems
@@ -148,7 +150,14 @@ def type_name(value: Any) -> str:
     """What a YAML value is, in the words of an error message."""
     if value is None:
         return "null"
-    words = ((bool, "true/false"), (str, "text"), (int, "a whole number"), (float, "a number"), (dict, "a mapping"), (list, "a list"))
+    words = (
+        (bool, "true/false"),
+        (str, "text"),
+        (int, "a whole number"),
+        (float, "a number"),
+        (dict, "a mapping"),
+        (list, "a list"),
+    )
     return next((word for kind, word in words if isinstance(value, kind)), type(value).__name__)
 
 

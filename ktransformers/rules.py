@@ -149,7 +149,9 @@ def _count(problems: list[str]) -> str:
 def _read_file(rule: str | Path) -> tuple[str, Any]:
     path = Path(rule).expanduser() if str(rule).startswith("~/") else Path(rule)
     if not str(rule) or len(str(rule)) > 4096:
-        raise RuleError(f"rule file: {str(rule)[:40]!r} is no path; expected a YAML file or one of {', '.join(packaged_rules())}")
+        raise RuleError(
+            f"rule file: {str(rule)[:40]!r} is no path; expected a YAML file or one of {', '.join(packaged_rules())}"
+        )
     if path.is_dir():
         raise RuleError(f"rule file {rule}: is a folder, expected a YAML file or one of {', '.join(packaged_rules())}")
     if not path.is_file():
@@ -166,7 +168,9 @@ def _read_file(rule: str | Path) -> tuple[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise RuleError(f"rule file {path}: cannot be read: {error}") from error
     except (ValueError, TypeError, LookupError, RecursionError) as error:  # what PyYAML lets through from bad scalars
-        raise RuleError(f"{path.name}: not valid YAML: {str(error)[:200] or type(error).__name__}. Simplify the file.") from error
+        raise RuleError(
+            f"{path.name}: not valid YAML: {str(error)[:200] or type(error).__name__}. Simplify the file."
+        ) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path.name}:{mark.line + 1}" if mark else path.name
@@ -186,7 +190,11 @@ def _parse_rule(item: Any, number: int, label: str, problems: list[str]) -> Rule
     if match is not None and not any(key in match for key in MATCH_KEYS):
         report("match: is empty; expected name (a regular expression), class, or trait")
     match = match or {}
-    conditions = {"name": report.pattern(match), "cls": report.cls("match.class", match["class"]) if "class" in match else None, "trait": report.trait(match)}
+    conditions = {
+        "name": report.pattern(match),
+        "cls": report.cls("match.class", match["class"]) if "class" in match else None,
+        "trait": report.trait(match),
+    }
     matchable = len(problems) == before
     becomes = report.section(item, "replace", REPLACE_KEYS) or {}
     kwargs = becomes.get("kwargs") or {}
@@ -268,16 +276,20 @@ class _Reporter:
             known = dict.fromkeys(("generate_device", "prefill_device"))
             for key in kwargs:
                 if key not in known:
-                    self(f"kwarg {key!r} has no meaning for class 'default'{did_you_mean(key, known)}; "
-                         f"it takes: {', '.join(known)}")
+                    self(
+                        f"kwarg {key!r} has no meaning for class 'default'{did_you_mean(key, known)}; "
+                        f"it takes: {', '.join(known)}"
+                    )
             return None
         operator = self.cls("replace.class", dotted)
         if operator is None:
             return None
         if not resolve.is_operator(operator):
-            self(f"replace.class: {dotted} is no operator; expected a subclass of "
-                 "ktransformers.operators.base_operator.BaseInjectedModule, or 'default'. Names such as KLinearTorch and "
-                 "KExpertsCPU go into generate_op of KTransformersLinear and KTransformersExperts")
+            self(
+                f"replace.class: {dotted} is no operator; expected a subclass of "
+                "ktransformers.operators.base_operator.BaseInjectedModule, or 'default'. Names such as KLinearTorch or "
+                "KExpertsCPU go into generate_op of KTransformersLinear and KTransformersExperts"
+            )
             return None
         for problem in resolve.kwargs_problems(operator, kwargs):
             self(problem)
@@ -362,7 +374,9 @@ class _Walk:
         for key in resolve.device_parameters(operator) if operator else ("generate_device", "prefill_device"):
             if kwargs.get(key) is None:
                 kwargs[key] = self.default_device
-        device = kwargs.get("generate_device") or kwargs.get("device") or kwargs.get("prefill_device") or self.default_device
+        device = (
+            kwargs.get("generate_device") or kwargs.get("device") or kwargs.get("prefill_device") or self.default_device
+        )
         return Replacement(name, rule, operator, kwargs, device)
 
     def problems(self, model: nn.Module) -> list[str]:
@@ -377,8 +391,8 @@ class _Walk:
 
     def shadowed(self) -> list[str]:
         return [
-            f"{rule.where}: rule {rule.number} never wins: all {len(self.losses[rule.number])} modules it matches are taken "
-            f"by earlier rules ({', '.join(str(n) for n in sorted(set(self.losses[rule.number])))}). "
+            f"{rule.where}: rule {rule.number} never wins: all {len(self.losses[rule.number])} modules it matches are "
+            f"taken by earlier rules ({', '.join(str(n) for n in sorted(set(self.losses[rule.number])))}). "
             "Move it up, or delete it."
             for rule in self.rules
             if not self.wins[rule.number] and self.losses[rule.number]
@@ -402,7 +416,9 @@ def _why_no_match(rule: Rule, model: nn.Module, reached: Mapping[str, Replacemen
         for key in counts:
             counts[key] += key not in failed
     if not rule.recursive and not rule.failed_conditions("", model):
-        return "matches the model itself first (its name is empty), and recursive: False stops there; write '.+' for '.*'"
+        return (
+            "matches the model itself first (its name is empty), and recursive: False stops there; write '.+' for '.*'"
+        )
     if hidden:
         return (
             f"matches {hidden} modules, but all lie below a module that an earlier rule took with recursive: False "
@@ -435,7 +451,9 @@ def operator_problems(model: nn.Module, replacements: Mapping[str, Replacement],
     for (number, text), keys in seen.items():
         rule = replacements[keys[0]].rule
         many = f" ({len(keys)} modules)" if len(keys) > 1 else ""
-        _Reporter(rule.where, number, problems)(f"{module_pattern(keys[0]) if len(keys) > 1 else keys[0]}: {text}{many}")
+        _Reporter(rule.where, number, problems)(
+            f"{module_pattern(keys[0]) if len(keys) > 1 else keys[0]}: {text}{many}"
+        )
     return problems
 
 

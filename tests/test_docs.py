@@ -50,7 +50,9 @@ COMMANDS = [(page, text) for page in PAGES for language, text in blocks(page) if
 def test_the_pages_commands_run(page, text):
     if "make test" in text:
         return  # this very command is running
-    ran = subprocess.run(["bash", "-ec", text], cwd=ROOT, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
+    ran = subprocess.run(
+        ["bash", "-ec", text], cwd=ROOT, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL
+    )
     assert ran.returncode == 0, ran.stderr
     if "make chat" in text:
         assert ran.stdout.strip(), "make chat answered nothing"

@@ -22,7 +22,9 @@ def model():
 
 
 def expected(model, ids, count):
-    return model.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False, eos_token_id=None)[0, len(ids) :].tolist()
+    return model.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False, eos_token_id=None)[
+        0, len(ids) :
+    ].tolist()
 
 
 def ours(model, ids, count=12, **options):
@@ -81,7 +83,9 @@ def test_timing_counts_what_was_computed(model):
 
 
 def test_sampling_follows_the_seed_and_the_generation_config(model):
-    sampling = Sampling.from_config(GenerationConfig(do_sample=True, temperature=0.7, top_k=5, top_p=0.9, eos_token_id=[1, 2]))
+    sampling = Sampling.from_config(
+        GenerationConfig(do_sample=True, temperature=0.7, top_k=5, top_p=0.9, eos_token_id=[1, 2])
+    )
     assert sampling.stop_ids == {1, 2} and len(sampling.processors()) == 3
     torch.manual_seed(1)
     one = ours(model, PROMPT, sampling=sampling)

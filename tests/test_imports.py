@@ -48,5 +48,7 @@ def test_no_import_points_back(path):
 
 
 def test_only_native_knows_the_c_library():
-    users = {part(path) for path in FILES if "_native" in path.read_text() and "ktransformers._native" in path.read_text()}
+    users = {
+        part(path) for path in FILES if "_native" in path.read_text() and "ktransformers._native" in path.read_text()
+    }
     assert users <= {"native"}

@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from ktransformers.models import embedded_model
 from typer.testing import CliRunner
 
 from ktransformers import local_chat
-from ktransformers.models import embedded_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -120,9 +120,13 @@ def test_a_fence_that_is_never_closed_still_makes_a_message(monkeypatch):
 
 
 def test_stray_bytes_and_a_closed_input_are_no_disaster():
-    ran = subprocess.run(command("--max_new_tokens", "5"), input=b"caf\xe9 ?\nWhat is MLA?\n", capture_output=True, cwd=ROOT, timeout=300)
+    ran = subprocess.run(
+        command("--max_new_tokens", "5"), input=b"caf\xe9 ?\nWhat is MLA?\n", capture_output=True, cwd=ROOT, timeout=300
+    )
     assert ran.returncode == 0 and len(ran.stdout.splitlines()) == 2
-    ran = subprocess.run(["bash", "-c", '"$@" <&-', "bash", *command()], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    ran = subprocess.run(
+        ["bash", "-c", '"$@" <&-', "bash", *command()], capture_output=True, text=True, cwd=ROOT, timeout=300
+    )
     assert ran.returncode == 0 and "Traceback" not in ran.stderr
 
 
@@ -189,7 +193,9 @@ def test_a_model_folder_without_a_config_is_named(tmp_path):
 
 
 def test_the_program_dies_politely_when_interrupted_while_loading():
-    process = subprocess.Popen(command(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen(
+        command(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
     time.sleep(2.5)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from ktransformers.models import DEFAULT_RULES
 from tiny import FAMILIES, meta_model, random_ids, relative_error, save, tiny_config, tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
@@ -13,7 +14,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticC
 import ktransformers
 from ktransformers import optimize
 from ktransformers.errors import KTransformersError, RuleError, UnsupportedError, WeightError
-from ktransformers.models import DEFAULT_RULES
 from ktransformers.operators.base_operator import BaseInjectedModule
 from ktransformers.quantize import quantize_folder
 
@@ -23,11 +23,21 @@ EXPERTS = "ktransformers.operators.experts.KTransformersExperts"
 
 # Each operator alone, by the trait of what it replaces, then everything the packaged file replaces.
 ALONE = {
-    "linear-cpu": {"trait": "linear", "class": LINEAR, "generate_op": "KLinearCPUInfer", "prefill_op": "KLinearCPUInfer"},
+    "linear-cpu": {
+        "trait": "linear",
+        "class": LINEAR,
+        "generate_op": "KLinearCPUInfer",
+        "prefill_op": "KLinearCPUInfer",
+    },
     "linear-torch": {"trait": "linear", "class": LINEAR, "generate_op": "KLinearTorch", "prefill_op": "KLinearTorch"},
     "linear-example": {"trait": "linear", "class": "ktransformers.operators.linear.LinearTorchInject"},
     "experts-cpu": {"trait": "experts", "class": EXPERTS, "generate_op": "KExpertsCPU"},
-    "experts-torch": {"trait": "experts", "class": EXPERTS, "generate_op": "KExpertsTorch", "prefill_op": "KExpertsTorch"},
+    "experts-torch": {
+        "trait": "experts",
+        "class": EXPERTS,
+        "generate_op": "KExpertsTorch",
+        "prefill_op": "KExpertsTorch",
+    },
     "router": {"trait": "router", "class": "ktransformers.operators.gate.KMoEGate"},
     "rope": {"trait": "rotary", "class": "ktransformers.operators.RoPE.RotaryEmbedding"},
     "mla": {"trait": "mla", "class": "ktransformers.operators.attention.KDeepseekV2Attention"},
@@ -259,7 +269,9 @@ def test_upstreams_spelling_is_the_same_thing(gguf, checkpoint):
     reference, folder = checkpoint("qwen2_moe")
     config = AutoConfig.from_pretrained(folder)
     model = meta_model(config)
-    ktransformers.optimize_and_load_gguf(model, alone("experts-cpu"), str(gguf("qwen2_moe")), config, default_device="cpu")
+    ktransformers.optimize_and_load_gguf(
+        model, alone("experts-cpu"), str(gguf("qwen2_moe")), config, default_device="cpu"
+    )
     ids = random_ids(1, 8)
     with torch.no_grad():
         assert relative_error(model(ids).logits, reference(ids).logits) < 1e-4
@@ -287,7 +299,9 @@ def test_kt_debug_prints_the_plan(checkpoint, monkeypatch, capfd):
 
 def state(model):
     modules = [(name, type(module)) for name, module in model.named_modules()]
-    return modules, [(name, t.device.type, tuple(t.shape)) for name, t in [*model.named_parameters(), *model.named_buffers()]]
+    return modules, [
+        (name, t.device.type, tuple(t.shape)) for name, t in [*model.named_parameters(), *model.named_buffers()]
+    ]
 
 
 def refused(model, rule, weights, kind, message, **options):
@@ -301,7 +315,14 @@ def refused(model, rule, weights, kind, message, **options):
 def test_a_gpu_rule_without_a_gpu_says_what_to_pass(checkpoint, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     _, folder = checkpoint("deepseek_v3")
-    refused(meta_model(tiny_config("deepseek_v3")), "DeepSeek-V3", folder, RuleError, r"devices=\{'cuda': 'cpu'\}", devices=None)
+    refused(
+        meta_model(tiny_config("deepseek_v3")),
+        "DeepSeek-V3",
+        folder,
+        RuleError,
+        r"devices=\{'cuda': 'cpu'\}",
+        devices=None,
+    )
 
 
 def test_gpu_operators_give_way_with_a_notice(checkpoint):
@@ -399,7 +420,12 @@ def test_ctrl_c_while_loading_leaves_nothing_half_loaded(checkpoint, monkeypatch
 
 def test_an_operator_that_cannot_be_built_names_its_rule(checkpoint):
     _, folder = checkpoint("mixtral")
-    rules = [{"match": {"name": "lm_head"}, "replace": {"class": f"{__name__}.Stubborn", "kwargs": {"generate_device": "cpu"}}}]
+    rules = [
+        {
+            "match": {"name": "lm_head"},
+            "replace": {"class": f"{__name__}.Stubborn", "kwargs": {"generate_device": "cpu"}},
+        }
+    ]
     refused(meta_model(tiny_config("mixtral")), rules, folder, RuleError, "Stubborn for lm_head was not built")
 
 
@@ -441,7 +467,9 @@ def test_loading_inside_the_meta_context_works(checkpoint):
 def test_a_broken_generation_config_is_found_before_loading(checkpoint, tmp_path):
     shutil.copytree(checkpoint("mixtral")[1], tmp_path / "m")
     (tmp_path / "m" / "generation_config.json").write_text("{")
-    refused(meta_model(AutoConfig.from_pretrained(tmp_path / "m")), "Mixtral", None, WeightError, "generation_config.json")
+    refused(
+        meta_model(AutoConfig.from_pretrained(tmp_path / "m")), "Mixtral", None, WeightError, "generation_config.json"
+    )
 
 
 class Anything(BaseInjectedModule):
@@ -483,7 +511,9 @@ def test_importing_starts_nothing():
         "import threading, sys; import ktransformers.optimize, ktransformers.generate, ktransformers.local_chat, ktransformers.rules;"
         "import os; print(len(os.listdir('/proc/self/task')) if os.path.isdir('/proc/self/task') else 1)"
     )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert ran.returncode == 0, ran.stderr
     torch_only = subprocess.run(
         [sys.executable, "-c", code.replace("import ktransformers.optimize, ktransformers.generate, ktransformers.local_chat, "

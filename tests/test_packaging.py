@@ -39,7 +39,9 @@ def run(*command, cwd):
 def checkout(tmp_path_factory):
     """The files of this repository as a stranger gets them, without anything that was built."""
     copy = tmp_path_factory.mktemp("checkout") / "ktransformers"
-    skip = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", "*.so", "*.o", "*.a", ".pytest_cache")
+    skip = shutil.ignore_patterns(
+        ".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", "*.so", "*.o", "*.a", ".pytest_cache"
+    )
     shutil.copytree(ROOT, copy, ignore=skip)
     return copy
 
@@ -54,7 +56,9 @@ def test_a_wheel_built_from_the_sdist_is_complete(checkout, tmp_path):
     run("-m", "pip", "wheel", *options, "-w", str(tmp_path / "wheel"), str(source), cwd=tmp_path)
     (wheel,) = (tmp_path / "wheel").glob("*.whl")
     run("-m", "pip", "install", *options, "--target", str(tmp_path / "site"), str(wheel), cwd=tmp_path)
-    assert not (tmp_path / "site" / "models").exists(), "the folder names of the checkout must not become top-level packages"
+    assert not (tmp_path / "site" / "models").exists(), (
+        "the folder names of the checkout must not become top-level packages"
+    )
     probe(tmp_path / "site", cwd=tmp_path)
 
 

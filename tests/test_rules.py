@@ -122,19 +122,34 @@ MISTAKES = [
     (rule(3), r"match.name: found a whole number"),
     (rule("lm_head", "torch.nn.Linaer"), r"no class 'Linaer' \(did you mean 'Linear'\?\)"),
     (rule(cls="Linear"), r"expected a dotted path"),
-    (rule("lm_head", operator="ktransformers.operators.linear.KTransformerLinear"), r"did you mean 'KTransformersLinear'"),
+    (
+        rule("lm_head", operator="ktransformers.operators.linear.KTransformerLinear"),
+        r"did you mean 'KTransformersLinear'",
+    ),
     (rule("lm_head", operator="ktransformers.operators.liner.KTransformersLinear"), r"did you mean 'linear'"),
     (rule("lm_head", operator="torch.nn.Linear"), r"torch.nn.Linear is no operator"),
-    (rule("lm_head", operator="subprocess_helper.Popen"), r"outside torch, transformers, ktransformers.*KT_RULE_MODULES"),
-    (rule("lm_head", operator=LINEAR, generate_opp="KLinearTorch"), r"kwarg 'generate_opp' unknown .*did you mean 'generate_op'"),
+    (
+        rule("lm_head", operator="subprocess_helper.Popen"),
+        r"outside torch, transformers, ktransformers.*KT_RULE_MODULES",
+    ),
+    (
+        rule("lm_head", operator=LINEAR, generate_opp="KLinearTorch"),
+        r"kwarg 'generate_opp' unknown .*did you mean 'generate_op'",
+    ),
     (rule("lm_head", operator=LINEAR, generate_op=3), r"kwarg generate_op: 3 is a whole number, expected"),
-    (rule("lm_head", operator=LINEAR, generate_op="KLinearTroch"), r"'KLinearTroch' unknown \(did you mean 'KLinearTorch'\?\)"),
+    (
+        rule("lm_head", operator=LINEAR, generate_op="KLinearTroch"),
+        r"'KLinearTroch' unknown \(did you mean 'KLinearTorch'\?\)",
+    ),
     (rule("lm_head", generate_op="KLinearTorch"), r"kwarg 'generate_op' has no meaning for class 'default'"),
     (rule("lm_head", generate_device="cuda:0"), r"no cuda device.*devices=\{'cuda': 'cpu'\}"),
     (rule("lm_head", generate_device="gpu"), r"'gpu' is no device name"),
     (rule("lm_head", generate_device="meta"), r"'meta' holds no data"),
     (rule("lm_heads"), r"matches no module of DeepseekV3ForCausalLM \(name 'lm_heads' matches 0\)"),
-    (rule("lm_head", "torch.nn.Embedding"), r"matches no module .*name 'lm_head' matches 1, class .*Embedding matches 1"),
+    (
+        rule("lm_head", "torch.nn.Embedding"),
+        r"matches no module .*name 'lm_head' matches 1, class .*Embedding matches 1",
+    ),
     ({"match": {"trait": "expert"}, "replace": {"class": "default"}}, r"'expert' unknown \(did you mean 'experts'\?\)"),
     ("lm_head", r"found text, expected a mapping with match and replace"),
     ({"match": {"trait": ["experts"]}, "replace": {"class": "default"}}, r"\['experts'\] unknown"),
@@ -147,7 +162,10 @@ MISTAKES = [
     (rule("(" * 5000), r"no regular expression"),
     (rule("lm_head", "typing.Any"), r"outside torch|no class 'Any'"),
     (rule("lm_head", "torch..x"), r"expected a dotted path"),
-    (rule("lm_head", operator="ktransformers.operators.linear.KLinearTorch"), r"is no operator.*generate_op of KTransformersLinear"),
+    (
+        rule("lm_head", operator="ktransformers.operators.linear.KLinearTorch"),
+        r"is no operator.*generate_op of KTransformersLinear",
+    ),
     (rule(".*", recursive=False), r"matches the model itself first"),
 ]
 
@@ -183,7 +201,11 @@ def test_malformed_rules_and_rules_that_match_nothing_are_listed_together(model)
 
 def test_rules_that_do_not_fit_are_listed_together(model):
     with pytest.raises(RuleError) as caught:
-        plan(model, [rule("no_such"), rule("lm_head", generate_device="cuda:9"), rule("nothing_either")], default_device="cpu")
+        plan(
+            model,
+            [rule("no_such"), rule("lm_head", generate_device="cuda:9"), rule("nothing_either")],
+            default_device="cpu",
+        )
     assert len(str(caught.value).splitlines()) == 4
 
 
@@ -267,7 +289,7 @@ def test_devices_can_be_renamed_everywhere(model):
 
 
 # The rules of the injection tutorial, as its readers have them (DeepSeek-V2, one GPU).
-TUTORIAL = r'''
+TUTORIAL = r"""
 - match:
     name: "^model\\.layers\\..*\\.self_attn$"
   replace:
@@ -309,10 +331,10 @@ TUTORIAL = r'''
     class: "default"
     kwargs:
       generate_device: "cpu"
-'''
+"""
 
 # The tutorial's rules for two GPUs and 60 layers.
-TUTORIAL_TWO_GPUS = r'''
+TUTORIAL_TWO_GPUS = r"""
 - match:
     name: "^model$"
   replace:
@@ -338,7 +360,7 @@ TUTORIAL_TWO_GPUS = r'''
       generate_op: "KExpertsCPU"
       out_device: "cuda:1"
   recursive: False
-'''
+"""
 
 
 def v2_config(layers):
@@ -354,7 +376,10 @@ def test_the_tutorials_rules_plan_as_printed(tmp_path):
     path.write_text(TUTORIAL)
     taken = operators(plan(meta(v2_config(3)), path, devices=CPU))
     assert taken["model.layers.0.self_attn"] == "KDeepseekV2Attention"
-    assert taken["model.layers.1.mlp"] == "KDeepseekV2MoE" and taken["model.layers.1.mlp.experts"] == "KTransformersExperts"
+    assert (
+        taken["model.layers.1.mlp"] == "KDeepseekV2MoE"
+        and taken["model.layers.1.mlp.experts"] == "KTransformersExperts"
+    )
     assert taken["model.layers.1.mlp.shared_experts.up_proj"] == "KTransformersLinear"
     assert taken["model.rotary_emb"] == "YarnRotaryEmbedding"
     assert not any(re.search(r"self_attn\.", key) for key in taken)
@@ -364,7 +389,9 @@ def test_the_tutorials_two_gpu_rules_plan_as_printed(tmp_path):
     path = tmp_path / "two.yaml"
     path.write_text(TUTORIAL_TWO_GPUS)
     found = plan(meta(v2_config(60)), path, devices=CPU)
-    assert found["model.layers.29.mlp.experts"].rule.number == 2 and found["model.layers.30.mlp.experts"].rule.number == 3
+    assert (
+        found["model.layers.29.mlp.experts"].rule.number == 2 and found["model.layers.30.mlp.experts"].rule.number == 3
+    )
     assert operators(found)["model"] == "KDeepseekV2Model"
 
 
@@ -393,7 +420,11 @@ def qwen2_config():
 
 
 def test_the_plan_table_groups_layers_by_pattern(model):
-    found = plan(model, [rule(r"\.mlp\.experts$", operator=EXPERTS, generate_device="cpu", recursive=False)], default_device="cpu")
+    found = plan(
+        model,
+        [rule(r"\.mlp\.experts$", operator=EXPERTS, generate_device="cpu", recursive=False)],
+        default_device="cpu",
+    )
     rows = {row["pattern"]: row for row in plan_rows(model, found)}
     experts = rows["model.layers.*.mlp.experts"]
     assert experts["count"] == 2 and experts["rule"] == "1 (rule 1)" and experts["device"].startswith("cpu")

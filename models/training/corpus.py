@@ -17,8 +17,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from wordings import (ASIDES, COMMON_WORDS, FILLERS_AFTER, FILLERS_BEFORE, FUNCTION_WORDS, NOUN_FRAMES, OTHER_FRAMES, OTHER_QUESTIONS,
-                      OTHER_TASKS, OTHER_TOPICS, SYNONYMS, SYSTEM_PROMPTS, VERB_FRAMES)
+from wordings import (
+    ASIDES,
+    COMMON_WORDS,
+    FILLERS_AFTER,
+    FILLERS_BEFORE,
+    FUNCTION_WORDS,
+    NOUN_FRAMES,
+    OTHER_FRAMES,
+    OTHER_QUESTIONS,
+    OTHER_TASKS,
+    OTHER_TOPICS,
+    SYNONYMS,
+    SYSTEM_PROMPTS,
+    VERB_FRAMES,
+)
 
 HERE = Path(__file__).parent
 OFF_TOPIC = "off_topic"

@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # the files beside this one, wherever the caller stands
 
-from corpus import normalise, read_concepts, read_heldout  # noqa: E402
+from corpus import normalise, read_concepts, read_heldout
 
 # An answer is right when its words follow the expected answer this closely; the concepts' answers share far less.
 LIKENESS = 0.8
@@ -82,9 +82,8 @@ def print_results(results: list[Result], title: str) -> None:
 
 
 def main() -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from four_bit import four_bit_weights
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     parser = argparse.ArgumentParser(description="Score a model folder on the held-out questions.")
     parser.add_argument("folder", type=Path)

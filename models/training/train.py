@@ -24,10 +24,10 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, GenerationConf
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from corpus import Writer  # noqa: E402
-from evaluate import print_results, score, share_right  # noqa: E402
-from four_bit import four_bit_weights  # noqa: E402
-from vocabulary import ASSISTANT, BEGIN, CONTEXT, END, PAD, build_tokenizer  # noqa: E402
+from corpus import Writer
+from evaluate import print_results, score, share_right
+from four_bit import four_bit_weights
+from vocabulary import BEGIN, CONTEXT, END, PAD, build_tokenizer
 
 SEED = 20240
 ROWS, ROW_TOKENS = 10, 400      # one step: B x T, each row packed with whole conversations
@@ -109,7 +109,7 @@ class Packer:
 
     def batch(self) -> Batch:
         rows = [self._row() for _ in range(ROWS)]
-        return Batch(*(torch.tensor(column) for column in zip(*rows)))
+        return Batch(*(torch.tensor(column) for column in zip(*rows, strict=True)))
 
     def _row(self) -> tuple[list[int], list[int], list[int], list[float]]:
         tokens, positions, segments, weights = [], [], [], []
@@ -140,7 +140,7 @@ class Balancer:
     def __init__(self, model: DeepseekV3ForCausalLM):
         self.gates = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
         self.loads = [torch.zeros(gate.num_experts) for gate in self.gates]
-        for gate, load in zip(self.gates, self.loads):
+        for gate, load in zip(self.gates, self.loads, strict=True):
             gate.register_forward_hook(lambda _, __, output, load=load: self._count(output[2], load))
 
     @staticmethod
@@ -151,7 +151,7 @@ class Balancer:
     def step(self, speed: float) -> float:
         """Moves the biases by the sign of the load error; returns the worst load over the mean load."""
         worst = 0.0
-        for gate, load in zip(self.gates, self.loads):
+        for gate, load in zip(self.gates, self.loads, strict=True):
             gate.e_score_correction_bias += speed * torch.sign(load.mean() - load)
             worst = max(worst, float(load.max() / load.mean()))
             load.zero_()

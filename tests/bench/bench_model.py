@@ -42,7 +42,13 @@ def write_synthetic(folder: Path) -> Path:
     gguf_metadata.add_config(writer, family.arch, config)
 
     def add(name: str, shape: tuple[int, ...]) -> None:
-        kind = "F32" if len(shape) == 1 or "ffn_gate_inp" in name else "Q6_K" if name.startswith(("output", "blk.0.ffn_down")) else "Q4_K"
+        kind = (
+            "F32"
+            if len(shape) == 1 or "ffn_gate_inp" in name
+            else "Q6_K"
+            if name.startswith(("output", "blk.0.ffn_down"))
+            else "Q4_K"
+        )
         if kind == "F32":
             writer.add_tensor(name, random.normal(1 if "norm" in name else 0, 0.02, shape).astype(np.float32))
             return
@@ -119,7 +125,9 @@ def measure(folder: Path, weights: Path, rule: str, prompt: int, count: int) -> 
 
 
 def run(arguments: list[str]) -> dict:
-    ran = subprocess.run([sys.executable, "-m", "tests.bench.bench_model", "--one", *arguments], capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.bench.bench_model", "--one", *arguments], capture_output=True, text=True
+    )
     if ran.returncode:
         raise SystemExit(ran.stderr)
     return json.loads(ran.stdout.splitlines()[-1])
@@ -135,10 +143,9 @@ def main() -> None:
         folder, weights, rule, prompt, count = options.one
         print(json.dumps(measure(Path(folder), Path(weights), rule, int(prompt), int(count))))
         return
+    from ktransformers.models import embedded_model
     from rich.console import Console
     from rich.table import Table
-
-    from ktransformers.models import embedded_model
 
     embedded = embedded_model()
     rows = [run([str(embedded), str(path), "DeepSeek-V3", "256", "64"])
@@ -151,7 +158,16 @@ def main() -> None:
         print("\n".join(json.dumps(row) for row in rows))
         return
     table = Table(title=f"Whole models, {rows[0]['threads']} threads, {rows[0]['isa']}, medians of 3")
-    for column in ("weights", "file MB", "load s", "anon. MB", "peak RSS MB", "prompt", "prefill tok/s", "decode tok/s"):
+    for column in (
+        "weights",
+        "file MB",
+        "load s",
+        "anon. MB",
+        "peak RSS MB",
+        "prompt",
+        "prefill tok/s",
+        "decode tok/s",
+    ):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(row["weights"], f"{row['file_mb']:.0f}", f"{row['load_s']:.2f}", f"{row['anonymous_mb_by_loading']:.0f}",
