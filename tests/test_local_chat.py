@@ -199,7 +199,9 @@ def test_the_program_dies_politely_when_interrupted_while_loading():
     time.sleep(2.5)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
-    assert "Traceback" not in errors and process.returncode in (0, 130, 1)
+    assert "Traceback" not in errors
+    # -2: Python ends itself by SIGINT when the interrupt passed through C code that runs Python; a shell says 130 too.
+    assert process.returncode in (0, 1, 130, -signal.SIGINT)
 
 
 def test_the_embedded_folder_holds_both_forms():
