@@ -191,6 +191,7 @@ def test_check_takes_the_families_that_compute_the_same(model_type, name):
     ],
 )
 def test_check_refuses_families_that_compute_more(model_type, name, difference):
+    pytest.importorskip(f"transformers.models.{model_type}", reason="a family younger than this transformers")
     (problem,) = KDeepseekV2Attention.check("a", family_attention(model_type, name), {})
     assert f"found {name} with" in problem
     assert re.search(difference, problem)
