@@ -164,7 +164,11 @@ static void init_sync(struct kt_pool *p) {
 static void before_fork(void) { pthread_mutex_lock(&pools_lock); }
 static void after_fork_parent(void) { pthread_mutex_unlock(&pools_lock); }
 static void after_fork_child(void) {
-    for (struct kt_pool *p = pools; p; p = p->next) init_sync(p);
+    for (struct kt_pool *p = pools; p; p = p->next) {
+        init_sync(p);
+        p->shared = NULL; /* the parent may have been about to replace it: let it go rather than free it twice */
+        p->shared_bytes = 0;
+    }
     pthread_mutex_unlock(&pools_lock);
 }
 static void watch_fork(void) { pthread_atfork(before_fork, after_fork_parent, after_fork_child); }
