@@ -439,7 +439,7 @@ def test_arguments_of_the_wrong_kind_are_named(checkpoint):
     refused(model, "Mixtral", folder, KTransformersError, "default_device: found 0", default_device=0)
     refused(model, "Mixtral", folder, RuleError, "default_device: .*meta", default_device="meta")
     for rule in (None, 3, "", "x" * 5000, b"Mixtral", []):
-        refused(model, rule, folder, RuleError, "")
+        refused(model, rule, folder, RuleError, "rule|Rule")
     for no_model in (None, "Mixtral", nn.Linear(2, 2)):
         with pytest.raises(KTransformersError, match="expected a transformers model"):
             ktransformers.optimize_and_load(no_model, "Mixtral", folder)
