@@ -128,13 +128,13 @@ def _check_arguments(model: Any, weights: Any, default_device: Any, devices: Any
 
 
 def _checkpoint_of(config: Any) -> Path:
-    folder = Path(getattr(config, "_name_or_path", "") or "")
-    if not folder.name or not folder.is_dir():
+    name = str(getattr(config, "_name_or_path", "") or "")
+    if not name or not Path(name).is_dir():
         raise WeightError(
-            f"weights: not given, and the config was not read from a local folder (found {str(folder)!r}). "
+            f"weights: not given, and the config was not read from a local folder (found {name!r}). "
             "Pass weights=<folder, .safetensors or .gguf>."
         )
-    return folder
+    return Path(name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -308,8 +308,9 @@ def _generation_config(config: Any) -> Any:
     """Stop tokens and sampling defaults from the config's folder, as from_pretrained reads them; None without any."""
     from transformers import GenerationConfig
 
-    path = Path(getattr(config, "_name_or_path", "") or "") / "generation_config.json"
-    if not path.parent.name or not path.is_file():
+    name = str(getattr(config, "_name_or_path", "") or "")
+    path = Path(name) / "generation_config.json"
+    if not name or not path.is_file():
         return None
     try:
         return GenerationConfig.from_pretrained(path.parent)

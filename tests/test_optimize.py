@@ -258,11 +258,13 @@ def test_a_loaded_model_is_complete_and_says_where_it_is(everything, family):
     assert not expert_names, "routed experts are not parameters, so .to() cannot drag them to a GPU"
 
 
-def test_weights_default_to_the_configs_folder_and_generation_config_is_read(checkpoint, tmp_path):
+def test_weights_default_to_the_configs_folder_and_generation_config_is_read(checkpoint, tmp_path, monkeypatch):
     _, folder = checkpoint("mixtral")
     shutil.copytree(folder, tmp_path / "m")
     (tmp_path / "m" / "generation_config.json").write_text('{"eos_token_id": [7, 9], "max_new_tokens": 3}')
     assert load("mixtral", tmp_path / "m", "Mixtral").generation_config.eos_token_id == [7, 9]
+    monkeypatch.chdir(tmp_path / "m")
+    assert load("mixtral", ".", "Mixtral").generation_config.eos_token_id == [7, 9]
 
 
 def test_upstreams_spelling_is_the_same_thing(gguf, checkpoint):
