@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from ktransformers.errors import KTransformersError
 
@@ -80,7 +81,7 @@ def main(
         model, tokenizer = _load(model_path, gguf_path, optimize_config_path, dict(_pair(d) for d in device), as_json)
         chat = Chat(model, tokenizer, max_new_tokens, chunk_size, greedy, as_json)
     except KTransformersError as error:
-        err.print(f"[red]error:[/red] {_plain(error)}", soft_wrap=True)
+        err.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         err.print("interrupted while loading; nothing was kept")
@@ -88,14 +89,10 @@ def main(
     try:
         code = chat.run([prompt] if prompt_file else _messages(as_json))
     except OSError as error:  # whoever reads the answers went away, or the disk they go to is full
-        err.print(f"[red]error:[/red] standard output cannot be written: {_plain(error)}")
+        err.print(f"[red]error:[/red] standard output cannot be written: {escape(str(error))}")
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that flushing at exit cannot fail again
         code = 1
     sys.exit(code)
-
-
-def _plain(error: Exception) -> str:
-    return str(error).replace("[", "\\[")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -111,7 +108,7 @@ def _set_threads(count: int) -> None:
 
     if count == 0:
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = native.default_threads()
     if not 1 <= count <= cores:
         raise KTransformersError(
             f"--cpu_infer {count}: expected 1 to {cores}, the cores this process may use (more threads than cores "
@@ -170,7 +167,7 @@ def _load(model_path: str, weights: str, rule: str, devices: dict[str, str], qui
         raise KTransformersError(f"{model_path}: transformers has no causal LM for this config: {error}") from error
     with warnings.catch_warnings():
         if not sys.warnoptions:  # a person wants the sentence, not where in our source it was said
-            warnings.showwarning = lambda message, *_, **__: err.print(f"[yellow]note:[/yellow] {_plain(message)}")
+            warnings.showwarning = lambda message, *_, **__: err.print(f"[yellow]note:[/yellow] {escape(str(message))}")
         return optimize_and_load(model, rule, weights or None, devices=devices, progress=not quiet), tokenizer
 
 
@@ -271,7 +268,7 @@ class Chat:
             try:
                 self.answer(text)
             except KTransformersError as error:
-                err.print(f"[red]error:[/red] {_plain(error)}", soft_wrap=True)
+                err.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
                 code = 1
         return code
 

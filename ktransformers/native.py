@@ -141,6 +141,11 @@ def set_isa(name: str) -> None:
     _native().force(name, "instruction set")
 
 
+def default_threads() -> int:
+    """Threads that suit this process: its cores, one thread each, within what affinity and cgroup grant."""
+    return _native().lib.kt_default_threads()
+
+
 def threads() -> int:
     """Threads of the pool, the calling one included. Makes the pool, but starts no thread."""
     state, pool = _pool()

@@ -73,7 +73,7 @@ def optimize_and_load_gguf(
 
 
 def _optimize_and_load(model, rule, weights, config, default_device, devices, progress) -> nn.Module:
-    _check_arguments(model, weights, default_device, devices)
+    _check_arguments(model, default_device, devices)
     config = config or model.config
     with torch.device("cpu"):  # a caller may still be inside `with torch.device("meta")`
         return _checked_optimize_and_load(model, rule, weights, config, default_device, devices, progress)
@@ -103,8 +103,8 @@ def _checked_optimize_and_load(model, rule, weights, config, default_device, dev
     return model.eval()
 
 
-def _check_arguments(model: Any, weights: Any, default_device: Any, devices: Any) -> None:
-    """Refuse what is no model, path or device before anything is read. Rules are checked where they are parsed."""
+def _check_arguments(model: Any, default_device: Any, devices: Any) -> None:
+    """Refuse what is no model or device. Rules are checked where they are parsed, weights where they are opened."""
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise KTransformersError(
             f"model: found {type(model).__name__}, expected a transformers model, such as "
@@ -113,10 +113,6 @@ def _check_arguments(model: Any, weights: Any, default_device: Any, devices: Any
     if any(isinstance(module, BaseInjectedModule) for module in model.modules()):
         raise KTransformersError(
             "model: operators are in it already. Build it again on the meta device, then optimize it once."
-        )
-    if weights is not None and (not isinstance(weights, (str, Path)) or not str(weights)):
-        raise WeightError(
-            f"weights: found {weights!r}, expected the path of a folder, a .safetensors or a .gguf, or None."
         )
     if not isinstance(default_device, (str, torch.device, type(None))):
         raise DeviceError(

@@ -147,11 +147,13 @@ def _count(problems: list[str]) -> str:
 
 
 def _read_file(rule: str | Path) -> tuple[str, Any]:
-    path = Path(rule).expanduser() if str(rule).startswith("~/") else Path(rule)
-    if not str(rule) or len(str(rule)) > 4096:
+    try:
+        path = Path(rule).expanduser()
+        path.is_dir()
+    except (OSError, RuntimeError) as error:  # a name too long, the home of nobody
         raise RuleError(
-            f"rule file: {str(rule)[:40]!r} is no path; expected a YAML file or one of {', '.join(packaged_rules())}"
-        )
+            f"rule file {str(rule)[:80]!r}: cannot be looked up: {error.args[-1]}. Check the path."
+        ) from error
     if path.is_dir():
         raise RuleError(f"rule file {rule}: is a folder, expected a YAML file or one of {', '.join(packaged_rules())}")
     if not path.is_file():

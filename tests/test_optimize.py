@@ -436,11 +436,13 @@ def test_arguments_of_the_wrong_kind_are_named(checkpoint):
     model = meta_model(tiny_config("mixtral"))
     for weights in (3, [], ""):
         refused(model, "Mixtral", weights, WeightError, "weights: found")
+    for weights in ("x" * 300, "x" * 5000, "~nosuchuser/x"):
+        refused(model, "Mixtral", weights, WeightError, "cannot be looked up")
     for devices in ("cpu", ["cuda"], {"cuda": None}):
         refused(model, "Mixtral", folder, KTransformersError, "devices: found", devices=devices)
     refused(model, "Mixtral", folder, KTransformersError, "default_device: found 0", default_device=0)
     refused(model, "Mixtral", folder, RuleError, "default_device: .*meta", default_device="meta")
-    for rule in (None, 3, "", "x" * 5000, b"Mixtral", []):
+    for rule in (None, 3, "", "x" * 300, "x" * 5000, "~nosuchuser/x", b"Mixtral", []):
         refused(model, rule, folder, RuleError, "rule|Rule")
     for no_model in (None, "Mixtral", nn.Linear(2, 2)):
         with pytest.raises(KTransformersError, match="expected a transformers model"):

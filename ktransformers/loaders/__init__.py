@@ -25,7 +25,13 @@ def open_weights(path: str | Path) -> WeightFiles:
     from ktransformers.loaders.gguf import GGUFFiles
     from ktransformers.loaders.safetensors import SafetensorsFiles
 
-    path = Path(path).expanduser()
+    if not isinstance(path, (str, Path)) or not str(path):
+        raise WeightError(f"weights: found {path!r}, expected the path of a folder, a .safetensors or a .gguf.")
+    try:
+        path = Path(path).expanduser()
+        path.is_dir()
+    except (OSError, RuntimeError) as error:  # a name too long, the home of nobody
+        raise WeightError(f"weights: {str(path)[:80]!r} cannot be looked up: {error.args[-1]}.") from error
     if path.is_dir():
         if any(path.glob("*.safetensors*")):  # a folder with both: upstream's choice too
             return SafetensorsFiles.open(path)
