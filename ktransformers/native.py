@@ -22,7 +22,10 @@ from ktransformers.errors import NativeError, UnsupportedError, did_you_mean
 if TYPE_CHECKING:
     from ktransformers.quants import Packed
 
-SUPPORTED_TYPES = frozenset({"F32", "F16", "BF16", "Q8_0", "Q4_K", "Q5_K", "Q6_K"})
+SUPPORTED_TYPES = frozenset(
+    ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
+     "IQ4_NL", "IQ4_XS", "MXFP4"]
+)  # fmt: skip
 """Weight types with C kernels (the rows of native/src/traits.c; a test holds the two together)."""
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "gelu_pytorch_tanh": 2, "relu": 3}

@@ -56,11 +56,30 @@ typedef enum kt_status {
 typedef enum kt_type {
     KT_TYPE_F32 = 0,
     KT_TYPE_F16 = 1,
+    KT_TYPE_Q4_0 = 2,
+    KT_TYPE_Q4_1 = 3,
+    KT_TYPE_Q5_0 = 6,
+    KT_TYPE_Q5_1 = 7,
     KT_TYPE_Q8_0 = 8,
+    KT_TYPE_Q2_K = 10,
+    KT_TYPE_Q3_K = 11,
     KT_TYPE_Q4_K = 12,
     KT_TYPE_Q5_K = 13,
     KT_TYPE_Q6_K = 14,
-    KT_TYPE_BF16 = 30
+    KT_TYPE_IQ2_XXS = 16,
+    KT_TYPE_IQ2_XS = 17,
+    KT_TYPE_IQ3_XXS = 18,
+    KT_TYPE_IQ1_S = 19,
+    KT_TYPE_IQ4_NL = 20,
+    KT_TYPE_IQ3_S = 21,
+    KT_TYPE_IQ2_S = 22,
+    KT_TYPE_IQ4_XS = 23,
+    KT_TYPE_IQ1_M = 29,
+    KT_TYPE_BF16 = 30,
+    KT_TYPE_TQ1_0 = 34,
+    KT_TYPE_TQ2_0 = 35,
+    KT_TYPE_MXFP4 = 39,
+    KT_TYPE_NVFP4 = 40
 } kt_type;
 
 /* Activation dtypes, for inputs and outputs alike. */

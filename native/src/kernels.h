@@ -56,16 +56,16 @@ struct kt_panel {
     int64_t k;
     const uint32_t *data; /* 64-byte aligned; a tile has k rounded up to its dwords, times 16 */
     /* Q8 kind only: */
-    int group, zero;
+    int group, zero, min_group;
     const float *scales; /* per tile [k / group][16]: s */
-    const float *mins;   /* the same for m, or NULL */
+    const float *mins;   /* per tile [k / min_group][16]: m, or NULL */
 };
 
 /* out[r] = dot(row r, a) for r < rows <= KT_DOT_ROWS; rows lie `stride` bytes apart, each of `cols` values. */
 typedef void (*kt_dot_fn)(const uint8_t *w, size_t stride, int rows, int64_t cols, const struct kt_act *a, float *out);
 
 /* Unpack n columns of one row from its block at `w` (n a multiple of the block, or anything for floats).
- * Q8 kind: data = n unsigned codes, scales and mins [n / group] (mins only if the format has them).
+ * Q8 kind: data = n unsigned codes, scales [n / group], mins [n / min_group] (if the format has them).
  * F32 and BF16 kinds: data = n floats. */
 typedef void (*kt_unpack_fn)(const uint8_t *w, int64_t n, void *data, float *scales, float *mins);
 

@@ -111,7 +111,7 @@ int kt_dequantize(const kt_weight *w, float *out) {
             k->unpack[m.format](bytes, t->block, codes, scales, mins);
             for (int i = 0; i < t->block; i++) {
                 float value = scales[i / t->group] * (float)(codes[i] - t->zero);
-                out[i] = t->has_min ? value - mins[i / t->group] : value;
+                out[i] = t->min_group ? value - mins[i / t->min_group] : value;
             }
         }
     }

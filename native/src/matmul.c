@@ -131,6 +131,7 @@ static void fill_panel(const struct kt_kernels *k, const struct kt_matrix *w, in
     const struct kt_traits *t = w->traits;
     const int values = values_per_dword(p->kind);
     const int64_t dwords = (p->k + values - 1) / values, groups = t->group ? p->k / t->group : 0;
+    const int64_t min_groups = t->min_group ? p->k / t->min_group : 0;
     for (int tile = 0; tile < p->tiles; tile++) {
         const uint8_t *bytes = w->data + (size_t)(first + tile * KT_TILE) * w->stride + kt_row_bytes(t, k0);
         for (int r = 0; r < KT_TILE; r++, bytes += w->stride) {
@@ -139,7 +140,7 @@ static void fill_panel(const struct kt_kernels *k, const struct kt_matrix *w, in
             if (tile * KT_TILE + r >= rows) { /* past the end */
                 memset(row, 0, (size_t)dwords * 4);
                 memset(scales, 0, (size_t)groups * 4);
-                memset(mins, 0, (size_t)groups * 4);
+                memset(mins, 0, (size_t)min_groups * 4);
             } else if (p->kind == KT_KIND_BF16) {
                 if (p->k & 1) row[p->k / 2] = 0;
                 memcpy(row, bytes, (size_t)p->k * 2);
@@ -151,7 +152,9 @@ static void fill_panel(const struct kt_kernels *k, const struct kt_matrix *w, in
         if (!groups) continue;
         const int64_t at = tile * groups * KT_TILE;
         k->interleave((const uint32_t *)s->stage_scales, KT_MAX_GROUPS, groups, (uint32_t *)s->scales + at);
-        if (t->has_min) k->interleave((const uint32_t *)s->stage_mins, KT_MAX_GROUPS, groups, (uint32_t *)s->mins + at);
+        if (min_groups)
+            k->interleave((const uint32_t *)s->stage_mins, KT_MAX_GROUPS, min_groups,
+                          (uint32_t *)s->mins + tile * min_groups * KT_TILE);
     }
 }
 
@@ -161,11 +164,16 @@ static void panel_block(const struct kt_kernels *k, const struct kt_matrix *w, i
     const struct kt_traits *t = w->traits;
     enum kt_kind kind = t->kind == KT_KIND_BF16 && !a->h ? KT_KIND_F32 : t->kind;
     kt_gemm_fn gemm = kind == KT_KIND_Q8 ? k->gemm_q8 : kind == KT_KIND_BF16 ? k->gemm_bf16 : k->gemm_f32;
+    struct kt_kernels portable;
+    if (t->min_group == 16) { /* no other GEMM has mins finer than scales */
+        kt_fill_gemm_portable(&portable);
+        gemm = portable.gemm_q8;
+    }
     const int64_t columns = KT_PANEL_BYTES / 4 * values_per_dword(kind);
     for (int64_t k0 = 0; k0 < w->cols; k0 += columns) {
         struct kt_panel p = {.kind = kind, .tiles = (rows + KT_TILE - 1) / KT_TILE, .k = kt_min(w->cols - k0, columns),
-                             .data = s->data, .group = t->group, .zero = t->zero, .scales = s->scales,
-                             .mins = t->has_min ? s->mins : NULL};
+                             .data = s->data, .group = t->group, .zero = t->zero, .min_group = t->min_group,
+                             .scales = s->scales, .mins = t->min_group ? s->mins : NULL};
         fill_panel(k, w, first, rows, k0, s, &p);
         gemm(&p, a, token, tokens, k0, c, ldc, k0 > 0);
     }

@@ -16,11 +16,56 @@
 
 #define KT_QK 256 /* values in a K-quant super-block */
 
+/* ---- blocks of 32: one fp16 scale. A nibble at i is value i, the high one value i + 16 ---- */
+
+typedef struct { /* w = d * (q - 8), q 4 bits */
+    uint8_t d[2];
+    uint8_t qs[16];
+} kt_block_q4_0;
+static_assert(sizeof(kt_block_q4_0) == 18, "Q4_0");
+
+typedef struct { /* w = d * q + m */
+    uint8_t d[2], m[2];
+    uint8_t qs[16];
+} kt_block_q4_1;
+static_assert(sizeof(kt_block_q4_1) == 20, "Q4_1");
+
+typedef struct { /* w = d * (q - 16), q 5 bits */
+    uint8_t d[2];
+    uint8_t qh[4]; /* bit i: the fifth bit of value i */
+    uint8_t qs[16];
+} kt_block_q5_0;
+static_assert(sizeof(kt_block_q5_0) == 22, "Q5_0");
+
+typedef struct { /* w = d * q + m */
+    uint8_t d[2], m[2];
+    uint8_t qh[4];
+    uint8_t qs[16];
+} kt_block_q5_1;
+static_assert(sizeof(kt_block_q5_1) == 24, "Q5_1");
+
 typedef struct { /* w = d * q */
     uint8_t d[2];   /* fp16 */
     int8_t q[32];
 } kt_block_q8_0;
 static_assert(sizeof(kt_block_q8_0) == 34, "Q8_0");
+
+/* ---- K: super-blocks of 256 with scales of their own per 16 or 32 ---- */
+
+typedef struct { /* 16 groups of 16: w = d*scale*q - dmin*min, q 2 bits */
+    uint8_t scales[16]; /* low nibble scale, high nibble min */
+    uint8_t qs[64];     /* 32 bytes a half: bits 2s of byte i hold value 32*s + i of the half */
+    uint8_t d[2], dmin[2];
+} kt_block_q2_k;
+static_assert(sizeof(kt_block_q2_k) == 84, "Q2_K");
+
+typedef struct { /* 16 groups of 16: w = d*(scale - 32)*(q - 4), q 3 bits */
+    uint8_t hmask[32];  /* bit g of byte i: the third bit of value 32*g + i */
+    uint8_t qs[64];     /* the low 2 bits, as in Q2_K */
+    uint8_t scales[12]; /* 16 scales of 6 bits, see kt_q3_scales */
+    uint8_t d[2];
+} kt_block_q3_k;
+static_assert(sizeof(kt_block_q3_k) == 110, "Q3_K");
 
 typedef struct { /* 8 groups of 32: w = d*scale*q - dmin*min, q 4 bits */
     uint8_t d[2], dmin[2]; /* fp16 */
@@ -45,8 +90,109 @@ typedef struct { /* 16 groups of 16: w = d*scale*(q - 32), q 6 bits */
 } kt_block_q6_k;
 static_assert(sizeof(kt_block_q6_k) == 210, "Q6_K");
 
+/* ---- IQ: values are points of a grid (iq_tables.h), 8 or 4 at a time, with signs beside them ---- */
+
+typedef struct { /* 8 groups of 32: w = d*(scale + 0.5)/4 * +-grid */
+    uint8_t d[2];
+    uint8_t qs[64]; /* 8 bytes a group: 4 grid indices, then 32 bits: 4 sign indices of 7 bits and a scale of 4 */
+} kt_block_iq2_xxs;
+static_assert(sizeof(kt_block_iq2_xxs) == 66, "IQ2_XXS");
+
+typedef struct { /* 16 groups of 16: w = d*(scale + 0.5)/4 * +-grid */
+    uint8_t d[2];
+    uint8_t qs[64];    /* 32 x 16 bits: a grid index of 9, a sign index of 7 */
+    uint8_t scales[8]; /* nibbles, low one first */
+} kt_block_iq2_xs;
+static_assert(sizeof(kt_block_iq2_xs) == 74, "IQ2_XS");
+
+typedef struct { /* 16 groups of 16: w = d*(scale + 0.5)/4 * +-grid */
+    uint8_t d[2];
+    uint8_t qs[32];    /* low 8 bits of 32 grid indices */
+    uint8_t signs[32]; /* bit i: value i of the grid point is negative */
+    uint8_t qh[8];     /* high 2 bits of 4 indices a byte */
+    uint8_t scales[8];
+} kt_block_iq2_s;
+static_assert(sizeof(kt_block_iq2_s) == 82, "IQ2_S");
+
+typedef struct { /* 8 groups of 32: w = d*(scale + 0.5)/2 * +-grid */
+    uint8_t d[2];
+    uint8_t qs[64];    /* 64 grid indices of 4 values each */
+    uint8_t signs[32]; /* 32 bits a group: 4 sign indices of 7 bits and a scale of 4 */
+} kt_block_iq3_xxs;
+static_assert(sizeof(kt_block_iq3_xxs) == 98, "IQ3_XXS");
+
+typedef struct { /* 8 groups of 32: w = d*(2*scale + 1) * +-grid */
+    uint8_t d[2];
+    uint8_t qs[64];    /* low 8 bits of 64 grid indices */
+    uint8_t qh[8];     /* the ninth bits, 8 a byte */
+    uint8_t signs[32];
+    uint8_t scales[4]; /* nibbles, low one first */
+} kt_block_iq3_s;
+static_assert(sizeof(kt_block_iq3_s) == 110, "IQ3_S");
+
+typedef struct { /* 8 groups of 32: w = d*(2*scale + 1) * (grid +- 1/8), grid of -1, 0, 1 */
+    uint8_t d[2];
+    uint8_t qs[32]; /* low 8 bits of 32 grid indices */
+    uint8_t qh[16]; /* 16 bits a group: high 3 bits of 4 indices, a scale of 3, the sign of 1/8 (1: minus) */
+} kt_block_iq1_s;
+static_assert(sizeof(kt_block_iq1_s) == 50, "IQ1_S");
+
+typedef struct { /* 16 groups of 16, as IQ1_S with a sign of 1/8 for each 8 values */
+    uint8_t qs[32];
+    uint8_t qh[16];    /* nibbles: high 3 bits of an index, and the sign */
+    uint8_t scales[8]; /* 4 x 16 bits: four scales of 3 bits, then a nibble of the fp16 d, lowest nibble first */
+} kt_block_iq1_m;
+static_assert(sizeof(kt_block_iq1_m) == 56, "IQ1_M");
+
+typedef struct { /* w = d * codebook[q], q 4 bits; nibbles as in Q4_0 */
+    uint8_t d[2];
+    uint8_t qs[16];
+} kt_block_iq4_nl;
+static_assert(sizeof(kt_block_iq4_nl) == 18, "IQ4_NL");
+
+typedef struct { /* 8 groups of 32: w = d*(scale - 32) * codebook[q] */
+    uint8_t d[2];
+    uint8_t scales_h[2]; /* high 2 bits of 8 scales */
+    uint8_t scales_l[4]; /* low 4 bits, low nibble first */
+    uint8_t qs[128];     /* 16 bytes a group, nibbles as in Q4_0 */
+} kt_block_iq4_xs;
+static_assert(sizeof(kt_block_iq4_xs) == 136, "IQ4_XS");
+
+/* ---- ternary and 4-bit floats ---- */
+
+typedef struct { /* w = d * (q - 1), five base-3 digits a byte, see kt_ternary */
+    uint8_t qs[48]; /* digit n of byte i < 32: value 32*n + i; then 16 bytes: digit n of byte i, value 160 + 16*n + i */
+    uint8_t qh[4];  /* digit n < 4 of byte i: value 240 + 4*n + i */
+    uint8_t d[2];
+} kt_block_tq1_0;
+static_assert(sizeof(kt_block_tq1_0) == 54, "TQ1_0");
+
+typedef struct { /* w = d * (q - 1), q 2 bits, packed as in Q2_K */
+    uint8_t qs[64];
+    uint8_t d[2];
+} kt_block_tq2_0;
+static_assert(sizeof(kt_block_tq2_0) == 66, "TQ2_0");
+
+typedef struct { /* w = 2^(e - 127) * e2m1; nibbles as in Q4_0. OCP Microscaling Formats 1.0 */
+    uint8_t e;
+    uint8_t qs[16];
+} kt_block_mxfp4;
+static_assert(sizeof(kt_block_mxfp4) == 17, "MXFP4");
+
+typedef struct { /* 4 groups of 16: w = d * e2m1, d e4m3 without its sign */
+    uint8_t d[4];
+    uint8_t qs[32]; /* 8 bytes a group: low nibbles values 0..7, high ones 8..15 */
+} kt_block_nvfp4;
+static_assert(sizeof(kt_block_nvfp4) == 36, "NVFP4");
+
 static inline uint16_t kt_load16(const void *p) {
     uint16_t v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+static inline uint32_t kt_load32(const void *p) {
+    uint32_t v;
     memcpy(&v, p, sizeof v);
     return v;
 }
@@ -112,6 +258,41 @@ static inline void kt_k4_scales(const uint8_t s[12], uint8_t out[16]) {
     w[2] = b & 0x3f3f3f3fu;
     w[3] = ((c >> 4) & 0x0f0f0f0fu) | ((b >> 2) & 0x30303030u);
     memcpy(out, w, 16);
+}
+
+/* The 12 bytes of Q3_K hold sixteen 6-bit scales, biased by 32. bytes 0-7: low 4 bits of scales 0-7 and of 8-15
+ * (high nibble); bytes 8-11: the top 2 bits of scale 4*s + i in bits 2s of byte 8 + i. */
+static inline void kt_q3_scales(const uint8_t s[12], int8_t out[16]) {
+    for (int g = 0; g < 16; g++) {
+        int low = s[g & 7] >> (g < 8 ? 0 : 4) & 15, high = s[8 + (g & 3)] >> (2 * (g >> 2)) & 3;
+        out[g] = (int8_t)((low | high << 4) - 32);
+    }
+}
+
+/* IQ1_M scatters its fp16 scale over the top nibbles of four 16-bit words. */
+static inline float kt_iq1_m_scale(const uint8_t scales[8]) {
+    int low = scales[1] >> 4 | (scales[3] & 0xf0), high = scales[5] >> 4 | (scales[7] & 0xf0);
+    return kt_f16_to_f32((uint16_t)(low | high << 8));
+}
+
+/* Digit n (0 first) of the five base-3 digits that a byte holds as a fraction: byte = ceil(256 * 0.abcde). */
+static inline int kt_ternary(uint8_t byte, int n) {
+    static const uint8_t power[5] = {1, 3, 9, 27, 81};
+    return (uint8_t)(byte * power[n]) * 3 >> 8;
+}
+
+/* Half an e8m0 scale, which meets e2m1 values doubled to whole numbers: 2^(e - 128). Codes 0 and 1 are subnormal.
+ * Code 255, a NaN in the OCP specification, is 2^127 as in every GGUF reader. */
+static inline float kt_e8m0_half(uint8_t e) {
+    return kt_bits_float(e < 2 ? 0x00200000u << e : (uint32_t)(e - 1) << 23);
+}
+
+/* Half an e4m3 scale (bias 7) without its sign: bit 7 is ignored and 0x7f, a NaN in e4m3, is zero, as in GGUF. */
+static inline float kt_ue4m3_half(uint8_t x) {
+    int exponent = x >> 3 & 15, mantissa = x & 7;
+    if (x == 0x7f) return 0.0f;
+    if (exponent == 0) return (float)mantissa * 0x1p-10f;
+    return kt_bits_float((uint32_t)(exponent + 119) << 23 | (uint32_t)mantissa << 20);
 }
 
 #endif

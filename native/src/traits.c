@@ -1,19 +1,45 @@
+/* traits.c: the weight formats. How each becomes w = s*(u - z) - m, with u an unsigned byte:
+ *
+ * Values are whole numbers times a scale in every quantized format, so u is that number moved up by z, the distance
+ * of the lowest value from zero. s*(u - z) then equals the format's own product, in most cases bit for bit.
+ *  - Q4_0, Q5_0, Q6_K: z is the middle code. Q4_1, Q5_1, Q4_K, Q5_K: natural codes and a min, which the first two
+ *    add where we subtract.
+ *  - Q8_0, IQ4_NL, IQ4_XS: values down to -128 and -127. Codes above 127 must have z = 128, as AVX2 and AVX-512
+ *    without VNNI multiply them as signed bytes.
+ *  - Q2_K: its scales are 4 bits, so they are folded into the code: u = q*scale (0..45), s = d. Then only the mins
+ *    stay per 16, where they cost one multiply-add, and the integer sums run over 32 columns.
+ *  - Q3_K: folded too: (q - 4)*(scale - 32) is -124..128, one more than a signed byte holds at the wrong end, so
+ *    the sign is turned: u = 128 - product, s = -d.
+ *  - MXFP4: e2m1 values doubled are -12..12, s = half the scale. */
 #include "traits.h"
 
 #include "../include/kt_native.h"
 #include "quants.h"
 
+/* clang-format off */
+#define ROW(name, block, bytes, kind, group, zero, min_group) \
+    [KT_FMT_##name] = {KT_TYPE_##name, #name, block, bytes, KT_KIND_##kind, group, zero, min_group}
+
 const struct kt_traits kt_traits_table[KT_FORMATS] = {
-    /* clang-format off                     block  bytes                  kind          group zero min */
-    [KT_FMT_F32]  = {KT_TYPE_F32,  "F32",   1,     4,                     KT_KIND_F32,  0,    0,   0},
-    [KT_FMT_F16]  = {KT_TYPE_F16,  "F16",   1,     2,                     KT_KIND_F32,  0,    0,   0},
-    [KT_FMT_BF16] = {KT_TYPE_BF16, "BF16",  1,     2,                     KT_KIND_BF16, 0,    0,   0},
-    [KT_FMT_Q8_0] = {KT_TYPE_Q8_0, "Q8_0",  32,    sizeof(kt_block_q8_0), KT_KIND_Q8,   32,   128, 0},
-    [KT_FMT_Q4_K] = {KT_TYPE_Q4_K, "Q4_K",  KT_QK, sizeof(kt_block_q4_k), KT_KIND_Q8,   32,   0,   1},
-    [KT_FMT_Q5_K] = {KT_TYPE_Q5_K, "Q5_K",  KT_QK, sizeof(kt_block_q5_k), KT_KIND_Q8,   32,   0,   1},
-    [KT_FMT_Q6_K] = {KT_TYPE_Q6_K, "Q6_K",  KT_QK, sizeof(kt_block_q6_k), KT_KIND_Q8,   16,   32,  0},
-    /* clang-format on */
+    /*  name     block  bytes                    kind  group zero min_group */
+    ROW(F32,     1,     4,                       F32,  0,    0,   0),
+    ROW(F16,     1,     2,                       F32,  0,    0,   0),
+    ROW(BF16,    1,     2,                       BF16, 0,    0,   0),
+    ROW(Q4_0,    32,    sizeof(kt_block_q4_0),   Q8,   32,   8,   0),
+    ROW(Q4_1,    32,    sizeof(kt_block_q4_1),   Q8,   32,   0,   32),
+    ROW(Q5_0,    32,    sizeof(kt_block_q5_0),   Q8,   32,   16,  0),
+    ROW(Q5_1,    32,    sizeof(kt_block_q5_1),   Q8,   32,   0,   32),
+    ROW(Q8_0,    32,    sizeof(kt_block_q8_0),   Q8,   32,   128, 0),
+    ROW(Q2_K,    KT_QK, sizeof(kt_block_q2_k),   Q8,   32,   0,   16),
+    ROW(Q3_K,    KT_QK, sizeof(kt_block_q3_k),   Q8,   32,   128, 0),
+    ROW(Q4_K,    KT_QK, sizeof(kt_block_q4_k),   Q8,   32,   0,   32),
+    ROW(Q5_K,    KT_QK, sizeof(kt_block_q5_k),   Q8,   32,   0,   32),
+    ROW(Q6_K,    KT_QK, sizeof(kt_block_q6_k),   Q8,   16,   32,  0),
+    ROW(IQ4_NL,  32,    sizeof(kt_block_iq4_nl), Q8,   32,   128, 0),
+    ROW(IQ4_XS,  KT_QK, sizeof(kt_block_iq4_xs), Q8,   32,   128, 0),
+    ROW(MXFP4,   32,    sizeof(kt_block_mxfp4),  Q8,   32,   12,  0),
 };
+/* clang-format on */
 
 int kt_format_of(int id) {
     for (int f = 0; f < KT_FORMATS; f++)

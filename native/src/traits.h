@@ -6,7 +6,13 @@
 #include <stdint.h>
 
 /* Dense index of a format, for tables; the public ids have gaps. */
-enum kt_format { KT_FMT_F32, KT_FMT_F16, KT_FMT_BF16, KT_FMT_Q8_0, KT_FMT_Q4_K, KT_FMT_Q5_K, KT_FMT_Q6_K, KT_FORMATS };
+enum kt_format {
+    KT_FMT_F32, KT_FMT_F16, KT_FMT_BF16,
+    KT_FMT_Q4_0, KT_FMT_Q4_1, KT_FMT_Q5_0, KT_FMT_Q5_1, KT_FMT_Q8_0,
+    KT_FMT_Q2_K, KT_FMT_Q3_K, KT_FMT_Q4_K, KT_FMT_Q5_K, KT_FMT_Q6_K,
+    KT_FMT_IQ4_NL, KT_FMT_IQ4_XS, KT_FMT_MXFP4,
+    KT_FORMATS
+};
 
 /* What a format's weights are multiplied with. */
 enum kt_kind {
@@ -21,9 +27,9 @@ struct kt_traits {
     int block;        /* values in a block; cols must be a multiple */
     int bytes;        /* bytes of a block */
     enum kt_kind kind;
-    int group;        /* Q8 kind: values that share a scale, 16 or 32 */
+    int group;        /* Q8 kind: values that share a scale s, 16 or 32 */
     int zero;         /* Q8 kind: z of w = s*(u - z) - m. Codes above 127 require z = 128 (see gemm.c of avx2) */
-    int has_min;      /* Q8 kind: m is not always zero */
+    int min_group;    /* Q8 kind: values that share a min m: 16 or 32, a divisor of group; 0: m is always zero */
 };
 
 extern const struct kt_traits kt_traits_table[KT_FORMATS];

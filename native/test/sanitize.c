@@ -29,8 +29,20 @@ static void check(int ok, const char *what) {
     if (!ok) failures++, fprintf(stderr, "FAILED: %s\n", what);
 }
 
-static const int types[] = {KT_TYPE_F32, KT_TYPE_F16, KT_TYPE_BF16, KT_TYPE_Q8_0, KT_TYPE_Q4_K, KT_TYPE_Q5_K, KT_TYPE_Q6_K};
-enum { TYPES = sizeof types / sizeof types[0], THREADS = 3 };
+/* The bytes of a block that decide how large its values are; which bits to replace, and by what, for about +-0.01. */
+static const struct {
+    int type, count, at[4];
+    uint8_t bits, value;
+} formats[] = {
+    {KT_TYPE_F32, 1, {3}, 0x7f, 0x3c},     {KT_TYPE_F16, 1, {1}, 0x7c, 0x20},    {KT_TYPE_BF16, 1, {1}, 0x7f, 0x3c},
+    {KT_TYPE_Q4_0, 1, {1}, 0x7c, 0x14},    {KT_TYPE_Q4_1, 2, {1, 3}, 0x7c, 0x14}, {KT_TYPE_Q5_0, 1, {1}, 0x7c, 0x14},
+    {KT_TYPE_Q5_1, 2, {1, 3}, 0x7c, 0x14}, {KT_TYPE_Q8_0, 1, {1}, 0x7c, 0x20},
+    {KT_TYPE_Q2_K, 2, {81, 83}, 0xff, 0x14},
+    {KT_TYPE_Q3_K, 1, {109}, 0xff, 0x10},  {KT_TYPE_Q4_K, 2, {1, 3}, 0xff, 0x14}, {KT_TYPE_Q5_K, 2, {1, 3}, 0xff, 0x14},
+    {KT_TYPE_Q6_K, 1, {209}, 0xff, 0x10},  {KT_TYPE_IQ4_NL, 1, {1}, 0x7c, 0x10}, {KT_TYPE_IQ4_XS, 1, {1}, 0x7c, 0x10},
+    {KT_TYPE_MXFP4, 1, {0}, 0xff, 0x78},
+};
+enum { TYPES = sizeof formats / sizeof formats[0], THREADS = 3 };
 
 /* A weight whose bytes end where the allocation ends and start at an odd address. */
 struct weight {
@@ -45,13 +57,12 @@ static struct weight make(int type, int64_t rows, int64_t cols) {
     uint8_t *p = m.room + 1;
     m.w.data = p;
     for (size_t i = 0; i < m.w.bytes; i++) p[i] = (uint8_t)next();
-    for (size_t i = 0; i < m.w.bytes; i += (size_t)size) { /* sane exponents: about +-0.01 .. 0.02 */
-        if (type == KT_TYPE_F32) p[i + 3] = (uint8_t)(0x3c | (p[i + 3] & 0x80)), p[i + 2] &= 0x7f;
-        if (type == KT_TYPE_BF16) p[i + 1] = (uint8_t)(0x3c | (p[i + 1] & 0x80)), p[i] &= 0x7f;
-        if (type == KT_TYPE_F16 || type == KT_TYPE_Q8_0) p[i + 1] = (uint8_t)(0x20 | (p[i + 1] & 0x83));
-        if (type == KT_TYPE_Q4_K || type == KT_TYPE_Q5_K) p[i + 1] = 0x14, p[i + 3] = 0x14;
-        if (type == KT_TYPE_Q6_K) p[i + 209] = 0x10;
-    }
+    for (int f = 0; f < TYPES; f++)
+        for (size_t i = 0; formats[f].type == type && i < m.w.bytes; i += (size_t)size)
+            for (int j = 0; j < formats[f].count; j++) {
+                uint8_t *byte = p + i + formats[f].at[j];
+                *byte = (uint8_t)((*byte & ~formats[f].bits) | formats[f].value);
+            }
     return m;
 }
 
@@ -204,7 +215,7 @@ static void experts_case(kt_pool *pool, const int type[3], int64_t hidden, int64
 static void garbage(kt_pool *pool) {
     const float nasty[] = {INFINITY, -INFINITY, NAN, 3e38f, -3e38f, 1e-45f, 0.0f, -0.0f};
     for (int i = 0; i < TYPES; i++) {
-        struct weight m = make(types[i], 37, 512);
+        struct weight m = make(formats[i].type, 37, 512);
         for (size_t b = 0; b < m.w.bytes; b++) m.room[1 + b] = (uint8_t)next();
         float x[9 * 512], out[9 * 37];
         for (int j = 0; j < 9 * 512; j++) x[j] = j % 7 ? uniform() : nasty[next() % 8];
@@ -219,7 +230,7 @@ static void garbage(kt_pool *pool) {
                 check(kt_linear(pool, &m.w, NULL, half, KT_BF16, 9, half_out) == KT_OK, "garbage bf16");
             }
         free(m.room);
-        int all[3] = {types[i], types[i], types[i]};
+        int all[3] = {formats[i].type, formats[i].type, formats[i].type};
         for (int activation = 0; activation < 4; activation++) {
             struct moe e = moe_make(all, 256, 512, 9, activation);
             for (int j = 0; j < 9 * 256; j++) e.x[j] = nasty[next() % 8];
@@ -329,15 +340,17 @@ int main(int argc, char **argv) {
     kt_pool *pool = NULL;
     check(kt_pool_create(THREADS, &pool) == KT_OK, "pool");
     for (int i = 0; i < TYPES && !pool_only; i++) {
-        int64_t block = kt_type_block(types[i]);
+        int64_t block = kt_type_block(formats[i].type);
         int64_t cols[] = {block, block == 1 ? 67 : 3 * block, block == 1 ? 1029 : 2048 + block};
         for (int c = 0; c < 3; c++) {
-            dequantize_case(types[i], 5, cols[c]);
+            dequantize_case(formats[i].type, 5, cols[c]);
             for (int threshold = 1; threshold < 1002; threshold += 1000)
                 for (int64_t tokens = 0; tokens < 20; tokens += tokens < 8 ? 1 : 5)
-                    for (int64_t rows = 1; rows < 100; rows += 41) linear_case(pool, types[i], rows, cols[c], tokens, threshold);
+                    for (int64_t rows = 1; rows < 100; rows += 41)
+                        linear_case(pool, formats[i].type, rows, cols[c], tokens, threshold);
         }
-        int all[3] = {types[i], types[i], types[i]}, mixed[3] = {types[i], types[(i + 1) % TYPES], types[(i + 2) % TYPES]};
+        int type = formats[i].type, all[3] = {type, type, type};
+        int mixed[3] = {type, formats[(i + 1) % TYPES].type, formats[(i + 2) % TYPES].type};
         for (int threshold = 0; threshold < 1001; threshold += threshold ? 999 : 1)
             for (int64_t tokens = 0; tokens < 30; tokens += 1 + tokens * 2) {
                 experts_case(pool, all, block == 1 ? 77 : 512, block == 1 ? 45 : 256, tokens, threshold);

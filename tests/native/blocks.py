@@ -4,15 +4,24 @@ Not a test. `Packed` here is the smallest thing that ktransformers.native accept
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import gguf
 import numpy as np
 import torch
 from gguf.quants import dequantize
 
-FORMATS = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "Q4_K": (256, 144), "Q5_K": (256, 176),
-           "Q6_K": (256, 210)}  # fmt: skip
+FORMATS = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22),
+           "Q5_1": (32, 24), "Q8_0": (32, 34), "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144),
+           "Q5_K": (256, 176), "Q6_K": (256, 210), "IQ4_NL": (32, 18), "IQ4_XS": (256, 136), "MXFP4": (32, 17)}  # fmt: skip
 """Name -> values and bytes of a block, written down independently of the library."""
+
+HALF_AT = {"Q4_0": 0, "Q4_1": 0, "Q5_0": 0, "Q5_1": 0, "Q8_0": 0, "Q2_K": 80, "Q3_K": 108, "Q4_K": 0, "Q5_K": 0,
+           "Q6_K": 208, "IQ4_NL": 0, "IQ4_XS": 0}  # fmt: skip
+"""Where a block's fp16 scale lies."""
+
+SECOND = {"Q4_1": (2, -7.5), "Q5_1": (2, -15.5), "Q2_K": (82, 1.5), "Q4_K": (2, 7.5), "Q5_K": (2, 15.5)}
+"""Where its second fp16 number lies, and what times the scale centres random values."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +44,31 @@ def unaligned(raw: np.ndarray, offset: int = 1) -> torch.Tensor:
     return torch.from_numpy(room)[offset : offset + flat.size]
 
 
-def _half(rng: np.random.Generator, shape: tuple[int, ...], value: float) -> np.ndarray:
-    return (value * rng.uniform(0.7, 1.3, shape)).astype(np.float16).view(np.uint8).reshape(*shape, 2)
+def _half(value: np.ndarray) -> np.ndarray:
+    return value.astype(np.float16).view(np.uint8).reshape(*value.shape, 2)
+
+
+def set_scales(raw: np.ndarray, name: str, scale: np.ndarray, second: np.ndarray | None = None) -> None:
+    """Overwrite the scales in blocks uint8 [..., nbytes] with `scale` [...], and the second number likewise.
+
+    Formats without fp16 scales take the closest magnitude that they can hold.
+    """
+    if name == "MXFP4":  # of doubled values: half of 2^(e - 127)
+        raw[..., 0] = np.clip(np.floor(np.log2(np.maximum(abs(scale), 1e-38))) + 128, 0, 254)
+        return
+    at = HALF_AT[name]
+    raw[..., at : at + 2] = _half(scale)
+    if name in SECOND:
+        at, ratio = SECOND[name]
+        raw[..., at : at + 2] = _half(scale * ratio if second is None else second * ratio)
+
+
+@cache
+def _unit_std(name: str) -> float:
+    """Standard deviation of random blocks whose scale is 1."""
+    raw = np.random.default_rng(0).integers(0, 256, (256, FORMATS[name][1]), dtype=np.uint8)
+    set_scales(raw, name, np.ones(256))
+    return float(dequantize(raw, gguf.GGMLQuantizationType[name]).std())
 
 
 def random_weight(rng: np.random.Generator, name: str, rows: int, cols: int, nasty: bool = False) -> Packed:
@@ -57,19 +89,12 @@ def random_weight(rng: np.random.Generator, name: str, rows: int, cols: int, nas
         raw[pick < 0.2] = 0
         raw[pick > 0.8] = 255
         raw[(pick > 0.45) & (pick < 0.55)] = 128
-    scale = lambda value: _half(rng, (rows, blocks), value)  # noqa: E731
-    if name == "Q8_0":
-        raw[..., 0:2] = scale(std / 74)
-    elif name in ("Q4_K", "Q5_K"):
-        top = 15 if name == "Q4_K" else 31
-        raw[..., 0:2] = scale(std / (32 * top * 0.29))
-        raw[..., 2:4] = scale(std / (32 * top * 0.29) * top / 2)
-    elif name == "Q6_K":
-        raw[..., 208:210] = scale(std / (74 * 18.5))
+    around = std / _unit_std(name)
+    scale, second = (around * rng.uniform(0.7, 1.3, (rows, blocks)) for _ in range(2))
     if nasty:
-        at = {"Q6_K": 208}.get(name, 0)
-        raw[rng.random((rows, blocks)) < 0.2, at : at + 2] = 0
-        raw[rng.random((rows, blocks)) < 0.2, at + 1] ^= 0x80
+        scale[rng.random(scale.shape) < 0.2] = 0.0
+        scale[rng.random(scale.shape) < 0.2] *= -1.0
+    set_scales(raw, name, scale, second)
     return Packed(unaligned(raw, int(rng.integers(0, 4))), Type(name), (rows, cols))
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ktransformers import native
-from tests.native.blocks import FORMATS, Packed, random_weight, values
+from tests.native.blocks import FORMATS, Packed, random_weight, set_scales, values
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="C library not built")
 
@@ -186,10 +186,9 @@ def test_codes_at_both_ends():
     """All-minimum and all-maximum codes against full-scale activations neither saturate nor wrap (Q8_0 has -128)."""
     for name in QUANTIZED:
         block, size = FORMATS[name]
-        at, width = {"Q6_K": (208, 2), "Q8_0": (0, 2)}.get(name, (0, 4))
         for code in (0x00, 0x7F, 0x80, 0xFF):
             raw = np.full((20, 2, size), code, dtype=np.uint8)
-            raw[..., at : at + width] = np.tile(np.array([1.0], np.float16).view(np.uint8), width // 2)
+            set_scales(raw, name, np.ones((20, 2)))
             weight = Packed(
                 torch.from_numpy(raw.reshape(-1)),
                 random_weight(rng_for(), name, 1, block).type,

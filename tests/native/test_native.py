@@ -93,7 +93,7 @@ def test_every_status_has_words():
 
 def bad_weights():
     good = random_weight(rng(), "Q4_K", 8, 512)
-    yield "type", Packed(good.data, Type("IQ1_S"), (8, 512)), UnsupportedError, "IQ1_S"
+    yield "type", Packed(good.data, Type("Q8_K"), (8, 512)), UnsupportedError, "Q8_K"
     yield "near type", Packed(good.data, Type("Q4_k"), (8, 512)), UnsupportedError, "did you mean 'Q4_K'"
     yield "block", Packed(good.data, good.type, (8, 500)), NativeError, "multiple of 256"
     yield "short", Packed(good.data[:-1], good.type, (8, 512)), NativeError, "2303 bytes, expected 2304"

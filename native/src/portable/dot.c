@@ -18,7 +18,11 @@ static float dot_q8_row(int format, const uint8_t *w, int64_t cols, const struct
             int32_t sum = 0;
             for (int i = 0; i < t->group; i++) sum += (u[g * t->group + i] - t->zero) * a->q[first + i];
             total += a->d[first / KT_ACT_GROUP] * scales[g] * (float)sum;
-            if (t->has_min) total -= mins[g] * a->ds[first / KT_ACT_GROUP]; /* such formats have groups of 32 */
+            for (int m = g * t->group; t->min_group && m < (g + 1) * t->group; m += t->min_group) {
+                int32_t codes = 0;
+                for (int i = 0; i < t->min_group; i++) codes += a->q[c + m + i];
+                total -= mins[m / t->min_group] * (a->d[first / KT_ACT_GROUP] * (float)codes);
+            }
         }
     }
     return total;
@@ -37,24 +41,22 @@ static float dot_float_row(int format, const uint8_t *w, int64_t cols, const str
     return total;
 }
 
-#define DOT(name, format, row)                                                                              \
-    static void name(const uint8_t *w, size_t stride, int rows, int64_t cols, const struct kt_act *a, float *out) { \
-        for (int r = 0; r < rows; r++) out[r] = row(format, w + (size_t)r * stride, cols, a);               \
+#define DOT(name, row)                                                                                         \
+    static void dot_##name(const uint8_t *w, size_t stride, int rows, int64_t cols, const struct kt_act *a,    \
+                           float *out) {                                                                       \
+        for (int r = 0; r < rows; r++) out[r] = row(KT_FMT_##name, w + (size_t)r * stride, cols, a);           \
     }
-DOT(dot_f32, KT_FMT_F32, dot_float_row)
-DOT(dot_f16, KT_FMT_F16, dot_float_row)
-DOT(dot_bf16, KT_FMT_BF16, dot_float_row)
-DOT(dot_q8_0, KT_FMT_Q8_0, dot_q8_row)
-DOT(dot_q4_k, KT_FMT_Q4_K, dot_q8_row)
-DOT(dot_q5_k, KT_FMT_Q5_K, dot_q8_row)
-DOT(dot_q6_k, KT_FMT_Q6_K, dot_q8_row)
+#define DOT_FLOAT(name) DOT(name, dot_float_row)
+#define DOT_Q8(name) DOT(name, dot_q8_row)
+#define FILL(name) k->dot[KT_FMT_##name] = dot_##name;
 
-void kt_fill_dot_portable(struct kt_kernels *k) {
-    k->dot[KT_FMT_F32] = dot_f32;
-    k->dot[KT_FMT_F16] = dot_f16;
-    k->dot[KT_FMT_BF16] = dot_bf16;
-    k->dot[KT_FMT_Q8_0] = dot_q8_0;
-    k->dot[KT_FMT_Q4_K] = dot_q4_k;
-    k->dot[KT_FMT_Q5_K] = dot_q5_k;
-    k->dot[KT_FMT_Q6_K] = dot_q6_k;
-}
+#define FLOATS(X) X(F32) X(F16) X(BF16)
+#define QUANTIZED(X)                                      \
+    X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(Q8_0)               \
+    X(Q2_K) X(Q3_K) X(Q4_K) X(Q5_K) X(Q6_K)               \
+    X(IQ4_NL) X(IQ4_XS) X(MXFP4)
+
+FLOATS(DOT_FLOAT)
+QUANTIZED(DOT_Q8)
+
+void kt_fill_dot_portable(struct kt_kernels *k) { FLOATS(FILL) QUANTIZED(FILL) }

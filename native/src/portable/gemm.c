@@ -14,11 +14,9 @@ static void gemm_q8(const struct kt_panel *p, const struct kt_acts *a, const int
     for (int i = 0; i < tokens; i++) {
         const int8_t *q = a->q + token[i] * a->stride + k0;
         const float *d = a->d + (token[i] * a->stride + k0) / KT_ACT_GROUP;
-        const float *ds = a->ds + (token[i] * a->stride + k0) / KT_ACT_GROUP;
         for (int tile = 0; tile < p->tiles; tile++) {
             const uint8_t *u = (const uint8_t *)(p->data + tile * (p->k / 4) * KT_TILE);
             const float *scales = p->scales + tile * groups * KT_TILE;
-            const float *mins = p->mins ? p->mins + tile * groups * KT_TILE : NULL;
             float total[KT_TILE] = {0};
             for (int64_t g = 0; g < groups; g++) {
                 int64_t first = g * p->group, ag = first / KT_ACT_GROUP;
@@ -27,8 +25,12 @@ static void gemm_q8(const struct kt_panel *p, const struct kt_acts *a, const int
                     for (int r = 0; r < KT_TILE; r++)
                         for (int b = 0; b < 4; b++) sum[r] += (u[k * KT_TILE + 4 * r + b] - p->zero) * q[k + b];
                 for (int r = 0; r < KT_TILE; r++) total[r] += d[ag] * scales[g * KT_TILE + r] * (float)sum[r];
-                if (mins)
-                    for (int r = 0; r < KT_TILE; r++) total[r] -= mins[g * KT_TILE + r] * ds[ag];
+                for (int64_t m = first; p->mins && m < first + p->group; m += p->min_group) {
+                    int32_t codes = 0;
+                    for (int64_t k = m; k < m + p->min_group; k++) codes += q[k];
+                    const float *mins = p->mins + (tile * (p->k / p->min_group) + m / p->min_group) * KT_TILE;
+                    for (int r = 0; r < KT_TILE; r++) total[r] -= mins[r] * (d[ag] * (float)codes);
+                }
             }
             float *out = c + i * ldc + tile * KT_TILE;
             for (int r = 0; r < KT_TILE; r++) out[r] = add ? out[r] + total[r] : total[r];
