@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 SUPPORTED_TYPES = frozenset(
     ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
-     "IQ4_NL", "IQ4_XS", "MXFP4"]
+     "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4",
+     "NVFP4"]
 )  # fmt: skip
 """Weight types with C kernels (the rows of native/src/traits.c; a test holds the two together)."""
 

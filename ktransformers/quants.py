@@ -10,11 +10,13 @@ Letters in shapes below: B blocks in a call.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from ktransformers.errors import UnsupportedError, WeightError, did_you_mean
+from ktransformers.iq_grids import GRIDS
 
 CHUNK = 1 << 21
 """Weights dequantized at a time: bounds the temporaries to some tens of MiB whatever the tensor's size."""
@@ -44,9 +46,7 @@ class QuantType:
     def dequantize(self) -> Callable[[Tensor], Tensor] | None:
         """uint8 [B, nbytes] -> float32 [B, block], or None when this version does not compute the type."""
         if self.torch_dtype is not None:
-            return lambda blocks: (
-                blocks.contiguous().view(-1).view(self.torch_dtype).float().view(-1, self.block)
-            )
+            return lambda blocks: blocks.contiguous().view(-1).view(self.torch_dtype).float().view(-1, self.block)
         return self.unpack
 
     def row_bytes(self, columns: int) -> int:
@@ -199,6 +199,138 @@ def _mxfp4(blocks: Tensor) -> Tensor:
     return bits.view(torch.float32) * _look_up(_FP4_DOUBLED, _fields(blocks[:, 1:], 4).reshape(-1, 32))
 
 
+def _nvfp4(blocks: Tensor) -> Tensor:
+    # Four scales, e4m3 without its sign (0x7f, a NaN there, is zero), halved as the table is doubled · qs[32]
+    x = blocks[:, :4].int()
+    exponent, mantissa = (x >> 3) & 15, (x & 7).float()
+    power = ((exponent + 127 - 8) << 23).view(torch.float32)
+    scale = torch.where(exponent == 0, mantissa * 2**-10, (mantissa / 8 + 1) * power).masked_fill(x == 127, 0.0)
+    q = _look_up(_FP4_DOUBLED, _fields(blocks[:, 4:].reshape(-1, 4, 8), 4).reshape(-1, 4, 16))
+    return (scale.unsqueeze(-1) * q).reshape(-1, 64)
+
+
+def _tq1_0(blocks: Tensor) -> Tensor:
+    # qs[48] · qh[4] · d. A byte is a fraction in base 3: multiplied by 3^n modulo 256, its next digit is on top.
+    def digits(packed: Tensor, count: int) -> Tensor:
+        power = torch.tensor([3**n for n in range(count)], dtype=torch.uint8, device=packed.device)
+        rest = packed.unsqueeze(-2) * power.unsqueeze(-1)
+        return ((rest.int() * 3) >> 8).reshape(len(packed), -1)
+
+    q = torch.cat([digits(blocks[:, :32], 5), digits(blocks[:, 32:48], 5), digits(blocks[:, 48:52], 4)], 1)
+    return _half(blocks, 52) * (q - 1).float()
+
+
+def _tq2_0(blocks: Tensor) -> Tensor:
+    q = _fields(blocks[:, :64].reshape(-1, 2, 32), 2).reshape(-1, 256).to(torch.int8) - 1
+    return _half(blocks, 64) * q.float()
+
+
+# The IQ types: `index` chooses points of a grid (8 or 4 values each), other bits give their signs.
+
+
+@cache
+def _grid(name: str) -> Tensor:
+    return GRIDS[name].values()
+
+
+def _points(name: str, index: Tensor) -> Tensor:
+    """Integers [B, n] -> the grid points' values, float32 [B, n * digits]."""
+    return _grid(name).to(index.device)[index.long()].reshape(len(index), -1)
+
+
+def _words(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes [B, n] as little-endian unsigned numbers of a signed dtype's size: int64 [B, n / size]."""
+    words = packed.clone(memory_format=torch.contiguous_format).view(dtype).long()
+    return words & ((1 << 8 * dtype.itemsize) - 1)
+
+
+def _nibbles(packed: Tensor) -> Tensor:
+    """Bytes [B, n] as their halves, low ones first: uint8 [B, 2 * n]."""
+    return _fields(packed, 4).transpose(-1, -2).reshape(len(packed), -1)
+
+
+def _signs(bits: Tensor) -> Tensor:
+    """uint8 [B, n] -> +1 where a bit is clear and -1 where it is set, low bits first: float32 [B, 8 * n]."""
+    return 1 - 2 * _fields(bits, 1).transpose(-1, -2).reshape(len(bits), -1).float()
+
+
+def _even_signs(bits: Tensor) -> Tensor:
+    """As `_signs` for integers of 7 bits: the eighth makes the number of minus signs even."""
+    parity = bits
+    for shift in (4, 2, 1):
+        parity = parity ^ (parity >> shift)
+    return _signs((bits | ((parity & 1) << 7)).to(torch.uint8))
+
+
+def _grouped(scale: Tensor, values: Tensor) -> Tensor:
+    """Multiply float [B, groups] into [B, 256]."""
+    return (scale.unsqueeze(-1) * values.view(len(scale), scale.shape[1], -1)).reshape(len(scale), -1)
+
+
+def _signs_and_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """The 32 bits a group of IQ2_XXS and IQ3_XXS, [B, 32] bytes: signs [B, 256], and scale + 1/2 float32 [B, 8]."""
+    words = _words(packed, torch.int32)
+    signs = (words.unsqueeze(-1) >> torch.arange(0, 28, 7, device=packed.device)) & 127
+    return _even_signs(signs.reshape(len(packed), -1)), (words >> 28).float() + 0.5
+
+
+def _iq2_xxs(blocks: Tensor) -> Tensor:
+    # d · a group of 32: four indices, then 32 bits with four times 7 bits of signs and a scale
+    groups = blocks[:, 2:].reshape(-1, 8, 8)
+    signs, scale = _signs_and_scales(groups[:, :, 4:].reshape(-1, 32))
+    values = _points("IQ2_XXS", groups[:, :, :4].reshape(-1, 32))
+    return _grouped(_half(blocks, 0) * scale * 0.25, values) * signs
+
+
+def _iq2_xs(blocks: Tensor) -> Tensor:
+    # d · 32 words of 9 bits index and 7 bits signs · scales[8]: nibbles, one per 16 weights
+    words = _words(blocks[:, 2:66], torch.int16)
+    scale = _half(blocks, 0) * (_nibbles(blocks[:, 66:]).float() + 0.5) * 0.25
+    return _grouped(scale, _points("IQ2_XS", words & 511)) * _even_signs(words >> 9)
+
+
+def _iq2_s(blocks: Tensor) -> Tensor:
+    # d · qs[32] · signs[32] · qh[8]: bits 8 and 9 of four indices a byte · scales[8]
+    high = _fields(blocks[:, 66:74], 2).transpose(-1, -2).reshape(-1, 32).int()
+    scale = _half(blocks, 0) * (_nibbles(blocks[:, 74:]).float() + 0.5) * 0.25
+    return _grouped(scale, _points("IQ2_S", blocks[:, 2:34] | (high << 8))) * _signs(blocks[:, 34:66])
+
+
+def _iq3_xxs(blocks: Tensor) -> Tensor:
+    # d · qs[64]: an index per four weights · eight times 32 bits, as in IQ2_XXS
+    signs, scale = _signs_and_scales(blocks[:, 66:])
+    return _grouped(_half(blocks, 0) * scale * 0.5, _points("IQ3_XXS", blocks[:, 2:66])) * signs
+
+
+def _iq3_s(blocks: Tensor) -> Tensor:
+    # d · qs[64] · qh[8]: bit 8 of eight indices a byte · signs[32] · scales[4]: nibbles, one per 32 weights
+    high = _fields(blocks[:, 66:74], 1).transpose(-1, -2).reshape(-1, 64).int()
+    scale = _half(blocks, 0) * (2 * _nibbles(blocks[:, 106:]).int() + 1).float()
+    return _grouped(scale, _points("IQ3_S", blocks[:, 2:66] | (high << 8))) * _signs(blocks[:, 74:106])
+
+
+def _iq1_s(blocks: Tensor) -> Tensor:
+    # d · qs[32] · a word per 32 weights: bits 8 to 10 of four indices, a scale of 3 bits, the sign of the shift by 1/8
+    words = _words(blocks[:, 34:], torch.int16)
+    high = (words.unsqueeze(-1) >> torch.arange(0, 12, 3, device=blocks.device)) & 7
+    shift = 0.125 - 0.25 * (words >> 15).float()
+    values = _points("IQ1", blocks[:, 2:34] | (high.reshape(-1, 32) << 8)).view(-1, 8, 32) + shift.unsqueeze(-1)
+    return _grouped(_half(blocks, 0) * (2 * ((words >> 12) & 7) + 1).float(), values)
+
+
+def _iq1_m(blocks: Tensor) -> Tensor:
+    # qs[32] · qh[16]: a nibble per eight weights, bits 8 to 10 of the index and the sign of the shift · four words,
+    # each four scales of 3 bits (one per 16 weights) and a nibble of d, low nibble first
+    words = _words(blocks[:, 48:], torch.int16)
+    d = ((words >> 12) << torch.arange(0, 16, 4, device=blocks.device)).sum(-1, keepdim=True)
+    d = torch.where(d < 1 << 15, d, d - (1 << 16)).to(torch.int16).view(torch.float16).float()
+    scale = (words.unsqueeze(-1) >> torch.arange(0, 12, 3, device=blocks.device)) & 7
+    high = _nibbles(blocks[:, 32:48]).int()
+    shift = 0.125 - 0.25 * (high >> 3).float()
+    values = _points("IQ1", blocks[:, :32] | ((high & 7) << 8)).view(-1, 32, 8) + shift.unsqueeze(-1)
+    return _grouped(d * (2 * scale.reshape(-1, 16) + 1).float(), values)
+
+
 _TABLE = (
     QuantType("F32", 0, 1, 4, torch_dtype=torch.float32),
     QuantType("F16", 1, 1, 2, torch_dtype=torch.float16),
@@ -214,25 +346,25 @@ _TABLE = (
     QuantType("Q5_K", 13, 256, 176, _q5_k),
     QuantType("Q6_K", 14, 256, 210, _q6_k),
     QuantType("Q8_K", 15, 256, 292),
-    QuantType("IQ2_XXS", 16, 256, 66),
-    QuantType("IQ2_XS", 17, 256, 74),
-    QuantType("IQ3_XXS", 18, 256, 98),
-    QuantType("IQ1_S", 19, 256, 50),
+    QuantType("IQ2_XXS", 16, 256, 66, _iq2_xxs),
+    QuantType("IQ2_XS", 17, 256, 74, _iq2_xs),
+    QuantType("IQ3_XXS", 18, 256, 98, _iq3_xxs),
+    QuantType("IQ1_S", 19, 256, 50, _iq1_s),
     QuantType("IQ4_NL", 20, 32, 18, _iq4_nl),
-    QuantType("IQ3_S", 21, 256, 110),
-    QuantType("IQ2_S", 22, 256, 82),
+    QuantType("IQ3_S", 21, 256, 110, _iq3_s),
+    QuantType("IQ2_S", 22, 256, 82, _iq2_s),
     QuantType("IQ4_XS", 23, 256, 136, _iq4_xs),
     QuantType("I8", 24, 1, 1),
     QuantType("I16", 25, 1, 2),
     QuantType("I32", 26, 1, 4),
     QuantType("I64", 27, 1, 8),
     QuantType("F64", 28, 1, 8),
-    QuantType("IQ1_M", 29, 256, 56),
+    QuantType("IQ1_M", 29, 256, 56, _iq1_m),
     QuantType("BF16", 30, 1, 2, torch_dtype=torch.bfloat16),
-    QuantType("TQ1_0", 34, 256, 54),
-    QuantType("TQ2_0", 35, 256, 66),
+    QuantType("TQ1_0", 34, 256, 54, _tq1_0),
+    QuantType("TQ2_0", 35, 256, 66, _tq2_0),
     QuantType("MXFP4", 39, 32, 17, _mxfp4),
-    QuantType("NVFP4", 40, 64, 36),
+    QuantType("NVFP4", 40, 64, 36, _nvfp4),
     QuantType("Q1_0", 41, 128, 18),
 )
 
@@ -250,9 +382,7 @@ def quant_type(name: str | QuantType) -> QuantType:
         return name
     if name not in QUANT_TYPES:
         known = ", ".join(QUANT_TYPES)
-        raise UnsupportedError(
-            f"Unknown weight type {name!r}{did_you_mean(name, QUANT_TYPES)}. Known: {known}."
-        )
+        raise UnsupportedError(f"Unknown weight type {name!r}{did_you_mean(name, QUANT_TYPES)}. Known: {known}.")
     return QUANT_TYPES[name]
 
 
@@ -313,9 +443,7 @@ class Packed:
 
     def _check_slice(self, dims: int, start: int, stop: int) -> None:
         if len(self.shape) != dims:
-            raise WeightError(
-                f"A {dims}-D slice of packed {self.type.name} {list(self.shape)}, which is not {dims}-D."
-            )
+            raise WeightError(f"A {dims}-D slice of packed {self.type.name} {list(self.shape)}, which is not {dims}-D.")
         if not 0 <= start <= stop <= self.shape[0]:
             raise WeightError(
                 f"Slice {start}:{stop} of packed {self.type.name} {list(self.shape)}: it has {self.shape[0]}."

@@ -10,7 +10,9 @@
  *    stay per 16, where they cost one multiply-add, and the integer sums run over 32 columns.
  *  - Q3_K: folded too: (q - 4)*(scale - 32) is -124..128, one more than a signed byte holds at the wrong end, so
  *    the sign is turned: u = 128 - product, s = -d.
- *  - MXFP4: e2m1 values doubled are -12..12, s = half the scale. */
+ *  - IQ2, IQ3: grid values up to 43, 62 and 15 with a sign; z is the largest. IQ1: eighths, 8*grid +- 1, and s an
+ *    eighth of the scale. TQ: -1, 0, 1 (2 in TQ2_0's unused code); one scale a block, repeated for each 32.
+ *  - MXFP4, NVFP4: e2m1 values doubled are -12..12, s = half the scale. */
 #include "traits.h"
 
 #include "../include/kt_native.h"
@@ -35,9 +37,19 @@ const struct kt_traits kt_traits_table[KT_FORMATS] = {
     ROW(Q4_K,    KT_QK, sizeof(kt_block_q4_k),   Q8,   32,   0,   32),
     ROW(Q5_K,    KT_QK, sizeof(kt_block_q5_k),   Q8,   32,   0,   32),
     ROW(Q6_K,    KT_QK, sizeof(kt_block_q6_k),   Q8,   16,   32,  0),
+    ROW(IQ1_S,   KT_QK, sizeof(kt_block_iq1_s),  Q8,   32,   9,   0),
+    ROW(IQ1_M,   KT_QK, sizeof(kt_block_iq1_m),  Q8,   16,   9,   0),
+    ROW(IQ2_XXS, KT_QK, sizeof(kt_block_iq2_xxs), Q8,  32,   43,  0),
+    ROW(IQ2_XS,  KT_QK, sizeof(kt_block_iq2_xs), Q8,   16,   43,  0),
+    ROW(IQ2_S,   KT_QK, sizeof(kt_block_iq2_s),  Q8,   16,   43,  0),
+    ROW(IQ3_XXS, KT_QK, sizeof(kt_block_iq3_xxs), Q8,  32,   62,  0),
+    ROW(IQ3_S,   KT_QK, sizeof(kt_block_iq3_s),  Q8,   32,   15,  0),
     ROW(IQ4_NL,  32,    sizeof(kt_block_iq4_nl), Q8,   32,   128, 0),
     ROW(IQ4_XS,  KT_QK, sizeof(kt_block_iq4_xs), Q8,   32,   128, 0),
+    ROW(TQ1_0,   KT_QK, sizeof(kt_block_tq1_0),  Q8,   32,   1,   0),
+    ROW(TQ2_0,   KT_QK, sizeof(kt_block_tq2_0),  Q8,   32,   1,   0),
     ROW(MXFP4,   32,    sizeof(kt_block_mxfp4),  Q8,   32,   12,  0),
+    ROW(NVFP4,   64,    sizeof(kt_block_nvfp4),  Q8,   16,   12,  0),
 };
 /* clang-format on */
 

@@ -40,7 +40,11 @@ static const struct {
     {KT_TYPE_Q2_K, 2, {81, 83}, 0xff, 0x14},
     {KT_TYPE_Q3_K, 1, {109}, 0xff, 0x10},  {KT_TYPE_Q4_K, 2, {1, 3}, 0xff, 0x14}, {KT_TYPE_Q5_K, 2, {1, 3}, 0xff, 0x14},
     {KT_TYPE_Q6_K, 1, {209}, 0xff, 0x10},  {KT_TYPE_IQ4_NL, 1, {1}, 0x7c, 0x10}, {KT_TYPE_IQ4_XS, 1, {1}, 0x7c, 0x10},
-    {KT_TYPE_MXFP4, 1, {0}, 0xff, 0x78},
+    {KT_TYPE_IQ1_S, 1, {1}, 0x7c, 0x1c},   {KT_TYPE_IQ1_M, 2, {53, 55}, 0x70, 0x10},
+    {KT_TYPE_IQ2_XXS, 1, {1}, 0x7c, 0x10}, {KT_TYPE_IQ2_XS, 1, {1}, 0x7c, 0x10}, {KT_TYPE_IQ2_S, 1, {1}, 0x7c, 0x10},
+    {KT_TYPE_IQ3_XXS, 1, {1}, 0x7c, 0x10}, {KT_TYPE_IQ3_S, 1, {1}, 0x7c, 0x10},
+    {KT_TYPE_TQ1_0, 1, {53}, 0x7c, 0x20},  {KT_TYPE_TQ2_0, 1, {65}, 0x7c, 0x20},
+    {KT_TYPE_MXFP4, 1, {0}, 0xff, 0x78},   {KT_TYPE_NVFP4, 4, {0, 1, 2, 3}, 0x78, 0x08},
 };
 enum { TYPES = sizeof formats / sizeof formats[0], THREADS = 3 };
 

@@ -13,11 +13,14 @@ from gguf.quants import dequantize
 
 FORMATS = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22),
            "Q5_1": (32, 24), "Q8_0": (32, 34), "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144),
-           "Q5_K": (256, 176), "Q6_K": (256, 210), "IQ4_NL": (32, 18), "IQ4_XS": (256, 136), "MXFP4": (32, 17)}  # fmt: skip
+           "Q5_K": (256, 176), "Q6_K": (256, 210), "IQ1_S": (256, 50), "IQ1_M": (256, 56), "IQ2_XXS": (256, 66),
+           "IQ2_XS": (256, 74), "IQ2_S": (256, 82), "IQ3_XXS": (256, 98), "IQ3_S": (256, 110), "IQ4_NL": (32, 18),
+           "IQ4_XS": (256, 136), "TQ1_0": (256, 54), "TQ2_0": (256, 66), "MXFP4": (32, 17), "NVFP4": (64, 36)}  # fmt: skip
 """Name -> values and bytes of a block, written down independently of the library."""
 
 HALF_AT = {"Q4_0": 0, "Q4_1": 0, "Q5_0": 0, "Q5_1": 0, "Q8_0": 0, "Q2_K": 80, "Q3_K": 108, "Q4_K": 0, "Q5_K": 0,
-           "Q6_K": 208, "IQ4_NL": 0, "IQ4_XS": 0}  # fmt: skip
+           "Q6_K": 208, "IQ1_S": 0, "IQ2_XXS": 0, "IQ2_XS": 0, "IQ2_S": 0, "IQ3_XXS": 0, "IQ3_S": 0, "IQ4_NL": 0,
+           "IQ4_XS": 0, "TQ1_0": 52, "TQ2_0": 64}  # fmt: skip
 """Where a block's fp16 scale lies."""
 
 SECOND = {"Q4_1": (2, -7.5), "Q5_1": (2, -15.5), "Q2_K": (82, 1.5), "Q4_K": (2, 7.5), "Q5_K": (2, 15.5)}
@@ -55,6 +58,14 @@ def set_scales(raw: np.ndarray, name: str, scale: np.ndarray, second: np.ndarray
     """
     if name == "MXFP4":  # of doubled values: half of 2^(e - 127)
         raw[..., 0] = np.clip(np.floor(np.log2(np.maximum(abs(scale), 1e-38))) + 128, 0, 254)
+        return
+    if name == "NVFP4":  # of doubled values, four a block
+        raw[..., 0:4] = gguf.quants.NVFP4.fp32_to_ue4m3(abs(2 * scale).astype(np.float32))[..., None]
+        return
+    if name == "IQ1_M":  # a nibble of the scale in the top of each of four 16-bit words
+        half = _half(scale)
+        nibbles = np.stack([half & 15, half >> 4], -1).reshape(*scale.shape, 4)
+        raw[..., 49:56:2] = (raw[..., 49:56:2] & 15) | nibbles << 4
         return
     at = HALF_AT[name]
     raw[..., at : at + 2] = _half(scale)

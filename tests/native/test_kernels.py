@@ -182,6 +182,22 @@ def test_dequantize_equals_gguf(name):
             assert torch.equal(found, expected), f"{name} [{rows}, {cols}] {isa}: {(found - expected).abs().max()}"
 
 
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_any_bytes_dequantize_as_in_gguf(name):
+    """Random bytes, scales included (zero, huge, NaN), equal the gguf package: every table entry, sign and sub-scale
+    occurs (the largest table, 2048 points, is met 131072 times)."""
+    block, size = FORMATS[name]
+    raw = rng_for("bytes", name).integers(0, 256, (64, 64 * size), dtype=np.uint8)
+    weight = Packed(torch.from_numpy(raw.reshape(-1)), random_weight(rng_for(), name, 1, block).type, (64, 64 * block))
+    with np.errstate(all="ignore"):
+        expected = values(weight)
+    for isa in ISAS:
+        native.set_isa(isa)
+        found = native.dequantize(weight).double()
+        same = (found == expected) | (found.isnan() & expected.isnan())
+        assert same.all(), f"{name} {isa}: {(~same).sum()} of {same.numel()} differ, first at {(~same).nonzero()[0]}"
+
+
 def test_codes_at_both_ends():
     """All-minimum and all-maximum codes against full-scale activations neither saturate nor wrap (Q8_0 has -128)."""
     for name in QUANTIZED:

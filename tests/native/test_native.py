@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 import threading
@@ -69,6 +70,12 @@ def test_tables_agree():
         "gelu_pytorch_tanh": lib.KT_GELU_TANH, "relu": lib.KT_RELU,
     }  # fmt: skip
     assert tuple(state.text(lib.kt_isa_name(i)) for i in range(lib.kt_isa_count())) == env.ISAS
+
+
+def test_grids_are_those_of_python():
+    """native/src/iq_grids.h is what native/iq_tables.py makes of ktransformers/iq_grids.py."""
+    text = runpy.run_path(str(ROOT / "native" / "iq_tables.py"))["text"]()
+    assert (ROOT / "native/src/iq_grids.h").read_text(encoding="ascii") == text, "run python native/iq_tables.py"
 
 
 def test_types_have_ggufs_ids():

@@ -54,7 +54,9 @@ static float dot_float_row(int format, const uint8_t *w, int64_t cols, const str
 #define QUANTIZED(X)                                      \
     X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(Q8_0)               \
     X(Q2_K) X(Q3_K) X(Q4_K) X(Q5_K) X(Q6_K)               \
-    X(IQ4_NL) X(IQ4_XS) X(MXFP4)
+    X(IQ1_S) X(IQ1_M) X(IQ2_XXS) X(IQ2_XS) X(IQ2_S)       \
+    X(IQ3_XXS) X(IQ3_S) X(IQ4_NL) X(IQ4_XS)               \
+    X(TQ1_0) X(TQ2_0) X(MXFP4) X(NVFP4)
 
 FLOATS(DOT_FLOAT)
 QUANTIZED(DOT_Q8)

@@ -1,4 +1,4 @@
-/* Unpacking in portable C, the readable truth of every format: plain floats, blocks of 32 and 4-bit floats.
+/* Unpacking in portable C, the readable truth of every format: plain floats, blocks of 32, ternary and 4-bit floats.
  * Super-blocks are in unpack_k.c, grids in unpack_iq.c. Codes leave in column order.
  * Every table index comes from a bit field as wide as its table, so no byte of a file can lead outside one. */
 #include "../iq_tables.h"
@@ -90,6 +90,42 @@ static void unpack_mxfp4(const uint8_t *w, int64_t n, void *data, float *scales,
     }
 }
 
+static void unpack_nvfp4(const uint8_t *w, int64_t n, void *data, float *scales, float *mins) {
+    (void)mins;
+    const kt_block_nvfp4 *b = (const kt_block_nvfp4 *)w;
+    uint8_t *u = data;
+    for (int64_t i = 0; i < n / 64; i++, b++)
+        for (int g = 0; g < 4; g++, u += 16) {
+            *scales++ = kt_ue4m3_half(b->d[g]);
+            for (int j = 0; j < 8; j++) {
+                u[j] = kt_fp4_codes[b->qs[8 * g + j] & 15];
+                u[j + 8] = kt_fp4_codes[b->qs[8 * g + j] >> 4];
+            }
+        }
+}
+
+static void unpack_tq1_0(const uint8_t *w, int64_t n, void *data, float *scales, float *mins) {
+    (void)mins;
+    const kt_block_tq1_0 *b = (const kt_block_tq1_0 *)w;
+    uint8_t *u = data;
+    for (int64_t i = 0; i < n / KT_QK; i++, b++, u += KT_QK, scales += 8) {
+        for (int g = 0; g < 8; g++) scales[g] = kt_load_f16(b->d);
+        for (int c = 0; c < 160; c++) u[c] = (uint8_t)kt_ternary(b->qs[c % 32], c / 32);
+        for (int c = 0; c < 80; c++) u[160 + c] = (uint8_t)kt_ternary(b->qs[32 + c % 16], c / 16);
+        for (int c = 0; c < 16; c++) u[240 + c] = (uint8_t)kt_ternary(b->qh[c % 4], c / 4);
+    }
+}
+
+static void unpack_tq2_0(const uint8_t *w, int64_t n, void *data, float *scales, float *mins) {
+    (void)mins;
+    const kt_block_tq2_0 *b = (const kt_block_tq2_0 *)w;
+    uint8_t *u = data;
+    for (int64_t i = 0; i < n / KT_QK; i++, b++, u += KT_QK, scales += 8) {
+        for (int g = 0; g < 8; g++) scales[g] = kt_load_f16(b->d);
+        for (int c = 0; c < KT_QK; c++) u[c] = b->qs[c / 128 * 32 + c % 32] >> (c % 128 / 32 * 2) & 3;
+    }
+}
+
 void kt_fill_unpack_k_portable(struct kt_kernels *k);
 void kt_fill_unpack_iq_portable(struct kt_kernels *k);
 
@@ -102,7 +138,10 @@ void kt_fill_unpack_portable(struct kt_kernels *k) {
     k->unpack[KT_FMT_Q5_0] = unpack_q5_0;
     k->unpack[KT_FMT_Q5_1] = unpack_q5_1;
     k->unpack[KT_FMT_Q8_0] = unpack_q8_0;
+    k->unpack[KT_FMT_TQ1_0] = unpack_tq1_0;
+    k->unpack[KT_FMT_TQ2_0] = unpack_tq2_0;
     k->unpack[KT_FMT_MXFP4] = unpack_mxfp4;
+    k->unpack[KT_FMT_NVFP4] = unpack_nvfp4;
     kt_fill_unpack_k_portable(k);
     kt_fill_unpack_iq_portable(k);
 }
