@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ktransformers.errors import WeightError, did_you_mean
 from ktransformers.quants import Packed, QuantType
+from ktransformers.scaled import ScaledType, ScaledWeight
 
 # Python 3.11 does not name it; the value is Linux's on every architecture that torch has wheels for.
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
@@ -24,14 +25,18 @@ _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" el
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as its checkpoint describes it; `shape` in torch order, `start` its byte offset in `file`."""
+    """A tensor as its checkpoint describes it; `shape` in torch order, `start` its byte offset in `file`.
+
+    `fault`: why it cannot be used, where it was meant for a quantized weight and its parts do not fit together.
+    """
 
     name: str
     shape: tuple[int, ...]
-    type: QuantType
+    type: QuantType | ScaledType
     nbytes: int
     file: Path
     start: int
+    fault: str = ""
 
 
 class MappedFile:
@@ -95,12 +100,18 @@ class WeightFiles(ABC):
             raise WeightError(f"No tensor {name!r} in {where}{did_you_mean(name, self._tensors)}.")
         return self._tensors[name]
 
-    def packed(self, name: str) -> Packed:
+    def packed(self, name: str) -> Packed | ScaledWeight:
         """The published bytes of a tensor, as a view of the mapped file."""
         info = self.info(name)
+        if info.fault:
+            raise WeightError(f"{name}: {info.fault}.")
+        return Packed(self._view(info), info.type, info.shape)
+
+    def _view(self, info: TensorInfo) -> Tensor:
+        """The bytes of a stored tensor, uint8 [nbytes]."""
         if self._bytes is None:
-            raise WeightError(f"{name}: {info.file} is closed. Ask while the checkpoint is open.")
-        return Packed(self._bytes[info.file][info.start : info.start + info.nbytes], info.type, info.shape)
+            raise WeightError(f"{info.name}: {info.file} is closed. Ask while the checkpoint is open.")
+        return self._bytes[info.file][info.start : info.start + info.nbytes]
 
     def tensor(
         self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None

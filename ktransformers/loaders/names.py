@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ktransformers.errors import UnsupportedError, WeightError, did_you_mean
-from ktransformers.loaders import gguf_names
-from ktransformers.loaders.base import WeightFiles
+from ktransformers.loaders import companions, gguf_names
+from ktransformers.loaders.base import TensorInfo, WeightFiles
 from ktransformers.loaders.report import Problem, grouped
 from ktransformers.loaders.sources import (
     WHOLE_NUMBERS,
@@ -24,12 +24,15 @@ from ktransformers.loaders.sources import (
     Plain,
     Source,
     Stacked,
+    Transposed,
     Unpermuted,
     WholeNumbers,
     split_down,
     split_gate_up,
+    split_gate_up_bias,
 )
 from ktransformers.quants import Packed
+from ktransformers.scaled import ScaledType, ScaledWeight
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -81,6 +84,13 @@ class ModelWeights:
         """The stored type, "Q4_K" or "Q4_K+Q6_K" when several tensors of different types make one."""
         return "+".join(dict.fromkeys(info.type.name for info in self._source(name).infos))
 
+    def methods(self, name: str) -> list[str]:
+        """Every way in which parts of `name` are stored, by the names that users have for them, such as FP8, RAWINT4
+        or, for all of GGUF, LLAMAFILE."""
+        if self.format == "gguf":
+            return ["LLAMAFILE"]
+        return list(dict.fromkeys(companions.method(info) for info in self._source(name).infos))
+
     def nbytes(self, name: str) -> int:
         """Bytes of the stored tensors behind `name`."""
         return sum(info.nbytes for info in self._source(name).infos)
@@ -104,7 +114,7 @@ class ModelWeights:
         """Whether `packed(name)` can deliver, that is whether stored rows can be used as they are."""
         return self.has(name) and self._sources[name].can_pack
 
-    def packed(self, name: str) -> Packed:
+    def packed(self, name: str) -> Packed | ScaledWeight:
         """The stored bytes, a view of the mapped file; a q or k projection of a llama-type GGUF is one copy.
 
         Raises WeightError for a tensor that is made from several; use `tensor` or `experts` for those.
@@ -118,13 +128,30 @@ class ModelWeights:
     def has_experts(self, prefix: str) -> bool:
         return self.has(f"{prefix}.gate_up_proj") and self.has(f"{prefix}.down_proj")
 
+    def experts_problem(self, prefix: str) -> str:
+        """Say why `experts(prefix)` cannot deliver packed rows, or return ``""``."""
+        for name in (f"{prefix}.gate_up_proj", f"{prefix}.down_proj"):
+            source = self._source(name)
+            if name in self._binding.transposed and not isinstance(source, Transposed):
+                return f"{name} is stored with rows and columns exchanged, so there are no packed rows of it"
+            rows = source.shape[-1 if isinstance(source, Transposed) else 1] if len(source.shape) == 3 else 1
+            if len(source.shape) != 3 or (name.endswith("gate_up_proj") and rows % 2):
+                return f"{name} is no stack of matrices: {_shapes(source)}"
+        return ""
+
     def experts(self, prefix: str) -> ExpertWeights:
-        """The routed experts of the module `prefix` (`model.layers.3.mlp.experts`), packed; no copies."""
+        """The routed experts of the module `prefix` (`model.layers.3.mlp.experts`), packed; no copies but of biases."""
         gate_up, down = self._deliver(f"{prefix}.gate_up_proj"), self._deliver(f"{prefix}.down_proj")
-        for name, source in (("gate_up_proj", gate_up), ("down_proj", down)):
-            if len(source.shape) != 3 or (name == "gate_up_proj" and source.shape[1] % 2):
-                raise WeightError(f"{prefix}.{name}: no stack of matrices: {_shapes(source)}.")
-        return ExpertWeights(*split_gate_up(gate_up), split_down(down))
+        if problem := self.experts_problem(prefix):
+            raise WeightError(f"{problem}. Use tensor().")
+        interleaved = f"{prefix}.gate_up_proj" in self._binding.interleaved
+        gate_bias = up_bias = down_bias = None
+        if self.has(name := f"{prefix}.gate_up_proj_bias"):
+            gate_bias, up_bias = split_gate_up_bias(self.tensor(name, dtype=torch.float32), interleaved)
+        if self.has(name := f"{prefix}.down_proj_bias"):
+            down_bias = self.tensor(name, dtype=torch.float32)
+        gate, up = split_gate_up(gate_up, interleaved)
+        return ExpertWeights(gate, up, split_down(down), gate_bias, up_bias, down_bias)
 
     def problems(self, expected: Shapes, ignore_unexpected: Iterable[str] = ()) -> list[str]:
         """Every missing, misshapen, uncomputable and unused tensor; equal ones of many layers are one line.
@@ -150,6 +177,10 @@ class ModelWeights:
     def _misfits(self, name: str, shape: tuple[int, ...]) -> list[Problem]:
         source = self._sources[name]
         found = []
+        if faults := [info for info in source.infos if info.fault]:
+            more = f" (and {len(faults) - 1} more of its tensors)" if len(faults) > 1 else ""
+            where = f"{faults[0].name}: " if faults[0].name != name else ""
+            return [Problem(name, f"{where}{faults[0].fault}{more}")]
         if source.shape != shape or source.broken:
             text = f"has shape {_shapes(source)} in the checkpoint, the model expects {list(shape)}"
             found.append(Problem(name, text))
@@ -204,6 +235,8 @@ class _Binding:
         self.absent: dict[str, str] = {}  # why a module's tensor could not be made
         self.harmless: set[str] = set()  # checkpoint names that are neither used nor a problem
         self.ignored: list[str] = []  # regular expressions of such names
+        self.transposed: set[str] = set()  # expert weights that the model holds as [E, K, N]
+        self.interleaved: set[str] = set()  # those whose rows are gate and up in turn
         self.notes: list[str] = []  # problems with no tensor of their own
 
 
@@ -227,6 +260,8 @@ def _keep_whole_numbers(state: dict[str, Tensor], binding: _Binding) -> None:
     """Deliver integers and flags as they are where the model holds such, in a type that the stored one fits."""
     for name, source in binding.sources.items():
         wanted = state[name].dtype
+        if isinstance(source.infos[0].type, ScaledType):
+            continue
         stored = WHOLE_NUMBERS.get(source.infos[0].type.name)
         if type(source) is not Plain or wanted.is_floating_point or wanted.is_complex or stored is None:
             continue
@@ -263,11 +298,14 @@ def _bind_safetensors(files: WeightFiles, model, shapes: Shapes, binding: _Bindi
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     collected: dict[str, dict[str, dict[int, str]]] = defaultdict(lambda: defaultdict(dict))
+    _find_layouts(model, binding)
     for key in sorted(files.names(), key=_natural):
         target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, shapes)
         if target not in shapes and key in shapes:
             target, pattern = key, None
         if target not in shapes:
+            if _is_idle_bias(files, key):
+                binding.harmless.add(key)
             continue
         if pattern is None:
             _add_plain(files, key, target, shapes, binding)
@@ -279,8 +317,26 @@ def _bind_safetensors(files: WeightFiles, model, shapes: Shapes, binding: _Bindi
         _add_stacked(
             files, target, [(p, parts.get(p, {})) for p in converter.source_patterns], shapes, binding
         )
-    binding.ignored.append(r"rotary_emb\.inv_freq$")
+    binding.ignored += [r"rotary_emb\.inv_freq$", companions.IGNORED]
     binding.ignored += [rf"^(model\.)?layers\.{n}\." for n in _extra_layers(model.config)]
+
+
+def _find_layouts(model, binding: _Binding) -> None:
+    """Note which experts have other layouts than [E, N, K] with gate before up: transformers says so on the module."""
+    for prefix, module in model.named_modules():
+        names = [f"{prefix}.{name}" for name in ("gate_up_proj", "down_proj")]
+        if getattr(module, "is_transposed", False) is True:
+            binding.transposed.update(names)
+        if getattr(module, "is_concatenated", True) is False:
+            binding.interleaved.add(names[0])
+
+
+def _is_idle_bias(files: WeightFiles, key: str) -> bool:
+    """Whether `key` is a bias of zeros beside quantized codes: AutoGPTQ writes one for layers that have none."""
+    weight = f"{key.removesuffix('bias')}weight"
+    if not key.endswith(".bias") or weight not in files or not isinstance(files.info(weight).type, ScaledType):
+        return False
+    return not files.packed(key).data.any()
 
 
 def _natural(key: str) -> str:
@@ -294,8 +350,14 @@ def _add_plain(files: WeightFiles, key: str, target: str, shapes: Shapes, bindin
             f"{target}: both {binding.sources[target].names[0]} and {key} in the checkpoint name it"
         )
         binding.harmless.add(key)
+    elif target in binding.transposed and _is_stack_of_rows(files.info(key)):
+        binding.sources[target] = Transposed(files, key)
     else:
         binding.sources[target] = Plain(files, key, shapes[target])
+
+
+def _is_stack_of_rows(info: TensorInfo) -> bool:
+    return isinstance(info.type, ScaledType) and len(info.shape) == 3
 
 
 def _require_expert_merge(converter, key: str) -> None:

@@ -12,9 +12,14 @@ import re
 import struct
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from ktransformers.errors import WeightError, did_you_mean, join_errors
 from ktransformers.loaders.base import MappedFile, TensorInfo, WeightFiles, check_ranges, describe_folder
-from ktransformers.quants import QUANT_TYPES, QuantType
+from ktransformers.loaders.companions import ScaledInfo, combine, read_scheme
+from ktransformers.quants import QUANT_TYPES, Packed, QuantType
+from ktransformers.scaled import ScaledWeight
 
 _MAX_HEADER = 100_000_000  # the library's own limit, in bytes
 _INDEX = ".safetensors.index.json"
@@ -42,7 +47,8 @@ TYPES |= {
         ("F6_E3M2", 4, 3),
     )
 }
-"""Every dtype of the format by name and size; this version computes F32, F16 and BF16."""
+"""Every dtype of the format by name and size. On their own F32, F16 and BF16 are computed; what others mean together,
+companions.py says."""
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict:
@@ -134,7 +140,11 @@ def parse(file: MappedFile) -> tuple[dict[str, TensorInfo], dict]:
 
 
 class SafetensorsFiles(WeightFiles):
-    """A safetensors checkpoint: one file, or all shards of a model. `metadata` is the first file's."""
+    """A safetensors checkpoint: one file, or all shards of a model. `metadata` is the first file's.
+
+    A quantized weight is one tensor here, under the name it has in an unquantized checkpoint; `info` and `packed`
+    know the parts it is made from too, by their own names.
+    """
 
     format = "safetensors"
 
@@ -142,15 +152,84 @@ class SafetensorsFiles(WeightFiles):
     def open(cls, path: Path) -> "SafetensorsFiles":
         paths, weight_map = _find(path)
         files = [MappedFile(p) for p in paths]
-        tensors: dict[str, TensorInfo] = {}
+        stored: dict[str, TensorInfo] = {}
         metadata: dict = {}
         for file in files:
             shard, metadata_here = parse(file)
             metadata = metadata or metadata_here
             for name, info in shard.items():
-                _place(tensors, info, weight_map.get(name))
-        _check_index(paths, tensors, weight_map)
-        return cls(files, tensors, metadata)
+                _place(stored, info, weight_map.get(name))
+        _check_index(paths, stored, weight_map)
+        opened = cls(files, stored, metadata)
+        opened._stored = stored
+        scheme = read_scheme(paths[0].parent)
+        opened._tensors = combine(stored, scheme, lambda name: bytes(opened._view(stored[name]).numpy()))
+        return opened
+
+    def info(self, name: str) -> TensorInfo:
+        return self._stored[name] if name not in self._tensors and name in self._stored else super().info(name)
+
+    def packed(self, name: str) -> Packed | ScaledWeight:
+        info = self.info(name)
+        return self._scaled(info) if isinstance(info, ScaledInfo) else super().packed(name)
+
+    def _scaled(self, info: ScaledInfo) -> ScaledWeight:
+        """A weight of codes and companions as views of the mapped files."""
+        try:
+            self._require_zeros(info.absent_if_zero)
+            lead, lines = info.shape[:-2], info.type.lines(*info.shape[-2:])
+            return ScaledWeight(
+                info.type, info.shape, self._view(info.codes).view(*lead, *lines), self._matrix(info.scales, info),
+                info.scale_type, info.scale_rows, info.scale_cols,
+                zeros=self._matrix(info.zeros, info), zero_bias=info.zero_bias,
+                order=self._order(info), global_scale=self._factor(info),
+            )  # fmt: skip
+        except WeightError as error:
+            raise WeightError(f"{info.name}: {error}") from error
+
+    def _matrix(self, part: TensorInfo | None, of: ScaledInfo) -> Tensor | None:
+        """The bytes of scales or zeros, uint8 [(E,) lines, bytes]; a vector or a number is a column."""
+        if part is None:
+            return None
+        lead = of.shape[:-2]
+        lines = part.shape[-2] if len(part.shape) >= 2 else math.ceil(of.shape[-2] / of.scale_rows)
+        return self._view(part).view(*lead, lines, -1)
+
+    def _order(self, info: ScaledInfo) -> Tensor | None:
+        """The group of each column, or None where columns lie in the order of their groups.
+
+        Where the config promises that, only the beginning is looked at: it is where another order would show.
+        """
+        if info.order is None:
+            return None
+        view = self._view(info.order)
+        order = (view if view.data_ptr() % 4 == 0 else view.clone()).view(torch.int32)
+        looked_at = order[:_PAGE] if info.trivial_order else order
+        simple = torch.arange(len(looked_at), dtype=torch.int32) // info.scale_cols
+        unused = bool((looked_at == -1).all())  # as compressed-tensors writes it
+        same_groups = math.ceil(info.shape[-1] / info.scale_cols) == self._groups(info)
+        return None if same_groups and (unused or torch.equal(looked_at, simple)) else order
+
+    def _groups(self, info: ScaledInfo) -> int:
+        return info.scales.shape[-1] if info.type.layout == "rows" else info.scales.shape[-2]
+
+    def _factor(self, info: ScaledInfo) -> float:
+        if info.factor is None:
+            return 1.0
+        factor = self._view(info.factor).clone().view(torch.float32).item()
+        if not math.isfinite(factor) or factor == 0:
+            raise WeightError(f"{info.factor.name} is {factor}, expected a finite number other than 0.")
+        return 1.0 / factor if info.divides else factor
+
+    def _require_zeros(self, part: TensorInfo | None) -> None:
+        if part is not None and bool(self._view(part).any()):
+            raise WeightError(
+                f"{part.name} has zero points other than 0, which are not computed for these codes; expected none. "
+                "Use a checkpoint with symmetric weights."
+            )
+
+
+_PAGE = 1024  # columns whose groups fill one page of a file
 
 
 def _place(tensors: dict[str, TensorInfo], info: TensorInfo, chosen: str | None) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ktransformers.errors import WeightError
 from ktransformers.loaders.base import TensorInfo, WeightFiles
 from ktransformers.quants import Packed, QuantType
+from ktransformers.scaled import ScaledType, ScaledWeight
 
 Device = torch.device | str
 
@@ -39,13 +40,13 @@ class Source(ABC):
         dtypes = {info.type.torch_dtype for info in self.infos}
         return (dtypes.pop() if len(dtypes) == 1 else None) or torch.float32
 
-    def computes(self, kind: QuantType) -> bool:
+    def computes(self, kind: QuantType | ScaledType) -> bool:
         """Whether a part stored as `kind` can be turned into the numbers of this tensor."""
         return kind.computed
 
     can_pack = False
 
-    def packed(self) -> Packed:
+    def packed(self) -> Packed | ScaledWeight:
         raise WeightError(
             f"made from {len(self.names)} tensors ({self.names[0]}, ...), so there are no bytes to use "
             "as they are. Use tensor() or experts()."
@@ -61,7 +62,7 @@ def _without_ones(shape: tuple[int, ...]) -> list[int]:
 
 
 class Plain(Source):
-    """One tensor as it is, perhaps with dimensions of size one more or fewer (a gate [H] for [1, H])."""
+    """One tensor as it is; plain numbers perhaps with dimensions of size one more or fewer (a gate [H] for [1, H])."""
 
     can_pack = True
 
@@ -71,14 +72,32 @@ class Plain(Source):
             shape is not None and _without_ones(shape) == _without_ones(stored) and shape[-1:] == stored[-1:]
         )
         self.files, self.names = files, (name,)
-        self.shape = shape if fits else stored
+        self.shape = shape if fits and not isinstance(files.info(name).type, ScaledType) else stored
 
-    def packed(self) -> Packed:
+    def packed(self) -> Packed | ScaledWeight:
         packed = self.files.packed(self.names[0])
-        return Packed(packed.data, packed.type, self.shape)
+        return packed if packed.shape == self.shape else Packed(packed.data, packed.type, self.shape)
 
     def tensor(self, device: Device, dtype: torch.dtype) -> Tensor:
         return self.packed().dequantize(dtype, device)
+
+
+class Transposed(Source):
+    """Experts that the model holds as [E, K, N] and the file as packed rows [E, N, K], as gpt-oss' MXFP4 has them."""
+
+    def __init__(self, files: WeightFiles, name: str) -> None:
+        self.files, self.names = files, (name,)
+        experts, rows, columns = files.info(name).shape
+        self.shape = (experts, columns, rows)
+
+    def stored(self) -> ScaledWeight:
+        """The packed rows [E, N, K]."""
+        return self.files.packed(self.names[0])
+
+    def tensor(self, device: Device, dtype: torch.dtype) -> Tensor:
+        out = torch.empty(self.shape, dtype=dtype, device=device)
+        self.stored().dequantize_into(out.transpose(1, 2))
+        return out
 
 
 WHOLE_NUMBERS = {
@@ -191,7 +210,7 @@ class Stacked(Source):
         )
         return (shapes[0][0], sum(s[1] for s in shapes), shapes[0][2]) if fits else ()
 
-    def matrices(self, part: int) -> list[Packed]:
+    def matrices(self, part: int) -> list[Packed | ScaledWeight]:
         """The E matrices of a part, as views."""
         names = self.parts[part]
         if isinstance(names, str):
@@ -199,7 +218,7 @@ class Stacked(Source):
             return [whole.expert(e) for e in range(whole.shape[0])]
         return [self.files.packed(name) for name in names]
 
-    def packed(self) -> Packed:
+    def packed(self) -> Packed | ScaledWeight:
         return self.files.packed(self.parts[0]) if self.can_pack else super().packed()
 
     def tensor(self, device: Device, dtype: torch.dtype) -> Tensor:
@@ -212,28 +231,46 @@ class Stacked(Source):
         return out
 
 
+Matrices = list[Packed | ScaledWeight]
+
+
 @dataclass(frozen=True)
 class ExpertWeights:
-    """The routed experts of one layer: E packed matrices each, gate and up [I, H], down [H, I]."""
+    """The routed experts of one layer: E packed matrices each, gate and up [I, H], down [H, I].
 
-    gate: list[Packed]
-    up: list[Packed]
-    down: list[Packed]
+    Biases are float32, gate and up [E, I], down [E, H]; None where the family has none.
+    """
+
+    gate: Matrices
+    up: Matrices
+    down: Matrices
+    gate_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
 
 
-def split_gate_up(source: Source) -> tuple[list[Packed], list[Packed]]:
-    """The gate and up matrices behind a `gate_up_proj` source; one fused tensor is cut in the middle."""
+def split_gate_up(source: Source, interleaved: bool = False) -> tuple[Matrices, Matrices]:
+    """The gate and up matrices behind a `gate_up_proj` source; one fused tensor is cut in the middle, or into its even
+    and odd rows where they are `interleaved`."""
     if isinstance(source, Stacked) and len(source.parts) == 2:
         return source.matrices(0), source.matrices(1)
-    fused = source.packed()
+    fused = source.stored() if isinstance(source, Transposed) else source.packed()
     rows = fused.shape[1] // 2
     experts = [fused.expert(e) for e in range(fused.shape[0])]
+    if interleaved:
+        return [e.rows(0, 2 * rows, 2) for e in experts], [e.rows(1, 2 * rows, 2) for e in experts]
     return [e.rows(0, rows) for e in experts], [e.rows(rows, 2 * rows) for e in experts]
 
 
-def split_down(source: Source) -> list[Packed]:
+def split_gate_up_bias(bias: Tensor, interleaved: bool = False) -> tuple[Tensor, Tensor]:
+    """A bias [E, 2I] as gate's and up's [E, I]."""
+    gate, up = (bias[:, 0::2], bias[:, 1::2]) if interleaved else bias.chunk(2, dim=1)
+    return gate.contiguous(), up.contiguous()
+
+
+def split_down(source: Source) -> Matrices:
     """The down matrices behind a `down_proj` source."""
     if isinstance(source, Stacked):
         return source.matrices(0)
-    packed = source.packed()
+    packed = source.stored() if isinstance(source, Transposed) else source.packed()
     return [packed.expert(e) for e in range(packed.shape[0])]

@@ -371,7 +371,7 @@ def test_missing_unused_and_misshapen_together(saved, tmp_path):
         ("model.layers.1.self_attn.q_proj.weight:", "did you mean 'model.layers.1.self_attn.q_porj.weight'"),
         ("model.layers.1.mlp.experts.gate_up_proj:", "mlp.experts.2.up_proj.weight"),
         ("model.norm.weight:", "[63] in the checkpoint, the model expects [64]"),
-        ("lm_head.weight:", "F8_E4M3, not computed yet; save the model as bfloat16 with transformers"),
+        ("lm_head.weight:", "F8_E4M3 without scales, expected lm_head.weight_scale_inv or lm_head.weight_scale"),
         ("model.layers.1.self_attn.q_porj.weight:", "no place"),
         ("model.layers.0.mlp.experts.4.down_proj.weight:", "no place"),
     ):
