@@ -21,13 +21,20 @@ from ktransformers.errors import NativeError, UnsupportedError, did_you_mean
 
 if TYPE_CHECKING:
     from ktransformers.quants import Packed
+    from ktransformers.scaled import ScaledWeight
 
 SUPPORTED_TYPES = frozenset(
     ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
      "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4",
      "NVFP4"]
 )  # fmt: skip
-"""Weight types with C kernels (the rows of native/src/traits.c; a test holds the two together)."""
+"""Block formats with C kernels (with SCALED_TYPES the rows of native/src/traits.c; a test holds them together)."""
+
+SCALED_TYPES = frozenset(["F8_E4M3", "F4_E2M1", "I8", "U8", "I4", "GPTQ4", "GPTQ8", "AWQ4"])
+"""Types with C kernels whose scales lie beside the codes (ktransformers.scaled)."""
+
+SCALES = {"F32": 0, "F16": 1, "BF16": 2, "E8M0": 3, "E4M3": 4}
+"""Names of kt_scale; a test holds them to the header."""
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "gelu_pytorch_tanh": 2, "relu": 3}
 """Names of kt_activation, in transformers' spelling; a test holds them to the header."""
@@ -57,7 +64,8 @@ class _State:
         module = _module()
         self.ffi, self.lib = module.ffi, module.lib
         self.pool: Any = None
-        self.type_ids = {self.text(self.lib.kt_type_name(i)): i for i in range(64) if self.lib.kt_type_name(i)}
+        ids = [i for i in (*range(64), *range(1000, 1016)) if self.lib.kt_type_name(i)]
+        self.type_ids = {self.text(self.lib.kt_type_name(i)): i for i in ids}
         self.dtypes = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
         wanted = env.isa()
         if wanted is not None:
@@ -184,6 +192,11 @@ def set_panel_threshold(tokens: int) -> None:
     _native().lib.kt_set_panel_threshold(tokens)
 
 
+def set_exact(on: bool) -> None:
+    """Whether to compute every product in fp32 from dequantized weights and fp32 activations: to verify, slowly."""
+    _native().lib.kt_set_exact(bool(on))
+
+
 def bench_read(data: torch.Tensor) -> int:
     """Stream a uint8 tensor once through the pool's threads (a bandwidth probe); the value is meaningless."""
     state, pool = _pool()
@@ -252,6 +265,8 @@ def _weight(state: _State, weight: Packed, subject: str, keep: list[Any], into: 
 
     `flat`: any number of dimensions, seen as a matrix. Returns the shape.
     """
+    if hasattr(weight, "scale_type"):
+        return _scaled_weight(state, weight, subject, keep, into)
     shape = _shape(weight, subject)
     name, data = weight.type.name, weight.data
     if name not in state.type_ids:
@@ -272,6 +287,34 @@ def _weight(state: _State, weight: Packed, subject: str, keep: list[Any], into: 
     into.data, into.bytes = state.ffi.cast("void *", data.data_ptr()), data.numel()
     keep.append(data)
     return shape
+
+
+def _scaled_weight(state: _State, weight: ScaledWeight, subject: str, keep: list[Any], into: Any) -> Any:
+    """The same for a weight whose scales lie beside its codes. C checks the sizes; here only that memory is memory."""
+    name, cast = weight.type.name, state.ffi.cast
+    if name not in state.type_ids or weight.scale_type not in SCALES or len(weight.shape) != 2:
+        raise UnsupportedError(
+            f"{subject}: found {name} {list(weight.shape)} with scales of {weight.scale_type}, expected a matrix of "
+            f"{', '.join(sorted(SCALED_TYPES))} with scales of {', '.join(SCALES)}."
+        )
+    for part in (weight.data, weight.scales, weight.zeros):
+        if part is not None and (part.device.type != "cpu" or part.dtype != torch.uint8 or part.stride(-1) != 1):
+            raise NativeError(f"{subject}: found {part.dtype} on {part.device}, expected rows of uint8 on the cpu.")
+    into.type, (into.rows, into.cols) = state.type_ids[name], weight.shape
+    into.data, into.bytes, into.stride = cast("void *", weight.data.data_ptr()), weight.span, weight.stride
+    into.scales, into.scale_bytes = cast("void *", weight.scales.data_ptr()), weight.scale_span
+    into.scale_stride, into.scale_type = weight.scale_stride, SCALES[weight.scale_type]
+    into.scale_rows, into.scale_cols, into.scale = weight.scale_rows, weight.scale_cols, weight.global_scale
+    if weight.zeros is not None:
+        into.zeros, into.zero_bytes = cast("void *", weight.zeros.data_ptr()), weight.zero_span
+        into.zero_stride, into.zero_bias = weight.zero_stride, weight.zero_bias
+    if weight.order is not None:
+        if weight.order.dtype != torch.int32 or tuple(weight.order.shape) != weight.shape[1:]:
+            found = f"{weight.order.dtype} {list(weight.order.shape)}"
+            raise NativeError(f"{subject}: found column order {found}, expected int32 [{weight.shape[1]}].")
+        into.order = cast("int32_t *", weight.order.contiguous().data_ptr())
+    keep.append(weight)
+    return tuple(weight.shape)
 
 
 def _input(state: _State, x: torch.Tensor, cols: int, subject: str) -> torch.Tensor:

@@ -49,10 +49,11 @@ typedef enum kt_status {
     KT_ERR_ACTIVATION = 7,  /* activation function unknown */
     KT_ERR_MEMORY = 8,      /* out of memory */
     KT_ERR_THREADS = 9,     /* thread count out of range, or threads cannot be started */
-    KT_ERR_ISA = 10         /* instruction set unknown, not built, or not on this machine */
+    KT_ERR_ISA = 10,        /* instruction set unknown, not built, or not on this machine */
+    KT_ERR_SCALES = 11      /* scales, zero points or column order beside the codes do not fit the type */
 } kt_status;
 
-/* Weight types: the ids of the GGUF file format. */
+/* Weight types: the ids of the GGUF file format; from 1000 on, types whose scales lie beside the codes. */
 typedef enum kt_type {
     KT_TYPE_F32 = 0,
     KT_TYPE_F16 = 1,
@@ -79,8 +80,23 @@ typedef enum kt_type {
     KT_TYPE_TQ1_0 = 34,
     KT_TYPE_TQ2_0 = 35,
     KT_TYPE_MXFP4 = 39,
-    KT_TYPE_NVFP4 = 40
+    KT_TYPE_NVFP4 = 40,
+    KT_TYPE_F8_E4M3 = 1000, /* OCP FP8 e4m3fn */
+    KT_TYPE_F4_E2M1 = 1001, /* OCP FP4 e2m1, two a byte, low nibble first */
+    KT_TYPE_I8 = 1002,      /* two's complement */
+    KT_TYPE_I4 = 1003,      /* code - 8, two a byte, low nibble first (compressed-tensors) */
+    KT_TYPE_GPTQ4 = 1004,   /* int32 [cols/8, rows]: a dword holds 8 columns of a row */
+    KT_TYPE_GPTQ8 = 1005,   /* int32 [cols/4, rows] */
+    KT_TYPE_AWQ4 = 1006,    /* int32 [cols, rows/8]: a dword holds rows 0 2 4 6 1 3 5 7 of a column */
+    KT_TYPE_U8 = 1007       /* code - 128 (compressed-tensors) */
 } kt_type;
+
+/* Types of the scales beside the codes. */
+typedef enum kt_scale {
+    KT_SCALE_F32 = 0, KT_SCALE_F16 = 1, KT_SCALE_BF16 = 2,
+    KT_SCALE_E8M0 = 3, /* 2^(code - 127) */
+    KT_SCALE_E4M3 = 4
+} kt_scale;
 
 /* Activation dtypes, for inputs and outputs alike. */
 typedef enum kt_dtype { KT_F32 = 0, KT_F16 = 1, KT_BF16 = 2 } kt_dtype;
@@ -91,13 +107,33 @@ typedef enum kt_activation { KT_SILU = 0, KT_GELU = 1, KT_GELU_TANH = 2, KT_RELU
 /* What kt_bench_peak measures: fused multiply-adds on registers, nothing from memory. */
 typedef enum kt_peak { KT_PEAK_INT8 = 0, KT_PEAK_BF16 = 1, KT_PEAK_F32 = 2 } kt_peak;
 
-/* A packed weight matrix [rows, cols]; `bytes` must equal rows * cols / block * block_bytes exactly. */
+/* A packed weight matrix [rows, cols]. Dense (stride 0): `bytes` is exactly what rows, cols and type need. Otherwise
+ * a row starts `stride` bytes after the one before, and `bytes` reaches at least to the end of the last.
+ * A "line" below is a row; of the types GPTQ and AWQ, whose memory runs along rows, one index of packed columns.
+ *
+ * The fields from `scales` on are read for types from 1000 on only. Weight [r, c] meets the scale
+ * [r / scale_rows, c / scale_cols] (GPTQ, AWQ: scales are [cols / scale_cols, rows]); scale_cols is a multiple of 16
+ * (F8_E4M3: of 32) or all columns. `scale` multiplies everything (1 for none). `zeros`: zero points packed as the
+ * checkpoint packs them (I4, U8: int32 [rows/8 or /4, groups]; GPTQ, AWQ: int32 [groups, rows/8 or /4]), one a scale,
+ * with zero_bias (0 or 1) added to each; NULL: the type's own. `order` [cols]: the group of each column where they
+ * are scattered (GPTQ act-order); NULL: in order. */
 typedef struct kt_weight {
     int32_t type;
-    int64_t rows;
-    int64_t cols;
+    int64_t rows, cols;
     const void *data;
     size_t bytes;
+    int64_t stride;
+    const void *scales;
+    size_t scale_bytes;
+    int64_t scale_stride;
+    int32_t scale_type;
+    int64_t scale_rows, scale_cols;
+    float scale;
+    const void *zeros;
+    size_t zero_bytes;
+    int64_t zero_stride;
+    int32_t zero_bias;
+    const int32_t *order;
 } kt_weight;
 
 typedef struct kt_pool kt_pool;
@@ -147,6 +183,10 @@ int kt_experts_forward(const kt_experts *experts, kt_pool *pool, const void *hid
 
 /* out[rows, cols] = the weight's values in fp32. */
 int kt_dequantize(const kt_weight *w, float *out);
+
+/* 1: every product in fp32, of dequantized weights and fp32 activations, on every path: for verification, slow.
+ * 0: back to what the numerics above say. For the whole process; calls already running keep theirs. */
+void kt_set_exact(int on);
 
 /* For tests and tuning: tokens per matrix from which the prefill path (unpack a panel, then GEMM) replaces
  * the decode path (dot products over packed bytes). 0 restores the measured default of each type. */

@@ -14,8 +14,7 @@
 
 #define KT_MAGIC 12582912.0f /* 1.5 * 2^23: adding it rounds to the nearest integer, ties to even */
 
-static void quantize(const float *x, int64_t n, int8_t *q, float *d, float *ds,
-                     struct kt_group *groups) {
+static void quantize(const float *x, int64_t n, int8_t *q, float *d, float *ds, int32_t *low, int32_t *high) {
     for (int64_t g = 0; g < n / KT_ACT_GROUP; g++, x += KT_ACT_GROUP, q += KT_ACT_GROUP) {
         uint32_t most = 0; /* bits of a magnitude order like the magnitude; inf and NaN come out on top */
         for (int i = 0; i < KT_ACT_GROUP; i++) {
@@ -37,7 +36,8 @@ static void quantize(const float *x, int64_t n, int8_t *q, float *d, float *ds,
         for (int i = 16; i < KT_ACT_GROUP; i++) sum[1] += code[i];
         d[g] = !finite ? NAN : zero ? 0.0f : amax / 127.0f;
         ds[g] = d[g] * (float)(sum[0] + sum[1]);
-        groups[g] = (struct kt_group){d[g], ds[g], {-sum[0], -sum[1]}};
+        low[g] = sum[0];
+        high[g] = sum[1];
     }
 }
 

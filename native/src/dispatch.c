@@ -58,11 +58,19 @@ static const struct {
 };
 enum { RUNGS = sizeof rungs / sizeof rungs[0] };
 
-static struct kt_kernels tables[RUNGS];
+static struct kt_kernels tables[RUNGS], exact_tables[RUNGS];
 static int usable; /* rungs from the bottom that this machine can run */
 static uint32_t features;
-static _Atomic(int) active;
+static _Atomic(int) active, exact;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+/* The kernels of kt_set_exact: what multiplies int8 or bf16 is left out. */
+static struct kt_kernels only_fp32(struct kt_kernels k) {
+    k.gemm_q8 = k.gemm_bf16 = NULL;
+    for (int f = 0; f < KT_FORMATS; f++)
+        if (kt_traits_table[f].kind == KT_KIND_Q8) k.dot[f] = NULL;
+    return k;
+}
 
 static void detect(void) {
     features = kt_cpu_detect();
@@ -71,6 +79,7 @@ static void detect(void) {
         if (i) tables[i] = tables[i - 1];
         rungs[i].fill(&tables[i]);
         tables[i].name = rungs[i].name;
+        exact_tables[i] = only_fp32(tables[i]);
         usable = i + 1;
     }
     atomic_store(&active, usable - 1);
@@ -78,8 +87,10 @@ static void detect(void) {
 
 const struct kt_kernels *kt_kernels(void) {
     pthread_once(&once, detect);
-    return &tables[atomic_load(&active)];
+    return &(atomic_load(&exact) ? exact_tables : tables)[atomic_load(&active)];
 }
+
+void kt_set_exact(int on) { atomic_store(&exact, on != 0); }
 
 int kt_isa_count(void) { return RUNGS; }
 

@@ -21,24 +21,18 @@
 #define KT_CACHE_BYTES 512  /* of them, what a GEMM takes at once: two tiles are 16 KiB and stay in L1 for all tokens */
 #define KT_MAX_GROUPS (KT_PANEL_BYTES / 16)
 
-/* What a group of 32 activations carries besides its codes. */
-struct kt_group {
-    float d, ds;
-    int32_t minus[2]; /* minus the sum of each 16 codes: meets a weight format's zero point */
-};
-
-/* Activations of T tokens in every form that some weight needs; unused forms are NULL. A row of any form
- * starts `stride` values after the one before; stride is cols rounded up to 32. */
+/* Activations of T tokens in every form that some weight needs; unused forms are NULL. A row of any form starts
+ * `stride` values after the one before: an odd number of 64-byte lines, so that rows of many tokens spread over all
+ * sets of the first-level cache. */
 struct kt_acts {
     int64_t cols, stride;
-    float *f;        /* [T, stride] */
-    uint16_t *h;     /* [T, stride] bf16; zero from cols on. NULL: BF16 weights use f */
-    int8_t *q;       /* [T, stride] */
-    float *d;        /* [T, stride/32] scale of each group */
-    float *ds;       /* [T, stride/32] scale times sum of the group's codes: meets a weight group's min */
-    struct kt_group *g; /* [T, stride/32] the same for the GEMMs, which want one address a token */
+    float *f;            /* [T, stride] */
+    uint16_t *h;         /* [T, stride] bf16; zero from cols on */
+    int8_t *q;           /* [T, stride] */
+    float *d;            /* [T, stride/32] scale of each group */
+    float *ds;           /* [T, stride/32] scale times sum of the group's codes: meets a weight group's min */
+    int32_t *low, *high; /* [T, stride/32] sums of the first and of the last 16 codes: meet a format's zero point */
 };
-
 
 /* One token of kt_acts, for the decode kernels. */
 struct kt_act {
@@ -46,6 +40,45 @@ struct kt_act {
     const int8_t *q;
     const float *d, *ds;
 };
+
+/* A weight matrix that passed its checks. */
+struct kt_matrix {
+    int format;
+    const struct kt_traits *traits;
+    enum kt_kind kind;
+    int64_t rows, cols;
+    const uint8_t *data;
+    size_t stride; /* bytes from a row to the next; traits->by_column: from one line of all rows to the next */
+
+    /* Types whose scales lie beside the codes (traits->beside). One scale for scale_rows x scale_cols weights. */
+    const uint8_t *scales;
+    size_t scale_stride; /* bytes from a line of scales to the next */
+    int scale_type;
+    int64_t scale_rows, scale_cols;
+    const uint8_t *zeros; /* packed zero points, as many as scales; NULL: the format's own */
+    size_t zero_stride;
+    int zero_bias;        /* added to a packed zero point */
+    const int32_t *order; /* group of each column, where columns of a group are scattered; else NULL */
+    float scale;          /* multiplies all */
+    int group, min_group; /* columns of a panel that share a scale, a min (0: there are none) */
+    int zero;             /* Q8 kind: z */
+};
+
+/* Where the next weights lie: lines of memory that a GEMM fetches while it computes. Empty when rows is 0. */
+struct kt_ahead {
+    const uint8_t *row;
+    size_t stride, bytes; /* of a row */
+    int rows;
+    size_t at;            /* in this row */
+    int step;             /* lines to fetch each time */
+};
+
+static inline void kt_ahead_step(struct kt_ahead *a) {
+    for (int i = 0; i < a->step && a->rows; i++) {
+        __builtin_prefetch(a->row + a->at, 0, 2);
+        if ((a->at += 64) >= a->bytes) a->at = 0, a->row += a->stride, a->rows--;
+    }
+}
 
 /* One piece of unpacked weights: `tiles` tiles of 16 rows, k columns. Rows past the end are zero.
  * Data of a tile: [k / per_dword][16] dwords. A dword holds consecutive columns of one row:
@@ -55,19 +88,30 @@ struct kt_panel {
     int tiles;
     int64_t k;
     const uint32_t *data; /* 64-byte aligned; a tile has k rounded up to its dwords, times 16 */
-    /* Q8 kind only: */
-    int group, zero, min_group;
-    const float *scales; /* per tile [k / group][16]: s */
-    const float *mins;   /* per tile [k / min_group][16]: m, or NULL */
+    int group, min_group; /* columns that share a scale (0: no scales), a min (0: no mins) */
+    int zero;             /* Q8 kind: z */
+    const float *scales;  /* per tile [k / group][16]: s */
+    const float *mins;    /* per tile [k / min_group][16]: m, or NULL */
+    struct kt_ahead *ahead;
 };
 
-/* out[r] = dot(row r, a) for r < rows <= KT_DOT_ROWS; rows lie `stride` bytes apart, each of `cols` values. */
-typedef void (*kt_dot_fn)(const uint8_t *w, size_t stride, int rows, int64_t cols, const struct kt_act *a, float *out);
+/* Where one tile of a panel goes. */
+struct kt_tile {
+    uint32_t *data;
+    float *scales, *mins;
+};
+
+/* out[r] = dot(row first + r of w, a) for r < rows <= KT_DOT_ROWS. */
+typedef void (*kt_dot_fn)(const struct kt_matrix *w, int64_t first, int rows, const struct kt_act *a, float *out);
 
 /* Unpack n columns of one row from its block at `w` (n a multiple of the block, or anything for floats).
  * Q8 kind: data = n unsigned codes, scales [n / group], mins [n / min_group] (if the format has them).
  * F32 and BF16 kinds: data = n floats. */
 typedef void (*kt_unpack_fn)(const uint8_t *w, int64_t n, void *data, float *scales, float *mins);
+
+/* Unpack columns k0 .. k0 + n of rows first .. first + 15, all of them there, straight into a tile. Of types with
+ * scales beside the codes only the codes. */
+typedef void (*kt_unpack_tile_fn)(const struct kt_matrix *w, int64_t first, int64_t k0, int64_t n, const struct kt_tile *out);
 
 /* c[i, r] (+)= panel row r . activations of token[i], columns from k0 on; ldc floats between tokens.
  * c has room for tiles*16 rows. `add` 0 overwrites. */
@@ -76,8 +120,10 @@ typedef void (*kt_gemm_fn)(const struct kt_panel *p, const struct kt_acts *a, co
 
 struct kt_kernels {
     const char *name;
-    kt_dot_fn dot[KT_FORMATS];
-    kt_unpack_fn unpack[KT_FORMATS];
+    kt_dot_fn dot[KT_FORMATS];          /* NULL: decode goes through tiles as well */
+    kt_unpack_fn unpack[KT_FORMATS];    /* NULL: a type by columns, which has a tile function */
+    kt_unpack_tile_fn tile[KT_FORMATS]; /* NULL: unpack and interleave */
+    kt_unpack_tile_fn tile_bf16[KT_FORMATS]; /* the same for a BF16 panel; NULL: by way of fp32 */
     kt_gemm_fn gemm_q8, gemm_f32;
     kt_gemm_fn gemm_bf16; /* for bf16 activations. NULL: BF16 weights are unpacked to fp32 and use gemm_f32 */
 
@@ -85,7 +131,7 @@ struct kt_kernels {
     void (*interleave)(const uint32_t *in, size_t in_stride, int64_t n, uint32_t *out);
 
     /* Quantize n (a multiple of 32) activations; see kt_native.h for the rule. Same bits on every ISA. */
-    void (*quantize)(const float *x, int64_t n, int8_t *q, float *d, float *ds, struct kt_group *groups);
+    void (*quantize)(const float *x, int64_t n, int8_t *q, float *d, float *ds, int32_t *low, int32_t *high);
     void (*to_bf16)(const float *x, int64_t n, uint16_t *out);
     void (*to_f16)(const float *x, int64_t n, uint16_t *out);
 

@@ -1,4 +1,4 @@
-/* linear.c: out = x @ W^T + bias for one matrix, and the dequantizer. No intrinsics here. */
+/* linear.c: out = x @ W^T + bias for one matrix. No intrinsics here. */
 #include <string.h>
 
 #include "../include/kt_native.h"
@@ -10,7 +10,7 @@ struct linear {
     const float *bias;
     const void *x;
     void *out;
-    int dtype, need, panel, rows;
+    int dtype, need, rows, threads;
     int32_t tokens, per_job; /* of this chunk; per job while activations are prepared */
     struct kt_acts a;
     int32_t *token;              /* 0, 1, 2, ... */
@@ -31,7 +31,9 @@ static void multiply(void *ctx, int32_t job, int thread) {
     const struct kt_scratch *s = &l->scratch[thread];
     int64_t first = (int64_t)job * l->rows;
     int rows = (int)kt_min(l->w.rows - first, l->rows);
-    kt_matmul_block(l->k, &l->w, first, rows, &l->a, l->token, l->tokens, l->panel, s, s->c, KT_BLOCK_ROWS);
+    int64_t after = first + (int64_t)l->threads * l->rows; /* when the threads take turns */
+    struct kt_next next = {after < l->w.rows ? &l->w : NULL, after};
+    kt_matmul_block(l->k, &l->w, first, rows, &l->a, l->token, l->tokens, next, s, s->c, KT_BLOCK_ROWS);
     for (int64_t t = 0; t < l->tokens; t++) {
         float *c = s->c + t * KT_BLOCK_ROWS;
         for (int r = 0; l->bias && r < rows; r++) c[r] += l->bias[first + r];
@@ -76,8 +78,7 @@ int kt_linear(kt_pool *pool, const kt_weight *w, const float *bias, const void *
 
     kt_pool_lock(pool);
     l.k = kt_kernels();
-    l.panel = kt_use_panel(l.w.format, tokens);
-    l.need = kt_forms_needed(l.k, l.w.format, l.panel, dtype);
+    l.threads = kt_pool_threads(pool);
     l.rows = kt_job_rows(pool, l.w.rows);
     l.per_job = (int32_t)(1 + 16384 / l.w.cols);
     const int64_t chunk = 2048; /* tokens at once: bounds the scratch memory; weights are read once a chunk */
@@ -85,35 +86,9 @@ int kt_linear(kt_pool *pool, const kt_weight *w, const float *bias, const void *
         l.tokens = (int32_t)kt_min(tokens - t, chunk);
         l.x = (const uint8_t *)x + (size_t)(t * l.w.cols) * size;
         l.out = (uint8_t *)out + (size_t)(t * l.w.rows) * size;
+        l.need = kt_forms_needed(l.k, &l.w, l.tokens, dtype);
         status = run_chunk(&l, pool);
     }
     kt_pool_unlock(pool);
     return status;
-}
-
-int kt_dequantize(const kt_weight *w, float *out) {
-    struct kt_matrix m;
-    int status = kt_matrix_check(w, &m);
-    if (status) return status;
-    if (!out) return KT_ERR_NULL;
-    const struct kt_kernels *k = kt_kernels();
-    const struct kt_traits *t = m.traits;
-    uint8_t codes[256];
-    float scales[16], mins[16];
-    for (int64_t r = 0; r < m.rows; r++) {
-        const uint8_t *bytes = m.data + (size_t)r * m.stride;
-        if (t->kind != KT_KIND_Q8) {
-            k->unpack[m.format](bytes, m.cols, out, NULL, NULL);
-            out += m.cols;
-            continue;
-        }
-        for (int64_t c = 0; c < m.cols; c += t->block, bytes += t->bytes, out += t->block) {
-            k->unpack[m.format](bytes, t->block, codes, scales, mins);
-            for (int i = 0; i < t->block; i++) {
-                float value = scales[i / t->group] * (float)(codes[i] - t->zero);
-                out[i] = t->min_group ? value - mins[i / t->min_group] : value;
-            }
-        }
-    }
-    return KT_OK;
 }

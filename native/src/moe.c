@@ -53,7 +53,7 @@ struct forward {
     struct kt_acts x, m;
     float *y;               /* [pairs, y_stride] */
     int64_t y_stride;
-    int need_x, need_m;
+    int need_x, need_m, threads;
     int rows, blocks_inner, blocks_hidden; /* rows of a job, jobs of an expert */
     int32_t per_job_x, per_job_m;
     struct kt_scratch *scratch;
@@ -153,6 +153,13 @@ static void prepare_x(void *ctx, int32_t job, int thread) {
     }
 }
 
+/* What this thread will read after `job`, when the threads take turns. */
+static struct kt_next next_block(const struct forward *f, int32_t job, int blocks, const struct kt_matrix *w) {
+    int64_t next = (int64_t)job + f->threads;
+    if (next >= (int64_t)f->groups * blocks) return (struct kt_next){0};
+    return (struct kt_next){&w[f->group[next / blocks].expert], next % blocks * f->rows};
+}
+
 static void gate_up(void *ctx, int32_t job, int thread) {
     struct forward *f = ctx;
     const struct kt_experts *e = f->e;
@@ -163,10 +170,9 @@ static void gate_up(void *ctx, int32_t job, int thread) {
     int rows = (int)kt_min(e->inner - first, f->rows);
     const int32_t *token = f->token + g->begin;
     float *m = f->m.f + g->begin * f->m.stride + first;
-    kt_matmul_block(f->k, gate, first, rows, &f->x, token, g->tokens, kt_use_panel(gate->format, g->tokens), s,
-                    s->c, KT_BLOCK_ROWS);
-    kt_matmul_block(f->k, up, first, rows, &f->x, token, g->tokens, kt_use_panel(up->format, g->tokens), s, m,
-                    f->m.stride);
+    struct kt_next after = next_block(f, job, f->blocks_inner, e->gate);
+    kt_matmul_block(f->k, gate, first, rows, &f->x, token, g->tokens, (struct kt_next){up, first}, s, s->c, KT_BLOCK_ROWS);
+    kt_matmul_block(f->k, up, first, rows, &f->x, token, g->tokens, after, s, m, f->m.stride);
     for (int64_t i = 0; i < g->tokens; i++)
         f->k->activate(e->activation, s->c + i * KT_BLOCK_ROWS, m + i * f->m.stride, rows);
 }
@@ -185,7 +191,7 @@ static void down(void *ctx, int32_t job, int thread) {
     int64_t first = (int64_t)(job % f->blocks_hidden) * f->rows;
     int rows = (int)kt_min(f->e->hidden - first, f->rows);
     kt_matmul_block(f->k, w, first, rows, &f->m, f->place + g->begin, g->tokens,
-                    kt_use_panel(w->format, g->tokens), &f->scratch[thread],
+                    next_block(f, job, f->blocks_hidden, f->e->down), &f->scratch[thread],
                     f->y + g->begin * f->y_stride + first, f->y_stride);
 }
 
@@ -211,10 +217,9 @@ static void needs(struct forward *f) {
     for (int64_t i = 0; i < f->e->count; i++) {
         int32_t tokens = f->group_of[i];
         if (!tokens) continue;
-        int gate = f->e->gate[i].format, up = f->e->up[i].format, down_ = f->e->down[i].format;
-        f->need_x |= kt_forms_needed(f->k, gate, kt_use_panel(gate, tokens), f->dtype);
-        f->need_x |= kt_forms_needed(f->k, up, kt_use_panel(up, tokens), f->dtype);
-        f->need_m |= kt_forms_needed(f->k, down_, kt_use_panel(down_, tokens), f->dtype);
+        f->need_x |= kt_forms_needed(f->k, &f->e->gate[i], tokens, f->dtype);
+        f->need_x |= kt_forms_needed(f->k, &f->e->up[i], tokens, f->dtype);
+        f->need_m |= kt_forms_needed(f->k, &f->e->down[i], tokens, f->dtype);
     }
 }
 
@@ -238,7 +243,7 @@ static void layout(struct forward *f, struct kt_arena *arena, int threads) {
 }
 
 static int run_chunk(struct forward *f, kt_pool *pool) {
-    int threads = kt_pool_threads(pool);
+    const int threads = f->threads = kt_pool_threads(pool);
     f->group_of = kt_pool_shared(pool, (size_t)f->e->count * sizeof *f->group_of);
     if (!f->group_of) return KT_ERR_MEMORY;
     count_pairs(f);

@@ -197,6 +197,12 @@ static inline uint32_t kt_load32(const void *p) {
     return v;
 }
 
+static inline float kt_load_f32(const void *p) {
+    float f;
+    memcpy(&f, p, sizeof f);
+    return f;
+}
+
 static inline float kt_bits_float(uint32_t bits) {
     float f;
     memcpy(&f, &bits, sizeof f);
@@ -241,6 +247,17 @@ static inline uint16_t kt_f32_to_f16(float f) {
     }
     x += 0xfffu + ((x >> 13) & 1u);
     return (uint16_t)(sign | ((x - 0x38000000u) >> 13));
+}
+
+/* OCP microscaling scale: 2^(e - 127); 255 is NaN. */
+static inline float kt_e8m0_to_f32(uint8_t e) {
+    return kt_bits_float(e == 255 ? 0x7fc00000u : e ? (uint32_t)e << 23 : 0x00400000u);
+}
+
+/* OCP FP8 e4m3 (fn): bias 7, no infinity, 0x7f and 0xff are NaN. As fp16 the same bits mean 2^-8 of it. */
+static inline float kt_e4m3_to_f32(uint8_t v) {
+    uint16_t half = (uint16_t)((v & 0x80u) << 8 | (v & 0x7fu) << 7);
+    return (v & 0x7f) == 0x7f ? kt_bits_float(0x7fc00000u) : kt_f16_to_f32(half) * 256.0f;
 }
 
 static inline float kt_load_f16(const void *p) { return kt_f16_to_f32(kt_load16(p)); }

@@ -20,7 +20,9 @@
 
 /* clang-format off */
 #define ROW(name, block, bytes, kind, group, zero, min_group) \
-    [KT_FMT_##name] = {KT_TYPE_##name, #name, block, bytes, KT_KIND_##kind, group, zero, min_group}
+    [KT_FMT_##name] = {KT_TYPE_##name, #name, block, bytes, KT_KIND_##kind, group, zero, min_group, 0, 0}
+#define BESIDE(name, block, bytes, kind, zero, by_column) \
+    [KT_FMT_##name] = {KT_TYPE_##name, #name, block, bytes, KT_KIND_##kind, 32, zero, 0, 1, by_column}
 
 const struct kt_traits kt_traits_table[KT_FORMATS] = {
     /*  name     block  bytes                    kind  group zero min_group */
@@ -50,6 +52,15 @@ const struct kt_traits kt_traits_table[KT_FORMATS] = {
     ROW(TQ2_0,   KT_QK, sizeof(kt_block_tq2_0),  Q8,   32,   1,   0),
     ROW(MXFP4,   32,    sizeof(kt_block_mxfp4),  Q8,   32,   12,  0),
     ROW(NVFP4,   64,    sizeof(kt_block_nvfp4),  Q8,   16,   12,  0),
+    /*     name     block  bytes  kind  zero by_column */
+    BESIDE(F8_E4M3, 1,     1,     BF16, 0,   0),
+    BESIDE(F4_E2M1, 2,     1,     Q8,   12,  0), /* twice the value, plus 12 */
+    BESIDE(I8,      1,     1,     Q8,   128, 0),
+    BESIDE(U8,      1,     1,     Q8,   128, 0),
+    BESIDE(I4,      2,     1,     Q8,   8,   0),
+    BESIDE(GPTQ4,   8,     4,     Q8,   8,   1),
+    BESIDE(GPTQ8,   4,     4,     Q8,   128, 1),
+    BESIDE(AWQ4,    1,     1,     Q8,   8,   1), /* a row takes half a byte of a line */
 };
 /* clang-format on */
 

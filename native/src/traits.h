@@ -13,6 +13,7 @@ enum kt_format {
     KT_FMT_IQ1_S, KT_FMT_IQ1_M, KT_FMT_IQ2_XXS, KT_FMT_IQ2_XS, KT_FMT_IQ2_S, KT_FMT_IQ3_XXS, KT_FMT_IQ3_S,
     KT_FMT_IQ4_NL, KT_FMT_IQ4_XS,
     KT_FMT_TQ1_0, KT_FMT_TQ2_0, KT_FMT_MXFP4, KT_FMT_NVFP4,
+    KT_FMT_F8_E4M3, KT_FMT_F4_E2M1, KT_FMT_I8, KT_FMT_I4, KT_FMT_GPTQ4, KT_FMT_GPTQ8, KT_FMT_AWQ4, KT_FMT_U8,
     KT_FORMATS
 };
 
@@ -32,6 +33,8 @@ struct kt_traits {
     int group;        /* Q8 kind: values that share a scale s, 16 or 32 */
     int zero;         /* Q8 kind: z of w = s*(u - z) - m. Codes above 127 require z = 128 (see gemm.c of avx2) */
     int min_group;    /* Q8 kind: values that share a min m: 16 or 32, a divisor of group; 0: m is always zero */
+    int beside;       /* scales lie beside the codes, not in the blocks; group is 32 unless a scale covers fewer columns */
+    int by_column;    /* a line of memory holds `block` columns of all rows, not all columns of a row */
 };
 
 extern const struct kt_traits kt_traits_table[KT_FORMATS];

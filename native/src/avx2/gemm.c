@@ -20,24 +20,26 @@ INLINE void store_tile(float *out, __m256 low, __m256 high, int add) {
 /* What the inner loop needs of a token. */
 struct token_q8 {
     const int8_t *q;
-    const struct kt_group *g;
+    const float *d, *ds;
+    const int32_t *low, *high;
 };
 
 /* `wide`: codes exceed 7 bits and have zero point 128, so they are made signed (see dot2_signed) and need no
  * correction; other codes stay unsigned and start from minus zero * sum. */
-INLINE void micro_q8(const int N, const int group, const int has_min, const int wide, const struct kt_panel *p, int64_t k,
+INLINE void micro_q8(const int N, const int group, const int min_group, const int wide, const struct kt_panel *p, int64_t k,
                      int64_t n_k, int tile, const struct token_q8 *x, float *c, int64_t ldc, int add) {
     const int64_t groups = n_k / group, at = (tile * (p->k / group) + k / group) * KT_TILE;
     const uint8_t *data = (const uint8_t *)(p->data + (tile * p->k + k) / 4 * KT_TILE);
-    const float *scales = p->scales + at, *mins = has_min ? p->mins + at : NULL;
+    const float *scales = p->scales + at;
+    const float *mins = min_group ? p->mins + (tile * (p->k / min_group) + k / min_group) * KT_TILE : NULL;
     __m256 acc[2][2];
     for (int n = 0; n < N; n++) acc[n][0] = acc[n][1] = _mm256_setzero_ps();
     for (int64_t g = 0; g < groups; g++, scales += KT_TILE) {
         __m256i sum[2][2];
         for (int n = 0; n < N; n++) {
-            const struct kt_group *s = &x[n].g[g * group / KT_ACT_GROUP];
-            int32_t minus = group == 16 ? s->minus[g & 1] : s->minus[0] + s->minus[1];
-            sum[n][0] = sum[n][1] = _mm256_set1_epi32(wide ? 0 : p->zero * minus);
+            const int64_t ag = g * group / KT_ACT_GROUP;
+            int32_t total = group == 16 ? (g & 1 ? x[n].high : x[n].low)[ag] : x[n].low[ag] + x[n].high[ag];
+            sum[n][0] = sum[n][1] = _mm256_set1_epi32(wide ? 0 : -p->zero * total);
         }
         for (int j = 0; j < group / 4; j++, data += 64) {
             __m256i u[2] = {load256(data), load256(data + 32)};
@@ -52,11 +54,15 @@ INLINE void micro_q8(const int N, const int group, const int has_min, const int 
             for (int i = 0; i < 2; i++) {
                 const int64_t ag = g * group / KT_ACT_GROUP;
                 __m256 s = _mm256_mul_ps(_mm256_cvtepi32_ps(sum[n][i]), load_f32(scales + 8 * i));
-                acc[n][i] = _mm256_fmadd_ps(s, _mm256_set1_ps(x[n].g[ag].d), acc[n][i]);
-                if (has_min)
-                    acc[n][i] = _mm256_fnmadd_ps(load_f32(mins + g * KT_TILE + 8 * i), _mm256_set1_ps(x[n].g[ag].ds), acc[n][i]);
+                acc[n][i] = _mm256_fmadd_ps(s, _mm256_set1_ps(x[n].d[ag]), acc[n][i]);
             }
     }
+    for (int64_t g = 0; min_group && g < n_k / min_group; g++, mins += KT_TILE)
+        for (int n = 0; n < N; n++) {
+            const int64_t ag = g * min_group / KT_ACT_GROUP;
+            __m256 ds = _mm256_set1_ps(min_group == 32 ? x[n].ds[ag] : x[n].d[ag] * (float)(g & 1 ? x[n].high : x[n].low)[ag]);
+            for (int i = 0; i < 2; i++) acc[n][i] = _mm256_fnmadd_ps(load_f32(mins + 8 * i), ds, acc[n][i]);
+        }
     for (int n = 0; n < N; n++) store_tile(c + n * ldc + tile * KT_TILE, acc[n][0], acc[n][1], add);
 }
 
@@ -64,7 +70,8 @@ INLINE void tiles_q8(const int N, const struct kt_panel *p, int64_t k, int64_t n
                      int64_t ldc, int add) {
     for (int tile = 0; tile < p->tiles; tile++) {
         if (p->group == 16) micro_q8(N, 16, 0, 0, p, k, n_k, tile, x, c, ldc, add);
-        else if (p->mins) micro_q8(N, 32, 1, 0, p, k, n_k, tile, x, c, ldc, add);
+        else if (p->min_group == 16) micro_q8(N, 32, 16, 0, p, k, n_k, tile, x, c, ldc, add);
+        else if (p->min_group) micro_q8(N, 32, 32, 0, p, k, n_k, tile, x, c, ldc, add);
         else if (p->zero == 128) micro_q8(N, 32, 0, 1, p, k, n_k, tile, x, c, ldc, add);
         else micro_q8(N, 32, 0, 0, p, k, n_k, tile, x, c, ldc, add);
     }
@@ -78,7 +85,8 @@ static void gemm_q8(const struct kt_panel *p, const struct kt_acts *a, const int
             struct token_q8 x[2];
             for (int n = 0; n < 2 && t + n < tokens; n++) {
                 int64_t at = token[t + n] * a->stride + k0 + k;
-                x[n] = (struct token_q8){a->q + at, a->g + at / KT_ACT_GROUP};
+                const int64_t g = at / KT_ACT_GROUP;
+                x[n] = (struct token_q8){a->q + at, a->d + g, a->ds + g, a->low + g, a->high + g};
             }
             if (t + 1 < tokens) tiles_q8(2, p, k, n_k, x, c + t * ldc, ldc, add || k);
             else tiles_q8(1, p, k, n_k, x, c + t * ldc, ldc, add || k);

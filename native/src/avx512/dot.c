@@ -9,12 +9,14 @@
 #endif
 #include "common.h"
 
-/* What the rows of a call share: the start of row r. */
 static inline const uint8_t *row_at(const uint8_t *w, size_t stride, int r) { return w + (size_t)r * stride; }
 
 /* Expand each `name`_rows(…, R, …) for four rows, and for one when fewer are left. */
 #define DOT(name)                                                                                                    \
-    static void dot_##name(const uint8_t *w, size_t stride, int rows, int64_t cols, const struct kt_act *a, float *out) { \
+    static void dot_##name(const struct kt_matrix *m, int64_t first, int rows, const struct kt_act *a, float *out) { \
+        const size_t stride = m->stride;                                                                             \
+        const uint8_t *w = m->data + (size_t)first * stride;                                                         \
+        const int64_t cols = m->cols;                                                                                \
         if (rows == 4) {                                                                                             \
             name##_rows(w, stride, 4, cols, a, out);                                                                 \
             return;                                                                                                  \

@@ -18,95 +18,124 @@ INLINE void store_tile(float *out, __m512 v, int add) {
     _mm512_storeu_ps(out, add ? _mm512_add_ps(_mm512_loadu_ps(out), v) : v);
 }
 
-/* Columns k .. k+n of a panel meet up to six tokens. */
+/* Columns k .. k+n of a panel meet up to six tokens. What a group needs of a token lies in one small array each,
+ * prepared once for all tiles: [token][group of 32]. */
+enum { GROUPS = KT_CACHE_BYTES / KT_ACT_GROUP };
 struct slice {
     const struct kt_panel *p;
     int64_t k, n;
     const int8_t *q[TOKENS]; /* at column k */
-    const struct kt_group *g[TOKENS];
+    float d[TOKENS][GROUPS];
+    int32_t start[2][TOKENS][GROUPS]; /* minus zero point times sum of codes: of the group, or of its two halves */
+    float ds[2][TOKENS][GROUPS];      /* scale times sum of codes: likewise */
     float *c;
     int64_t ldc;
     int add;
 };
 
-/* c[N tokens][R tiles] (+)= the slice. `wide`: codes exceed 7 bits and have zero point 128, and there is no
- * VNNI: they are made signed instead of corrected by 128 * sum. */
-INLINE void micro_q8(const int R, const int N, const int group, const int has_min, const int has_zero, const int wide,
-                     const struct slice *s, int tile) {
+_Static_assert(GROUPS == 16, "a token's groups are one register");
+
+INLINE void prepare(struct slice *s, const int n, const struct kt_acts *a, int64_t at) {
+    const int64_t g = at / KT_ACT_GROUP;
+    const int halves = s->p->group == 16, min_halves = s->p->min_group == 16;
+    const __m512i zero = _mm512_set1_epi32(-s->p->zero);
+    const __m512 d = _mm512_loadu_ps(a->d + g);
+    __m512i low = _mm512_loadu_si512(a->low + g), high = _mm512_loadu_si512(a->high + g);
+    const __m512i both = _mm512_add_epi32(low, high);
+    s->q[n] = a->q + at;
+    _mm512_storeu_ps(s->d[n], d);
+    _mm512_storeu_si512(s->start[0][n], _mm512_mullo_epi32(zero, halves ? low : both));
+    _mm512_storeu_si512(s->start[1][n], _mm512_mullo_epi32(zero, high));
+    _mm512_storeu_ps(s->ds[0][n], _mm512_mul_ps(d, _mm512_cvtepi32_ps(min_halves ? low : both)));
+    _mm512_storeu_ps(s->ds[1][n], _mm512_mul_ps(d, _mm512_cvtepi32_ps(high)));
+}
+
+/* What a micro kernel is compiled for. */
+struct variant {
+    int group;     /* 32 or 16 */
+    int min_group; /* 32, 16 or 0 */
+    int zero;      /* whether there is a zero point */
+    int wide;      /* codes exceed 7 bits and there is no VNNI: they are made signed instead of corrected by 128 * sum */
+};
+
+/* sum[R tiles][N tokens] = start + dot products over `columns` columns from column k of the slice on. */
+INLINE void dots(const int R, const int N, const struct variant v, const struct slice *s, const uint32_t *data,
+                 size_t tile_dwords, int64_t k, const int columns, const int32_t start[TOKENS][GROUPS], int64_t g,
+                 __m512i sum[2][TOKENS]) {
+    for (int n = 0; n < N; n++) {
+        __m512i first = v.zero && !v.wide ? _mm512_set1_epi32(start[n][g]) : _mm512_setzero_si512();
+        for (int r = 0; r < R; r++) sum[r][n] = first;
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < columns / 4; j++) {
+        __m512i u[2];
+        for (int r = 0; r < R; r++) {
+            u[r] = _mm512_load_si512(data + (k / 4 + j) * KT_TILE + r * tile_dwords);
+            if (v.wide) u[r] = _mm512_xor_si512(u[r], _mm512_set1_epi8(-128));
+        }
+        for (int n = 0; n < N; n++) {
+            __m512i b = broadcast4(s->q[n] + k + 4 * j);
+            for (int r = 0; r < R; r++) sum[r][n] = v.wide ? dot4_signed(sum[r][n], u[r], b) : dot4(sum[r][n], u[r], b);
+        }
+    }
+}
+
+/* c[N tokens][R tiles] (+)= the slice. Two halves with a scale each are scaled before they are added, so that the
+ * activation's scale is applied once. */
+INLINE void micro_q8(const int R, const int N, const struct variant v, const struct slice *s, int tile) {
     const struct kt_panel *p = s->p;
-    const int64_t tile_dwords = p->k / 4 * KT_TILE, tile_groups = p->k / group * KT_TILE, groups = s->n / group;
+    const int64_t tile_dwords = p->k / 4 * KT_TILE, tile_scales = p->k / v.group * KT_TILE;
+    const int64_t tile_mins = v.min_group ? p->k / v.min_group * KT_TILE : 0;
     const uint32_t *data = p->data + tile * tile_dwords + s->k / 4 * KT_TILE;
-    const int64_t at = tile * tile_groups + s->k / group * KT_TILE;
-    const float *scales = p->scales + at, *mins = has_min ? p->mins + at : NULL;
-    const __m512i zero = _mm512_set1_epi32(p->zero);
+    const float *scales = p->scales + tile * tile_scales + s->k / v.group * KT_TILE;
+    const float *mins = v.min_group ? p->mins + tile * tile_mins + s->k / v.min_group * KT_TILE : NULL;
     __m512 acc[2][TOKENS];
     for (int n = 0; n < N; n++)
         for (int r = 0; r < R; r++) acc[r][n] = _mm512_setzero_ps();
-    for (int64_t g = 0; g < groups; g++) {
-        const int64_t ag = group == 32 ? g : g / 2;
+    for (int64_t g = 0; g < s->n / KT_ACT_GROUP; g++) {
         __m512i sum[2][TOKENS];
-        for (int n = 0; n < N; n++) {
-            __m512i start = _mm512_setzero_si512();
-            if (has_zero && !wide) {
-                const struct kt_group *x = &s->g[n][ag];
-                start = _mm512_set1_epi32(x->minus[group == 32 ? 0 : g & 1]);
-                if (group == 32) start = _mm512_add_epi32(start, _mm512_set1_epi32(x->minus[1]));
-                start = _mm512_mullo_epi32(start, zero);
-            }
-            for (int r = 0; r < R; r++) sum[r][n] = start;
-        }
-#pragma GCC unroll 8
-        for (int j = 0; j < group / 4; j++) {
-            __m512i u[2];
+        __m512 scaled[2][TOKENS];
+        for (int half = 0; half < 32 / v.group; half++) {
+            dots(R, N, v, s, data, tile_dwords, 32 * g + 16 * half, v.group, s->start[half], g, sum);
             for (int r = 0; r < R; r++) {
-                u[r] = _mm512_load_si512(data + j * KT_TILE + r * tile_dwords);
-                if (wide) u[r] = _mm512_xor_si512(u[r], _mm512_set1_epi8(-128));
-            }
-            for (int n = 0; n < N; n++) {
-                __m512i b = broadcast4(s->q[n] + g * group + 4 * j);
-                for (int r = 0; r < R; r++) sum[r][n] = wide ? dot4_signed(sum[r][n], u[r], b) : dot4(sum[r][n], u[r], b);
+                __m512 scale = _mm512_load_ps(scales + r * tile_scales + (g * (32 / v.group) + half) * KT_TILE);
+                for (int n = 0; n < N; n++) {
+                    __m512 x = _mm512_cvtepi32_ps(sum[r][n]);
+                    scaled[r][n] = half ? _mm512_fmadd_ps(x, scale, scaled[r][n]) : _mm512_mul_ps(x, scale);
+                }
             }
         }
-        data += group / 4 * KT_TILE;
-        for (int r = 0; r < R; r++) {
-            __m512 scale = _mm512_load_ps(scales + r * tile_groups + g * KT_TILE);
-            for (int n = 0; n < N; n++)
-                acc[r][n] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][n]), scale),
-                                            _mm512_set1_ps(s->g[n][ag].d), acc[r][n]);
-            if (!has_min) continue;
-            __m512 min = _mm512_load_ps(mins + r * tile_groups + g * KT_TILE);
-            for (int n = 0; n < N; n++)
-                acc[r][n] = _mm512_fnmadd_ps(min, _mm512_set1_ps(s->g[n][ag].ds), acc[r][n]);
-        }
+        for (int r = 0; r < R; r++)
+            for (int n = 0; n < N; n++) acc[r][n] = _mm512_fmadd_ps(scaled[r][n], _mm512_set1_ps(s->d[n][g]), acc[r][n]);
+        for (int half = 0; v.min_group && half < 32 / v.min_group; half++)
+            for (int r = 0; r < R; r++) {
+                __m512 min = _mm512_load_ps(mins + r * tile_mins + (g * (32 / v.min_group) + half) * KT_TILE);
+                for (int n = 0; n < N; n++)
+                    acc[r][n] = _mm512_fnmadd_ps(min, _mm512_set1_ps(s->ds[half][n][g]), acc[r][n]);
+            }
     }
     for (int n = 0; n < N; n++)
         for (int r = 0; r < R; r++) store_tile(s->c + n * s->ldc + (tile + r) * KT_TILE, acc[r][n], s->add);
 }
 
-#ifdef __AVX512VNNI__
-#define WIDE(p) 0
-#else
-#define WIDE(p) ((p)->zero == 128)
-#endif
+INLINE void tiles_of(const int N, const struct variant v, const struct slice *s) {
+    int tile = 0;
+    for (; tile + 2 <= s->p->tiles; tile += 2) micro_q8(2, N, v, s, tile);
+    if (tile < s->p->tiles) micro_q8(1, N, v, s, tile);
+}
 
-/* All tiles of the panel for N tokens, in one of the few variants that exist. */
-#define VARIANT(group, has_min, has_zero, wide)                                                     \
-    do {                                                                                            \
-        int tile = 0;                                                                               \
-        for (; tile + 2 <= s->p->tiles; tile += 2)                                                  \
-            micro_q8(2, N, group, has_min, has_zero, wide, s, tile);                                \
-        if (tile < s->p->tiles) micro_q8(1, N, group, has_min, has_zero, wide, s, tile);            \
-    } while (0)
-
+/* The variants that some format needs. */
 INLINE void tiles_q8(const int N, const struct slice *s) {
-    if (s->p->group == 16)
-        VARIANT(16, 0, 1, 0); /* no format with groups of 16 has mins yet */
-    else if (s->p->mins)
-        VARIANT(32, 1, 0, 0); /* nor does one have both a zero point and mins */
-    else if (WIDE(s->p))
-        VARIANT(32, 0, 1, 1);
-    else
-        VARIANT(32, 0, 1, 0);
+#ifdef __AVX512VNNI__
+    const int wide = 0;
+#else
+    const int wide = s->p->zero == 128;
+#endif
+    if (s->p->group == 16) tiles_of(N, (struct variant){16, 0, 1, 0}, s);
+    else if (s->p->min_group == 16) tiles_of(N, (struct variant){32, 16, 0, 0}, s);
+    else if (s->p->min_group == 32) tiles_of(N, (struct variant){32, 32, 0, 0}, s);
+    else if (wide) tiles_of(N, (struct variant){32, 0, 1, 1}, s);
+    else tiles_of(N, (struct variant){32, 0, 1, 0}, s);
 }
 
 static void tokens6(const struct slice *s) { tiles_q8(6, s); }
@@ -121,12 +150,11 @@ static void gemm_q8(const struct kt_panel *p, const struct kt_acts *a, const int
         for (int t = 0, n; t < tokens; t += n) {
             const int left = tokens - t;
             n = left >= 6 && left != 7 && left != 8 ? 6 : left >= 4 ? 4 : left; /* 7 = 4 + 3, 8 = 4 + 4 */
-            struct slice s = {.p = p, .k = k, .n = p->k - k < KT_CACHE_BYTES ? p->k - k : KT_CACHE_BYTES,
-                              .c = c + t * ldc, .ldc = ldc, .add = add || k};
-            for (int i = 0; i < n; i++) {
-                s.q[i] = a->q + token[t + i] * a->stride + k0 + k;
-                s.g[i] = a->g + (token[t + i] * a->stride + k0 + k) / KT_ACT_GROUP;
-            }
+            struct slice s;
+            s.p = p, s.k = k, s.n = p->k - k < KT_CACHE_BYTES ? p->k - k : KT_CACHE_BYTES;
+            s.c = c + t * ldc, s.ldc = ldc, s.add = add || k;
+            for (int i = 0; i < n; i++) prepare(&s, i, a, token[t + i] * a->stride + k0 + k);
+            kt_ahead_step(p->ahead);
             (n == 6 ? tokens6 : n == 4 ? tokens4 : n == 3 ? tokens3 : n == 2 ? tokens2 : tokens1)(&s);
         }
 }

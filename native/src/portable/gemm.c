@@ -14,6 +14,8 @@ static void gemm_q8(const struct kt_panel *p, const struct kt_acts *a, const int
     for (int i = 0; i < tokens; i++) {
         const int8_t *q = a->q + token[i] * a->stride + k0;
         const float *d = a->d + (token[i] * a->stride + k0) / KT_ACT_GROUP;
+        const int32_t *half[2] = {a->low + (token[i] * a->stride + k0) / KT_ACT_GROUP,
+                                  a->high + (token[i] * a->stride + k0) / KT_ACT_GROUP};
         for (int tile = 0; tile < p->tiles; tile++) {
             const uint8_t *u = (const uint8_t *)(p->data + tile * (p->k / 4) * KT_TILE);
             const float *scales = p->scales + tile * groups * KT_TILE;
@@ -25,12 +27,12 @@ static void gemm_q8(const struct kt_panel *p, const struct kt_acts *a, const int
                     for (int r = 0; r < KT_TILE; r++)
                         for (int b = 0; b < 4; b++) sum[r] += (u[k * KT_TILE + 4 * r + b] - p->zero) * q[k + b];
                 for (int r = 0; r < KT_TILE; r++) total[r] += d[ag] * scales[g * KT_TILE + r] * (float)sum[r];
-                for (int64_t m = first; p->mins && m < first + p->group; m += p->min_group) {
-                    int32_t codes = 0;
-                    for (int64_t k = m; k < m + p->min_group; k++) codes += q[k];
-                    const float *mins = p->mins + (tile * (p->k / p->min_group) + m / p->min_group) * KT_TILE;
-                    for (int r = 0; r < KT_TILE; r++) total[r] -= mins[r] * (d[ag] * (float)codes);
-                }
+            }
+            for (int64_t g = 0; p->mins && g < p->k / p->min_group; g++) {
+                const float *mins = p->mins + (tile * (p->k / p->min_group) + g) * KT_TILE;
+                int64_t first = g * p->min_group, ag = first / KT_ACT_GROUP;
+                int32_t sum = p->min_group == 16 ? half[first / 16 % 2][ag] : half[0][ag] + half[1][ag];
+                for (int r = 0; r < KT_TILE; r++) total[r] -= mins[r] * (d[ag] * (float)sum);
             }
             float *out = c + i * ldc + tile * KT_TILE;
             for (int r = 0; r < KT_TILE; r++) out[r] = add ? out[r] + total[r] : total[r];
