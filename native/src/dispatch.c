@@ -16,26 +16,28 @@
 #define NEED_VNNI (NEED_AVX512 | BIT(AVX512VNNI))
 #define NEED_BF16 (NEED_VNNI | BIT(AVX512BF16))
 
-#define FILL(isa)                  \
+/* Parts that no dot product of bytes touches are not compiled again with VNNI. */
+#define FILL(isa, more)                            \
     static void fill_##isa(struct kt_kernels *k) { \
-        kt_fill_dot_##isa(k);      \
-        kt_fill_unpack_##isa(k);   \
-        kt_fill_gemm_##isa(k);     \
-        kt_fill_act_##isa(k);      \
+        kt_fill_dot_##isa(k);                      \
+        kt_fill_unpack_##isa(k);                   \
+        kt_fill_gemm_##isa(k);                     \
+        kt_fill_act_##isa(k);                      \
+        more;                                      \
     }
-FILL(portable)
+FILL(portable, )
 #ifdef KT_HAVE_AVX2
-FILL(avx2)
+FILL(avx2, kt_fill_gemm_f32_avx2(k))
 #else
 #define fill_avx2 NULL
 #endif
 #ifdef KT_HAVE_AVX512
-FILL(avx512)
+FILL(avx512, kt_fill_gemm_f32_avx512(k))
 #else
 #define fill_avx512 NULL
 #endif
 #ifdef KT_HAVE_AVX512_VNNI
-FILL(avx512_vnni)
+FILL(avx512_vnni, )
 #else
 #define fill_avx512_vnni NULL
 #endif

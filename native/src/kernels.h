@@ -147,10 +147,11 @@ struct kt_kernels {
 };
 
 /* Each src/<isa>/<part>.c fills its slots. */
-#define KT_DECLARE_ISA(isa)                          \
-    void kt_fill_dot_##isa(struct kt_kernels *k);    \
-    void kt_fill_unpack_##isa(struct kt_kernels *k); \
-    void kt_fill_gemm_##isa(struct kt_kernels *k);   \
+#define KT_DECLARE_ISA(isa)                            \
+    void kt_fill_dot_##isa(struct kt_kernels *k);      \
+    void kt_fill_unpack_##isa(struct kt_kernels *k);   \
+    void kt_fill_gemm_##isa(struct kt_kernels *k);     \
+    void kt_fill_gemm_f32_##isa(struct kt_kernels *k); \
     void kt_fill_act_##isa(struct kt_kernels *k);
 KT_DECLARE_ISA(portable)
 KT_DECLARE_ISA(avx2)

@@ -28,6 +28,12 @@ INLINE float sum_ps(__m256 v) {
     return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
 }
 
+/* Results of a tile for one token. */
+INLINE void store_tile(float *out, __m256 low, __m256 high, int add) {
+    _mm256_storeu_ps(out, add ? _mm256_add_ps(load_f32(out), low) : low);
+    _mm256_storeu_ps(out + 8, add ? _mm256_add_ps(load_f32(out + 8), high) : high);
+}
+
 /* Sums of two products in 16 bits. u must not exceed 127: 2 * 127 * 127 fits, 2 * 255 * 127 would saturate. */
 INLINE __m256i dot2(__m256i u, __m256i a) { return _mm256_maddubs_epi16(u, a); }
 

@@ -1,5 +1,5 @@
-/* The panel GEMMs for AVX2. A tile (16 weight rows) is two registers; int8 meets two tokens at a time and
- * fp32 six, which is what sixteen registers hold without spilling. */
+/* The int8 panel GEMM for AVX2. A tile (16 weight rows) is two registers; two tokens at a time are what
+ * sixteen registers hold without spilling. */
 #ifndef KT_ISA
 #define KT_ISA avx2
 #endif
@@ -10,11 +10,6 @@ INLINE __m256i broadcast4(const int8_t *p) {
     int32_t v;
     memcpy(&v, p, 4);
     return _mm256_set1_epi32(v);
-}
-
-INLINE void store_tile(float *out, __m256 low, __m256 high, int add) {
-    _mm256_storeu_ps(out, add ? _mm256_add_ps(load_f32(out), low) : low);
-    _mm256_storeu_ps(out + 8, add ? _mm256_add_ps(load_f32(out + 8), high) : high);
 }
 
 /* What the inner loop needs of a token. */
@@ -93,41 +88,6 @@ static void gemm_q8(const struct kt_panel *p, const struct kt_acts *a, const int
         }
 }
 
-/* ---- fp32 ------------------------------------------------------------------------------------------- */
-
-INLINE void micro_f32(const int N, const struct kt_panel *p, int64_t k0, int64_t n_k, int tile, const float *const *x,
-                      float *c, int64_t ldc, int add) {
-    const float *data = (const float *)p->data + (tile * p->k + k0) * KT_TILE;
-    __m256 acc[6][2];
-    for (int n = 0; n < N; n++) acc[n][0] = acc[n][1] = _mm256_setzero_ps();
-    for (int64_t k = 0; k < n_k; k++, data += KT_TILE) {
-        __m256 low = load_f32(data), high = load_f32(data + 8);
-        for (int n = 0; n < N; n++) {
-            __m256 b = _mm256_set1_ps(x[n][k]);
-            acc[n][0] = _mm256_fmadd_ps(low, b, acc[n][0]);
-            acc[n][1] = _mm256_fmadd_ps(high, b, acc[n][1]);
-        }
-    }
-    for (int n = 0; n < N; n++) store_tile(c + n * ldc + tile * KT_TILE, acc[n][0], acc[n][1], add);
-}
-
-static void gemm_f32(const struct kt_panel *p, const struct kt_acts *a, const int32_t *token, int tokens, int64_t k0,
-                     float *c, int64_t ldc, int add) {
-    const int64_t step = KT_CACHE_BYTES / 4;
-    for (int64_t k = 0; k < p->k; k += step)
-        for (int t = 0, n; t < tokens; t += n) {
-            const int64_t n_k = p->k - k < step ? p->k - k : step;
-            const float *x[6];
-            n = tokens - t >= 6 ? 6 : tokens - t >= 2 ? 2 : 1;
-            for (int i = 0; i < n; i++) x[i] = a->f + token[t + i] * a->stride + k0 + k;
-            for (int tile = 0; tile < p->tiles; tile++) {
-                if (n == 6) micro_f32(6, p, k, n_k, tile, x, c + t * ldc, ldc, add || k);
-                else if (n == 2) micro_f32(2, p, k, n_k, tile, x, c + t * ldc, ldc, add || k);
-                else micro_f32(1, p, k, n_k, tile, x, c + t * ldc, ldc, add || k);
-            }
-        }
-}
-
 /* ---- limits ----------------------------------------------------------------------------------------- */
 
 static double peak(int kind, int64_t iterations) {
@@ -161,6 +121,5 @@ static double peak(int kind, int64_t iterations) {
 
 void KT_JOIN(kt_fill_gemm_, KT_ISA)(struct kt_kernels *k) {
     k->gemm_q8 = gemm_q8;
-    k->gemm_f32 = gemm_f32;
     k->peak = peak;
 }

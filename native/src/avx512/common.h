@@ -62,6 +62,11 @@ INLINE __m512i signed_start(__m512i a) {
 #endif
 }
 
+/* Results of a tile for one token. */
+INLINE void store_tile(float *out, __m512 v, int add) {
+    _mm512_storeu_ps(out, add ? _mm512_add_ps(_mm512_loadu_ps(out), v) : v);
+}
+
 /* The first 16 bytes of a Q4_K or Q5_K block (d, dmin, 12 bytes of scales; see kt_k4_scales):
  * d * scale of 8 groups, then dmin * min of 8 groups. */
 INLINE __m512 k4_scales(__m128i header) {

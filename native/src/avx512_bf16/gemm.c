@@ -14,10 +14,6 @@ INLINE __m512bh broadcast2(const uint16_t *p) {
     return as_bf16(_mm512_set1_epi32(v));
 }
 
-INLINE void store_tile(float *out, __m512 v, int add) {
-    _mm512_storeu_ps(out, add ? _mm512_add_ps(_mm512_loadu_ps(out), v) : v);
-}
-
 /* first, count: pairs of columns. An odd last column is paired with a zero on both sides. */
 INLINE void micro(const int R, const int N, const struct kt_panel *p, int64_t first, int64_t count, int tile,
                   const uint16_t *const *x, float *c, int64_t ldc, int add) {
