@@ -36,8 +36,10 @@ SCALED_TYPES = frozenset(["F8_E4M3", "F4_E2M1", "I8", "U8", "I4", "GPTQ4", "GPTQ
 SCALES = {"F32": 0, "F16": 1, "BF16": 2, "E8M0": 3, "E4M3": 4}
 """Names of kt_scale; a test holds them to the header."""
 
-ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "gelu_pytorch_tanh": 2, "relu": 3}
-"""Names of kt_activation, in transformers' spelling; a test holds them to the header."""
+ACTIVATIONS = {
+    "silu": 0, "gelu": 1, "gelu_tanh": 2, "gelu_pytorch_tanh": 2, "relu": 3, "relu2": 4, "swigluoai": 5,
+}  # fmt: skip
+"""Names of kt_activation, in transformers' spelling where it has one; a test holds them to the header."""
 
 NOT_BUILT = "the C library is not built or does not load; run `make setup` in the checkout"
 """What to say where `available()` is false."""
@@ -369,14 +371,23 @@ class Experts:
 
     def __init__(
         self,
-        gate: list[Packed],
+        gate: list[Packed] | None,
         up: list[Packed],
         down: list[Packed],
         activation: str = "silu",
         name: str = "experts",
+        *,
+        gate_bias: torch.Tensor | None = None,
+        up_bias: torch.Tensor | None = None,
+        down_bias: torch.Tensor | None = None,
+        alpha: float = 1.0,
+        limit: float | None = None,
     ) -> None:
         """E matrices each: gate and up [I, H], down [H, I]; types may differ. `activation`: a key of ACTIVATIONS.
 
+        `gate` None: experts without a gate, activation(up). Biases: floats [E, I], [E, I], [E, H]. Before the
+        activation gate is cut to at most `limit` and up to -limit..limit. "swigluoai" is
+        gate * sigmoid(alpha * gate) * (up + 1).
         Raises UnsupportedError for a weight type or activation without C code, NativeError for what does not fit.
         """
         state = _native()
@@ -385,31 +396,53 @@ class Experts:
                 f"{name}: activation {activation!r} is not computed in C{did_you_mean(str(activation), ACTIVATIONS)}. "
                 f"Known: {', '.join(ACTIVATIONS)}."
             )
-        for role, weights in (("gate", gate), ("up", up), ("down", down)):
-            if not isinstance(weights, (list, tuple)):
+        roles = {"gate": gate, "up": up, "down": down}
+        for role, weights in roles.items():
+            if not isinstance(weights, (list, tuple)) and not (role == "gate" and weights is None):
                 raise NativeError(f"{name} ({role}): found {type(weights).__name__}, expected a list of E Packed.")
-        if not gate or len(gate) != len(up) or len(gate) != len(down):
-            raise NativeError(
-                f"{name}: found {len(gate)} gate, {len(up)} up and {len(down)} down matrices, expected E of each."
-            )
-        self.name, self.count = name, len(gate)
+        counts = [len(w) for w in roles.values() if w is not None]
+        if not up or len(set(counts)) != 1:
+            found = ", ".join(f"{len(w)} {role}" for role, w in roles.items() if w is not None)
+            raise NativeError(f"{name}: found {found} matrices, expected E of each.")
+        self.name, self.count = name, len(up)
         self._keep: list[Any] = []
-        first = _weight(state, gate[0], f"{name}.0.gate", [], state.ffi.new("kt_weight *"))
+        role = "up" if gate is None else "gate"
+        first = _weight(state, roles[role][0], f"{name}.0.{role}", [], state.ffi.new("kt_weight *"))
         self.intermediate, self.hidden = first
         arrays = []
-        shapes = {"gate": (self.intermediate, self.hidden), "down": (self.hidden, self.intermediate)}
-        for role, weights in (("gate", gate), ("up", up), ("down", down)):
+        shapes = {"up": (self.intermediate, self.hidden), "down": (self.hidden, self.intermediate)}
+        for role, weights in roles.items():
+            if weights is None:
+                arrays.append(state.ffi.NULL)
+                continue
             array = state.ffi.new("kt_weight[]", self.count)
             for e, weight in enumerate(weights):
-                subject, expected = f"{name}.{e}.{role}", shapes.get(role, shapes["gate"])
+                subject, expected = f"{name}.{e}.{role}", shapes.get(role, shapes["up"])
                 shape = _weight(state, weight, subject, self._keep, array[e])
                 if shape != expected:
                     raise NativeError(f"{subject}: found shape {list(shape)}, expected {list(expected)}.")
             arrays.append(array)
+        glu = state.ffi.new("kt_glu *", {"activation": ACTIVATIONS[activation], "alpha": alpha})
+        glu.limit = math.inf if limit is None else limit
+        glu.gate_bias = self._bias(state, gate_bias, "gate", self.intermediate)
+        glu.up_bias = self._bias(state, up_bias, "up", self.intermediate)
+        glu.down_bias = self._bias(state, down_bias, "down", self.hidden)
         out = state.ffi.new("kt_experts **")
-        status = state.lib.kt_experts_create(self.count, *arrays, ACTIVATIONS[activation], out)
+        status = state.lib.kt_experts_create(self.count, *arrays, glu, out)
         state.check(status, name)
         self._experts = state.ffi.gc(out[0], state.lib.kt_experts_destroy)
+
+    def _bias(self, state: _State, bias: torch.Tensor | None, role: str, width: int) -> Any:
+        """A pointer to fp32 [E, width] that this object keeps alive."""
+        if bias is None:
+            return state.ffi.NULL
+        expected = f"float [{self.count}, {width}]"
+        _tensor(bias, f"{self.name} ({role} bias)", expected, movable=True)
+        if tuple(bias.shape) != (self.count, width) or not bias.is_floating_point():
+            found = f"{bias.dtype} {list(bias.shape)}"
+            raise NativeError(f"{self.name} ({role} bias): found {found}, expected {expected}.")
+        self._keep.append(_plain(bias, torch.float32))
+        return state.ffi.cast("float *", self._keep[-1].data_ptr())
 
     def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """`hidden` [T, H] float32, bfloat16 or float16; `ids` [T, K] of an integer dtype; `weights` [T, K] float.

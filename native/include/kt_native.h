@@ -101,8 +101,21 @@ typedef enum kt_scale {
 /* Activation dtypes, for inputs and outputs alike. */
 typedef enum kt_dtype { KT_F32 = 0, KT_F16 = 1, KT_BF16 = 2 } kt_dtype;
 
-/* Applied to gate before it multiplies up. GELU is the erf form, GELU_TANH its tanh approximation. */
-typedef enum kt_activation { KT_SILU = 0, KT_GELU = 1, KT_GELU_TANH = 2, KT_RELU = 3 } kt_activation;
+/* What becomes of gate and up; x is gate, or up where there is no gate.
+ * GELU is the erf form, GELU_TANH its tanh approximation, RELU2 max(x, 0)^2, each times up (alone without a gate).
+ * SWIGLU_OAI (gpt-oss, MiniMax): x * sigmoid(alpha * x) * (up + 1). */
+typedef enum kt_activation {
+    KT_SILU = 0, KT_GELU = 1, KT_GELU_TANH = 2, KT_RELU = 3, KT_RELU2 = 4, KT_SWIGLU_OAI = 5
+} kt_activation;
+
+/* Between the projections of an expert. Before the activation, gate is cut to at most `limit` and up to
+ * -limit .. limit; infinity for no limit. alpha: of SWIGLU_OAI. Biases are fp32: gate and up [E, I], down [E, H],
+ * or NULL; they stay the caller's. */
+typedef struct kt_glu {
+    int32_t activation;
+    float alpha, limit;
+    const float *gate_bias, *up_bias, *down_bias;
+} kt_glu;
 
 /* What kt_bench_peak measures: fused multiply-adds on registers, nothing from memory. */
 typedef enum kt_peak { KT_PEAK_INT8 = 0, KT_PEAK_BF16 = 1, KT_PEAK_F32 = 2 } kt_peak;
@@ -170,10 +183,11 @@ void kt_pool_destroy(kt_pool *pool);
 int kt_linear(kt_pool *pool, const kt_weight *w, const float *bias, const void *x, int dtype, int64_t tokens,
               void *out);
 
-/* E routed experts: out = sum_k weights[t,k] * down_e(act(gate_e(x)) * up_e(x)), e = ids[t,k].
- * gate, up: E matrices [I, H]; down: E matrices [H, I]. The three may differ in type, and so may experts. */
+/* E routed experts: out = sum_k weights[t,k] * (down_e(act(gate_e(x)) * up_e(x)) + bias), e = ids[t,k].
+ * gate, up: E matrices [I, H]; down: E matrices [H, I]. The three may differ in type, and so may experts. gate NULL:
+ * experts without a gate, act(up_e(x)). */
 int kt_experts_create(int64_t count, const kt_weight *gate, const kt_weight *up, const kt_weight *down,
-                      int activation, kt_experts **experts);
+                      const kt_glu *glu, kt_experts **experts);
 void kt_experts_destroy(kt_experts *experts);
 
 /* hidden, out [T, H] of `dtype`; ids int64 [T, K]; weights fp32 [T, K]. An id outside 0..E-1 is skipped;

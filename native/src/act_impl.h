@@ -68,24 +68,46 @@ static inline float exp_clamped(float x) {
 
 static inline float sigmoid(float x) { return 1.0f / (1.0f + exp_clamped(-x)); }
 
-static void activate(int activation, const float *gate, float *up, int64_t n) {
-    switch (activation) {
-    case KT_SILU:
-        for (int64_t i = 0; i < n; i++) up[i] *= gate[i] * sigmoid(gate[i]);
-        break;
-    case KT_GELU:
-        for (int64_t i = 0; i < n; i++) up[i] *= 0.5f * gate[i] * (1.0f + erff(gate[i] * 0.70710678f));
-        break;
+/* NaN stays NaN in both. */
+static inline float at_most(float x, float limit) { return x > limit ? limit : x; }
+static inline float within(float x, float limit) { return x > limit ? limit : x < -limit ? -limit : x; }
+
+/* up[i] = f(x) * up[i], or f(x) of up[i] itself without a gate. */
+#define GLU(f)                                           \
+    do {                                                 \
+        if (gate)                                        \
+            for (int64_t i = 0; i < n; i++) {            \
+                const float x = at_most(gate[i], limit); \
+                up[i] = within(up[i], limit) * (f);      \
+            }                                            \
+        else                                             \
+            for (int64_t i = 0; i < n; i++) {            \
+                const float x = within(up[i], limit);    \
+                up[i] = (f);                             \
+            }                                            \
+    } while (0)
+
+static void activate(const struct kt_glu *glu, const float *gate, float *up, int64_t n) {
+    const float limit = glu->limit, alpha = glu->alpha;
+    switch (glu->activation) {
+    case KT_SILU: GLU(x * sigmoid(x)); break;
+    case KT_GELU: GLU(0.5f * x * (1.0f + erff(x * 0.70710678f))); break;
     case KT_GELU_TANH: /* 0.5 x (1 + tanh u) = x sigmoid(2u) */
+        GLU(x * sigmoid(1.59576912f * (x + 0.044715f * (x * x * x))));
+        break;
+    case KT_RELU: GLU(x < 0.0f ? 0.0f : x); break;
+    case KT_RELU2: GLU(x < 0.0f ? 0.0f : x * x); break;
+    case KT_SWIGLU_OAI: /* needs a gate */
         for (int64_t i = 0; i < n; i++) {
-            float x = gate[i];
-            up[i] *= x * sigmoid(1.59576912f * (x + 0.044715f * (x * x * x)));
+            const float x = at_most(gate[i], limit);
+            up[i] = (within(up[i], limit) + 1.0f) * (x * sigmoid(alpha * x));
         }
         break;
-    case KT_RELU:
-        for (int64_t i = 0; i < n; i++) up[i] *= gate[i] < 0.0f ? 0.0f : gate[i];
-        break;
     }
+}
+
+static void add(const float *x, float *out, int64_t n) {
+    for (int64_t i = 0; i < n; i++) out[i] += x[i];
 }
 
 static void scale_add(float scale, const float *x, float *out, int64_t n, int add) {
@@ -100,6 +122,7 @@ static void fill_act(struct kt_kernels *k) {
     k->to_bf16 = to_bf16;
     k->to_f16 = to_f16;
     k->activate = activate;
+    k->add = add;
     k->scale_add = scale_add;
 }
 

@@ -12,6 +12,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "../include/kt_native.h"
 #include "traits.h"
 
 #define KT_TILE 16          /* weight rows interleaved in a panel tile */
@@ -135,8 +136,11 @@ struct kt_kernels {
     void (*to_bf16)(const float *x, int64_t n, uint16_t *out);
     void (*to_f16)(const float *x, int64_t n, uint16_t *out);
 
-    /* up[i] = activation(gate[i]) * up[i]. Same bits on every ISA. */
-    void (*activate)(int activation, const float *gate, float *up, int64_t n);
+    /* up[i] = activation of gate[i] and up[i] (see kt_glu); gate NULL: of up[i] alone. Same bits on every ISA. */
+    void (*activate)(const struct kt_glu *glu, const float *gate, float *up, int64_t n);
+
+    /* out[i] += x[i] */
+    void (*add)(const float *x, float *out, int64_t n);
 
     /* out[i] (+)= scale * x[i]; `add` 0 overwrites. Unfused multiply and add: same bits on every ISA. */
     void (*scale_add)(float scale, const float *x, float *out, int64_t n, int add);

@@ -26,8 +26,8 @@
 
 struct kt_experts {
     int64_t count, hidden, inner; /* E, H, I */
-    int activation;
-    struct kt_matrix *gate, *up, *down; /* [E] each, one allocation */
+    kt_glu glu;
+    struct kt_matrix *gate, *up, *down; /* [E] each, one allocation; gate NULL: there is none */
 };
 
 /* An expert that has tokens. */
@@ -62,27 +62,35 @@ struct forward {
 /* ---- creation --------------------------------------------------------------------------------------- */
 
 static int check_expert(struct kt_experts *e, int64_t i) {
-    const struct kt_matrix *g = &e->gate[i], *u = &e->up[i], *d = &e->down[i];
-    if (i == 0) e->hidden = g->cols, e->inner = g->rows;
-    int fits = g->cols == e->hidden && g->rows == e->inner && u->cols == e->hidden && u->rows == e->inner &&
-               d->cols == e->inner && d->rows == e->hidden;
+    const struct kt_matrix *g = e->gate ? &e->gate[i] : NULL, *u = &e->up[i], *d = &e->down[i];
+    if (i == 0) e->hidden = u->cols, e->inner = u->rows;
+    int fits = u->cols == e->hidden && u->rows == e->inner && d->cols == e->inner && d->rows == e->hidden;
+    if (g) fits = fits && g->cols == e->hidden && g->rows == e->inner;
     return fits ? KT_OK : KT_ERR_SHAPE;
 }
 
-int kt_experts_create(int64_t count, const kt_weight *gate, const kt_weight *up, const kt_weight *down, int activation,
-                      kt_experts **experts) {
+static int check_glu(const kt_glu *glu, int has_gate) {
+    if (glu->activation < KT_SILU || glu->activation > KT_SWIGLU_OAI) return KT_ERR_ACTIVATION;
+    if (glu->activation == KT_SWIGLU_OAI && !has_gate) return KT_ERR_ACTIVATION;
+    if (!(glu->limit > 0.0f) || glu->alpha != glu->alpha) return KT_ERR_ACTIVATION; /* NaN, or nothing would pass */
+    return glu->gate_bias && !has_gate ? KT_ERR_NULL : KT_OK;
+}
+
+int kt_experts_create(int64_t count, const kt_weight *gate, const kt_weight *up, const kt_weight *down,
+                      const kt_glu *glu, kt_experts **experts) {
     if (!experts) return KT_ERR_NULL;
     *experts = NULL;
-    if (!gate || !up || !down) return KT_ERR_NULL;
+    if (!up || !down || !glu) return KT_ERR_NULL;
     if (count < 1 || count > 1 << 20) return KT_ERR_SHAPE;
-    if (activation < KT_SILU || activation > KT_RELU) return KT_ERR_ACTIVATION;
+    int status = check_glu(glu, gate != NULL);
+    if (status) return status;
     struct kt_experts *e = calloc(1, sizeof *e);
     struct kt_matrix *all = calloc((size_t)count * 3, sizeof *all);
-    int status = e && all ? KT_OK : KT_ERR_MEMORY;
-    if (!status) *e = (struct kt_experts){.count = count, .activation = activation, .gate = all, .up = all + count,
-                                          .down = all + 2 * count};
+    status = e && all ? KT_OK : KT_ERR_MEMORY;
+    if (!status) *e = (struct kt_experts){.count = count, .glu = *glu, .up = all, .down = all + count,
+                                          .gate = gate ? all + 2 * count : NULL};
     for (int64_t i = 0; i < count && !status; i++) {
-        status = kt_matrix_check(&gate[i], &e->gate[i]);
+        if (gate) status = kt_matrix_check(&gate[i], &e->gate[i]);
         if (!status) status = kt_matrix_check(&up[i], &e->up[i]);
         if (!status) status = kt_matrix_check(&down[i], &e->down[i]);
         if (!status) status = check_expert(e, i);
@@ -98,7 +106,7 @@ int kt_experts_create(int64_t count, const kt_weight *gate, const kt_weight *up,
 
 void kt_experts_destroy(kt_experts *e) {
     if (!e) return;
-    free(e->gate);
+    free(e->up); /* the one allocation */
     free(e);
 }
 
@@ -165,16 +173,21 @@ static void gate_up(void *ctx, int32_t job, int thread) {
     const struct kt_experts *e = f->e;
     const struct kt_scratch *s = &f->scratch[thread];
     const struct group *g = &f->group[job / f->blocks_inner];
-    const struct kt_matrix *gate = &e->gate[g->expert], *up = &e->up[g->expert];
+    const struct kt_matrix *gate = e->gate ? &e->gate[g->expert] : NULL, *up = &e->up[g->expert];
     int64_t first = (int64_t)(job % f->blocks_inner) * f->rows;
     int rows = (int)kt_min(e->inner - first, f->rows);
     const int32_t *token = f->token + g->begin;
     float *m = f->m.f + g->begin * f->m.stride + first;
-    struct kt_next after = next_block(f, job, f->blocks_inner, e->gate);
-    kt_matmul_block(f->k, gate, first, rows, &f->x, token, g->tokens, (struct kt_next){up, first}, s, s->c, KT_BLOCK_ROWS);
+    struct kt_next after = next_block(f, job, f->blocks_inner, gate ? e->gate : e->up), then = {up, first};
+    if (gate) kt_matmul_block(f->k, gate, first, rows, &f->x, token, g->tokens, then, s, s->c, KT_BLOCK_ROWS);
     kt_matmul_block(f->k, up, first, rows, &f->x, token, g->tokens, after, s, m, f->m.stride);
-    for (int64_t i = 0; i < g->tokens; i++)
-        f->k->activate(e->activation, s->c + i * KT_BLOCK_ROWS, m + i * f->m.stride, rows);
+    const int64_t bias = g->expert * e->inner + first;
+    for (int64_t i = 0; i < g->tokens; i++) {
+        float *gated = s->c + i * KT_BLOCK_ROWS, *out = m + i * f->m.stride;
+        if (e->glu.gate_bias) f->k->add(e->glu.gate_bias + bias, gated, rows);
+        if (e->glu.up_bias) f->k->add(e->glu.up_bias + bias, out, rows);
+        f->k->activate(&e->glu, gate ? gated : NULL, out, rows);
+    }
 }
 
 static void prepare_m(void *ctx, int32_t job, int thread) {
@@ -190,9 +203,13 @@ static void down(void *ctx, int32_t job, int thread) {
     const struct kt_matrix *w = &f->e->down[g->expert];
     int64_t first = (int64_t)(job % f->blocks_hidden) * f->rows;
     int rows = (int)kt_min(f->e->hidden - first, f->rows);
+    float *y = f->y + g->begin * f->y_stride + first;
     kt_matmul_block(f->k, w, first, rows, &f->m, f->place + g->begin, g->tokens,
                     next_block(f, job, f->blocks_hidden, f->e->down), &f->scratch[thread],
-                    f->y + g->begin * f->y_stride + first, f->y_stride);
+                    y, f->y_stride);
+    const float *bias = f->e->glu.down_bias;
+    for (int64_t i = 0; bias && i < g->tokens; i++)
+        f->k->add(bias + g->expert * f->e->hidden + first, y + i * f->y_stride, rows);
 }
 
 /* The row of x is no longer needed and takes the sum, before it is converted. */
@@ -217,7 +234,7 @@ static void needs(struct forward *f) {
     for (int64_t i = 0; i < f->e->count; i++) {
         int32_t tokens = f->group_of[i];
         if (!tokens) continue;
-        f->need_x |= kt_forms_needed(f->k, &f->e->gate[i], tokens, f->dtype);
+        if (f->e->gate) f->need_x |= kt_forms_needed(f->k, &f->e->gate[i], tokens, f->dtype);
         f->need_x |= kt_forms_needed(f->k, &f->e->up[i], tokens, f->dtype);
         f->need_m |= kt_forms_needed(f->k, &f->e->down[i], tokens, f->dtype);
     }

@@ -172,7 +172,8 @@ static struct moe moe_make(const int type[3], int64_t hidden, int64_t inner, int
             m.part[p][e] = p == 2 ? make(type[p], hidden, inner) : make(type[p], inner, hidden);
             w[p][e] = m.part[p][e].w;
         }
-    check(kt_experts_create(E, w[0], w[1], w[2], activation, &m.experts) == KT_OK, "create");
+    const kt_glu glu = {.activation = activation, .alpha = 1.7f, .limit = activation & 1 ? 7.0f : INFINITY};
+    check(kt_experts_create(E, w[0], w[1], w[2], &glu, &m.experts) == KT_OK, "create");
     m.x = random_floats((size_t)(tokens * hidden));
     m.h = cut_to_bf16(m.x, (size_t)(tokens * hidden));
     m.weights = random_floats((size_t)(tokens * K));
@@ -235,7 +236,7 @@ static void garbage(kt_pool *pool) {
             }
         free(m.room);
         int all[3] = {formats[i].type, formats[i].type, formats[i].type};
-        for (int activation = 0; activation < 4; activation++) {
+        for (int activation = 0; activation <= KT_SWIGLU_OAI; activation++) {
             struct moe e = moe_make(all, 256, 512, 9, activation);
             for (int j = 0; j < 9 * 256; j++) e.x[j] = nasty[next() % 8];
             float *y = malloc(9 * 256 * 4);
@@ -264,11 +265,16 @@ static void errors(kt_pool *pool) {
     w = m.w, w.bytes--;
     check(kt_dequantize(&w, out) == KT_ERR_BYTES, "bytes");
     check(kt_dequantize(&m.w, NULL) == KT_ERR_NULL, "null out");
-    check(kt_experts_create(1, &m.w, &m.w, &m.w, KT_SILU, &e) == KT_ERR_SHAPE && !e, "fit");
-    check(kt_experts_create(0, &m.w, &m.w, &m.w, KT_SILU, &e) == KT_ERR_SHAPE, "count");
-    check(kt_experts_create(1, &m.w, &m.w, &m.w, 9, &e) == KT_ERR_ACTIVATION, "activation");
-    check(kt_experts_create(1, NULL, &m.w, &m.w, KT_SILU, &e) == KT_ERR_NULL, "null gate");
-    check(kt_experts_create(1, &m.w, &m.w, &m.w, KT_SILU, NULL) == KT_ERR_NULL, "null experts");
+    const kt_glu silu = {.activation = KT_SILU, .limit = INFINITY}, unknown = {.activation = 9, .limit = INFINITY};
+    const kt_glu none = {.activation = KT_SILU}, gated = {.activation = KT_SWIGLU_OAI, .limit = 7.0f};
+    check(kt_experts_create(1, &m.w, &m.w, &m.w, &silu, &e) == KT_ERR_SHAPE && !e, "fit");
+    check(kt_experts_create(0, &m.w, &m.w, &m.w, &silu, &e) == KT_ERR_SHAPE, "count");
+    check(kt_experts_create(1, &m.w, &m.w, &m.w, &unknown, &e) == KT_ERR_ACTIVATION, "activation");
+    check(kt_experts_create(1, &m.w, &m.w, &m.w, &none, &e) == KT_ERR_ACTIVATION, "limit 0");
+    check(kt_experts_create(1, NULL, &m.w, &m.w, &gated, &e) == KT_ERR_ACTIVATION, "gated without gate");
+    check(kt_experts_create(1, &m.w, NULL, &m.w, &silu, &e) == KT_ERR_NULL, "null up");
+    check(kt_experts_create(1, &m.w, &m.w, &m.w, NULL, &e) == KT_ERR_NULL, "null glu");
+    check(kt_experts_create(1, &m.w, &m.w, &m.w, &silu, NULL) == KT_ERR_NULL, "null experts");
     check(kt_experts_forward(NULL, pool, x, KT_F32, 1, NULL, 0, NULL, out) == KT_ERR_NULL, "null experts");
     for (int s = -1; s < 12; s++) check(kt_status_message(s) != NULL, "message");
     check(!kt_type_name(77) && !kt_type_block(77) && !kt_isa_name(99) && !kt_cpu_feature_name(40), "names");
