@@ -68,8 +68,12 @@ def test_tables_agree():
     lib = state.lib
     assert native.ACTIVATIONS == {
         "silu": lib.KT_SILU, "gelu": lib.KT_GELU, "gelu_tanh": lib.KT_GELU_TANH,
-        "gelu_pytorch_tanh": lib.KT_GELU_TANH, "relu": lib.KT_RELU,
+        "gelu_pytorch_tanh": lib.KT_GELU_TANH, "relu": lib.KT_RELU, "relu2": lib.KT_RELU2,
+        "swigluoai": lib.KT_SWIGLU_OAI,
     }  # fmt: skip
+    assert {f"KT_SCALE_{name}": i for name, i in native.SCALES.items()} == {
+        name: getattr(lib, name) for name in dir(lib) if name.startswith("KT_SCALE_")
+    }
     assert tuple(state.text(lib.kt_isa_name(i)) for i in range(lib.kt_isa_count())) == env.ISAS
 
 
