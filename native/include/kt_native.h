@@ -179,6 +179,18 @@ int kt_pool_create(int threads, kt_pool **pool);
 int kt_pool_threads(const kt_pool *pool);
 void kt_pool_destroy(kt_pool *pool);
 
+/* The same with a say in where threads run. `bind`: workers are bound to cores and nodes (see threads.c; the caller
+ * never is); 0 leaves every thread to the kernel. `nodes`: NULL for the machine's NUMA nodes, or a list of CPUs a node,
+ * such as "0-3,8;4-7", taken at its word even where this machine has no such CPU. KT_ERR_THREADS if it is no list. */
+int kt_pool_create_on(int threads, int bind, const char *nodes, kt_pool **pool);
+
+/* Change the number of threads, 0 as above, looking at affinity and quota again; waits for the call under way. */
+int kt_pool_resize(kt_pool *pool, int threads);
+
+/* NUMA nodes that the pool spans, and the threads of one. */
+int kt_pool_nodes(const kt_pool *pool);
+int kt_pool_node_threads(const kt_pool *pool, int node);
+
 /* out[T, rows] = x[T, cols] @ w^T + bias. `bias` is fp32 [rows] or NULL; x and out share `dtype`. */
 int kt_linear(kt_pool *pool, const kt_weight *w, const float *bias, const void *x, int dtype, int64_t tokens,
               void *out);

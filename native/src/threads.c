@@ -1,26 +1,23 @@
-/* threads.c: the worker pool.
+/* threads.c: how the worker pool runs job sets; pool.c makes and ends pools.
  *
- * A job set is one 64-bit ticket: generation (high half) and jobs not yet taken (low half). Workers and the
- * caller take jobs by compare-and-swap, so whoever is awake works and a worker that sleeps delays nobody.
- * A job's fields may be read only by a thread that holds an unfinished job of it: the set cannot end, and so
- * the fields cannot change, before that thread reports.
+ * A job set is, for each NUMA node, a count of jobs not yet taken. Workers and the caller take jobs by counting it
+ * down, their own node's first, so whoever is awake works and a worker that sleeps delays nobody. The other fields of
+ * a set may be read only by a thread that took a job and has not reported it: until then the set cannot end, nor its
+ * fields change. A thread that wakes too late finds no job or one of the next set, and both are right.
  *
- * Waiting: a worker looks at the ticket for a few microseconds (the gap between two job sets of one call),
- * then sleeps on a condition. Nobody looks at all when there are more threads than cores, because the time
- * would be taken from the thread that has the work. */
+ * Waiting: a worker looks for jobs for a few microseconds (the gap between two job sets of one call), then sleeps on a
+ * condition. Nobody looks at all when there are more threads than cores, because the time would be taken from the
+ * thread that has the work.
+ *
+ * Where threads run: a pool with a thread for every core binds each worker to a core of its own, all but the core its
+ * first caller was on. A smaller pool leaves the choice to the kernel, because two small pools, or two processes,
+ * would choose the same cores; on several nodes each worker stays on its node. The caller is never bound. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
-#include "threads.h"
+#include "pool.h"
 
-#include <pthread.h>
-#include <sched.h>
 #include <signal.h>
-#include <stdatomic.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
 
 #if defined(__x86_64__)
 #define PAUSE() __builtin_ia32_pause()
@@ -30,62 +27,58 @@
 #define PAUSE() ((void)0)
 #endif
 
-enum { MAX_THREADS = 1024, LOOKS = 2000 /* about 20-50 us of pauses */ };
-
-struct worker {
-    struct kt_pool *pool;
-    pthread_t id;
-    int index;
-};
-
-struct kt_pool {
-    pthread_mutex_t owner; /* held for a whole public call */
-    int threads;           /* the caller included */
-    int started;           /* workers running; 0 until the first job set, and again after fork */
-    int looks;             /* polls before sleeping */
-
-    _Atomic(uint64_t) ticket;
-    _Atomic(int32_t) unfinished;
-    kt_job_fn fn;
-    void *ctx;
-    int32_t jobs;
-
-    pthread_mutex_t lock; /* guards the two conditions */
-    pthread_cond_t work, done;
-    _Atomic(int) sleepers, caller_sleeps, quit;
-
-    void *shared;
-    size_t shared_bytes;
-    struct worker *workers;
-    struct kt_pool *next; /* all pools, for fork */
-};
-
 /* ---- jobs ------------------------------------------------------------------------------------------- */
 
-/* Take one job of the current set and run it; 0 when none is left. */
-static int work_once(struct kt_pool *p, int thread) {
-    uint64_t t = atomic_load(&p->ticket);
-    do {
-        if (!(uint32_t)t) return 0;
-    } while (!atomic_compare_exchange_weak(&p->ticket, &t, t - 1));
-    p->fn(p->ctx, p->jobs - (int32_t)(uint32_t)t, thread);
-    if (atomic_fetch_sub(&p->unfinished, 1) == 1 && atomic_load(&p->caller_sleeps)) {
-        pthread_mutex_lock(&p->lock);
-        pthread_cond_signal(&p->done);
-        pthread_mutex_unlock(&p->lock);
-    }
-    return 1;
+static void report(struct kt_pool *p, int32_t done) {
+    if (atomic_fetch_sub(&p->part->unfinished, done) != done || !atomic_load(&p->caller_sleeps)) return;
+    pthread_mutex_lock(&p->lock);
+    pthread_cond_signal(&p->done);
+    pthread_mutex_unlock(&p->lock);
 }
 
-static int has_work(struct kt_pool *p) { return (uint32_t)atomic_load(&p->ticket) || atomic_load(&p->quit); }
+/* Take jobs of the current set and run them until none is left, those of `node` first. A thread reports what it did
+ * together, except near the end, when the others may already be waiting for it. */
+static void work(struct kt_pool *p, int thread, int node) {
+    int32_t done = 0;
+    for (int n = 0; n < p->nodes; n++) {
+        struct part *part = &p->part[node];
+        int32_t left = atomic_load(&part->left);
+        while (left > 0 && (left = atomic_fetch_sub(&part->left, 1)) > 0) {
+            part->fn(part->ctx, part->end - left, thread);
+            done++;
+            if (left-- > p->threads) continue;
+            report(p, done);
+            done = 0;
+            if (left) left = atomic_load(&part->left);
+        }
+        if (++node == p->nodes) node = 0;
+    }
+    if (done) report(p, done);
+}
+
+static int has_work(struct kt_pool *p) {
+    for (int n = 0; n < p->nodes; n++)
+        if (atomic_load(&p->part[n].left) > 0) return 1;
+    return atomic_load(&p->quit);
+}
+
+/* See the top of the file. Where the kernel refuses, the worker runs where its creator might. */
+static void bind_worker(const struct kt_pool *p, struct seat seat) {
+    struct kt_cpus cpus;
+    const int core = p->threads == p->machine->cores ? seat.core : -1;
+    kt_bind_thread(kt_topology_cpus(p->machine, core, seat.node, &cpus) ? &cpus : &p->machine->usable);
+}
 
 static void *worker_main(void *arg) {
     struct worker *w = arg;
     struct kt_pool *p = w->pool;
+    const int node = w->seat.node;
+    if (p->bind) bind_worker(p, w->seat);
     while (!atomic_load(&p->quit)) {
-        while (work_once(p, w->index)) {}
-        for (int i = 0; i < p->looks && !has_work(p); i++) PAUSE();
-        if (has_work(p)) continue;
+        work(p, w->index, node);
+        int found = 0;
+        for (int i = 0; i < p->looks && !(found = has_work(p)); i++) PAUSE();
+        if (found) continue;
         pthread_mutex_lock(&p->lock);
         atomic_fetch_add(&p->sleepers, 1);
         while (!has_work(p)) pthread_cond_wait(&p->work, &p->lock);
@@ -95,210 +88,92 @@ static void *worker_main(void *arg) {
     return NULL;
 }
 
+/* The core that the calling thread is on, or the first seat's. */
+static int callers_core(const struct kt_pool *p) {
+    int cpu = kt_current_cpu();
+    int core = cpu >= 0 && cpu < KT_MAX_CPUS ? p->machine->core_of[cpu] : -1;
+    return core < 0 ? p->seats[0].core : core;
+}
+static int callers_node(const struct kt_pool *p) { return p->machine->core[callers_core(p)].node; }
+
+/* The seat that the workers leave to the caller: its core's, else one on its node, else the first. */
+static int callers_seat(const struct kt_pool *p) {
+    int core = callers_core(p), best = 0;
+    for (int i = p->threads - 1; i >= 0; i--) {
+        if (p->seats[i].node == p->machine->core[core].node) best = i;
+        if (p->seats[i].core == core) return i;
+    }
+    return best;
+}
+
 /* Workers start with the first job set, not with the pool: a pool that is never used costs nothing. Fewer
  * than asked for is not an error: the caller can do all the work. */
 static void start_workers(struct kt_pool *p) {
     sigset_t all, old;
+    int kept = callers_seat(p);
     sigfillset(&all); /* signals belong to the program's own threads */
     pthread_sigmask(SIG_SETMASK, &all, &old);
     while (p->started < p->threads - 1) {
-        struct worker *w = &p->workers[p->started];
-        *w = (struct worker){.pool = p, .index = p->started + 1};
+        struct worker *w = &p->workers[p->started + 1];
+        *w = (struct worker){.pool = p, .index = p->started + 1, .seat = p->seats[p->started + (p->started >= kept)]};
         if (pthread_create(&w->id, NULL, worker_main, w)) break;
         p->started++;
     }
     pthread_sigmask(SIG_SETMASK, &old, NULL);
 }
 
-void kt_pool_run(kt_pool *p, kt_job_fn fn, void *ctx, int32_t jobs) {
-    if (jobs == 1 || p->threads == 1) {
-        for (int32_t i = 0; i < jobs; i++) fn(ctx, i, 0);
-        return;
-    }
-    if (jobs <= 0) return;
-    if (p->started < p->threads - 1) start_workers(p);
+void kt_pool_stop(struct kt_pool *p) {
+    pthread_mutex_lock(&p->lock);
+    atomic_store(&p->quit, 1);
+    pthread_cond_broadcast(&p->work);
+    pthread_mutex_unlock(&p->lock);
+    for (; p->started; p->started--) pthread_join(p->workers[p->started].id, NULL);
+    atomic_store(&p->quit, 0);
+}
 
-    p->fn = fn;
-    p->ctx = ctx;
-    p->jobs = jobs;
-    atomic_store(&p->unfinished, jobs);
-    uint64_t generation = (atomic_load(&p->ticket) >> 32) + 1;
-    atomic_store(&p->ticket, generation << 32 | (uint64_t)jobs);
-    if (atomic_load(&p->sleepers)) { /* a worker counts itself before its last look at the ticket */
+/* Hand out the jobs, work with the others, and wait for the last of them. */
+static void run(struct kt_pool *p, kt_job_fn fn, void *ctx, const int32_t *jobs_of_node, int nodes, int32_t jobs) {
+    if (p->started < p->threads - 1) start_workers(p);
+    atomic_store(&p->part->unfinished, jobs);
+    int32_t end = 0;
+    for (int n = 0; n < nodes; n++) {
+        struct part *part = &p->part[n];
+        part->fn = fn;
+        part->ctx = ctx;
+        part->end = end += jobs_of_node[n];
+        atomic_store(&part->left, jobs_of_node[n]);
+    }
+    if (atomic_load(&p->sleepers)) { /* a worker counts itself before its last look for jobs */
         pthread_mutex_lock(&p->lock);
         pthread_cond_broadcast(&p->work);
         pthread_mutex_unlock(&p->lock);
     }
 
-    while (work_once(p, 0)) {}
-    for (int i = 0; i < p->looks && atomic_load(&p->unfinished); i++) PAUSE();
-    if (!atomic_load(&p->unfinished)) return;
+    work(p, 0, nodes > 1 ? callers_node(p) : 0);
+    for (int i = 0; i < p->looks; i++) {
+        if (!atomic_load(&p->part->unfinished)) return;
+        PAUSE();
+    }
     pthread_mutex_lock(&p->lock);
     atomic_store(&p->caller_sleeps, 1);
-    while (atomic_load(&p->unfinished)) pthread_cond_wait(&p->done, &p->lock);
+    while (atomic_load(&p->part->unfinished)) pthread_cond_wait(&p->done, &p->lock);
     atomic_store(&p->caller_sleeps, 0);
     pthread_mutex_unlock(&p->lock);
 }
 
-/* ---- fork ------------------------------------------------------------------------------------------- */
-
-/* fork() copies the caller's thread only. In the child every pool forgets its workers and whatever call was
- * under way in another thread, and starts anew at its next job set. */
-static pthread_mutex_t pools_lock = PTHREAD_MUTEX_INITIALIZER;
-static struct kt_pool *pools;
-static pthread_once_t fork_once = PTHREAD_ONCE_INIT;
-
-static void init_sync(struct kt_pool *p) {
-    pthread_mutex_init(&p->owner, NULL);
-    pthread_mutex_init(&p->lock, NULL);
-    pthread_cond_init(&p->work, NULL);
-    pthread_cond_init(&p->done, NULL);
-    atomic_store(&p->ticket, 0);
-    atomic_store(&p->unfinished, 0);
-    atomic_store(&p->sleepers, 0);
-    atomic_store(&p->caller_sleeps, 0);
-    atomic_store(&p->quit, 0);
-    p->started = 0;
-}
-
-static void before_fork(void) { pthread_mutex_lock(&pools_lock); }
-static void after_fork_parent(void) { pthread_mutex_unlock(&pools_lock); }
-static void after_fork_child(void) {
-    for (struct kt_pool *p = pools; p; p = p->next) {
-        init_sync(p);
-        p->shared = NULL; /* the parent may have been about to replace it: let it go rather than free it twice */
-        p->shared_bytes = 0;
+void kt_pool_run(kt_pool *p, kt_job_fn fn, void *ctx, int32_t jobs) {
+    if (jobs > 1 && p->threads > 1) {
+        run(p, fn, ctx, &jobs, 1, jobs);
+        return;
     }
-    pthread_mutex_unlock(&pools_lock);
-}
-static void watch_fork(void) { pthread_atfork(before_fork, after_fork_parent, after_fork_child); }
-
-/* ---- how many threads ------------------------------------------------------------------------------- */
-
-#if defined(__linux__)
-/* The lowest-numbered hardware thread of the core that `cpu` belongs to, or `cpu` itself if unknown. */
-static int core_of(int cpu) {
-    char path[96];
-    int first = cpu;
-    snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
-    FILE *f = fopen(path, "r");
-    if (!f) return cpu;
-    if (fscanf(f, "%d", &first) != 1 || first < 0) first = cpu;
-    fclose(f);
-    return first;
+    for (int32_t i = 0; i < jobs; i++) fn(ctx, i, 0);
 }
 
-/* CPUs' worth of time that the cgroup grants, rounded up; a large number without a limit. */
-static int cgroup_cpus(void) {
-    double quota = 0, period = 0;
-    FILE *f = fopen("/sys/fs/cgroup/cpu.max", "r"); /* version 2: "max 100000" or "200000 100000" */
-    if (f) {
-        if (fscanf(f, "%lf %lf", &quota, &period) != 2) quota = 0;
-        fclose(f);
-    } else {
-        f = fopen("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "r"); /* version 1: -1 without a limit */
-        if (f) {
-            if (fscanf(f, "%lf", &quota) != 1) quota = 0;
-            fclose(f);
-        }
-        f = fopen("/sys/fs/cgroup/cpu/cpu.cfs_period_us", "r");
-        if (f) {
-            if (fscanf(f, "%lf", &period) != 1) period = 0;
-            fclose(f);
-        }
-    }
-    if (quota <= 0 || period <= 0) return MAX_THREADS;
-    int cpus = (int)((quota + period - 1) / period);
-    return cpus < 1 ? 1 : cpus;
-}
-
-/* Cores this process may run on; with one hardware thread each, since siblings share the units we saturate. */
-static int allowed_cores(void) {
-    cpu_set_t set, seen;
-    CPU_ZERO(&seen);
-    if (sched_getaffinity(0, sizeof set, &set)) return (int)sysconf(_SC_NPROCESSORS_ONLN);
-    for (int cpu = 0; cpu < CPU_SETSIZE; cpu++)
-        if (CPU_ISSET(cpu, &set)) {
-            int core = core_of(cpu);
-            CPU_SET(core < CPU_SETSIZE ? core : cpu, &seen);
-        }
-    return CPU_COUNT(&seen);
-}
-#else
-static int cgroup_cpus(void) { return MAX_THREADS; }
-static int allowed_cores(void) { return (int)sysconf(_SC_NPROCESSORS_ONLN); }
-#endif
-
-int kt_default_threads(void) {
-    int cores = allowed_cores(), granted = cgroup_cpus();
-    int n = cores < granted ? cores : granted;
-    return n < 1 ? 1 : n > MAX_THREADS ? MAX_THREADS : n;
-}
-
-/* ---- the pool --------------------------------------------------------------------------------------- */
-
-int kt_pool_create(int threads, kt_pool **pool) {
-    if (!pool) return KT_ERR_NULL;
-    *pool = NULL;
-    int cores = kt_default_threads();
-    if (threads == 0) threads = cores;
-    if (threads < 0 || threads > MAX_THREADS) return KT_ERR_THREADS;
-    pthread_once(&fork_once, watch_fork);
-    struct kt_pool *p = calloc(1, sizeof *p);
-    if (!p) return KT_ERR_MEMORY;
-    p->workers = calloc((size_t)threads, sizeof *p->workers);
-    if (!p->workers) {
-        free(p);
-        return KT_ERR_MEMORY;
-    }
-    p->threads = threads;
-    p->looks = threads <= cores ? LOOKS : 0;
-    init_sync(p);
-    pthread_mutex_lock(&pools_lock);
-    p->next = pools;
-    pools = p;
-    pthread_mutex_unlock(&pools_lock);
-    *pool = p;
-    return KT_OK;
-}
-
-int kt_pool_threads(const kt_pool *pool) { return pool ? pool->threads : 0; }
-
-void kt_pool_destroy(kt_pool *p) {
-    if (!p) return;
-    pthread_mutex_lock(&p->owner); /* wait for a call under way */
-    pthread_mutex_unlock(&p->owner);
-    pthread_mutex_lock(&pools_lock);
-    for (struct kt_pool **at = &pools; *at; at = &(*at)->next)
-        if (*at == p) {
-            *at = p->next;
-            break;
-        }
-    pthread_mutex_unlock(&pools_lock);
-    pthread_mutex_lock(&p->lock);
-    atomic_store(&p->quit, 1);
-    pthread_cond_broadcast(&p->work);
-    pthread_mutex_unlock(&p->lock);
-    for (int i = 0; i < p->started; i++) pthread_join(p->workers[i].id, NULL);
-    pthread_mutex_destroy(&p->owner);
-    pthread_mutex_destroy(&p->lock);
-    pthread_cond_destroy(&p->work);
-    pthread_cond_destroy(&p->done);
-    free(p->workers);
-    free(p->shared);
-    free(p);
-}
-
-void kt_pool_lock(kt_pool *p) { pthread_mutex_lock(&p->owner); }
-void kt_pool_unlock(kt_pool *p) { pthread_mutex_unlock(&p->owner); }
-
-void *kt_pool_shared(kt_pool *p, size_t bytes) {
-    if (bytes > SIZE_MAX - 4096) return NULL;
-    if (bytes > p->shared_bytes) {
-        bytes = (bytes + 4095) & ~(size_t)4095;
-        free(p->shared);
-        p->shared = aligned_alloc(4096, bytes);
-        p->shared_bytes = p->shared ? bytes : 0;
-    }
-    return p->shared;
+void kt_pool_run_sharded(kt_pool *p, kt_job_fn fn, void *ctx, const int32_t *jobs_of_node) {
+    int32_t jobs = 0;
+    for (int n = 0; n < p->nodes; n++) jobs += jobs_of_node[n];
+    if (p->nodes > 1 && jobs > 1 && p->threads > 1)
+        run(p, fn, ctx, jobs_of_node, p->nodes, jobs);
+    else
+        kt_pool_run(p, fn, ctx, jobs);
 }
