@@ -4,6 +4,7 @@ Values are read when asked for, not at import, so tests and notebooks can change
 """
 
 import os
+import re
 
 from ktransformers.errors import KTransformersError, did_you_mean
 
@@ -13,6 +14,8 @@ ISAS = ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
 VARIABLES = {
     "KT_DEBUG": "0 quiet, 1 print the injection plan while loading",
     "KT_ISA": f"highest instruction set the C library may use: {', '.join(ISAS)}",
+    "KT_NUMA": "CPUs of each NUMA node, such as 0-3,8;4-7; default: what the system reports",
+    "KT_PIN": "0 leaves the C library's threads to the system, 1 (default) binds them to cores and NUMA nodes",
     "KT_RULE_MODULES": "comma-separated modules that rule files may import beyond torch, transformers, ktransformers",
     "KT_THREADS": "threads of the C library, the calling one included; default: the cores this process may use",
 }
@@ -38,6 +41,21 @@ def debug() -> int:
 def threads() -> int | None:
     """KT_THREADS, or None for the default of the C library."""
     return _integer("KT_THREADS", None, 1, 1024)
+
+
+def pin() -> bool:
+    """KT_PIN: whether the C library binds its threads to cores and NUMA nodes."""
+    return bool(_integer("KT_PIN", 1, 0, 1))
+
+
+def numa() -> str | None:
+    """KT_NUMA, or None for the NUMA nodes that the system reports."""
+    text = "".join(os.environ.get("KT_NUMA", "").split())
+    if text and not re.fullmatch(r"{0}(,{0})*(;{0}(,{0})*)*".format(r"\d{1,4}(-\d{1,4})?"), text):
+        raise KTransformersError(
+            f"KT_NUMA={text!r}: expected lists of CPUs, one a node, such as 0-3,8;4-7. Unset KT_NUMA or correct it."
+        )
+    return text or None
 
 
 def isa() -> str | None:

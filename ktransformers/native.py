@@ -89,11 +89,13 @@ class _State:
             )
         self.check(self.lib.kt_isa_force(name.encode()), f"{subject}={name!r}")
 
-    def new_pool(self, count: int) -> None:
+    def new_pool(self, count: int, pin: bool, numa: str | None) -> Any:
         out = self.ffi.new("kt_pool **")
-        self.check(self.lib.kt_pool_create(count, out), f"thread pool of {count or 'default'} threads")
-        # Whoever is inside a call holds a reference, so an old pool ends when its last call does.
-        self.pool = self.ffi.gc(out[0], self.lib.kt_pool_destroy)
+        nodes = self.ffi.NULL if numa is None else numa.encode()
+        status = self.lib.kt_pool_create_on(count, pin, nodes, out)
+        self.check(status, f"thread pool of {count or 'default'} threads on {numa or 'the machine'}")
+        # Whoever is inside a call holds a reference, so a pool ends when its last call does.
+        return self.ffi.gc(out[0], self.lib.kt_pool_destroy)
 
     def check(self, status: int, subject: str) -> None:
         if status != self.lib.KT_OK:
@@ -114,7 +116,7 @@ def _pool() -> tuple[_State, Any]:
     if state.pool is None:
         with _lock:
             if state.pool is None:
-                state.new_pool(env.threads() or 0)
+                state.pool = state.new_pool(env.threads() or 0, env.pin(), env.numa())
     return state, state.pool
 
 
@@ -169,12 +171,12 @@ def threads() -> int:
 def set_threads(count: int | None) -> None:
     """Use `count` threads from now on, the calling one included; None: KT_THREADS or the machine's cores.
 
-    Raises NativeError for what is not a whole number from 1 to MAX_THREADS.
+    Waits for the calls under way. Raises NativeError for what is not a whole number from 1 to MAX_THREADS.
     """
     if count is not None:
         _whole(count, 1, MAX_THREADS, "set_threads", ", or None")
-    with _lock:
-        _native().new_pool(count if count is not None else env.threads() or 0)
+    state, pool = _pool()
+    state.check(state.lib.kt_pool_resize(pool, count or env.threads() or 0), f"set_threads({count})")
 
 
 def cpu_features() -> dict[str, bool]:
@@ -450,6 +452,21 @@ class Experts:
         Returns [T, H] of hidden's dtype. An id outside 0..E-1 is skipped; duplicate ids in a row both count.
         """
         state, pool = _pool()
+        hidden, ids, weights = self._arguments(state, hidden, ids, weights)
+        out = torch.empty_like(hidden)
+        cast = state.ffi.cast
+        status = state.lib.kt_experts_forward(
+            self._experts, pool, cast("void *", hidden.data_ptr()), state.dtypes[hidden.dtype], hidden.shape[0],
+            cast("int64_t *", ids.data_ptr()), ids.shape[1], cast("float *", weights.data_ptr()),
+            cast("void *", out.data_ptr()),
+        )  # fmt: skip
+        state.check(status, self.name)
+        return out
+
+    def _arguments(
+        self, state: _State, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The three of `forward`, checked and as C reads them."""
         hidden = _input(state, hidden, self.hidden, self.name)
         _tensor(ids, f"{self.name} (ids)", "int64 [T, K]", movable=True)
         _tensor(weights, f"{self.name} (weights)", "float [T, K]", movable=True)
@@ -462,16 +479,7 @@ class Experts:
             raise NativeError(f"{self.name}: found ids of {ids.dtype}, expected int64.")
         if not weights.is_floating_point():
             raise NativeError(f"{self.name}: found weights of {weights.dtype}, expected a float dtype.")
-        ids, weights = _plain(ids, torch.int64), _plain(weights, torch.float32)
-        out = torch.empty_like(hidden)
-        cast = state.ffi.cast
-        status = state.lib.kt_experts_forward(
-            self._experts, pool, cast("void *", hidden.data_ptr()), state.dtypes[hidden.dtype], hidden.shape[0],
-            cast("int64_t *", ids.data_ptr()), ids.shape[1], cast("float *", weights.data_ptr()),
-            cast("void *", out.data_ptr()),
-        )  # fmt: skip
-        state.check(status, self.name)
-        return out
+        return hidden, _plain(ids, torch.int64), _plain(weights, torch.float32)
 
     __call__ = forward
 
@@ -483,3 +491,192 @@ def dequantize(packed: Packed) -> torch.Tensor:
     out = torch.empty(_weight(state, packed, "dequantize", [], w, flat=True), dtype=torch.float32)
     state.check(state.lib.kt_dequantize(w, state.ffi.cast("float *", out.data_ptr())), "dequantize")
     return out
+
+
+# ---- pools and queues of one's own -------------------------------------------------------------------------
+
+
+class Pool:
+    """Threads beside the module's own, to give a queue its share of the machine. They start with the first call."""
+
+    def __init__(self, threads: int | None = None, pin: bool | None = None, numa: str | None = None) -> None:
+        """`threads`, the calling one included; `pin` and `numa` as KT_PIN and KT_NUMA say. None: as the variables say,
+        or the machine. Raises NativeError for what is no such number or list."""
+        if threads is not None:
+            _whole(threads, 1, MAX_THREADS, "Pool (threads)", ", or None")
+        if numa is not None and not isinstance(numa, str):
+            raise NativeError(f"Pool (numa): found {numa!r}, expected CPUs a node such as '0-3,8;4-7', or None.")
+        self._state = _native()
+        self._pool = self._state.new_pool(
+            threads or env.threads() or 0,
+            env.pin() if pin is None else bool(pin),
+            env.numa() if numa is None else numa,
+        )
+
+    @property
+    def threads(self) -> int:
+        """Threads, the calling one included."""
+        return self._state.lib.kt_pool_threads(self._pool)
+
+    @property
+    def nodes(self) -> list[int]:
+        """Threads of each NUMA node."""
+        lib = self._state.lib
+        return [lib.kt_pool_node_threads(self._pool, n) for n in range(lib.kt_pool_nodes(self._pool))]
+
+    def resize(self, threads: int | None) -> None:
+        """Use `threads` from now on; waits for the call under way. None: KT_THREADS or the machine's cores."""
+        if threads is not None:
+            _whole(threads, 1, MAX_THREADS, "Pool.resize", ", or None")
+        status = self._state.lib.kt_pool_resize(self._pool, threads or env.threads() or 0)
+        self._state.check(status, f"Pool.resize({threads})")
+
+
+class HostCall:
+    """A call for cudaLaunchHostFunc: addresses of a `void (*)(void *)` and of its argument. Both stay valid as long as
+    this object, which must outlive the graph that holds it."""
+
+    def __init__(self, function: Any, argument: Any, keep: Any, state: _State) -> None:
+        self._keep = function, argument, keep
+        self.function = int(state.ffi.cast("uintptr_t", function))
+        self.argument = int(state.ffi.cast("uintptr_t", argument))
+
+
+class _Submitted:
+    """What a call needs until it is done. The number is None until the library has taken it."""
+
+    def __init__(self, name: str, keep: Any) -> None:
+        self.name, self.keep, self.number = name, keep, None
+
+
+class Queue:
+    """Calls that a thread of the queue's own computes in order, while Python goes on or a GPU works.
+
+    Thread-safe. `close`, or the end of the object, waits for the call being computed and drops those behind it.
+    """
+
+    def __init__(self, pool: Pool | None = None) -> None:
+        """`pool`: whose threads compute; None: the module's own."""
+        if pool is not None and not isinstance(pool, Pool):
+            raise NativeError(f"Queue: found {type(pool).__name__}, expected a Pool, or None.")
+        state, handle = _pool() if pool is None else (pool._state, pool._pool)
+        out = state.ffi.new("kt_queue **")
+        state.check(state.lib.kt_queue_create(handle, out), "Queue")
+        submitted: dict[_Submitted, None] = {}  # in order; adding and removing are atomic
+
+        def destroy(queue: Any) -> None:
+            state.lib.kt_queue_destroy(queue)
+            submitted.clear()  # not before: the library may have been reading them
+            _ = handle  # the pool ends after the queue
+
+        self._state, self._submitted = state, submitted
+        self._queue = state.ffi.gc(out[0], destroy)
+
+    def submit(
+        self, experts: Experts, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Compute `out[:] = experts(hidden, ids, weights)` later. `out` [T, H]: contiguous, hidden's dtype, on the cpu.
+
+        Leave the tensors alone until `sync`. Raises NativeError for arguments that do not fit.
+        """
+        self._submit(*self._experts_call(experts, hidden, ids, weights, out))
+
+    def submit_linear(self, linear: Linear, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Compute `out[:] = linear(x)` later; otherwise as `submit`."""
+        self._submit(*self._linear_call(linear, x, out))
+
+    def sync(self, allow_pending: int = 0) -> None:
+        """Wait until at most `allow_pending` of the calls submitted so far are unfinished.
+
+        Raises NativeError with the name of the first call that failed since the last sync; the others are computed.
+        """
+        _whole(allow_pending, 0, 2**62, "Queue.sync (allow_pending)")
+        state, queue = self._state, self._open()
+        failed = state.ffi.new("int64_t *")
+        status = state.lib.kt_sync(queue, allow_pending, failed)
+        done, name = state.lib.kt_queue_done(queue), f"queue, call {failed[0] or 'not submitted'}"
+        for entry in list(self._submitted):
+            if entry.number is not None and entry.number <= done:
+                name = entry.name if entry.number == failed[0] else name
+                self._submitted.pop(entry, None)
+        state.check(status, name)
+
+    def host_submit(
+        self, experts: Experts, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, out: torch.Tensor
+    ) -> HostCall:
+        """`submit` as a host function that may run many times. It reads these very tensors each time, so all must be
+        contiguous on the cpu, ids int64 and weights float32."""
+        name, call, keep = self._experts_call(experts, hidden, ids, weights, out)
+        for role, mine, read in (("hidden", hidden, keep[1]), ("ids", ids, keep[2]), ("weights", weights, keep[3])):
+            if mine.data_ptr() != read.data_ptr():
+                raise NativeError(
+                    f"{name} ({role}): found {mine.dtype} on {mine.device}, contiguous={mine.is_contiguous()}; "
+                    f"expected {read.dtype}, contiguous, on the cpu: a host function reads it each time it runs."
+                )
+        return HostCall(self._state.ffi.addressof(self._state.lib, "kt_submit_host"), call, (self, keep), self._state)
+
+    def host_sync(self, allow_pending: int = 0) -> HostCall:
+        """`sync` as a host function. What failed is raised by the next `sync`."""
+        _whole(allow_pending, 0, 2**62, "Queue.host_sync (allow_pending)")
+        wait = self._state.ffi.new("kt_wait *", {"queue": self._open(), "allow_pending": allow_pending})
+        return HostCall(self._state.ffi.addressof(self._state.lib, "kt_sync_host"), wait, self, self._state)
+
+    def close(self) -> None:
+        """End the queue now. Calling it twice is fine; any other use of a closed queue raises NativeError."""
+        if self._queue is not None:
+            queue, self._queue = self._queue, None
+            self._state.ffi.release(queue)
+
+    def _open(self) -> Any:
+        if self._queue is None:
+            raise NativeError("Queue: found it closed, expected an open one. Make a new Queue.")
+        return self._queue
+
+    def _submit(self, name: str, call: Any, keep: Any) -> None:
+        entry, number = _Submitted(name, keep), self._state.ffi.new("int64_t *")
+        self._submitted[entry] = None  # first, so that Ctrl-C at any moment leaves the tensors alive
+        status = self._state.lib.kt_submit(call, number)
+        if status:
+            del self._submitted[entry]
+        self._state.check(status, name)
+        entry.number = number[0]
+
+    def _experts_call(self, experts: Experts, hidden: Any, ids: Any, weights: Any, out: Any) -> tuple[str, Any, Any]:
+        if not isinstance(experts, Experts):
+            raise NativeError(f"Queue: found {type(experts).__name__}, expected Experts.")
+        state, name, cast = self._state, experts.name, self._state.ffi.cast
+        hidden, ids, weights = experts._arguments(state, hidden, ids, weights)
+        _output(out, hidden, [hidden.shape[0], experts.hidden], name)
+        call = state.ffi.new("kt_call *", {
+            "queue": self._open(), "experts": experts._experts, "ids": cast("int64_t *", ids.data_ptr()),
+            "per_token": ids.shape[1], "weights": cast("float *", weights.data_ptr()),
+            "input": cast("void *", hidden.data_ptr()), "dtype": state.dtypes[hidden.dtype],
+            "tokens": hidden.shape[0], "out": cast("void *", out.data_ptr()),
+        })  # fmt: skip
+        return name, call, (experts, hidden, ids, weights, out)
+
+    def _linear_call(self, linear: Linear, x: Any, out: Any) -> tuple[str, Any, Any]:
+        if not isinstance(linear, Linear):
+            raise NativeError(f"Queue: found {type(linear).__name__}, expected Linear.")
+        state, name, cast = self._state, linear.name, self._state.ffi.cast
+        x = _input(state, x, linear.in_features, name)
+        _output(out, x, [*x.shape[:-1], linear.out_features], name)
+        bias = state.ffi.NULL if linear.bias is None else cast("float *", linear.bias.data_ptr())
+        call = state.ffi.new("kt_call *", {
+            "queue": self._open(), "weight": linear._w, "bias": bias, "input": cast("void *", x.data_ptr()),
+            "dtype": state.dtypes[x.dtype], "tokens": x.numel() // linear.in_features,
+            "out": cast("void *", out.data_ptr()),
+        })  # fmt: skip
+        return name, call, (linear, x, out)
+
+
+def _output(out: Any, like: torch.Tensor, shape: list[int], name: str) -> None:
+    expected = f"{like.dtype} {shape}, contiguous"
+    _tensor(out, f"{name} (out)", expected)
+    if out.dtype != like.dtype or list(out.shape) != shape or not out.is_contiguous() or out.is_neg():
+        raise NativeError(
+            f"{name} (out): found {out.dtype} {list(out.shape)}, contiguous={out.is_contiguous()}; expected {expected}."
+        )
+    begin, end = out.data_ptr(), out.data_ptr() + out.nbytes
+    if begin < like.data_ptr() + like.nbytes and like.data_ptr() < end:
+        raise NativeError(f"{name} (out): found memory shared with the input, expected a tensor of its own.")

@@ -191,6 +191,53 @@ int kt_pool_resize(kt_pool *pool, int threads);
 int kt_pool_nodes(const kt_pool *pool);
 int kt_pool_node_threads(const kt_pool *pool, int node);
 
+/* Queue: calls that one thread of the queue's own works off in order on its pool, while the caller does something
+ * else, such as drive a GPU. The thread starts with the first submission. */
+typedef struct kt_queue kt_queue;
+
+/* The arguments of one kt_experts_forward, or of one kt_linear (`weight`, `bias`) where `experts` is NULL. */
+typedef struct kt_call {
+    kt_queue *queue;
+    const kt_experts *experts;
+    const int64_t *ids;
+    int64_t per_token;
+    const float *weights;
+    const kt_weight *weight;
+    const float *bias;
+    const void *input;
+    int32_t dtype;
+    int64_t tokens;
+    void *out;
+} kt_call;
+
+/* For kt_sync_host. */
+typedef struct kt_wait {
+    kt_queue *queue;
+    int64_t allow_pending;
+} kt_wait;
+
+int kt_queue_create(kt_pool *pool, kt_queue **queue);
+
+/* Ends with the call that is being computed; those still waiting are dropped. Before the pool's end. */
+void kt_queue_destroy(kt_queue *queue);
+
+/* Append a call. Copies *call and *call->weight; what they point to must stay until the call is done. `number`, if not
+ * NULL, receives its place: 1, 2, 3, ... What is wrong with the arguments shows at kt_sync. */
+int kt_submit(const kt_call *call, int64_t *number);
+
+/* Wait until at most `allow_pending` of the calls submitted so far are unfinished. Returns the status of the first call
+ * that failed since the last kt_sync and its number in `failed` (if not NULL; 0 if it could not even be submitted);
+ * later ones are computed all the same. After fork() the child computes what was pending, starting here. */
+int kt_sync(kt_queue *queue, int64_t allow_pending, int64_t *failed);
+
+/* How many calls are finished: all numbers up to this one. */
+int64_t kt_queue_done(kt_queue *queue);
+
+/* kt_submit(user, NULL) and kt_sync as CUDA host functions (cudaLaunchHostFunc): `user` is a kt_call * or a kt_wait *
+ * that must stay as long as the graph. Failures wait for the next kt_sync. */
+void kt_submit_host(void *user);
+void kt_sync_host(void *user);
+
 /* out[T, rows] = x[T, cols] @ w^T + bias. `bias` is fp32 [rows] or NULL; x and out share `dtype`. */
 int kt_linear(kt_pool *pool, const kt_weight *w, const float *bias, const void *x, int dtype, int64_t tokens,
               void *out);

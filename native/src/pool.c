@@ -150,6 +150,12 @@ void kt_pool_destroy(kt_pool *p) {
 void kt_pool_lock(kt_pool *p) { pthread_mutex_lock(&p->owner); }
 void kt_pool_unlock(kt_pool *p) { pthread_mutex_unlock(&p->owner); }
 
+void kt_pool_adopt(kt_pool *p) {
+    kt_pool_lock(p); /* not while its shape changes */
+    if (p->bind) kt_bind_thread(&p->machine->usable);
+    kt_pool_unlock(p);
+}
+
 void *kt_pool_shared(kt_pool *p, size_t bytes) {
     if (bytes > SIZE_MAX - 4096) return NULL;
     if (bytes > p->shared_bytes) {

@@ -26,6 +26,9 @@ void kt_pool_shard(const kt_pool *pool, int64_t total, int64_t unit, int64_t *be
 void kt_pool_lock(kt_pool *pool);
 void kt_pool_unlock(kt_pool *pool);
 
+/* Let the calling thread run wherever the pool's threads may, whatever its creator was bound to. */
+void kt_pool_adopt(kt_pool *pool);
+
 /* The pool's scratch memory, 64-byte aligned, at least `bytes`; grown, never shrunk: contents are lost when
  * it grows. NULL when out of memory. */
 void *kt_pool_shared(kt_pool *pool, size_t bytes);
