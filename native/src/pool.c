@@ -16,7 +16,7 @@ int kt_default_threads(void) {
 /* ---- seats ------------------------------------------------------------------------------------------ */
 
 /* Threads of node n: its share of the cores, as long as there are no more threads than cores. */
-static void take_seats(const struct kt_topology *m, int threads, struct seat *seats, int32_t *seats_of) {
+static void take_seats(const struct kt_topology *m, int threads, struct seat *seats, _Atomic(int32_t) *seats_of) {
     int taken = 0;
     for (int n = 0; n < m->nodes; n++) {
         int upto = (int)(((int64_t)threads * m->first_core[n + 1] + m->cores / 2) / m->cores);
@@ -119,7 +119,7 @@ int kt_pool_resize(kt_pool *p, int threads) {
     return status;
 }
 
-int kt_pool_threads(const kt_pool *p) { return p ? atomic_load(&((kt_pool *)p)->threads) : 0; }
+int kt_pool_threads(const kt_pool *p) { return p ? p->threads : 0; }
 
 int kt_pool_nodes(const kt_pool *p) { return p ? p->nodes : 0; }
 

@@ -35,7 +35,7 @@ struct kt_pool {
     struct part part[KT_MAX_NODES];
 
     /* Read while waiting, changed with the pool's shape only. */
-    _Alignas(64) int nodes;
+    _Alignas(64) _Atomic(int) nodes;
     int looks;   /* polls before sleeping */
     int started; /* workers running; 0 until the first job set, and again after fork */
     _Atomic(int) threads; /* the caller included */
@@ -50,7 +50,7 @@ struct kt_pool {
     struct worker *workers; /* [threads], the first unused */
     struct seat *seats;     /* [threads], by node; the caller has one of them */
     struct kt_topology *machine;
-    int32_t seats_of[KT_MAX_NODES];
+    _Atomic(int32_t) seats_of[KT_MAX_NODES]; /* threads of each node */
     int bind;
     char *nodes_text;     /* of kt_pool_create_on, or NULL */
     struct kt_pool *next; /* all pools, for fork */
