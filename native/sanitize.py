@@ -21,7 +21,7 @@ CHECKS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 RACES = ["-fsanitize=thread"]
 
 
-PROGRAMS = {False: (["sanitize"], ["fuzz"]), True: (["races"], ["sanitize", "pool"])}
+PROGRAMS = {False: (["sanitize"],), True: (["races"], ["sanitize", "pool"])}
 """What to run, with arguments: native/test/<first>.c; races or not."""
 
 
