@@ -23,6 +23,7 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 ISA_FLAGS = {  # native/src/<name>/*.c; dispatch.c says what each rung needs at run time
     "avx2": AVX2,
+    "avx_vnni": [*AVX2, "-mavxvnni"],
     "avx512": AVX512,
     "avx512_vnni": [*AVX512, "-mavx512vnni"],
     "avx512_bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
@@ -40,14 +41,10 @@ def compiles(flags: list[str]) -> bool:
 
 
 def isas() -> dict[str, list[str]]:
-    """The instruction sets to build here, with their flags; each needs those before it."""
-    found: dict[str, list[str]] = {}
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        for name, flags in ISA_FLAGS.items():
-            if not compiles(flags):
-                break
-            found[name] = flags
-    return found
+    """The instruction sets to build here, with their flags."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return {}
+    return {name: flags for name, flags in ISA_FLAGS.items() if compiles(flags)}
 
 
 def libraries() -> list[tuple[str, dict]]:
@@ -56,8 +53,8 @@ def libraries() -> list[tuple[str, dict]]:
     have = [(f"KT_HAVE_{name.upper()}", "1") for name in isas()]
 
     def library(sources: list[str], flags: list[str]) -> dict:
-        # avx512_vnni/*.c include avx512/*.c, so C files of other sets count as headers too.
-        depends = headers + (glob("native/src/avx512/*.c") if flags else [])
+        # avx_vnni/*.c include avx2/*.c, and avx512_vnni/*.c avx512/*.c, so C files of other sets count as headers too.
+        depends = headers + (glob("native/src/avx2/*.c") + glob("native/src/avx512/*.c") if flags else [])
         return {
             "sources": sorted(sources),
             "cflags": [*BASE, *flags],

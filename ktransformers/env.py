@@ -8,7 +8,7 @@ import re
 
 from ktransformers.errors import KTransformersError, did_you_mean
 
-ISAS = ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
+ISAS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16")
 """Instruction-set levels of the C library, lowest first; KT_ISA may lower the detected one."""
 
 VARIABLES = {

@@ -14,7 +14,7 @@ static uint64_t xgetbv(void) {
 }
 
 uint32_t kt_cpu_detect(void) {
-    uint32_t a, b, c, d, c1, found = 0;
+    uint32_t a, b, c, d, a1, b1, c1, found = 0;
     if (!__get_cpuid(1, &a, &b, &c1, &d)) return 0;
     if (!(c1 & 1u << 27)) return 0; /* OSXSAVE: xgetbv exists */
     uint64_t saved = xgetbv();
@@ -25,13 +25,16 @@ uint32_t kt_cpu_detect(void) {
     if (b & 1u << 5) found |= 1u << KT_CPU_AVX2;
     if (c1 & 1u << 12) found |= 1u << KT_CPU_FMA;
     if (c1 & 1u << 29) found |= 1u << KT_CPU_F16C;
+    if (max_subleaf >= 1 && __get_cpuid_count(7, 1, &a1, &b1, &c1, &d)) {
+        if (a1 & 1u << 4) found |= 1u << KT_CPU_AVXVNNI;
+        if (zmm && a1 & 1u << 5) found |= 1u << KT_CPU_AVX512BF16;
+    }
     if (!zmm) return found;
     if (b & 1u << 16) found |= 1u << KT_CPU_AVX512F;
     if (b & 1u << 17) found |= 1u << KT_CPU_AVX512DQ;
     if (b & 1u << 30) found |= 1u << KT_CPU_AVX512BW;
     if (b & 1u << 31) found |= 1u << KT_CPU_AVX512VL;
     if (c & 1u << 11) found |= 1u << KT_CPU_AVX512VNNI;
-    if (max_subleaf >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5)) found |= 1u << KT_CPU_AVX512BF16;
     return found;
 }
 #else
@@ -39,7 +42,7 @@ uint32_t kt_cpu_detect(void) { return 0; }
 #endif
 
 const char *kt_cpu_feature_name(int bit) {
-    static const char *const names[KT_CPU_BITS] = {"avx2",     "fma",      "f16c",        "avx512f",    "avx512bw",
-                                                   "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"};
+    static const char *const names[KT_CPU_BITS] = {"avx2",     "fma",      "f16c",     "avx_vnni",    "avx512f",
+                                                   "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"};
     return bit < 0 || bit >= KT_CPU_BITS ? NULL : names[bit];
 }

@@ -1,5 +1,6 @@
-/* dispatch.c: which instruction set runs. Portable first, then climbing; each rung overwrites what it does
- * better and inherits the rest, so a missing kernel silently keeps the previous best.
+/* dispatch.c: which instruction set runs. Each rung names the one it is built on, inherits its kernels and overwrites
+ * what it does better, so a missing kernel silently keeps the best below. The rungs are a tree, not a ladder: a
+ * processor may have AVX-512 without AVX-VNNI, or the other way round.
  *
  * setup.py defines KT_HAVE_<ISA> for the sets that the compiler could build. */
 #include <stdatomic.h>
@@ -12,6 +13,7 @@
 
 #define BIT(x) (1u << KT_CPU_##x)
 #define NEED_AVX2 (BIT(AVX2) | BIT(FMA) | BIT(F16C))
+#define NEED_AVX_VNNI (NEED_AVX2 | BIT(AVXVNNI))
 #define NEED_AVX512 (NEED_AVX2 | BIT(AVX512F) | BIT(AVX512BW) | BIT(AVX512VL) | BIT(AVX512DQ))
 #define NEED_VNNI (NEED_AVX512 | BIT(AVX512VNNI))
 #define NEED_BF16 (NEED_VNNI | BIT(AVX512BF16))
@@ -31,6 +33,11 @@ FILL(avx2, kt_fill_gemm_f32_avx2(k))
 #else
 #define fill_avx2 NULL
 #endif
+#ifdef KT_HAVE_AVX_VNNI
+static void fill_avx_vnni(struct kt_kernels *k) { kt_fill_dot_avx_vnni(k), kt_fill_gemm_avx_vnni(k); }
+#else
+#define fill_avx_vnni NULL
+#endif
 #ifdef KT_HAVE_AVX512
 FILL(avx512, kt_fill_gemm_f32_avx512(k))
 #else
@@ -47,21 +54,31 @@ static void fill_avx512_bf16(struct kt_kernels *k) { kt_fill_gemm_avx512_bf16(k)
 #define fill_avx512_bf16 NULL
 #endif
 
+/* Lowest first: the last one that this machine can run is used. */
+enum { PORTABLE, AVX2, AVX_VNNI, AVX512, AVX512_VNNI, AVX512_BF16, RUNGS };
+
 static const struct {
     const char *name;
-    uint32_t need; /* every rung needs what the rung below it needs */
+    int base; /* the rung it is built on */
+    uint32_t need;
     void (*fill)(struct kt_kernels *k);
-} rungs[] = {
-    {"portable", 0, fill_portable},                       /* any machine with a C11 compiler */
-    {"avx2", NEED_AVX2, fill_avx2},                       /* Intel Haswell (2013), AMD Zen (2017) and later */
-    {"avx512", NEED_AVX512, fill_avx512},                 /* Intel Skylake-X (2017) */
-    {"avx512_vnni", NEED_VNNI, fill_avx512_vnni},         /* Intel Cascade Lake (2019), Ice Lake */
-    {"avx512_bf16", NEED_BF16, fill_avx512_bf16},         /* Intel Cooper Lake, Sapphire Rapids; AMD Zen 4 (2022) */
+} rungs[RUNGS] = {
+    /* any machine with a C11 compiler */
+    [PORTABLE] = {"portable", PORTABLE, 0, fill_portable},
+    /* Intel Haswell (2013), AMD Zen (2017) and later */
+    [AVX2] = {"avx2", PORTABLE, NEED_AVX2, fill_avx2},
+    /* Intel Alder Lake (2021), Sierra Forest; AMD Zen 5 */
+    [AVX_VNNI] = {"avx_vnni", AVX2, NEED_AVX_VNNI, fill_avx_vnni},
+    /* Intel Skylake-X (2017) */
+    [AVX512] = {"avx512", AVX2, NEED_AVX512, fill_avx512},
+    /* Intel Cascade Lake (2019), Ice Lake */
+    [AVX512_VNNI] = {"avx512_vnni", AVX512, NEED_VNNI, fill_avx512_vnni},
+    /* Intel Cooper Lake, Sapphire Rapids; AMD Zen 4 (2022) */
+    [AVX512_BF16] = {"avx512_bf16", AVX512_VNNI, NEED_BF16, fill_avx512_bf16},
 };
-enum { RUNGS = sizeof rungs / sizeof rungs[0] };
 
 static struct kt_kernels tables[RUNGS], exact_tables[RUNGS];
-static int usable; /* rungs from the bottom that this machine can run */
+static int usable[RUNGS];
 static uint32_t features;
 static _Atomic(int) active, exact;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
@@ -77,14 +94,15 @@ static struct kt_kernels only_fp32(struct kt_kernels k) {
 static void detect(void) {
     features = kt_cpu_detect();
     for (int i = 0; i < RUNGS; i++) {
-        if (!rungs[i].fill || (features & rungs[i].need) != rungs[i].need) break;
-        if (i) tables[i] = tables[i - 1];
+        const int base = rungs[i].base;
+        if (!rungs[i].fill || (features & rungs[i].need) != rungs[i].need || (i != base && !usable[base])) continue;
+        if (i != base) tables[i] = tables[base];
         rungs[i].fill(&tables[i]);
         tables[i].name = rungs[i].name;
         exact_tables[i] = only_fp32(tables[i]);
-        usable = i + 1;
+        usable[i] = 1;
+        atomic_store(&active, i);
     }
-    atomic_store(&active, usable - 1);
 }
 
 const struct kt_kernels *kt_kernels(void) {
@@ -100,7 +118,7 @@ const char *kt_isa_name(int index) { return index < 0 || index >= RUNGS ? NULL :
 
 int kt_isa_usable(int index) {
     pthread_once(&once, detect);
-    return index >= 0 && index < usable;
+    return index >= 0 && index < RUNGS && usable[index];
 }
 
 int kt_isa_active(void) {
@@ -111,8 +129,8 @@ int kt_isa_active(void) {
 int kt_isa_force(const char *name) {
     if (!name) return KT_ERR_NULL;
     pthread_once(&once, detect);
-    for (int i = 0; i < usable; i++)
-        if (!strcmp(name, rungs[i].name)) {
+    for (int i = 0; i < RUNGS; i++)
+        if (usable[i] && !strcmp(name, rungs[i].name)) {
             atomic_store(&active, i);
             return KT_OK;
         }

@@ -159,6 +159,7 @@ struct kt_kernels {
     void kt_fill_act_##isa(struct kt_kernels *k);
 KT_DECLARE_ISA(portable)
 KT_DECLARE_ISA(avx2)
+KT_DECLARE_ISA(avx_vnni)
 KT_DECLARE_ISA(avx512)
 KT_DECLARE_ISA(avx512_vnni)
 KT_DECLARE_ISA(avx512_bf16)
