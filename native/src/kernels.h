@@ -74,6 +74,12 @@ struct kt_ahead {
     int step;             /* lines to fetch each time */
 };
 
+/* Spread what is left over `steps` steps. */
+static inline void kt_ahead_spread(struct kt_ahead *a, int64_t steps) {
+    int64_t lines = (int64_t)((a->bytes + 63) / 64) * a->rows;
+    a->step = (int)((lines + steps - 1) / steps);
+}
+
 static inline void kt_ahead_step(struct kt_ahead *a) {
     for (int i = 0; i < a->step && a->rows; i++) {
         __builtin_prefetch(a->row + a->at, 0, 2);

@@ -108,12 +108,6 @@ static struct kt_ahead lines_of(const struct kt_matrix *w, int64_t first, int64_
     return a;
 }
 
-/* Spread its lines over `steps` steps. */
-static void spread(struct kt_ahead *a, int64_t steps) {
-    int64_t lines = (int64_t)((a->bytes + 63) / 64) * a->rows;
-    a->step = (int)((lines + steps - 1) / steps);
-}
-
 /* ---- the paths -------------------------------------------------------------------------------------- */
 
 /* A few rows at a time, each met by every token while its bytes are in the first-level cache. */
@@ -148,7 +142,6 @@ static void panel_block(const struct kt_kernels *k, const struct kt_matrix *w, i
         struct kt_ahead ahead = {0};
         if (k0 + columns < w->cols) ahead = lines_of(w, first, rows, k0 + columns, columns);
         else if (next.w) ahead = lines_of(next.w, next.first, rows, 0, columns);
-        spread(&ahead, ((tokens + 5) / 6) * ((p.k + 511) / 512));
         p.ahead = &ahead;
         gemm(&p, a, token, tokens, k0, c, ldc, k0 > 0);
     }

@@ -46,6 +46,15 @@ INLINE void prepare(struct slice *s, const int n, const struct kt_acts *a, int64
     _mm512_storeu_ps(s->ds[1][n], _mm512_mul_ps(d, _mm512_cvtepi32_ps(high)));
 }
 
+/* Bring what the next block will prepare from the second-level cache. */
+INLINE void fetch(const struct kt_acts *a, int64_t at) {
+    const int64_t g = at / KT_ACT_GROUP;
+    _mm_prefetch((const char *)(a->d + g), _MM_HINT_T0);
+    _mm_prefetch((const char *)(a->low + g), _MM_HINT_T0);
+    _mm_prefetch((const char *)(a->high + g), _MM_HINT_T0);
+    for (int i = 0; i < KT_CACHE_BYTES; i += 64) _mm_prefetch((const char *)(a->q + at + i), _MM_HINT_T0);
+}
+
 /* What a micro kernel is compiled for. */
 struct variant {
     int group;     /* 32 or 16 */
@@ -90,6 +99,7 @@ INLINE void micro_q8(const int R, const int N, const struct variant v, const str
         for (int r = 0; r < R; r++) acc[r][n] = _mm512_setzero_ps();
     for (int64_t g = 0; g < s->n / KT_ACT_GROUP; g++) {
         __m512i sum[2][TOKENS];
+        kt_ahead_step(p->ahead); /* a line or two at a time never fills the queue of outstanding misses */
         __m512 scaled[2][TOKENS];
         for (int half = 0; half < 32 / v.group; half++) {
             dots(R, N, v, s, data, tile_dwords, 32 * g + 16 * half, v.group, s->start[half], g, sum);
@@ -135,6 +145,7 @@ INLINE void tiles_q8(const int N, const struct slice *s) {
 }
 
 static void tokens6(const struct slice *s) { tiles_q8(6, s); }
+static void tokens5(const struct slice *s) { tiles_q8(5, s); }
 static void tokens4(const struct slice *s) { tiles_q8(4, s); }
 static void tokens3(const struct slice *s) { tiles_q8(3, s); }
 static void tokens2(const struct slice *s) { tiles_q8(2, s); }
@@ -142,16 +153,19 @@ static void tokens1(const struct slice *s) { tiles_q8(1, s); }
 
 static void gemm_q8(const struct kt_panel *p, const struct kt_acts *a, const int32_t *token, int tokens, int64_t k0,
                     float *c, int64_t ldc, int add) {
+    static void (*const meet[TOKENS])(const struct slice *s) = {tokens1, tokens2, tokens3, tokens4, tokens5, tokens6};
+    const int blocks = (tokens + TOKENS - 1) / TOKENS; /* of equal size, or one less: seven tokens are 4 + 3 */
+    kt_ahead_spread(p->ahead, (int64_t)blocks * (p->k / KT_ACT_GROUP) * ((p->tiles + 1) / 2));
     for (int64_t k = 0; k < p->k; k += KT_CACHE_BYTES)
-        for (int t = 0, n; t < tokens; t += n) {
-            const int left = tokens - t;
-            n = left >= 6 && left != 7 && left != 8 ? 6 : left >= 4 ? 4 : left; /* 7 = 4 + 3, 8 = 4 + 4 */
+        for (int b = 0, t = 0; b < blocks; b++) {
+            const int n = (tokens - t + blocks - b - 1) / (blocks - b);
             struct slice s;
             s.p = p, s.k = k, s.n = p->k - k < KT_CACHE_BYTES ? p->k - k : KT_CACHE_BYTES;
             s.c = c + t * ldc, s.ldc = ldc, s.add = add || k;
             for (int i = 0; i < n; i++) prepare(&s, i, a, token[t + i] * a->stride + k0 + k);
-            kt_ahead_step(p->ahead);
-            (n == 6 ? tokens6 : n == 4 ? tokens4 : n == 3 ? tokens3 : n == 2 ? tokens2 : tokens1)(&s);
+            for (int i = n; i < 2 * n && t + i < tokens; i++) fetch(a, token[t + i] * a->stride + k0 + k);
+            meet[n - 1](&s);
+            t += n;
         }
 }
 
