@@ -7,8 +7,8 @@ from torch import nn
 
 def _is_experts(module: nn.Module) -> bool:
     """Stacked 3-D expert weights, the one form that transformers 5 gives every MoE family."""
-    parameters = dict(module.named_parameters(recurse=False))
-    return all(name in parameters and parameters[name].dim() == 3 for name in ("gate_up_proj", "down_proj"))
+    stacks = {name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3}
+    return "down_proj" in stacks and ("gate_up_proj" in stacks or "up_proj" in stacks)
 
 
 def _is_moe(module: nn.Module) -> bool:

@@ -48,6 +48,15 @@ class DictWeights:
     def tensor(self, name, device="cpu", dtype=None):
         return self.packed(name).dequantize(dtype or torch.float32, device)
 
+    def methods(self, name):
+        return ["LLAMAFILE"] if name in self.types else [self.quant_type(name)]
+
+    def is_stored_as(self, name, method):
+        return self.methods(name) == [method]
+
+    def experts_problem(self, prefix):
+        return ""
+
     def has_experts(self, prefix):
         return self.has(f"{prefix}.gate_up_proj")
 
@@ -58,4 +67,7 @@ class DictWeights:
             gate=[gate_up.expert(e).rows(0, half) for e in range(count)],
             up=[gate_up.expert(e).rows(half, 2 * half) for e in range(count)],
             down=[down.expert(e) for e in range(count)],
+            gate_bias=None,
+            up_bias=None,
+            down_bias=None,
         )

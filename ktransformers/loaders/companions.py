@@ -466,21 +466,20 @@ def _gptq(
 _METHODS = {"GPTQ4": "GPTQ_INT4", "GPTQ8": "GPTQ_INT8", "AWQ4": "AWQ_INT4"}
 
 
-def method(info: TensorInfo) -> str:
-    """The name that users have for the way a weight is stored, upstream's where it has one; else the type's."""
+def methods(info: TensorInfo) -> tuple[str, ...]:
+    """What users call the way a weight is stored, upstream's word where it has one, the best first; else the type."""
     if not isinstance(info, ScaledInfo):
-        return info.type.name
-    kind, block = info.type.name, (info.scale_rows, info.scale_cols)
-    whole_rows = block[1] >= info.shape[-1]
+        return (info.type.name,)
+    kind, block, whole_rows = info.type.name, (info.scale_rows, info.scale_cols), info.scale_cols >= info.shape[-1]
     if kind == "F8_E4M3":
-        if block == (1, 32):
-            return "MXFP8"
+        if block == (1, 32) and info.scale_type == "E8M0":
+            return ("MXFP8",)
         if whole_rows and block[0] == 1:
-            return "FP8_PERCHANNEL"
-        return "FP8_PERTENSOR" if whole_rows and block[0] >= info.shape[-2] and block != (128, 128) else "FP8"
+            return ("FP8_PERCHANNEL",)
+        return ("FP8_PERTENSOR" if whole_rows and block[0] >= info.shape[-2] and block != (128, 128) else "FP8",)
     if kind == "F4_E2M1":
-        return "NVFP4" if info.scale_type == "E4M3" else "MXFP4"
+        return ("NVFP4" if info.scale_type == "E4M3" else "MXFP4",)
     if kind in ("I4", "I8", "U8"):
         bits = 4 if kind == "I4" else 8
-        return f"AMXINT{bits}" if whole_rows else f"RAWINT{bits}"
-    return _METHODS[kind]
+        return (f"AMXINT{bits}", f"RAWINT{bits}") if whole_rows else (f"RAWINT{bits}",)  # a row may be one group
+    return (_METHODS[kind],)

@@ -89,7 +89,13 @@ class ModelWeights:
         or, for all of GGUF, LLAMAFILE."""
         if self.format == "gguf":
             return ["LLAMAFILE"]
-        return list(dict.fromkeys(companions.method(info) for info in self._source(name).infos))
+        return list(dict.fromkeys(companions.methods(info)[0] for info in self._source(name).infos))
+
+    def is_stored_as(self, name: str, method: str) -> bool:
+        """Whether every part of `name` is stored in a way that users call `method`."""
+        if self.format == "gguf":
+            return method == "LLAMAFILE"
+        return all(method in companions.methods(info) for info in self._source(name).infos)
 
     def nbytes(self, name: str) -> int:
         """Bytes of the stored tensors behind `name`."""
@@ -126,11 +132,15 @@ class ModelWeights:
             raise WeightError(f"{name}: {error}") from error
 
     def has_experts(self, prefix: str) -> bool:
-        return self.has(f"{prefix}.gate_up_proj") and self.has(f"{prefix}.down_proj")
+        return self.has(f"{prefix}.{self._first(prefix)}") and self.has(f"{prefix}.down_proj")
+
+    def _first(self, prefix: str) -> str:
+        """What multiplies the input of experts: gate and up, or up alone where there is no gate."""
+        return "up_proj" if self.has(f"{prefix}.up_proj") else "gate_up_proj"
 
     def experts_problem(self, prefix: str) -> str:
         """Say why `experts(prefix)` cannot deliver packed rows, or return ``""``."""
-        for name in (f"{prefix}.gate_up_proj", f"{prefix}.down_proj"):
+        for name in (f"{prefix}.{self._first(prefix)}", f"{prefix}.down_proj"):
             source = self._source(name)
             if name in self._binding.transposed and not isinstance(source, Transposed):
                 return f"{name} is stored with rows and columns exchanged, so there are no packed rows of it"
@@ -141,7 +151,8 @@ class ModelWeights:
 
     def experts(self, prefix: str) -> ExpertWeights:
         """The routed experts of the module `prefix` (`model.layers.3.mlp.experts`), packed; no copies but of biases."""
-        gate_up, down = self._deliver(f"{prefix}.gate_up_proj"), self._deliver(f"{prefix}.down_proj")
+        first = self._first(prefix)
+        gate_up, down = self._deliver(f"{prefix}.{first}"), self._deliver(f"{prefix}.down_proj")
         if problem := self.experts_problem(prefix):
             raise WeightError(f"{problem}. Use tensor().")
         interleaved = f"{prefix}.gate_up_proj" in self._binding.interleaved
@@ -150,7 +161,7 @@ class ModelWeights:
             gate_bias, up_bias = split_gate_up_bias(self.tensor(name, dtype=torch.float32), interleaved)
         if self.has(name := f"{prefix}.down_proj_bias"):
             down_bias = self.tensor(name, dtype=torch.float32)
-        gate, up = split_gate_up(gate_up, interleaved)
+        gate, up = split_gate_up(gate_up, interleaved) if first == "gate_up_proj" else (None, split_down(gate_up))
         return ExpertWeights(gate, up, split_down(down), gate_bias, up_bias, down_bias)
 
     def problems(self, expected: Shapes, ignore_unexpected: Iterable[str] = ()) -> list[str]:

@@ -236,12 +236,12 @@ Matrices = list[Packed | ScaledWeight]
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """The routed experts of one layer: E packed matrices each, gate and up [I, H], down [H, I].
+    """The routed experts of one layer: E packed matrices each, gate and up [I, H], down [H, I]; `gate` may be None.
 
     Biases are float32, gate and up [E, I], down [E, H]; None where the family has none.
     """
 
-    gate: Matrices
+    gate: Matrices | None
     up: Matrices
     down: Matrices
     gate_bias: Tensor | None = None
@@ -269,7 +269,7 @@ def split_gate_up_bias(bias: Tensor, interleaved: bool = False) -> tuple[Tensor,
 
 
 def split_down(source: Source) -> Matrices:
-    """The down matrices behind a `down_proj` source."""
+    """The matrices behind a `down_proj` source, or behind an `up_proj` without a gate."""
     if isinstance(source, Stacked):
         return source.matrices(0)
     packed = source.stored() if isinstance(source, Transposed) else source.packed()

@@ -3,20 +3,24 @@
 The contract is that of transformers 5: experts(hidden [T, H], top_k_index [T, K], top_k_weights [T, K]) gives
 [T, H]. An index outside 0..E-1 is skipped (expert parallelism marks experts of other ranks so), and an expert
 that a row names twice counts twice.
+Families that store weights transposed or interleaved, that have biases, gate in their own way, or have no gate
+(gpt-oss, DeepSeek-V4, Nemotron-H) are computed too; gating.py knows the ways of gating.
 Letters: T tokens, H hidden, I intermediate, E experts, K experts per token.
 """
 
+import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from ktransformers import native
 from ktransformers.errors import did_you_mean
 from ktransformers.operators.base_operator import forward_only, tell_once
+from ktransformers.operators.gating import Gating, apply_gate, gating_of
 from ktransformers.operators.inner_ops import (
     StagedOperator,
     dtype_problem,
@@ -34,7 +38,12 @@ from ktransformers.operators.moe import (  # noqa: F401  rule files name the blo
 )
 
 BACKENDS = ("llamafile", "AMXBF16", "AMXInt8")
-"""What rule files may name as `backend` of the CPU experts. All mean the C library of this package."""
+"""What older rule files name as `backend` of the CPU experts. All mean the C library of this package."""
+
+METHODS = ("BF16", "FP8", "FP8_PERCHANNEL", "FP8_PERTENSOR", "MXFP8", "RAWINT4", "AMXINT4", "RAWINT8", "AMXINT8",
+           "GPTQ_INT4", "GPTQ_INT8", "AWQ_INT4", "MXFP4", "NVFP4", "LLAMAFILE")  # fmt: skip
+"""How experts are stored, in upstream's words where it has one (LLAMAFILE is any GGUF type). A rule may name one as
+`backend` or `method`; all mean the C library, and a checkpoint that stores them otherwise is refused."""
 
 
 class KExpertsBase:
@@ -65,27 +74,31 @@ class KExpertsCPU(KExpertsBase):
         self.experts: native.Experts | None = None
 
     @classmethod
-    def problem(
-        cls, key: str, activation: str | None, weights: Any, dtype: torch.dtype | None = None
-    ) -> str:
-        """Say why the C library cannot compute these experts in a model of `dtype`, or return ``""``."""
+    def problem(cls, key: str, experts: nn.Module, weights: Any) -> str:
+        """Say why the C library cannot compute these experts, or return ``""``. `weights` may be None."""
         if not native.available():
             return f"{native.NOT_BUILT}; KExpertsTorch needs none"
-        if problem := dtype_problem(dtype, "KExpertsTorch"):
+        if problem := dtype_problem(experts.down_proj.dtype, "KExpertsTorch"):
             return problem
-        if activation not in native.ACTIVATIONS:
-            return f"the C library does not compute the activation {activation!r}; use KExpertsTorch"
+        gating = gating_of(experts)
+        if problem := _not_in_c(experts, gating):
+            return f"the C library does not compute {problem}; use KExpertsTorch"
         if weights is None or not weights.has_experts(key):
             return ""
-        kinds = [weights.quant_type(f"{key}.{name}") for name in ("gate_up_proj", "down_proj")]
+        if problem := weights.experts_problem(key):
+            return f"{problem}; use KExpertsTorch"
+        first = "gate_up_proj" if gating.has_gate else "up_proj"
+        kinds = [weights.quant_type(f"{key}.{name}") for name in (first, "down_proj")]
         if not (unknown := sorted(set("+".join(kinds).split("+")) - native.SUPPORTED_TYPES)):
             return ""
         known = ", ".join(sorted(native.SUPPORTED_TYPES))
         return f"the C library does not compute {', '.join(unknown)} (it does {known}); use KExpertsTorch"
 
     def load(self, w: Any = None, device: Any = None) -> None:
-        packed, activation = self.gguf_loader.experts(self.key), activation_of(self.orig_module)
-        self.experts = native.Experts(packed.gate, packed.up, packed.down, activation, name=self.key)
+        packed, gating = self.gguf_loader.experts(self.key), gating_of(self.orig_module)
+        biases = {"gate_bias": packed.gate_bias, "up_bias": packed.up_bias, "down_bias": packed.down_bias}
+        more = {name: bias for name, bias in biases.items() if bias is not None} | _numbers(gating)
+        self.experts = native.Experts(packed.gate, packed.up, packed.down, gating.activation, name=self.key, **more)
 
     def unload(self) -> None:
         self.experts = None
@@ -103,19 +116,28 @@ class KExpertsTorch(KExpertsBase):
     Plain tensors in the model's dtype, not parameters: `.to()` does not drag them to another device.
     """
 
-    gate_up: Tensor | None = None  # [E, 2I, H], gate rows first
+    gate_up: Tensor | None = None  # [E, 2I, H], rows as the family orders them; [E, I, H] without a gate
     down: Tensor | None = None  # [E, H, I]
+    gate_up_bias: Tensor | None = None  # [E, 2I]
+    down_bias: Tensor | None = None  # [E, H]
 
     def load(self, w: Any = None, device: Any = None) -> None:
         device = self.device if device is None else device
-        read = self.gguf_loader.tensor
-        dtype = self.orig_module.gate_up_proj.dtype
-        self.gate_up = read(f"{self.key}.gate_up_proj", device=device, dtype=dtype)
-        self.down = read(f"{self.key}.down_proj", device=device, dtype=dtype)
-        self.act_fn = self.orig_module.act_fn
+        experts, key = self.orig_module, self.key
+        dtype = experts.down_proj.dtype
+        first = first_projection(experts)
+
+        def read(name: str) -> Tensor:
+            return self.gguf_loader.tensor(f"{key}.{name}", device=device, dtype=dtype)
+
+        self.gate_up, self.down = read(first), read("down_proj")
+        if getattr(experts, "is_transposed", False):
+            self.gate_up, self.down = self.gate_up.transpose(1, 2), self.down.transpose(1, 2)
+        if getattr(experts, "has_bias", False):
+            self.gate_up_bias, self.down_bias = read(f"{first}_bias"), read("down_proj_bias")
 
     def unload(self) -> None:
-        self.gate_up = self.down = None
+        self.gate_up = self.down = self.gate_up_bias = self.down_bias = None
 
     def forward(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Sort the T*K pairs by expert, so that every expert sees its tokens as one matrix."""
@@ -134,10 +156,17 @@ class KExpertsTorch(KExpertsBase):
             pairs = order[start : start + count]
             start += count
             tokens = pairs // ids.shape[1]
-            gate, up = F.linear(x[tokens], self.gate_up[expert]).chunk(2, dim=-1)
-            y = F.linear(self.act_fn(gate) * up, self.down[expert]) * scale[pairs]
+            y = self._expert(expert, x[tokens]) * scale[pairs]
             out.index_add_(0, tokens, y.to(out.dtype))
         return out.to(hidden.device, hidden.dtype)
+
+    def _expert(self, e: int, x: Tensor) -> Tensor:
+        """Rows [t, H] through expert `e`: [t, H]."""
+        first, second = (None if bias is None else bias[e] for bias in (self.gate_up_bias, self.down_bias))
+        gate_up = F.linear(x, self.gate_up[e], first)
+        has_gate = getattr(self.orig_module, "has_gate", True)
+        y = apply_gate(self.orig_module, gate_up) if has_gate else self.orig_module.act_fn(gate_up)
+        return F.linear(y, self.down[e], second)
 
 
 EXPERTS_MAP: dict[str, type] = {"KExpertsTorch": KExpertsTorch, "KExpertsCPU": KExpertsCPU}
@@ -148,7 +177,7 @@ class KTransformersExperts(StagedOperator):
     """Routed experts, computed by the inner operator a rule names (see `StagedOperator`).
 
     Their weights are neither parameters nor buffers. The result is on `out_device`, or where the input was.
-    `backend` is accepted from older rule files; see `BACKENDS`.
+    `backend` and `method` (upstream's old and new word for it) say how the weights are stored; see `METHODS`.
     """
 
     def __init__(
@@ -163,6 +192,7 @@ class KTransformersExperts(StagedOperator):
         generate_op: str | None = "KExpertsCPU",
         out_device: str | None = None,
         backend: str | None = None,
+        method: str | None = None,
     ):
         super().__init__(key, gguf_loader, config, orig_module, prefill_device, generate_device)
         self.out_device = out_device
@@ -194,13 +224,11 @@ class KTransformersExperts(StagedOperator):
             if problem := op_problem(f"{stage}_op", name, device, EXPERTS_MAP):
                 problems.append(problem)
             elif name is not None and final_name(name) == "KExpertsCPU":
-                activation, dtype = activation_of(orig_module), orig_module.down_proj.dtype
-                if problem := KExpertsCPU.problem(key, activation, weights, dtype):
+                if problem := KExpertsCPU.problem(key, orig_module, weights):
                     problems.append(f"{stage}_op: {problem}")
-        backend = kwargs.get("backend")
-        if backend is not None and backend not in BACKENDS:
-            hint = did_you_mean(str(backend), BACKENDS)
-            problems.append(f"backend: {backend!r} unknown{hint}; known: {', '.join(BACKENDS)}")
+        for word in ("backend", "method"):
+            if (name := kwargs.get(word)) is not None and (problem := _method_problem(name, key, weights)):
+                problems.append(f"{word}: {problem}")
         return problems
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -211,15 +239,59 @@ class KTransformersExperts(StagedOperator):
         return f"{type(self.active).__name__} on {self.generate_device}"
 
 
-def activation_of(experts: nn.Module) -> str | None:
-    """The name of the experts' activation as configs spell it, such as ``silu``, or None."""
-    return next((name for name in ACT2FN if type(ACT2FN[name]) is type(experts.act_fn)), None)
+def _method_problem(name: Any, key: str, weights: Any) -> str:
+    """Say why experts are not stored as a rule's `backend` or `method` says, or return ``""``."""
+    known = (*METHODS, *BACKENDS)
+    if name not in known:
+        return f"{name!r} unknown{did_you_mean(str(name), known)}; known: {', '.join(known)}"
+    if name in BACKENDS or weights is None or not weights.has_experts(key):
+        return ""
+    parts = [part for part in weights.names() if part.rpartition(".")[0] == key and part.endswith("_proj")]
+    if all(weights.is_stored_as(part, name) for part in parts):
+        return ""
+    found = dict.fromkeys(method for part in parts for method in weights.methods(part))
+    types = dict.fromkeys(kind for part in parts for kind in weights.quant_type(part).split("+"))
+    return (
+        f"{name} asks for experts stored so, found {', '.join(found)} ({', '.join(types)}); name what is there, or "
+        "leave it out: the checkpoint decides"
+    )
+
+
+def first_projection(experts: nn.Module) -> str:
+    """The name of what multiplies the input: gate and up in one, or up alone."""
+    return "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
+
+
+def _numbers(gating: Gating) -> dict[str, float]:
+    """The numbers of a gating that are not its defaults."""
+    numbers = {"alpha": (gating.alpha, 1.0), "limit": (gating.limit, math.inf)}
+    return {name: value for name, (value, usual) in numbers.items() if value != usual}
+
+
+def _not_in_c(experts: nn.Module, gating: Gating | None) -> str:
+    """What about these experts the C library does not compute, or ``""``."""
+    if gating is None:
+        act_fn = getattr(experts, "act_fn", None)
+        own = getattr(type(experts), "_apply_gate", None)
+        usual = own is None or own.__name__ == "_default_apply_gate"
+        return f"the activation {type(act_fn).__name__}" if usual else "their own gating (_apply_gate)"
+    if gating.activation not in native.ACTIVATIONS:
+        return f"the activation {gating.activation!r}"
+    accepted = inspect.signature(native.Experts).parameters
+    wanted = list(_numbers(gating)) + (["gate_bias"] if getattr(experts, "has_bias", False) else [])
+    missing = [_IN_WORDS[name] for name in wanted if name not in accepted]
+    if not gating.has_gate and not getattr(native, "GATELESS_EXPERTS", False):
+        missing.append("experts without a gate")
+    return " and ".join(missing)
+
+
+_IN_WORDS = {"alpha": "a factor alpha of the gate", "limit": "limits of gate and up", "gate_bias": "biases of experts"}
 
 
 def layout_problem(experts: nn.Module) -> str:
-    """Say why `experts` is not laid out as in most families, or ``""``."""
-    found = type(experts).__name__
-    gate_up, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
+    """Say why `experts` is not laid out as one that the operators here compute, or ``""``."""
+    found, first = type(experts).__name__, first_projection(experts)
+    gate_up, down = getattr(experts, first, None), getattr(experts, "down_proj", None)
     if not (isinstance(gate_up, Tensor) and isinstance(down, Tensor) and gate_up.dim() == down.dim() == 3):
         return f"found {found}, expected an experts module with gate_up_proj [E, 2I, H], down_proj [E, H, I]"
     if odd := _oddity(experts, gate_up, down):
@@ -229,23 +301,12 @@ def layout_problem(experts: nn.Module) -> str:
 
 
 def _oddity(experts: nn.Module, gate_up: Tensor, down: Tensor) -> str:
-    """The first thing about `experts` that the inner operators do not compute, or ``""``."""
-    for word, expected in _LAYOUT.items():
-        if getattr(experts, word, expected) is not expected:
-            return f"{word} = {not expected}"
-    if gate_up.shape != (down.shape[0], 2 * down.shape[2], down.shape[1]):
-        return f"gate_up_proj {list(gate_up.shape)} with down_proj {list(down.shape)}"
-    gating = getattr(type(experts), "_apply_gate", None)
-    if gating is not None and gating.__name__ != "_default_apply_gate":
-        return "a gating of its own (_apply_gate)"
-    return "" if hasattr(experts, "act_fn") else "no act_fn"
-
-
-_LAYOUT = {
-    "is_transposed": False,
-    "has_bias": False,
-    "has_post_expert_norm": False,
-    "is_concatenated": True,
-    "has_gate": True,
-}
-"""What transformers' decorator `use_experts_implementation` says of most families."""
+    """The first thing about `experts` that no inner operator computes, or ``""``."""
+    if getattr(experts, "has_post_expert_norm", False):
+        return "has_post_expert_norm = True"
+    if getattr(experts, "is_transposed", False):
+        gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+    wide = 2 if getattr(experts, "has_gate", True) else 1
+    if gate_up.shape != (down.shape[0], wide * down.shape[2], down.shape[1]):
+        return f"{first_projection(experts)} {list(gate_up.shape)} with down_proj {list(down.shape)}"
+    return "" if hasattr(experts, "act_fn") or hasattr(experts, "_apply_gate") else "no act_fn"

@@ -158,29 +158,61 @@ def test_check_lists_what_does_not_fit(monkeypatch):
     assert experts.native.NOT_BUILT in check()[0] and check(generate_op="KExpertsTorch") == []
 
 
-@pytest.mark.parametrize(
-    "model_type, words",
-    [("gpt_oss", "is_transposed"), ("llama4_text", "expected an experts module|gate_up_proj")],
-)
-def test_other_layouts_are_refused_by_name(model_type, words):
+def test_other_layouts_are_refused_by_name():
     sizes = {"hidden_size": 32, "intermediate_size": 24, "intermediate_size_mlp": 24, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64}
-    config = AutoConfig.for_model(model_type, **sizes, **heads, num_local_experts=4, pad_token_id=0)
+    config = AutoConfig.for_model("llama4_text", **sizes, **heads, num_local_experts=4, pad_token_id=0)
     model = meta_model(config)
     name, module = next((n, m) for n, m in model.named_modules() if n.endswith(".experts"))
     (problem,) = KTransformersExperts.check(name, module, CPU)
-    assert re.search(words, problem) and type(module).__name__ in problem
+    assert re.search("gate_up_proj", problem) and type(module).__name__ in problem
 
 
-def test_a_gating_of_its_own_is_refused():
-    _, meta, _ = parts()
+def test_a_gating_of_its_own_is_for_the_torch_operator():
+    _, meta, weights = parts()
 
-    class Clamped(type(meta)):
+    class Odd(type(meta)):
         def _apply_gate(self, gate_up):
-            return gate_up
+            gate, up = gate_up.chunk(2, dim=-1)
+            return torch.tanh(gate) * up
 
-    clamped = Clamped(tiny_config("qwen3_moe"))
-    assert "_apply_gate" in KTransformersExperts.check(KEY, clamped, CPU)[0]
+    config = tiny_config("qwen3_moe")
+    config._experts_implementation = "batched_mm"  # which asks the class how to gate
+    odd = Odd(config)
+    (problem,) = KTransformersExperts.check(KEY, odd, CPU)
+    assert "their own gating (_apply_gate); use KExpertsTorch" in problem
+    assert KTransformersExperts.check(KEY, odd, {**CPU, "generate_op": "KExpertsTorch"}) == []
+    with torch.no_grad():
+        for name, tensor in odd.named_parameters():
+            tensor.copy_(weights.tensor(f"{KEY}.{name}"))
+        found, expected = loaded(odd, weights, "KExpertsTorch")(*routing()), odd(*routing())
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+METHODS = pytest.mark.parametrize("word", ["backend", "method"])
+
+
+@METHODS
+def test_a_method_is_checked_against_the_checkpoint(word):
+    """The name of what is there is accepted, any other is refused with what was found; without weights, known names."""
+    names = {f"{KEY}.gate_up_proj": "Q8_0", f"{KEY}.down_proj": "Q8_0"}
+    _, meta, gguf = parts(types=names)
+    _, bf16_meta, bf16 = parts(dtype=torch.bfloat16)
+
+    def check(method, module=meta, weights=gguf):
+        return KTransformersExperts.check(KEY, module, {**CPU, word: method}, weights)
+
+    assert check("LLAMAFILE") == check("llamafile") == check("AMXInt8") == check("BF16", bf16_meta, bf16) == []
+    (problem,) = check("FP8")
+    assert problem == (
+        f"{word}: FP8 asks for experts stored so, found LLAMAFILE (Q8_0); name what is there, or leave it out: the "
+        "checkpoint decides"
+    )
+    assert "found BF16 (BF16)" in check("LLAMAFILE", bf16_meta, bf16)[0]
+    for name in experts.METHODS:
+        assert check(name, weights=None) == []
+    assert "did you mean 'GPTQ_INT4'?" in check("GPTQINT4", weights=None)[0]
+    KTransformersExperts(KEY, bf16, None, bf16_meta, **CPU, **{word: "BF16"}).load()
 
 
 def test_float64_is_refused_before_loading():

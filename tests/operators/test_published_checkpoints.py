@@ -1,0 +1,212 @@
+"""Quantized checkpoints as published, loaded into models: logits equal those of the same numbers, dequantized by
+transformers where it can."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import meta_model, random_ids, relative_error
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ktransformers import optimize_and_load
+from ktransformers.errors import RuleError, WeightError
+from ktransformers.loaders import bind, open_weights
+from tests.loaders import published
+
+EXPERTS = "ktransformers.operators.experts.KTransformersExperts"
+LINEAR = "ktransformers.operators.linear.KTransformersLinear"
+CPU = {"generate_device": "cpu", "prefill_device": "cpu"}
+
+
+def rules(op="KExpertsTorch", **more):
+    """Experts by `op`, linear layers by whatever the device has for them."""
+    return [
+        {"match": {"trait": "experts"}, "replace": {"class": EXPERTS, "kwargs": {"generate_op": op, **CPU, **more}}},
+        {"match": {"name": r"(?<!o_a_proj)$", "class": "torch.nn.Linear"}, "replace": {"class": LINEAR, "kwargs": CPU}},
+    ]
+
+
+NO_OPERATORS = [{"match": {"name": "^model$"}, "replace": {"class": "default", "kwargs": CPU}}]
+
+
+def write(folder, tensors, config=None):
+    folder.mkdir(exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"quantization_config": config} if config else {}))
+    return folder
+
+
+def random_model(config):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager").eval()
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            tensor.normal_(1, 0.1) if "norm" in name else tensor.normal_(0, 0.1)
+    return model
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def same_logits(loaded, truth):
+    ids = random_ids(2, 9, vocab=80)
+    assert relative_error(logits(loaded, ids), logits(truth, ids)) < 1e-5
+
+
+# --- gpt-oss: stacked blocks and scales, biases, gate and up in turn -----------------------------------------------------
+
+
+def gpt_oss_config():
+    return AutoConfig.for_model(
+        "gpt_oss", hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, vocab_size=80, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0,
+    )  # fmt: skip
+
+
+def gpt_oss(folder):
+    """(folder, model with the numbers that transformers makes of it)."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    model, rng = random_model(gpt_oss_config()), np.random.default_rng(0)
+    state, tensors = model.state_dict(), {}
+    for name, tensor in state.items():
+        if tensor.dim() != 3:
+            tensors[name] = tensor
+            continue
+        e, k, n = tensor.shape
+        blocks = torch.from_numpy(rng.integers(0, 256, (e, n, k // 32, 16)).astype(np.uint8))
+        scales = torch.from_numpy(rng.integers(119, 124, (e, n, k // 32)).astype(np.uint8))
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        tensor.copy_(convert_moe_packed_tensors(blocks, scales, dtype=torch.float32))
+    return write(folder, tensors, {"quant_method": "mxfp4"}), model
+
+
+def test_gpt_oss(tmp_path):
+    folder, truth = gpt_oss(tmp_path)
+    loaded = optimize_and_load(meta_model(gpt_oss_config()), rules(), folder, progress=False)
+    same_logits(loaded, truth)
+
+
+def test_gpt_oss_experts_are_views_of_the_blocks(tmp_path):
+    """gate is the even and up the odd rows, [I, H] each, without a copy; biases come apart in the same way."""
+    folder, truth = gpt_oss(tmp_path)
+    weights = bind(open_weights(folder), meta_model(gpt_oss_config()))
+    key, module = "model.layers.1.mlp.experts", truth.model.layers[1].mlp.experts
+    assert not weights.can_pack(f"{key}.gate_up_proj") and weights.experts_problem(key) == ""
+    assert weights.methods(f"{key}.down_proj") == ["MXFP4"]
+    experts = weights.experts(key)
+    mapped = weights.files.packed("model.norm.weight").data.untyped_storage().data_ptr()
+    for e in range(4):
+        rows = module.gate_up_proj[e].T
+        for packed, value in (
+            (experts.gate[e], rows[0::2]),
+            (experts.up[e], rows[1::2]),
+            (experts.down[e], module.down_proj[e].T),
+        ):
+            assert torch.equal(packed.dequantize(), value) and packed.data.untyped_storage().data_ptr() == mapped
+        assert experts.gate[e].stride == 2 * experts.down[e].shape[0] // 2 == 64 and experts.gate[e].scale_stride == 4
+    assert torch.equal(experts.gate_bias, module.gate_up_proj_bias[:, 0::2]) and experts.up_bias.is_contiguous()
+    assert torch.equal(experts.up_bias, module.gate_up_proj_bias[:, 1::2])
+    assert torch.equal(experts.down_bias, module.down_proj_bias)
+
+
+def test_gpt_oss_dequantized_has_no_rows_to_pack(tmp_path):
+    """Its bf16 form stores columns: the torch operator computes it, the C library's operator says why not."""
+    truth = random_model(gpt_oss_config()).to(torch.bfloat16)
+    folder = write(tmp_path, truth.state_dict())
+    meta = meta_model(gpt_oss_config()).to(torch.bfloat16)
+    weights = bind(open_weights(folder), meta)
+    assert "stored with rows and columns exchanged" in weights.experts_problem("model.layers.0.mlp.experts")
+    with pytest.raises(WeightError, match="rows and columns exchanged.*Use tensor"):
+        weights.experts("model.layers.0.mlp.experts")
+    loaded = optimize_and_load(meta, rules(), folder, progress=False)
+    ids = random_ids(1, 5, vocab=80)
+    assert relative_error(logits(loaded, ids), logits(truth, ids)) < 0.05
+
+
+# --- DeepSeek-V4: names of its own, FP8 with powers of two, FP4 experts ----------------------------------------------------
+
+
+def deepseek_v4_config():
+    return AutoConfig.for_model(
+        "deepseek_v4", hidden_size=64, moe_intermediate_size=32, num_hidden_layers=3, num_attention_heads=4, head_dim=32,
+        q_lora_rank=32, o_lora_rank=32, o_groups=2, n_routed_experts=4, num_experts_per_tok=2, vocab_size=80,
+        index_n_heads=2, index_head_dim=16, index_topk=8, num_nextn_predict_layers=1, max_position_embeddings=512,
+        layer_types=["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
+        mlp_layer_types=["hash_moe", "moe", "moe"], bos_token_id=1, eos_token_id=2, swiglu_limit=0.5,
+    )  # fmt: skip
+
+
+def test_deepseek_v4(tmp_path):
+    """As published: `layers.0.ffn.experts.0.w1.weight` int8 with `.scale` e8m0, attention in FP8, an MTP layer."""
+    model, rng = random_model(deepseek_v4_config()), np.random.default_rng(0)
+    model.model.layers[0].mlp.gate.tid2eid.copy_(torch.randint(0, 4, (80, 2)))
+    model.save_pretrained(tmp_path / "hf")
+    tensors, plain = {}, {}
+    for name, tensor in load_file(tmp_path / "hf" / "model.safetensors").items():
+        short = name.removeprefix("model.")
+        if re.search(r"\.(w1|w2|w3|wq_a|wq_b|wkv|wo_b)\.weight$", name) and "compressor" not in name:
+            make = published.mxfp4 if ".experts." in name else published.fp8_block_ue8m0
+            parts, values = make(*tensor.shape, rng)
+            tensors |= {short.removesuffix("weight") + part: t for part, t in parts.items()}
+            plain[name] = torch.from_numpy(values)
+        else:
+            tensors[short] = plain[name] = tensor
+    tensors["mtp.0.attn.wq_a.weight"] = torch.zeros(8, 8, dtype=torch.float8_e4m3fn)  # not built by transformers
+    truth = optimize_and_load(
+        meta_model(deepseek_v4_config()), NO_OPERATORS, write(tmp_path / "plain", plain), progress=False
+    )
+    config = {"quant_method": "fp8", "weight_block_size": [128, 128], "scale_fmt": "ue8m0"}
+    folder = write(tmp_path / "packed", tensors, config)
+    loaded = optimize_and_load(meta_model(deepseek_v4_config()), rules(method="MXFP4"), folder, progress=False)
+    same_logits(loaded, truth)
+    assert loaded.gguf_loader.experts("model.layers.1.mlp.experts").gate[3].type.name == "F4_E2M1"
+
+
+# --- a family like most, in every format ---------------------------------------------------------------------------------
+
+
+def qwen3_moe_config():
+    return AutoConfig.for_model(
+        "qwen3_moe", hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2, vocab_size=80,
+        num_attention_heads=4, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, head_dim=32,
+    )  # fmt: skip
+
+
+def checkpoint(folder, form):
+    """(folder, model with the numbers that the format's definition says)."""
+    model, rng = random_model(qwen3_moe_config()), np.random.default_rng(0)
+    make, _, _, config = published.FORMATS[form]
+    model.save_pretrained(folder)
+    tensors, plain = {}, {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if re.search(r"_proj\.weight$", name):
+            parts, values = make(*tensor.shape, rng)
+            tensors |= {name.removesuffix("weight") + part: t for part, t in parts.items()}
+            plain[name] = torch.from_numpy(np.ascontiguousarray(values)).float()
+        else:
+            tensors[name] = plain[name] = tensor
+    truth = optimize_and_load(
+        meta_model(qwen3_moe_config()), NO_OPERATORS, write(folder / "plain", plain), progress=False
+    )
+    return write(folder, tensors, config), truth
+
+
+@pytest.mark.parametrize("form", published.FORMATS)
+def test_every_format_runs(form, tmp_path):
+    """The torch operators compute every format, and so does a model without rules."""
+    folder, truth = checkpoint(tmp_path, form)
+    for rule in (rules(method=published.FORMATS[form][2]), NO_OPERATORS):
+        same_logits(optimize_and_load(meta_model(qwen3_moe_config()), rule, folder, progress=False), truth)
+
+
+def test_a_method_that_is_not_the_checkpoints(tmp_path):
+    """Refused before anything is loaded, with what was found."""
+    folder, _ = checkpoint(tmp_path, "int4_packed")
+    with pytest.raises(RuleError, match=r"method: FP8 asks for experts stored so, found AMXINT4, RAWINT4 \(I4\)"):
+        optimize_and_load(meta_model(qwen3_moe_config()), rules(method="FP8"), folder, progress=False)
