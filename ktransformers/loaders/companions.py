@@ -175,6 +175,8 @@ def _faulty(info: TensorInfo, name: str, fault: str) -> TensorInfo:
 def _recognize(name: str, info: TensorInfo, stored: Tensors, scheme: Scheme, read: Read) -> _Found | None:
     """The weight whose codes `name` holds, or None for any other tensor."""
     kind, leaf = info.type.name, name.rpartition(".")[2]
+    if kind not in ("F8_E4M3", "I8", "U8", "F4", "I32"):
+        return None
     base = name.removesuffix(leaf)
     if leaf == "qweight" and kind == "I32":
         names, weight = {key: f"{base}{key}" for key in ("scales", "qzeros", "g_idx")}, f"{base}weight"
@@ -182,14 +184,15 @@ def _recognize(name: str, info: TensorInfo, stored: Tensors, scheme: Scheme, rea
     if leaf == "weight_packed":
         keys = ("weight_scale", "weight_zero_point", "weight_g_idx", "weight_global_scale", "weight_shape")
         names, weight = {key: f"{base}{key}" for key in keys}, f"{base}weight"
-        if kind == "I32":
+        scales = stored.get(f"{base}weight_scale")
+        if kind == "I32" or (kind == "U8" and scales and scales.type.name in ("F32", "F16", "BF16")):
             return _found(weight, name, stored, names, base, lambda p: _packed_integers(weight, info, p, scheme, read))
         return _found(weight, name, stored, names, base, lambda parts: _packed_fp4(weight, info, parts))
     if name.endswith("_blocks") and kind == "U8" and f"{name.removesuffix('_blocks')}_scales" in stored:
         weight = name.removesuffix("_blocks")
         names = {"scales": f"{weight}_scales"}
         return _found(weight, name, stored, names, f"{weight}_", lambda parts: _blocks(weight, info, parts["scales"]))
-    if kind in ("F8_E4M3", "I8", "U8", "F4") and len(info.shape) >= 2:
+    if kind != "I32" and len(info.shape) >= 2:
         if scale := next((n for n in _scale_names(name) if n in stored), None):
             names = {"scale": scale, "factor": f"{name}_scale_2", "zero_point": f"{name}_zero_point"}
             prefix = base if leaf == "weight" else f"{name}_"
@@ -368,15 +371,18 @@ def _packed_fp4(name: str, codes: TensorInfo, parts: Tensors) -> ScaledInfo:
 
 
 def _packed_integers(name: str, codes: TensorInfo, parts: Tensors, scheme: Scheme, read: Read) -> ScaledInfo:
-    """compressed-tensors pack-quantized: words of 32 bits along K, offset binary, low bits first."""
+    """compressed-tensors pack-quantized: words of 32 bits along K, offset binary, low bits first. Codes of four bits
+    are also published as bytes, which are the same."""
     _check_dims(codes)
     scales = _need(parts, "weight_scale", name)
     _stored_as(scales, "F32", "F16", "BF16")
-    bits = scheme.packed_bits[0] if len(scheme.packed_bits) == 1 else _bits_from_shape(codes, parts, read, name)
+    words, bits = codes.type.name == "I32", 4
+    if words:
+        bits = scheme.packed_bits[0] if len(scheme.packed_bits) == 1 else _bits_from_shape(codes, parts, read, name)
     if bits not in (4, 8):
         raise _Unfit(f"{codes.name} holds codes of {bits} bits, expected 4 or 8")
     kind = I4 if bits == 4 else U8
-    shape = (*codes.shape[:-1], codes.shape[-1] * kind.per_word)
+    shape = (*codes.shape[:-1], codes.shape[-1] * (kind.per_word if words else 2))
     block = _block_of(shape, scales, scheme.blocks)
     rest: dict[str, Any] = {}
     if zeros := parts.get("weight_zero_point"):

@@ -140,6 +140,11 @@ def int4_packed(n, k, rng) -> Made:
     return _packed_ints(n, k, rng, 4, 32)
 
 
+def int4_bytes(n, k, rng) -> Made:
+    parts, values = int4_packed(n, k, rng)
+    return parts | {"weight_packed": parts["weight_packed"].view(torch.uint8)}, values
+
+
 def int4_packed_asymmetric(n, k, rng) -> Made:
     return _packed_ints(n, k, rng, 4, 32, asymmetric=True)
 
@@ -234,6 +239,7 @@ FORMATS: dict[str, tuple[Callable[..., Made], str, str, dict]] = {
     "nvfp4_packed": (nvfp4_packed, "F4_E2M1", "NVFP4", {"quant_method": "compressed-tensors"}),
     "int4_packed": (int4_packed, "I4", "RAWINT4", _ints(4, group_size=32)),
     "int4_packed_unsaid": (int4_packed, "I4", "RAWINT4", {}),
+    "int4_bytes": (int4_bytes, "I4", "RAWINT4", {}),
     "int4_packed_asymmetric": (int4_packed_asymmetric, "I4", "RAWINT4", _ints(4, symmetric=False)),
     "int4_row": (int4_row, "I4", "AMXINT4", _ints(4, strategy="channel")),
     "int8_packed": (int8_packed, "U8", "RAWINT8", _ints(8, group_size=32)),

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ktransformers import optimize_and_load
 from ktransformers.errors import RuleError, WeightError
 from ktransformers.loaders import bind, open_weights
+from ktransformers.quantize import quantize_folder
 from tests.loaders import published
 
 EXPERTS = "ktransformers.operators.experts.KTransformersExperts"
@@ -210,3 +211,16 @@ def test_a_method_that_is_not_the_checkpoints(tmp_path):
     folder, _ = checkpoint(tmp_path, "int4_packed")
     with pytest.raises(RuleError, match=r"method: FP8 asks for experts stored so, found AMXINT4, RAWINT4 \(I4\)"):
         optimize_and_load(meta_model(qwen3_moe_config()), rules(method="FP8"), folder, progress=False)
+
+
+@pytest.mark.parametrize("form", ["fp8_block", "gptq4_act_order"])
+def test_a_quantized_checkpoint_becomes_a_gguf(form, tmp_path):
+    """`quantize` reads what the loaders read: an F32 file of such a checkpoint computes the same."""
+    folder, truth = checkpoint(tmp_path / "hf", form)
+    qwen3_moe_config().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": published.FORMATS[form][3]}
+    (folder / "config.json").write_text(json.dumps(config))
+    quantize_folder(folder, tmp_path / "out.gguf", "F32")
+    same_logits(
+        optimize_and_load(meta_model(qwen3_moe_config()), rules(), tmp_path / "out.gguf", progress=False), truth
+    )
