@@ -34,7 +34,7 @@ test: setup ## every test
 	$(PY) -m pytest $(ARGS)
 
 bench: setup ## speed of the C library beside this machine's measured limits
-	$(PY) -m tests.bench.bench_native $(ARGS)
+	$(PY) -m tests.bench.bench_native $(if $(JSON),--json $(JSON)) $(ARGS)
 
 bench-model: setup ## load time, memory and tokens/s of whole models
 	$(PY) -m tests.bench.bench_model $(ARGS)

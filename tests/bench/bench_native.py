@@ -1,66 +1,112 @@
 """Speed of the C library beside this machine's limits, measured in the same seconds: `make bench`.
 
-Decode (one token) is held to the read bandwidth of the very bytes it reads; prefill to the multiplier peak of
-the instruction set in use (int8, bf16 or fp32, whichever the format's GEMM multiplies with). Activations are fp32,
-for BF16 weights bf16: only those meet the bf16 multiplier. Each figure is the median over short slices, with a probe
-of the limit right before and right after each slice, because shared machines change from second to second: quote
-shares, not absolute figures. `--quick` uses fewer experts and slices.
+One MoE layer of random weights for each format and shape, far larger than the last-level cache; T tokens a call,
+a new routing each call. Each cell is taken in short slices, with a probe of the read bandwidth and of the multiplier's
+peak before and after each, because shared machines change from second to second: quote shares, not absolute figures.
+Shares are medians over slices. `of read`: bytes of the experts that a call touches, over time and the bandwidth of
+reading the same bytes. `of peak`: operations over time and the peak of the unit that the format's prefill runs on.
+`error`: mean|d| / mean|ref| against fp32 arithmetic on the dequantized weights (native.set_exact).
+`--json FILE` keeps every figure; `python -m tests.bench.plot FILE` draws them.
 """
 
 import argparse
 import json
+import math
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
 
 from ktransformers import native
-from tests.native.blocks import FORMATS, Packed, Type, random_weight
+from tests.native.blocks import FORMATS, random_weight
+from tests.native.scaled_blocks import KINDS, random_scaled
 
-HIDDEN, INNER, PER_TOKEN = 2048, 1536, 6  # DeepSeek-V2-Lite's layer with I a multiple of 256
+SHAPES = {"S1": (2048, 768, 128, 8), "S2": (2048, 1408, 64, 6), "S3": (7168, 2048, 16, 8)}
+"""Hidden, intermediate, experts, experts a token: Qwen3-30B-A3B, DeepSeek-V2-Lite, DeepSeek-V3 with fewer experts."""
+
+TYPES = [*FORMATS, *KINDS]
 DISTINCT = 2  # different matrices; each expert still has memory of its own
+BF16_TYPES = ("BF16", "FP8", "FP8_PERCHANNEL", "MXFP8")
+ERROR_TOKENS = 64  # at most, for the error
 
 
 @dataclass
 class Row:
     type: str
+    shape: str
+    hidden: int
+    inner: int
+    experts: int
+    per_token: int
     isa: str
+    threads: int
     tokens: int
-    limit: str  # "read" or the multiplier
-    speed: float  # GB/s of weight bytes, or GOP/s
-    limit_speed: float
-    share: float  # median of per-slice shares
-    milliseconds: float
+    routing: str
+    bytes: float  # of the experts a call touches
+    ops: float
+    us: float
+    us_q1: float
+    us_q3: float
+    gbs: float
+    read_gbs: float
+    read_share: float
+    gops: float
+    peak: str
+    peak_gops: float
+    peak_share: float
+    error: float
+
+
+def weights(name: str, role: int, rows: int, cols: int) -> list[Any]:
+    """DISTINCT matrices, others for each role."""
+    rng = np.random.default_rng(role)
+    make = random_scaled if name in KINDS else random_weight
+    return [make(rng, name, rows, cols) for _ in range(DISTINCT)]
+
+
+def copies(some: list[Any], count: int) -> list[Any]:
+    """One matrix an expert, in memory of its own: as a GGUF has them, one after the other."""
+    each = some[0].data.numel()
+    data = torch.empty(count * each, dtype=torch.uint8)
+    out = []
+    for e, view in enumerate(data.split(each)):
+        w = some[e % len(some)]
+        view.copy_(w.data.reshape(-1))
+        part = {"data": view.view(w.data.shape)}
+        if getattr(w, "scales", None) is not None:
+            part["scales"] = w.scales.clone()
+        out.append(replace(w, **part))
+    return out
 
 
 class Layer:
-    """One MoE layer of random weights; `data` holds all bytes of it in one buffer."""
+    """One MoE layer."""
 
-    def __init__(self, name: str, count: int) -> None:
-        rng = np.random.default_rng(0)
-        sizes = ((INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER))
-        some = [[random_weight(rng, name, *size).data for size in sizes] for _ in range(DISTINCT)]
-        each = [d.numel() for d in some[0]]
-        self.data = torch.empty(count * sum(each), dtype=torch.uint8)
-        parts: tuple[list[Packed], ...] = ([], [], [])
-        at = 0
-        for role in range(3):  # as in a GGUF: all gates, all ups, all downs
-            for e in range(count):
-                view = self.data[at : at + each[role]]
-                view.copy_(some[e % DISTINCT][role])
-                parts[role].append(Packed(view, Type(name), sizes[role]))
-                at += each[role]
-        self.count, self.expert_bytes = count, sum(each)
-        self.experts = native.Experts(*parts)
+    def __init__(self, name: str, shape: str) -> None:
+        self.hidden, self.inner, self.count, self.per_token = SHAPES[shape]
+        block = FORMATS[name][0] if name in FORMATS else 32
+        self.inner = math.ceil(self.inner / block) * block
+        sizes = ((self.inner, self.hidden), (self.inner, self.hidden), (self.hidden, self.inner))
+        parts = [copies(weights(name, role, *size), self.count) for role, size in enumerate(sizes)]
+        self.expert_bytes = sum(p[0].nbytes if name in KINDS else p[0].data.numel() for p in parts)
+        self.probe = torch.empty(256 << 20, dtype=torch.uint8).fill_(1)  # as large as what a call reads is spread out
+        self.experts = native.Experts(*parts, name=name)
+        self.dtype = torch.bfloat16 if name in BF16_TYPES else torch.float32
 
 
-def routing(count: int, tokens: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """K distinct experts a token, uniform."""
-    ids = torch.rand(tokens, count, generator=generator).argsort(-1)[:, :PER_TOKEN].contiguous()
-    return ids, torch.rand(tokens, PER_TOKEN, generator=generator)
+def routing(layer: Layer, tokens: int, kind: str, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """K distinct experts a token: uniform, or skewed as 1 / (rank + 3) over the experts."""
+    weight = torch.ones(layer.count) if kind == "uniform" else 1.0 / (torch.arange(layer.count) + 3.0)
+    ids = torch.multinomial(weight.expand(tokens, -1), layer.per_token, generator=generator)
+    return ids, torch.rand(tokens, layer.per_token, generator=generator)
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -70,9 +116,8 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def read_speed(data: torch.Tensor) -> float:
-    """GB/s over up to 256 MB of `data`."""
-    part = data[: 256 << 20]
-    return part.numel() / seconds(lambda: native.bench_read(part)) / 1e9
+    """GB/s."""
+    return data.numel() / seconds(lambda: native.bench_read(data)) / 1e9
 
 
 def peak_speed(kind: str) -> float:
@@ -85,76 +130,125 @@ def peak_speed(kind: str) -> float:
 
 
 def multiplier(name: str) -> str:
-    """The unit that the format's prefill GEMM runs on."""
-    if FORMATS[name][0] > 1:
-        return "int8"
-    return "bf16" if name == "BF16" and native.isa() == "avx512_bf16" else "f32"
+    """The unit that the format's prefill GEMM runs on, on the instruction set in use."""
+    if name in BF16_TYPES:
+        return "bf16" if native.bench_peak("bf16", 16) else "f32"
+    return "f32" if name in ("F16", "F32", "GPTQ_ORDER") else "int8"
 
 
-def measure(layer: Layer, name: str, tokens: int, slices: int, budget: float) -> Row:
+def error(layer: Layer, tokens: int, kind: str) -> float:
     generator = torch.Generator().manual_seed(tokens)
-    hidden = torch.randn(tokens, HIDDEN, generator=generator)
-    hidden = hidden.bfloat16() if name == "BF16" else hidden
-    kind = "read" if tokens == 1 else multiplier(name)
-    limit = (lambda: read_speed(layer.data)) if tokens == 1 else (lambda: peak_speed(kind))
-    work = PER_TOKEN * layer.expert_bytes if tokens == 1 else 2 * 3 * HIDDEN * INNER * PER_TOKEN * tokens
-    calls = [routing(layer.count, tokens, generator) for _ in range(8)]
+    tokens = min(tokens, ERROR_TOKENS)
+    hidden = torch.randn(tokens, layer.hidden, generator=generator).to(layer.dtype)
+    call = (hidden.float(), *routing(layer, tokens, kind, generator))
+    native.set_exact(True)
+    truth = layer.experts(*call).double()
+    native.set_exact(False)
+    found = layer.experts(hidden, *call[1:]).double()
+    return ((found - truth).abs().mean() / truth.abs().mean()).item()
+
+
+def measure(layer: Layer, name: str, shape: str, tokens: int, kind: str, slices: int, budget: float) -> Row:
+    generator = torch.Generator().manual_seed(tokens)
+    hidden = torch.randn(tokens, layer.hidden, generator=generator).to(layer.dtype)
+    calls = [routing(layer, tokens, kind, generator) for _ in range(8)]
+    bytes_ = statistics.mean(len(ids.unique()) for ids, _ in calls) * layer.expert_bytes
+    ops = 2.0 * 3 * layer.hidden * layer.inner * layer.per_token * tokens
+    unit = multiplier(name)
+    limits = lambda: (read_speed(layer.probe), peak_speed(unit))  # noqa: E731
     layer.experts(hidden, *calls[0])
-    speeds, limits, before = [], [], limit()
+    took, reads, peaks, before = [], [], [], limits()
     for _ in range(slices):
         times, start = [], time.perf_counter()
-        while time.perf_counter() - start < budget:
-            ids, weights = calls[len(times) % 8]
-            times.append(seconds(lambda: layer.experts(hidden, ids, weights)))  # noqa: B023 (called at once)
-        after = limit()
-        speeds.append(work / statistics.median(times) / 1e9)
-        limits.append((before + after) / 2)
+        while time.perf_counter() - start < budget or len(times) < 2:
+            call = calls[len(times) % 8]
+            times.append(seconds(lambda: layer.experts(hidden, *call)))  # noqa: B023 (called at once)
+        after = limits()
+        took.append(statistics.median(times))
+        reads.append((before[0] + after[0]) / 2)
+        peaks.append((before[1] + after[1]) / 2)
         before = after
-    speed = statistics.median(speeds)
-    share = statistics.median(s / m if m else 0.0 for s, m in zip(speeds, limits, strict=True))
-    return Row(name, native.isa(), tokens, kind, speed, statistics.median(limits), share, work / speed / 1e6)
+    q1, middle, q3 = statistics.quantiles(took, n=4, method="inclusive")
+    share = lambda work, limit: statistics.median(work / t / 1e9 / m for t, m in zip(took, limit, strict=True))  # noqa: E731
+    return Row(
+        name, shape, layer.hidden, layer.inner, layer.count, layer.per_token, native.isa(), native.threads(), tokens,
+        kind, bytes_, ops, middle * 1e6, q1 * 1e6, q3 * 1e6, bytes_ / middle / 1e9, statistics.median(reads),
+        share(bytes_, reads), ops / middle / 1e9, unit, statistics.median(peaks), share(ops, peaks),
+        error(layer, tokens, kind),
+    )  # fmt: skip
 
 
-def table(rows: list[Row]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    title = f"One MoE layer: H{HIDDEN} I{INNER}, {PER_TOKEN} experts a token, {native.threads()} threads"
-    out = Table(title=title, caption="share: median over slices of speed / limit measured around the slice")
-    for column in ("type", "isa", "T", "speed", "limit", "share", "ms"):
-        out.add_column(column, justify="left" if column in ("type", "isa") else "right")
-    for r in rows:
-        unit = "GB/s" if r.limit == "read" else "GOP/s"
+def table(rows: list[Row]) -> Table:
+    first = rows[0]
+    title = (
+        f"{first.shape}: H{first.hidden} I{first.inner} E{first.experts} top-{first.per_token}, {first.threads} threads"
+    )
+    out = Table(title=title, caption="µs: median (quartiles) over slices")
+    for column in ("type", "isa", "routing"):
+        out.add_column(column)
+    for column in ("T", "µs", "GB/s", "of read", "GOP/s", "of peak", "error"):
+        out.add_column(column, justify="right", no_wrap=True)
+    for at, r in enumerate(rows):
         out.add_row(
-            r.type, r.isa, str(r.tokens), f"{r.speed:.1f} {unit}", f"{r.limit} {r.limit_speed:.1f}", f"{r.share:.0%}",
-            f"{r.milliseconds:.2f}", end_section=r.tokens == max(x.tokens for x in rows),
+            r.type, r.isa, r.routing, str(r.tokens), f"{r.us:.0f} ({r.us_q1:.0f}-{r.us_q3:.0f})", f"{r.gbs:.1f}",
+            f"{r.read_share:.0%}", f"{r.gops:.0f}", f"{r.peak_share:.0%} {r.peak}", f"{r.error:.2g}",
+            end_section=at + 1 < len(rows) and rows[at + 1].type != r.type,
         )  # fmt: skip
-    Console().print(out)
+    return out
+
+
+def cells(options: argparse.Namespace) -> Iterable[tuple[str, str, str, int, str]]:
+    for shape in options.shapes:
+        for name in options.types:
+            for isa in options.isa or [native.isa()]:
+                for kind in options.routing:
+                    for tokens in options.tokens:
+                        yield shape, name, isa, tokens, kind
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    words = lambda known: lambda text: [checked(part, known) for part in text.split(",") if part]  # noqa: E731
+
+    def checked(part: str, known: Iterable[str]) -> str:
+        if part not in known:
+            raise argparse.ArgumentTypeError(f"{part!r}, expected some of {','.join(known)}")
+        return part
+
+    parser.add_argument("--quick", action="store_true", help="three short slices instead of nine")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there, after each cell")
+    parser.add_argument("--types", type=words(TYPES), default=TYPES, help="comma-separated (default: all)")
+    parser.add_argument("--shapes", type=words(SHAPES), default=["S2"], help="of S1,S2,S3 (default: S2)")
+    parser.add_argument("--routing", type=words(("uniform", "skewed")), default=["uniform"], help="uniform,skewed")
+    parser.add_argument("--tokens", type=lambda t: [int(n) for n in t.split(",")], default=[1, 4, 32, 128, 512])
+    parser.add_argument("--isa", type=words(native.isas()), help="instruction sets (default: the best one)")
+    parser.add_argument("--threads", type=int, help="threads of the pool")
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="16 experts and 3 slices instead of 64 and 9")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
-    parser.add_argument("--types", default=",".join(FORMATS), help="comma-separated weight types")
-    parser.add_argument("--tokens", default="1,4,32,512", help="comma-separated token counts")
-    parser.add_argument("--isa", help="comma-separated instruction sets (default: the best one)")
-    parser.add_argument("--threads", type=int, help="threads of the pool")
-    options = parser.parse_args()
+    options = parse()
     if options.threads:
         native.set_threads(options.threads)
-    rows = []
-    for name in options.types.split(","):
-        layer = Layer(name, 16 if options.quick else 64)
-        for isa in (options.isa or native.isa()).split(","):
+    rows: list[Row] = []
+    todo, console = list(cells(options)), Console()
+    slices, budget = (3, 0.06) if options.quick else (9, 0.2)
+    layer, made = None, None
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("measuring", total=len(todo))
+        for shape, name, isa, tokens, kind in todo:
+            progress.update(task, description=f"{shape} {name} {isa} T={tokens} {kind}")
+            if made != (name, shape):
+                layer = None  # give the memory back before taking more
+                layer, made = Layer(name, shape), (name, shape)
             native.set_isa(isa)
-            for tokens in map(int, options.tokens.split(",")):
-                row = measure(layer, name, tokens, 3 if options.quick else 9, 0.1 if options.quick else 0.25)
-                rows.append(row)
-                if options.json:
-                    print(json.dumps(asdict(row)), flush=True)
-    if not options.json:
-        table(rows)
+            rows.append(measure(layer, name, shape, tokens, kind, slices, budget))
+            if options.json:
+                options.json.write_text(json.dumps({"rows": [asdict(r) for r in rows]}, indent=1) + "\n")
+            progress.advance(task)
+    wide = Console() if console.is_terminal else Console(width=130)
+    for shape in options.shapes:
+        wide.print(table([r for r in rows if r.shape == shape]))
 
 
 if __name__ == "__main__":
