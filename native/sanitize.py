@@ -21,7 +21,7 @@ CHECKS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 RACES = ["-fsanitize=thread"]
 
 
-PROGRAMS = {False: (["sanitize"],), True: (["races"], ["sanitize", "pool"])}
+PROGRAMS = {False: (["sanitize"], ["fuzz", "8"]), True: (["races"], ["sanitize", "pool"])}
 """What to run, with arguments: native/test/<first>.c; races or not."""
 
 
