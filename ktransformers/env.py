@@ -13,6 +13,7 @@ ISAS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16")
 
 VARIABLES = {
     "KT_DEBUG": "0 quiet, 1 print the injection plan while loading",
+    "KT_HUGE_PAGES": "1 reads checkpoints into huge pages instead of mapping them: faster decoding, slower to open",
     "KT_ISA": f"highest instruction set the C library may use: {', '.join(ISAS)}",
     "KT_NUMA": "CPUs of each NUMA node, such as 0-3,8;4-7; default: what the system reports",
     "KT_PIN": "0 leaves the C library's threads to the system, 1 (default) binds them to cores and NUMA nodes",
@@ -41,6 +42,11 @@ def debug() -> int:
 def threads() -> int | None:
     """KT_THREADS, or None for the default of the C library."""
     return _integer("KT_THREADS", None, 1, 1024)
+
+
+def huge_pages() -> bool:
+    """KT_HUGE_PAGES: whether checkpoints are read into huge pages instead of being mapped."""
+    return bool(_integer("KT_HUGE_PAGES", 0, 0, 1))
 
 
 def pin() -> bool:

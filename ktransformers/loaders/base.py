@@ -4,6 +4,7 @@ Tensor data are never read here: `packed` is a view of the mapped file and the p
 Peak memory of `tensor` is its result plus a few MiB.
 """
 
+import contextlib
 import mmap
 import os
 import sys
@@ -11,16 +12,25 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
+from ktransformers import env
 from ktransformers.errors import WeightError, did_you_mean
 from ktransformers.quants import Packed, QuantType
 from ktransformers.scaled import ScaledType, ScaledWeight
 
 # Python 3.11 does not name it; the value is Linux's on every architecture that torch has wheels for.
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+
+
+_HUGE = 2 << 20
+"""Bytes of a huge page, on x86-64 and on ARM64 with pages of 4 KiB."""
+
+CHUNK = 64 << 20
+"""Bytes read at once into huge pages."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +54,11 @@ class MappedFile:
 
     Mapped private and writable, so torch sees ordinary memory and a stray write cannot reach the file;
     without reserving swap, so a file larger than memory maps too. It lives as long as a tensor made from it.
+    With KT_HUGE_PAGES=1 the file is read into huge pages instead: slower to open and as large as the file from the
+    start, but decoding walks fewer page tables; the page cache is told to forget what was read, so there is one copy.
 
-    Raises WeightError when the file cannot be opened, is empty, or is a git-lfs pointer instead of the data.
+    Raises WeightError when the file cannot be opened, is empty, is a git-lfs pointer instead of the data, or does not
+    fit into the memory there is (KT_HUGE_PAGES only).
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,21 +66,55 @@ class MappedFile:
         try:
             with open(path, "rb") as file:
                 self.size = os.fstat(file.fileno()).st_size
-                protection = mmap.PROT_READ | mmap.PROT_WRITE
-                flags = mmap.MAP_PRIVATE | _NORESERVE
-                # An empty mapping is refused by the system; the check below names the reason.
-                self.buffer = mmap.mmap(file.fileno(), self.size, flags, protection) if self.size else b""
+                head = file.read(20)
+                if self.size and head != b"version https://git-":
+                    self.buffer = _huge(file, path, self.size) if env.huge_pages() else _mapped(file, self.size)
+                    self.bytes = torch.frombuffer(self.buffer, dtype=torch.uint8)
         except OSError as error:
-            raise WeightError(
-                f"{path}: cannot be read ({error}). Check the path and the permissions."
-            ) from error
+            raise WeightError(f"{path}: cannot be read ({error}). Check the path and the permissions.") from error
         if not self.size:
             raise WeightError(f"{path}: the file is empty. Download it again.")
-        if self.buffer[:20] == b"version https://git-":
-            raise WeightError(
-                f"{path}: holds a git-lfs pointer, not weights. Run `git lfs pull` in its folder."
-            )
-        self.bytes = torch.frombuffer(self.buffer, dtype=torch.uint8)
+        if head == b"version https://git-":
+            raise WeightError(f"{path}: holds a git-lfs pointer, not weights. Run `git lfs pull` in its folder.")
+
+
+def _mapped(file: BinaryIO, size: int) -> memoryview:
+    flags = mmap.MAP_PRIVATE | _NORESERVE
+    return memoryview(mmap.mmap(file.fileno(), size, flags, mmap.PROT_READ | mmap.PROT_WRITE))
+
+
+def _huge(file: BinaryIO, path: Path, size: int) -> memoryview:
+    """The file's bytes in anonymous memory that starts at a huge page and asks for more of them."""
+    free = available_memory()
+    if free is not None and size > free:
+        raise WeightError(
+            f"{path}: {size} bytes, but {free} bytes of memory are available. Unset KT_HUGE_PAGES to map the file."
+        )
+    room = mmap.mmap(-1, size + _HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
+    start = -torch.frombuffer(room, dtype=torch.uint8).data_ptr() % _HUGE
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without transparent huge pages: ordinary ones then
+            room.madvise(mmap.MADV_HUGEPAGE, start, size)
+    view, file_at = memoryview(room)[start : start + size], 0
+    file.seek(0)
+    while file_at < size:
+        count = file.readinto(view[file_at : file_at + CHUNK])
+        if not count:
+            raise WeightError(f"{path}: ends after {file_at} of {size} bytes. Is it still being written?")
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), file_at, count, os.POSIX_FADV_DONTNEED)
+        file_at += count
+    return view
+
+
+def available_memory() -> int | None:
+    """Bytes that could be taken without swapping, or None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else None
 
 
 class WeightFiles(ABC):
@@ -92,11 +139,7 @@ class WeightFiles(ABC):
     def info(self, name: str) -> TensorInfo:
         """Shape, type and place of a tensor. Raises WeightError with the closest name when there is none."""
         if name not in self._tensors:
-            where = (
-                self.paths[0]
-                if len(self.paths) == 1
-                else f"the {len(self.paths)} files of {self.paths[0].parent}"
-            )
+            where = self.paths[0] if len(self.paths) == 1 else f"the {len(self.paths)} files of {self.paths[0].parent}"
             raise WeightError(f"No tensor {name!r} in {where}{did_you_mean(name, self._tensors)}.")
         return self._tensors[name]
 
@@ -113,9 +156,7 @@ class WeightFiles(ABC):
             raise WeightError(f"{info.name}: {info.file} is closed. Ask while the checkpoint is open.")
         return self._bytes[info.file][info.start : info.start + info.nbytes]
 
-    def tensor(
-        self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-    ) -> Tensor:
+    def tensor(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
         """The numbers, in memory of their own; `dtype` None is the stored float type, else float32."""
         packed = self.packed(name)
         return packed.dequantize(dtype or packed.type.torch_dtype or torch.float32, device)

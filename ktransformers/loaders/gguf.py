@@ -87,7 +87,7 @@ class _Cursor:
                 f"{what} at byte {self.at} claims a length of {length} bytes, beyond the end of the file"
             )
         self.at += length
-        return self.buffer[self.at - length : self.at]
+        return bytes(self.buffer[self.at - length : self.at])
 
     def name(self, what: str) -> str:
         text = self.raw(what)

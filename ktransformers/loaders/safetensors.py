@@ -123,7 +123,7 @@ def parse(file: MappedFile) -> tuple[dict[str, TensorInfo], dict]:
             f"{path}: a header of {length} bytes in a file of {file.size}: not a safetensors file, or cut "
             "short. Check the path, or download it again."
         )
-    header = _parse_json(file.buffer[8 : 8 + length], path, "the header")
+    header = _parse_json(bytes(file.buffer[8 : 8 + length]), path, "the header")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict):
         raise WeightError(f"{path}: __metadata__ is not an object. The file is damaged; download it again.")
