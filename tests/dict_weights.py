@@ -28,6 +28,9 @@ class DictWeights:
         native = {kind.torch_dtype: kind.name for kind in QUANT_TYPES.values() if kind.torch_dtype}
         return self.types.get(name) or native[self.tensors[name].dtype]
 
+    def infos(self, name):
+        return [SimpleNamespace(type=quant_type(self.quant_type(name)))]
+
     def can_pack(self, name):
         return self.has(name)
 

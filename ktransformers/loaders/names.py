@@ -80,6 +80,10 @@ class ModelWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._source(name).shape
 
+    def infos(self, name: str) -> list[TensorInfo]:
+        """The checkpoint's tensors behind `name`, as it describes them."""
+        return self._source(name).infos
+
     def quant_type(self, name: str) -> str:
         """The stored type, "Q4_K" or "Q4_K+Q6_K" when several tensors of different types make one."""
         return "+".join(dict.fromkeys(info.type.name for info in self._source(name).infos))

@@ -8,7 +8,6 @@ Families that store weights transposed or interleaved, that have biases, gate in
 Letters: T tokens, H hidden, I intermediate, E experts, K experts per token.
 """
 
-import inspect
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -28,6 +27,7 @@ from ktransformers.operators.inner_ops import (
     given,
     op_problem,
     resolve_op,
+    stored_problem,
 )
 from ktransformers.operators.moe import (  # noqa: F401  rule files name the blocks as operators.experts.*
     KDeepseekV2MoE,
@@ -88,11 +88,7 @@ class KExpertsCPU(KExpertsBase):
         if problem := weights.experts_problem(key):
             return f"{problem}; use KExpertsTorch"
         first = "gate_up_proj" if gating.has_gate else "up_proj"
-        kinds = [weights.quant_type(f"{key}.{name}") for name in (first, "down_proj")]
-        if not (unknown := sorted(set("+".join(kinds).split("+")) - native.SUPPORTED_TYPES)):
-            return ""
-        known = ", ".join(sorted(native.SUPPORTED_TYPES))
-        return f"the C library does not compute {', '.join(unknown)} (it does {known}); use KExpertsTorch"
+        return stored_problem(weights, [f"{key}.{first}", f"{key}.down_proj"], "KExpertsTorch")
 
     def load(self, w: Any = None, device: Any = None) -> None:
         packed, gating = self.gguf_loader.experts(self.key), gating_of(self.orig_module)
@@ -275,17 +271,7 @@ def _not_in_c(experts: nn.Module, gating: Gating | None) -> str:
         own = getattr(type(experts), "_apply_gate", None)
         usual = own is None or own.__name__ == "_default_apply_gate"
         return f"the activation {type(act_fn).__name__}" if usual else "their own gating (_apply_gate)"
-    if gating.activation not in native.ACTIVATIONS:
-        return f"the activation {gating.activation!r}"
-    accepted = inspect.signature(native.Experts).parameters
-    wanted = list(_numbers(gating)) + (["gate_bias"] if getattr(experts, "has_bias", False) else [])
-    missing = [_IN_WORDS[name] for name in wanted if name not in accepted]
-    if not gating.has_gate and not getattr(native, "GATELESS_EXPERTS", False):
-        missing.append("experts without a gate")
-    return " and ".join(missing)
-
-
-_IN_WORDS = {"alpha": "a factor alpha of the gate", "limit": "limits of gate and up", "gate_bias": "biases of experts"}
+    return "" if gating.activation in native.ACTIVATIONS else f"the activation {gating.activation!r}"
 
 
 def layout_problem(experts: nn.Module) -> str:

@@ -4,12 +4,14 @@ Which names are today's, obsolete, or need a GPU is said here once for `KTransfo
 `KTransformersExperts`; what the inner operators compute is said in linear.py and experts.py.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
+from ktransformers import native
 from ktransformers.errors import UnsupportedError, did_you_mean
+from ktransformers.loaders.companions import ScaledInfo
 from ktransformers.operators.base_operator import BaseInjectedModule, InferenceState, tell_once
 
 OBSOLETE_OPS = {
@@ -88,6 +90,29 @@ def dtype_problem(dtype: torch.dtype | None, torch_op: str) -> str:
         return ""
     name = str(dtype).removeprefix("torch.")
     return f"the C library does not compute {name} (it does float32, bfloat16, float16); use {torch_op}"
+
+
+def stored_problem(weights: Any, names: Iterable[str], torch_op: str) -> str:
+    """Say why the C library cannot compute the weights `names` as they are stored, or return ``""``."""
+    infos = [info for name in names for info in weights.infos(name)]
+    computed = native.SUPPORTED_TYPES | native.SCALED_TYPES
+    if unknown := sorted({info.type.name for info in infos} - computed):
+        known = ", ".join(sorted(computed))
+        return f"the C library does not compute {', '.join(unknown)} (it does {known}); use {torch_op}"
+    odd = next((info for info in infos if isinstance(info, ScaledInfo) and not _in_groups(info)), None)
+    if odd is None:
+        return ""
+    found = f"{odd.type.name} of {odd.shape[-1]} columns with one scale for {odd.scale_cols}"
+    return f"the C library does not compute {found} (columns are a multiple of 32, and so are scales'); use {torch_op}"
+
+
+def _in_groups(info: ScaledInfo) -> bool:
+    """Whether columns and groups of columns with one scale are as the C library wants them."""
+    whole = info.scale_cols >= info.shape[-1]
+    if info.type.name == "F8_E4M3":
+        return whole or info.scale_cols % 32 == 0
+    unit = 32 if info.zeros is not None else 16
+    return info.shape[-1] % 32 == 0 and (whole or info.scale_cols % unit == 0)
 
 
 def _not_built(name: str, device: Any) -> str:

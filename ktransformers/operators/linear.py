@@ -23,6 +23,7 @@ from ktransformers.operators.inner_ops import (
     is_cpu,
     op_problem,
     resolve_op,
+    stored_problem,
 )
 
 Weight = dict | nn.Parameter | tuple | None
@@ -140,11 +141,7 @@ class KLinearCPUInfer(KLinearBase):
         name = f"{key}.weight"
         if not weights.can_pack(name):
             return f"{name} is not stored as one matrix in the checkpoint; use KLinearTorch"
-        kind = weights.quant_type(name)
-        if kind in native.SUPPORTED_TYPES:
-            return ""
-        known = ", ".join(sorted(native.SUPPORTED_TYPES))
-        return f"the C library does not compute {kind} (it does {known}); use KLinearTorch"
+        return stored_problem(weights, [name], "KLinearTorch")
 
     def load(self, w: Weight = None, device: Any = None) -> None:
         if w is not None:

@@ -9,9 +9,10 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.activations import ACT2FN
 
-from ktransformers.operators import experts
+from ktransformers.loaders import ExpertWeights
 from ktransformers.operators.experts import KExpertsCPU, KTransformersExperts
-from ktransformers.operators.gating import Gating, gating_of
+from ktransformers.operators.gating import Gating, gating_of, is_interleaved
+from ktransformers.quants import QUANT_TYPES, Packed
 
 CPU = {"generate_device": "cpu", "prefill_device": "cpu"}
 SIZES = dict(hidden_size=32, intermediate_size=24, moe_intermediate_size=24, num_local_experts=4, n_routed_experts=4,
@@ -69,35 +70,56 @@ def test_the_torch_operator_equals_the_family(model_type):
     assert operator.active.gate_up_bias is None
 
 
-@pytest.mark.parametrize("model_type", ["gpt_oss", "deepseek_v4", "nemotron_h", "step3p5"])
-def test_what_c_does_not_compute_is_said(model_type, monkeypatch):
-    """Each word that the C library lacks is named, with the operator that has it."""
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_the_c_library_equals_the_family(model_type):
+    """Those that `Gating` knows; an unknown one is refused with the operator that has it."""
     made, gating = family(model_type)
-    monkeypatch.setattr(experts.native, "available", lambda: True)
-    monkeypatch.setattr(experts.native, "ACTIVATIONS", {"silu": 0, "relu2": 4, "swigluoai": 5})
-    monkeypatch.setattr(experts.native, "GATELESS_EXPERTS", False, raising=False)
+    if gating is None:
+        assert "does not compute their own gating (_apply_gate); use KExpertsTorch" in KExpertsCPU.problem(
+            "x", made, None
+        )
+        return
+    assert KExpertsCPU.problem("x", made, None) == ""
+    state = {f"x.{name}": tensor for name, tensor in made.state_dict().items()}
+    operator = KTransformersExperts("x", FamilyWeights(made, state), None, made, generate_op="KExpertsCPU", **CPU)
+    operator.load()
+    hidden, ids, w = torch.randn(9, 32), torch.randint(0, 4, (9, 2)), torch.rand(9, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(operator(hidden, ids, w), made(hidden, ids, w), rtol=2e-5, atol=5e-4)
 
-    class OldExperts:
-        def __init__(self, gate, up, down, activation="silu", name="experts"):
-            pass
 
-    monkeypatch.setattr(experts.native, "Experts", OldExperts)
-    problem = KExpertsCPU.problem("x", made, None)
-    words = {
-        "gpt_oss": "a factor alpha of the gate and limits of gate and up and biases of experts; use",
-        "deepseek_v4": "does not compute limits of gate and up; use KExpertsTorch",
-        "nemotron_h": "does not compute experts without a gate; use KExpertsTorch",
-        "step3p5": "does not compute their own gating (_apply_gate); use KExpertsTorch",
-    }
-    assert words[model_type] in problem
+class FamilyWeights(DictWeights):
+    """A family's own parameters as packed rows, whatever way it holds them."""
 
-    class NewExperts:
-        def __init__(self, gate, up, down, activation, name, gate_bias, up_bias, down_bias, alpha, limit):
-            pass
+    def __init__(self, module: nn.Module, tensors: dict):
+        super().__init__(tensors)
+        self.module = module
 
-    monkeypatch.setattr(experts.native, "Experts", NewExperts)
-    monkeypatch.setattr(experts.native, "GATELESS_EXPERTS", True, raising=False)
-    assert (KExpertsCPU.problem("x", made, None) == "") is (gating is not None)
+    def experts(self, prefix):
+        module = self.module
+        first, down = getattr(module, "gate_up_proj", None), module.down_proj.detach()
+        if first is None:
+            return ExpertWeights(None, matrices(module.up_proj.detach()), matrices(down))
+        first = first.detach()
+        if getattr(module, "is_transposed", False):
+            first, down = first.transpose(1, 2), down.transpose(1, 2)
+        halves = (first[:, 0::2], first[:, 1::2]) if is_interleaved(module) else first.chunk(2, dim=1)
+        biases = ()
+        if getattr(module, "has_bias", False):
+            bias = module.gate_up_proj_bias.detach()
+            biases = (bias[:, 0::2], bias[:, 1::2], module.down_proj_bias.detach())
+        return ExpertWeights(*map(matrices, halves), matrices(down), *biases)
+
+
+def matrices(stack):
+    return [Packed(m.contiguous().view(-1).view(torch.uint8), QUANT_TYPES["F32"], tuple(m.shape)) for m in stack]
+
+
+@pytest.mark.parametrize("odd", ["quick_gelu", "gelu_new"])
+def test_an_activation_that_c_lacks_is_named(odd):
+    made, _ = family("qwen3_moe")
+    made.act_fn = ACT2FN[odd]
+    assert f"does not compute the activation {odd!r}; use KExpertsTorch" in KExpertsCPU.problem("x", made, None)
 
 
 def test_formulas():

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny import meta_model, random_ids, relative_error
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ktransformers import optimize_and_load
+from ktransformers import native, optimize_and_load
 from ktransformers.errors import RuleError, WeightError
 from ktransformers.loaders import bind, open_weights
 from ktransformers.quantize import quantize_folder
@@ -23,7 +23,7 @@ CPU = {"generate_device": "cpu", "prefill_device": "cpu"}
 
 
 def rules(op="KExpertsTorch", **more):
-    """Experts by `op`, linear layers by whatever the device has for them."""
+    """Experts by `op`, linear layers by the C library where it computes their type."""
     return [
         {"match": {"trait": "experts"}, "replace": {"class": EXPERTS, "kwargs": {"generate_op": op, **CPU, **more}}},
         {"match": {"name": r"(?<!o_a_proj)$", "class": "torch.nn.Linear"}, "replace": {"class": LINEAR, "kwargs": CPU}},
@@ -31,6 +31,17 @@ def rules(op="KExpertsTorch", **more):
 
 
 NO_OPERATORS = [{"match": {"name": "^model$"}, "replace": {"class": "default", "kwargs": CPU}}]
+
+
+BOTH = pytest.mark.parametrize("op", ["KExpertsTorch", "KExpertsCPU"])
+
+
+@pytest.fixture
+def exact():
+    """The C library in fp32 throughout, so that any difference is a fault and not rounding."""
+    native.set_exact(True)
+    yield
+    native.set_exact(False)
 
 
 def write(folder, tensors, config=None):
@@ -56,7 +67,7 @@ def logits(model, ids):
 
 def same_logits(loaded, truth):
     ids = random_ids(2, 9, vocab=80)
-    assert relative_error(logits(loaded, ids), logits(truth, ids)) < 1e-5
+    assert relative_error(logits(loaded, ids), logits(truth, ids)) < 2e-5
 
 
 # --- gpt-oss: stacked blocks and scales, biases, gate and up in turn -----------------------------------------------------
@@ -87,9 +98,10 @@ def gpt_oss(folder):
     return write(folder, tensors, {"quant_method": "mxfp4"}), model
 
 
-def test_gpt_oss(tmp_path):
+@BOTH
+def test_gpt_oss(op, tmp_path, exact):
     folder, truth = gpt_oss(tmp_path)
-    loaded = optimize_and_load(meta_model(gpt_oss_config()), rules(), folder, progress=False)
+    loaded = optimize_and_load(meta_model(gpt_oss_config()), rules(op), folder, progress=False)
     same_logits(loaded, truth)
 
 
@@ -143,7 +155,8 @@ def deepseek_v4_config():
     )  # fmt: skip
 
 
-def test_deepseek_v4(tmp_path):
+@BOTH
+def test_deepseek_v4(op, tmp_path, exact):
     """As published: `layers.0.ffn.experts.0.w1.weight` int8 with `.scale` e8m0, attention in FP8, an MTP layer."""
     model, rng = random_model(deepseek_v4_config()), np.random.default_rng(0)
     model.model.layers[0].mlp.gate.tid2eid.copy_(torch.randint(0, 4, (80, 2)))
@@ -164,7 +177,7 @@ def test_deepseek_v4(tmp_path):
     )
     config = {"quant_method": "fp8", "weight_block_size": [128, 128], "scale_fmt": "ue8m0"}
     folder = write(tmp_path / "packed", tensors, config)
-    loaded = optimize_and_load(meta_model(deepseek_v4_config()), rules(method="MXFP4"), folder, progress=False)
+    loaded = optimize_and_load(meta_model(deepseek_v4_config()), rules(op, method="MXFP4"), folder, progress=False)
     same_logits(loaded, truth)
     assert loaded.gguf_loader.experts("model.layers.1.mlp.experts").gate[3].type.name == "F4_E2M1"
 
@@ -199,11 +212,31 @@ def checkpoint(folder, form):
 
 
 @pytest.mark.parametrize("form", published.FORMATS)
-def test_every_format_runs(form, tmp_path):
-    """The torch operators compute every format, and so does a model without rules."""
+def test_every_format_runs(form, tmp_path, exact):
+    """The torch operators and the C library compute every format, and so does a model without rules."""
     folder, truth = checkpoint(tmp_path, form)
-    for rule in (rules(method=published.FORMATS[form][2]), NO_OPERATORS):
+    method = published.FORMATS[form][2]
+    for rule in (rules("KExpertsTorch", method=method), rules("KExpertsCPU", method=method), NO_OPERATORS):
         same_logits(optimize_and_load(meta_model(qwen3_moe_config()), rule, folder, progress=False), truth)
+
+
+ROUNDED = [form for form in published.FORMATS if "fp8" not in form]
+"""Formats that meet activations of 8 bits, unless in exact mode."""
+
+
+@pytest.mark.parametrize("form", ROUNDED)
+def test_rounded_activations_stay_near(form, tmp_path):
+    """As users run it: experts and a linear layer, with one token and with many."""
+    folder, truth = checkpoint(tmp_path, form)
+    loaded = optimize_and_load(meta_model(qwen3_moe_config()), rules("KExpertsCPU"), folder, progress=False)
+    torch.manual_seed(0)
+    for tokens, error in ((1, 0.04), (40, 0.015)):
+        hidden, ids, w = torch.randn(tokens, 64), torch.randint(0, 4, (tokens, 2)), torch.rand(tokens, 2)
+        for found, expected in (
+            [m.model.layers[1].mlp.experts(hidden, ids, w) for m in (loaded, truth)],
+            [m.model.layers[0].self_attn.q_proj(hidden) for m in (loaded, truth)],
+        ):
+            assert (found - expected).abs().mean() < error * expected.abs().mean()
 
 
 def test_a_method_that_is_not_the_checkpoints(tmp_path):
