@@ -3,6 +3,7 @@ transformers where it can."""
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from tiny import meta_model, random_ids, relative_error
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ktransformers import native, optimize_and_load
-from ktransformers.errors import RuleError, WeightError
+from ktransformers.errors import NativeError, RuleError, WeightError
 from ktransformers.loaders import bind, open_weights
+from ktransformers.operators.inner_ops import stored_problem
 from ktransformers.quantize import quantize_folder
 from tests.loaders import published
 
@@ -257,3 +259,28 @@ def test_a_quantized_checkpoint_becomes_a_gguf(form, tmp_path):
     same_logits(
         optimize_and_load(meta_model(qwen3_moe_config()), rules(), tmp_path / "out.gguf", progress=False), truth
     )
+
+
+@pytest.mark.parametrize(
+    "make, columns, words",
+    [
+        (published.int8_row, 48, "I8 of 48 columns with one scale for 48"),
+        (lambda n, k, rng: published._packed_ints(n, k, rng, 4, 8), 64, "I4 of 64 columns with one scale for 8"),
+        (lambda n, k, rng: published._packed_ints(n, k, rng, 4, 16, asymmetric=True), 64, "with one scale for 16"),
+        (lambda n, k, rng: published._packed_ints(n, k, rng, 4, 16), 64, ""),
+        (published.fp8_channel, 48, ""),
+        (published.gptq8, 64, ""),
+    ],
+)
+def test_groups_that_c_does_not_compute_are_said_before_loading(make, columns, words, tmp_path):
+    """And what is not said, it computes."""
+    parts, _ = make(8, columns, np.random.default_rng(0))
+    files = open_weights(write(tmp_path, {f"x.{name}": tensor for name, tensor in parts.items()}))
+    problem = stored_problem(SimpleNamespace(infos=lambda name: [files.info(name)]), ["x.weight"], "KLinearTorch")
+    if words:
+        assert words in problem and problem.endswith("use KLinearTorch")
+        with pytest.raises(NativeError):
+            native.Linear(files.packed("x.weight"))(torch.zeros(1, columns))
+    else:
+        assert problem == ""
+        assert torch.equal(native.dequantize(files.packed("x.weight")), files.tensor("x.weight"))
