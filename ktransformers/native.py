@@ -179,6 +179,12 @@ def set_threads(count: int | None) -> None:
     state.check(state.lib.kt_pool_resize(pool, count or env.threads() or 0), f"set_threads({count})")
 
 
+def scratch_bytes() -> int:
+    """Bytes of scratch memory that the pool holds: what its largest call needed, whatever the number of layers."""
+    state, pool = _pool()
+    return state.lib.kt_pool_scratch_bytes(pool)
+
+
 def cpu_features() -> dict[str, bool]:
     """Processor features found by cpuid and enabled by the operating system, by name."""
     state = _native()

@@ -189,7 +189,12 @@ int kt_pool_resize(kt_pool *pool, int threads);
 
 /* NUMA nodes that the pool spans, and the threads of one. */
 int kt_pool_nodes(const kt_pool *pool);
+
 int kt_pool_node_threads(const kt_pool *pool, int node);
+
+/* Bytes of the scratch memory that all calls on this pool share; waits for a call under way. It grows to what the
+ * largest call needed (at most about half a gigabyte) and does not depend on the number of weights or layers. */
+size_t kt_pool_scratch_bytes(kt_pool *pool);
 
 /* Queue: calls that one thread of the queue's own works off in order on its pool, while the caller does something
  * else, such as drive a GPU. The thread starts with the first submission. */

@@ -3,6 +3,7 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 static pthread_mutex_t pools_lock = PTHREAD_MUTEX_INITIALIZER; /* also held while a pool changes shape */
 static struct kt_pool *pools;
@@ -156,15 +157,35 @@ void kt_pool_adopt(kt_pool *p) {
     kt_pool_unlock(p);
 }
 
+/* Large memory starts at a huge page and asks for more of them: activations of many tokens are read in no order that
+ * the page walker could guess. */
+static void *shared_memory(size_t bytes) {
+    enum { HUGE = 2 << 20 };
+    if (bytes < HUGE) return aligned_alloc(4096, bytes);
+    void *memory = aligned_alloc(HUGE, (bytes + HUGE - 1) & ~(size_t)(HUGE - 1));
+#ifdef MADV_HUGEPAGE
+    if (memory) madvise(memory, bytes, MADV_HUGEPAGE); /* a wish: a kernel without them does as well */
+#endif
+    return memory;
+}
+
 void *kt_pool_shared(kt_pool *p, size_t bytes) {
-    if (bytes > SIZE_MAX - 4096) return NULL;
+    if (bytes > SIZE_MAX / 2) return NULL;
     if (bytes > p->shared_bytes) {
         bytes = (bytes + 4095) & ~(size_t)4095;
         free(p->shared);
-        p->shared = aligned_alloc(4096, bytes);
+        p->shared = shared_memory(bytes);
         p->shared_bytes = p->shared ? bytes : 0;
     }
     return p->shared;
+}
+
+size_t kt_pool_scratch_bytes(kt_pool *p) {
+    if (!p) return 0;
+    kt_pool_lock(p);
+    size_t bytes = p->shared_bytes;
+    kt_pool_unlock(p);
+    return bytes;
 }
 
 /* ---- NUMA shares ------------------------------------------------------------------------------------ */

@@ -440,3 +440,16 @@ def test_dequantize_keeps_the_shape():
     assert torch.equal(native.dequantize(stack).double(), values(flat).view(2, 3, 256))
     row = random_weight(rng(), "F16", 1, 9)
     assert native.dequantize(Packed(row.data, row.type, (9,))).shape == (9,)
+
+
+def test_scratch_does_not_grow_with_layers():
+    """One arena serves every layer: a second layer of the same size adds nothing, and its size is known."""
+    rng = np.random.default_rng(0)
+    layers = [native.Experts(*[[random_weight(rng, "Q4_K", 256, 256) for _ in range(4)] for _ in "gud"]) for _ in "ab"]
+    x, ids, scale = torch.randn(40, 256), torch.randint(0, 4, (40, 2)), torch.rand(40, 2)
+    native.set_threads(2)
+    sizes = []
+    for layer in layers:
+        layer(x, ids, scale)
+        sizes.append(native.scratch_bytes())
+    assert 0 < sizes[0] == sizes[1] < 64 << 20
