@@ -97,6 +97,7 @@ struct kt_panel {
     const uint32_t *data; /* 64-byte aligned; a tile has k rounded up to its dwords, times 16 */
     int group, min_group; /* columns that share a scale (0: no scales), a min (0: no mins) */
     int zero;             /* Q8 kind: z */
+    int reach;            /* Q8 kind: the largest |u - z| */
     const float *scales;  /* per tile [k / group][16]: s */
     const float *mins;    /* per tile [k / min_group][16]: m, or NULL */
     struct kt_ahead *ahead;

@@ -252,6 +252,7 @@ void kt_panel_fill(const struct kt_kernels *k, const struct kt_matrix *w, int64_
     p->group = scaled ? w->group : 0;
     p->min_group = scaled ? w->min_group : 0;
     p->zero = w->zero;
+    p->reach = w->traits->top - w->zero > w->zero ? w->traits->top - w->zero : w->zero;
     p->scales = scaled ? s->scales : NULL;
     p->mins = scaled && w->min_group ? s->mins : NULL;
     for (int t = 0; t < p->tiles; t++) {

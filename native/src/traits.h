@@ -31,7 +31,8 @@ struct kt_traits {
     int bytes;        /* bytes of a block */
     enum kt_kind kind;
     int group;        /* Q8 kind: values that share a scale s, 16 or 32 */
-    int zero;         /* Q8 kind: z of w = s*(u - z) - m. Codes above 127 require z = 128 (see gemm.c of avx2) */
+    int zero;         /* Q8 kind: z of w = s*(u - z) - m. Codes above 127 require z = 128 (see traits.c) */
+    int top;          /* Q8 kind: the largest u: how many products a sum of 16 bits holds */
     int min_group;    /* Q8 kind: values that share a min m: 16 or 32, a divisor of group; 0: m is always zero */
     int beside;       /* scales lie beside the codes, not in the blocks; group is 32 unless a scale covers fewer columns */
     int by_column;    /* a line of memory holds `block` columns of all rows, not all columns of a row */
