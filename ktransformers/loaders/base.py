@@ -122,6 +122,8 @@ class WeightFiles(ABC):
     which last until the last tensor over them is gone, so closing never pulls memory from under a user."""
 
     format: str
+    method = ""
+    """What the checkpoint's config names as its `quant_method`, if anything."""
 
     def __init__(self, files: list[MappedFile], tensors: dict[str, TensorInfo], metadata: dict) -> None:
         self.paths: list[Path] = [file.path for file in files]

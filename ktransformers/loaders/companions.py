@@ -46,11 +46,6 @@ class ScaledInfo(TensorInfo):
     divides: bool = False
     absent_if_zero: TensorInfo | None = None
 
-    @property
-    def parts(self) -> list[TensorInfo]:
-        every = (self.codes, self.scales, self.zeros, self.order, self.factor)
-        return [part for part in every if part is not None]
-
 
 @dataclass(frozen=True)
 class Scheme:
@@ -63,6 +58,10 @@ class Scheme:
     gptq_v2: bool = False
     blocks: tuple[Block, ...] = ((128, 128),)
     packed_bits: tuple[int, ...] = ()
+
+
+READ = ("fp8", "fbgemm_fp8", "mxfp4", "mxfp8", "gptq", "awq", "auto-round", "compressed-tensors", "modelopt", "quark")
+"""Values of `quant_method` whose weights are stored in ways known here."""
 
 
 # --- configs ---------------------------------------------------------------------------------------------------------

@@ -182,7 +182,11 @@ class ModelWeights:
             if name in self._sources:
                 found += self._misfits(name, tuple(shape))
         found += [Problem(name, "in the checkpoint, but the model has no place for it") for name in unused]
-        return binding.notes + grouped(found)
+        notes = binding.notes
+        if found and self.files.method and self.files.method not in companions.READ:
+            known = ", ".join(companions.READ)
+            notes = [f"its config names quant_method {self.files.method!r}, not read yet (read: {known})", *notes]
+        return notes + grouped(found)
 
     def _missing_text(self, name: str, unused: list[str], missing: int) -> str:
         text = self._binding.absent.get(name, "missing in the checkpoint")

@@ -163,6 +163,7 @@ class SafetensorsFiles(WeightFiles):
         opened = cls(files, stored, metadata)
         opened._stored = stored
         scheme = read_scheme(paths[0].parent)
+        opened.method = scheme.method
         opened._tensors = combine(stored, scheme, lambda name: bytes(opened._view(stored[name]).numpy()))
         return opened
 

@@ -505,3 +505,18 @@ def test_biases_that_tools_add(tmp_path):
     weights = bind(open_weights(write(tmp_path, tensors, published.GPTQ)), tiny.meta("qwen3_moe"))
     (problem,) = weights.problems(tiny.expected(model))
     assert problem.startswith("model.layers.1.self_attn.q_proj.bias: in the checkpoint, but the model has no place")
+
+
+def test_methods_that_are_not_read_are_named(tmp_path):
+    """The reason comes before its consequences; with no consequence there is nothing to say."""
+    model = tiny.model("qwen3_moe")
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for broken in (False, True):
+        if broken:
+            tensors["model.layers.0.self_attn.q_proj.weight"] = torch.zeros(128 * 32, 1, dtype=torch.uint8)
+            tensors["model.layers.0.self_attn.q_proj.weight.absmax"] = torch.zeros(64)
+        files = open_weights(write(tmp_path, tensors, {"quant_method": "bitsandbytes"}))
+        problems = bind(files, tiny.meta("qwen3_moe")).problems(tiny.expected(model))
+        assert (problems != []) is broken
+    assert "quant_method 'bitsandbytes', not read yet (read: fp8," in problems[0]
+    assert any("stored as U8" in problem for problem in problems)
