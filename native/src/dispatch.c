@@ -44,7 +44,9 @@ FILL(avx512, kt_fill_gemm_f32_avx512(k))
 #define fill_avx512 NULL
 #endif
 #ifdef KT_HAVE_AVX512_VNNI
-FILL(avx512_vnni, )
+static void fill_avx512_vnni(struct kt_kernels *k) {
+    kt_fill_dot_avx512_vnni(k), kt_fill_gemm_avx512_vnni(k), kt_fill_act_avx512_vnni(k);
+}
 #else
 #define fill_avx512_vnni NULL
 #endif
