@@ -1,10 +1,10 @@
 /* tile_impl.h: 16 rows of packed weights straight into a tile of a panel, in one text for every instruction set that
- * has a vec.h. What kt_matrix and kt_tile are says kernels.h; what the codes mean says portable C, whose numbers these
+ * has a tile_vec.h. What kt_matrix and kt_tile are says kernels.h; what the codes mean says portable C, whose numbers these
  * functions give bit for bit.
  *
  * A vector holds a dword of each of W rows. So the transpose comes first, on packed dwords, and every operation then
  * takes four columns of W rows apart at once. Nothing here is specific to a machine: and, or, shift, add and multiply
- * are C on vector types, all else is in vec.h. Blocks of 32 and types with scales beside the codes are here,
+ * are C on vector types, all else is in tile_vec.h. Blocks of 32 and types with scales beside the codes are here,
  * super-blocks in tile_k_impl.h. */
 #ifndef KT_TILE_IMPL_H
 #define KT_TILE_IMPL_H

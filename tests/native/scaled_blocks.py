@@ -66,9 +66,9 @@ def _scales(rng: np.random.Generator, kind: Kind, lines: int, each: int, value: 
     return scales.view(torch.uint8).reshape(lines, -1)
 
 
-def random_scaled(rng: np.random.Generator, name: str, rows: int, cols: int) -> ScaledWeight:
+def random_scaled(rng: np.random.Generator, name: str | Kind, rows: int, cols: int) -> ScaledWeight:
     """A random matrix of one of KINDS with values of about 1/sqrt(cols). Only codes that are numbers."""
-    kind = KINDS[name]
+    kind = KINDS[name] if isinstance(name, str) else name
     type_ = SCALED_TYPES[kind.type]
     scale_rows, scale_cols = kind.scale_rows or rows, min(kind.scale_cols or cols, cols)
     groups = -(-cols // scale_cols)

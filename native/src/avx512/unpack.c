@@ -1,5 +1,5 @@
 /* Unpacking for AVX-512: rows of 16-bit floats, and tiles of everything that has no grid. */
-#include "vec.h"
+#include "tile_vec.h"
 
 #include "../tile_k_impl.h"
 
