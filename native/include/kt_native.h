@@ -26,8 +26,9 @@
  *    even; dot products inside a group are exact int32; groups are added in fp32. With a weight written as
  *    w = s*(u - z) - m (u the unsigned code, z the format's constant) a group adds
  *    s_a * (s*(sum u*a - z*sum a) - m*sum a).
- *  - A group of 32 activations that holds an infinity or a NaN makes the outputs of its token NaN.
- *    Groups whose largest magnitude is below 1e-36 count as zero.
+ *  - A token whose activations, given or intermediate, hold an infinity or a NaN is computed in fp32 throughout, so
+ *    that these go where IEEE arithmetic takes them; other tokens keep their bits.
+ *  - Groups of activations whose largest magnitude is below 1e-36 count as zero.
  */
 #ifndef KT_NATIVE_H
 #define KT_NATIVE_H

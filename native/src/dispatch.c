@@ -112,6 +112,11 @@ const struct kt_kernels *kt_kernels(void) {
     return &(atomic_load(&exact) ? exact_tables : tables)[atomic_load(&active)];
 }
 
+const struct kt_kernels *kt_exact_kernels(void) {
+    pthread_once(&once, detect);
+    return &exact_tables[atomic_load(&active)];
+}
+
 void kt_set_exact(int on) { atomic_store(&exact, on != 0); }
 
 int kt_isa_count(void) { return RUNGS; }

@@ -174,7 +174,8 @@ KT_DECLARE_ISA(avx512_bf16)
 #define KT_JOIN2(a, b) a##b
 #define KT_JOIN(a, b) KT_JOIN2(a, b)
 
-/* The kernels in use; never NULL. */
+/* The kernels in use; never NULL. And those of the same instruction set that only multiply fp32. */
 const struct kt_kernels *kt_kernels(void);
+const struct kt_kernels *kt_exact_kernels(void);
 
 #endif

@@ -4,6 +4,8 @@
 #include "../include/kt_native.h"
 #include "matmul.h"
 
+enum { MOST_TOKENS = 2048 }; /* at once: bounds the scratch memory; weights are read once a chunk */
+
 struct linear {
     const struct kt_kernels *k;
     struct kt_matrix w;
@@ -15,6 +17,7 @@ struct linear {
     struct kt_acts a;
     int32_t *token;              /* 0, 1, 2, ... */
     struct kt_scratch *scratch;  /* one a thread */
+    uint8_t odd[MOST_TOKENS];    /* whether a token has infinities or NaNs, which int8 cannot hold */
 };
 
 static void prepare(void *ctx, int32_t job, int thread) {
@@ -22,7 +25,7 @@ static void prepare(void *ctx, int32_t job, int thread) {
     struct linear *l = ctx;
     for (int64_t t = (int64_t)job * l->per_job; t < kt_min((int64_t)(job + 1) * l->per_job, l->tokens); t++) {
         kt_load_row(l->k, l->x, l->dtype, t * l->w.cols, l->w.cols, l->a.f + t * l->a.stride);
-        kt_acts_derive(l->k, &l->a, t, l->need);
+        l->odd[t] = !kt_acts_derive(l->k, &l->a, t, l->need);
     }
 }
 
@@ -65,6 +68,23 @@ static int run_chunk(struct linear *l, kt_pool *pool) {
     return KT_OK;
 }
 
+/* Odd tokens once more, each alone, in fp32: see moe.c. */
+static int run_odd(const struct linear *l, kt_pool *pool) {
+    const size_t size = kt_dtype_size(l->dtype);
+    int status = KT_OK;
+    for (int32_t t = 0; t < l->tokens && !status; t++) {
+        if (!l->odd[t]) continue;
+        struct linear one = *l;
+        one.k = kt_exact_kernels();
+        one.tokens = 1;
+        one.need = 0;
+        one.x = (const uint8_t *)l->x + (size_t)(t * l->w.cols) * size;
+        one.out = (uint8_t *)l->out + (size_t)(t * l->w.rows) * size;
+        status = run_chunk(&one, pool);
+    }
+    return status;
+}
+
 int kt_linear(kt_pool *pool, const kt_weight *w, const float *bias, const void *x, int dtype, int64_t tokens, void *out) {
     struct linear l = {.bias = bias, .x = x, .out = out, .dtype = dtype};
     if (!pool) return KT_ERR_NULL;
@@ -81,13 +101,13 @@ int kt_linear(kt_pool *pool, const kt_weight *w, const float *bias, const void *
     l.threads = kt_pool_threads(pool);
     l.rows = kt_job_rows(pool, l.w.rows);
     l.per_job = (int32_t)(1 + 16384 / l.w.cols);
-    const int64_t chunk = 2048; /* tokens at once: bounds the scratch memory; weights are read once a chunk */
-    for (int64_t t = 0; t < tokens && !status; t += chunk) {
-        l.tokens = (int32_t)kt_min(tokens - t, chunk);
+    for (int64_t t = 0; t < tokens && !status; t += MOST_TOKENS) {
+        l.tokens = (int32_t)kt_min(tokens - t, MOST_TOKENS);
         l.x = (const uint8_t *)x + (size_t)(t * l.w.cols) * size;
         l.out = (uint8_t *)out + (size_t)(t * l.w.rows) * size;
         l.need = kt_forms_needed(l.k, &l.w, l.tokens, dtype);
         status = run_chunk(&l, pool);
+        if (!status) status = run_odd(&l, pool);
     }
     kt_pool_unlock(pool);
     return status;

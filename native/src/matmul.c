@@ -62,16 +62,20 @@ void kt_acts_take(struct kt_arena *arena, int64_t tokens, int64_t cols, int need
     }
 }
 
-void kt_acts_derive(const struct kt_kernels *k, struct kt_acts *a, int64_t t, int need) {
+int kt_acts_derive(const struct kt_kernels *k, struct kt_acts *a, int64_t t, int need) {
+    int holds = 1;
     const float *x = a->f + t * a->stride;
     int64_t g = t * a->stride / KT_ACT_GROUP;
-    if (need & KT_NEED_Q8) /* such a matrix has cols % 32 == 0 */
+    if (need & KT_NEED_Q8) { /* such a matrix has cols % 32 == 0 */
         k->quantize(x, a->cols, a->q + t * a->stride, a->d + g, a->ds + g, a->low + g, a->high + g);
+        for (int64_t i = 0; i < a->cols / KT_ACT_GROUP; i++) holds &= a->d[g + i] == a->d[g + i];
+    }
     if (need & KT_NEED_BF16) {
         uint16_t *h = a->h + t * a->stride;
         k->to_bf16(x, a->cols, h);
         memset(h + a->cols, 0, (size_t)(a->stride - a->cols) * 2);
     }
+    return holds;
 }
 
 size_t kt_dtype_size(int dtype) { return dtype == KT_F32 ? 4 : dtype == KT_F16 || dtype == KT_BF16 ? 2 : 0; }

@@ -18,8 +18,8 @@ int kt_forms_needed(const struct kt_kernels *k, const struct kt_matrix *w, int64
 /* Room for `tokens` rows of `cols` values in the forms of `need`. */
 void kt_acts_take(struct kt_arena *arena, int64_t tokens, int64_t cols, int need, struct kt_acts *a);
 
-/* Fill the other forms of row t from its fp32 form. */
-void kt_acts_derive(const struct kt_kernels *k, struct kt_acts *a, int64_t t, int need);
+/* Fill the other forms of row t from its fp32 form. 0 where one cannot hold it: an infinity or a NaN has no int8. */
+int kt_acts_derive(const struct kt_kernels *k, struct kt_acts *a, int64_t t, int need);
 
 /* fp32 <- `dtype`, and back. */
 void kt_load_row(const struct kt_kernels *k, const void *x, int dtype, int64_t offset, int64_t n, float *out);

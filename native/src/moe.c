@@ -18,11 +18,14 @@
  *
  * EXAMPLE (H=2048, I=1408, E=64, K=6, T=512): 3072 pairs; 64 x 22 gate/up jobs of up to 64 rows x 2048 columns
  * for about 48 tokens each; m is [3072, 1408]; 64 x 32 down jobs; y is [3072, 2048]. */
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "../include/kt_native.h"
 #include "matmul.h"
+
+enum { MOST_TOKENS = 4096 }; /* of a chunk */
 
 struct kt_experts {
     int64_t count, hidden, inner; /* E, H, I */
@@ -54,6 +57,7 @@ struct forward {
     float *y;               /* [pairs, y_stride] */
     int64_t y_stride;
     int need_x, need_m, threads;
+    _Atomic(uint8_t) odd[MOST_TOKENS]; /* whether a token meets infinities or NaNs, which int8 cannot hold */
     int rows, blocks_inner, blocks_hidden; /* rows of a job, jobs of an expert */
     int32_t per_job_x, per_job_m;
     struct kt_scratch *scratch;
@@ -157,7 +161,7 @@ static void prepare_x(void *ctx, int32_t job, int thread) {
     struct forward *f = ctx;
     for (int64_t t = (int64_t)job * f->per_job_x; t < kt_min((int64_t)(job + 1) * f->per_job_x, f->tokens); t++) {
         kt_load_row(f->k, f->hidden, f->dtype, t * f->e->hidden, f->e->hidden, f->x.f + t * f->x.stride);
-        kt_acts_derive(f->k, &f->x, t, f->need_x);
+        if (!kt_acts_derive(f->k, &f->x, t, f->need_x)) atomic_store_explicit(&f->odd[t], 1, memory_order_relaxed);
     }
 }
 
@@ -194,7 +198,7 @@ static void prepare_m(void *ctx, int32_t job, int thread) {
     (void)thread;
     struct forward *f = ctx;
     for (int64_t p = (int64_t)job * f->per_job_m; p < kt_min((int64_t)(job + 1) * f->per_job_m, f->pairs); p++)
-        kt_acts_derive(f->k, &f->m, p, f->need_m);
+        if (!kt_acts_derive(f->k, &f->m, p, f->need_m)) atomic_store_explicit(&f->odd[f->token[p]], 1, memory_order_relaxed);
 }
 
 static void down(void *ctx, int32_t job, int thread) {
@@ -290,11 +294,28 @@ static int run_chunk(struct forward *f, kt_pool *pool) {
     return KT_OK;
 }
 
+/* Odd tokens once more, each alone, in fp32: then infinities and NaNs go where IEEE arithmetic takes them, and the
+ * other tokens keep their bits. */
+static int run_odd(const struct forward *f, kt_pool *pool) {
+    const size_t row = (size_t)f->e->hidden * kt_dtype_size(f->dtype);
+    int status = KT_OK;
+    for (int32_t t = 0; t < f->tokens && !status; t++) {
+        if (!f->odd[t]) continue;
+        struct forward one = {.e = f->e, .k = kt_exact_kernels(), .dtype = f->dtype, .slots = f->slots, .tokens = 1};
+        one.hidden = (const uint8_t *)f->hidden + (size_t)t * row;
+        one.out = (uint8_t *)f->out + (size_t)t * row;
+        one.ids = f->ids + (int64_t)t * f->slots;
+        one.weights = f->weights + (int64_t)t * f->slots;
+        status = run_chunk(&one, pool);
+    }
+    return status;
+}
+
 /* Tokens at once: as many as keep m and y within half a gigabyte. More tokens amortize unpacking better. */
 static int64_t chunk_tokens(const struct kt_experts *e, int64_t slots) {
     int64_t bytes = slots * 4 * (2 * e->inner + e->hidden) + 12 * e->hidden;
     int64_t n = ((int64_t)512 << 20) / bytes;
-    return n < 16 ? 16 : n > 4096 ? 4096 : n;
+    return n < 16 ? 16 : n > MOST_TOKENS ? MOST_TOKENS : n;
 }
 
 int kt_experts_forward(const kt_experts *e, kt_pool *pool, const void *hidden, int dtype, int64_t tokens,
@@ -317,7 +338,9 @@ int kt_experts_forward(const kt_experts *e, kt_pool *pool, const void *hidden, i
         f.out = (uint8_t *)out + (size_t)(t * e->hidden) * size;
         f.ids = per_token ? ids + t * per_token : NULL;
         f.weights = per_token ? weights + t * per_token : NULL;
+        memset((void *)f.odd, 0, (size_t)f.tokens);
         status = run_chunk(&f, pool);
+        if (!status) status = run_odd(&f, pool);
     }
     kt_pool_unlock(pool);
     return status;
