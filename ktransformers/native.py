@@ -469,6 +469,12 @@ class Experts:
         state.check(status, self.name)
         return out
 
+    def place(self, pool: Pool | None = None) -> None:
+        """Read all weights in, each row by the NUMA node that will compute it in `pool` (None: the module's own), so
+        that pages of a file that are not in memory yet come to lie there. Takes as long as reading the file."""
+        state, handle = _pool() if pool is None else (pool._state, pool._pool)
+        state.check(state.lib.kt_experts_place(self._experts, handle), self.name)
+
     def _arguments(
         self, state: _State, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

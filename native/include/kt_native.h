@@ -260,6 +260,10 @@ void kt_experts_destroy(kt_experts *experts);
 int kt_experts_forward(const kt_experts *experts, kt_pool *pool, const void *hidden, int dtype, int64_t tokens,
                        const int64_t *ids, int64_t per_token, const float *weights, void *out);
 
+/* Read the weights in, each row by a thread of the NUMA node that will compute it: pages of a mapped file that are not
+ * in memory yet come to lie on that node; those that are stay where they are. Takes as long as reading the file. */
+int kt_experts_place(const kt_experts *experts, kt_pool *pool);
+
 /* out[rows, cols] = the weight's values in fp32. */
 int kt_dequantize(const kt_weight *w, float *out);
 

@@ -14,6 +14,8 @@
  *    memory, and every sum has one owner and one order: the result does not depend on the threads.
  *  - Decode has one token, so each expert meets one token and every weight byte is read once: bandwidth.
  *  - Prefill gives an expert T*K/E tokens: 48 for T=512, K=6, E=64. Panels are unpacked once for all of them.
+ *  - On several NUMA nodes each has a share of every expert's gate and up rows, and of its down rows: threads compute the
+ *    rows whose pages lie near them (kt_experts_place), and m, small beside the weights, crosses between nodes.
  *  - Some experts get no token at all and cost nothing; one may get them all.
  *
  * EXAMPLE (H=2048, I=1408, E=64, K=6, T=512): 3072 pairs; 64 x 22 gate/up jobs of up to 64 rows x 2048 columns
@@ -56,9 +58,10 @@ struct forward {
     struct kt_acts x, m;
     float *y;               /* [pairs, y_stride] */
     int64_t y_stride;
-    int need_x, need_m, threads;
+    int need_x, need_m;
     _Atomic(uint8_t) odd[MOST_TOKENS]; /* whether a token meets infinities or NaNs, which int8 cannot hold */
-    int rows, blocks_inner, blocks_hidden; /* rows of a job, jobs of an expert */
+    int rows;                              /* of a job */
+    struct kt_shards by_inner, by_hidden;  /* which expert and rows a job is: gate and up, down */
     int32_t per_job_x, per_job_m;
     struct kt_scratch *scratch;
 };
@@ -165,24 +168,29 @@ static void prepare_x(void *ctx, int32_t job, int thread) {
     }
 }
 
-/* What this thread will read after `job`, when the threads take turns. */
-static struct kt_next next_block(const struct forward *f, int32_t job, int blocks, const struct kt_matrix *w) {
-    int64_t next = (int64_t)job + f->threads;
-    if (next >= (int64_t)f->groups * blocks) return (struct kt_next){0};
-    return (struct kt_next){&w[f->group[next / blocks].expert], next % blocks * f->rows};
+/* What this thread will read after `job`, when the threads of its node take turns. */
+static struct kt_next next_block(const struct forward *f, const struct kt_shards *shards, int32_t job, int node,
+                                 const struct kt_matrix *w) {
+    int64_t next = (int64_t)job + shards->threads_of_node[node];
+    if (next >= shards->first_job[node + 1]) return (struct kt_next){0};
+    int32_t expert, block;
+    kt_shard_job(shards, (int32_t)next, &expert, &block);
+    return (struct kt_next){&w[f->group[expert].expert], (int64_t)block * f->rows};
 }
 
 static void gate_up(void *ctx, int32_t job, int thread) {
     struct forward *f = ctx;
     const struct kt_experts *e = f->e;
     const struct kt_scratch *s = &f->scratch[thread];
-    const struct group *g = &f->group[job / f->blocks_inner];
+    int32_t at, block;
+    const int node = kt_shard_job(&f->by_inner, job, &at, &block);
+    const struct group *g = &f->group[at];
     const struct kt_matrix *gate = e->gate ? &e->gate[g->expert] : NULL, *up = &e->up[g->expert];
-    int64_t first = (int64_t)(job % f->blocks_inner) * f->rows;
+    int64_t first = (int64_t)block * f->rows;
     int rows = (int)kt_min(e->inner - first, f->rows);
     const int32_t *token = f->token + g->begin;
     float *m = f->m.f + g->begin * f->m.stride + first;
-    struct kt_next after = next_block(f, job, f->blocks_inner, gate ? e->gate : e->up), then = {up, first};
+    struct kt_next after = next_block(f, &f->by_inner, job, node, gate ? e->gate : e->up), then = {up, first};
     if (gate) kt_matmul_block(f->k, gate, first, rows, &f->x, token, g->tokens, then, s, s->c, KT_BLOCK_ROWS);
     kt_matmul_block(f->k, up, first, rows, &f->x, token, g->tokens, after, s, m, f->m.stride);
     const int64_t bias = g->expert * e->inner + first;
@@ -203,13 +211,15 @@ static void prepare_m(void *ctx, int32_t job, int thread) {
 
 static void down(void *ctx, int32_t job, int thread) {
     struct forward *f = ctx;
-    const struct group *g = &f->group[job / f->blocks_hidden];
+    int32_t at, block;
+    const int node = kt_shard_job(&f->by_hidden, job, &at, &block);
+    const struct group *g = &f->group[at];
     const struct kt_matrix *w = &f->e->down[g->expert];
-    int64_t first = (int64_t)(job % f->blocks_hidden) * f->rows;
+    int64_t first = (int64_t)block * f->rows;
     int rows = (int)kt_min(f->e->hidden - first, f->rows);
     float *y = f->y + g->begin * f->y_stride + first;
     kt_matmul_block(f->k, w, first, rows, &f->m, f->place + g->begin, g->tokens,
-                    next_block(f, job, f->blocks_hidden, f->e->down), &f->scratch[thread],
+                    next_block(f, &f->by_hidden, job, node, f->e->down), &f->scratch[thread],
                     y, f->y_stride);
     const float *bias = f->e->glu.down_bias;
     for (int64_t i = 0; bias && i < g->tokens; i++)
@@ -264,7 +274,7 @@ static void layout(struct forward *f, struct kt_arena *arena, int threads) {
 }
 
 static int run_chunk(struct forward *f, kt_pool *pool) {
-    const int threads = f->threads = kt_pool_threads(pool);
+    const int threads = kt_pool_threads(pool);
     f->group_of = kt_pool_shared(pool, (size_t)f->e->count * sizeof *f->group_of);
     if (!f->group_of) return KT_ERR_MEMORY;
     count_pairs(f);
@@ -279,17 +289,17 @@ static int run_chunk(struct forward *f, kt_pool *pool) {
     sort_pairs(f);
 
     f->rows = kt_job_rows(pool, f->groups * kt_min(f->e->inner, f->e->hidden));
-    f->blocks_inner = (int)((f->e->inner + f->rows - 1) / f->rows);
-    f->blocks_hidden = (int)((f->e->hidden + f->rows - 1) / f->rows);
     f->per_job_x = (int32_t)(1 + 16384 / f->e->hidden);
     f->per_job_m = (int32_t)(1 + 16384 / f->e->inner);
-    int64_t jobs = (int64_t)f->groups * (f->blocks_inner > f->blocks_hidden ? f->blocks_inner : f->blocks_hidden);
-    if (jobs > INT32_MAX) return KT_ERR_SHAPE;
+    const int64_t most = f->e->inner > f->e->hidden ? f->e->inner : f->e->hidden;
+    if (f->groups * ((most + f->rows - 1) / f->rows) > INT32_MAX) return KT_ERR_SHAPE;
+    kt_pool_shard_jobs(pool, f->e->inner, KT_BLOCK_ROWS, f->rows, f->groups, &f->by_inner);
+    kt_pool_shard_jobs(pool, f->e->hidden, KT_BLOCK_ROWS, f->rows, f->groups, &f->by_hidden);
     const int32_t token_jobs = (f->tokens + f->per_job_x - 1) / f->per_job_x;
     kt_pool_run(pool, prepare_x, f, token_jobs);
-    kt_pool_run(pool, gate_up, f, f->groups * f->blocks_inner);
+    kt_pool_run_sharded(pool, gate_up, f, f->by_inner.jobs_of_node);
     if (f->need_m) kt_pool_run(pool, prepare_m, f, (f->pairs + f->per_job_m - 1) / f->per_job_m);
-    kt_pool_run(pool, down, f, f->groups * f->blocks_hidden);
+    kt_pool_run_sharded(pool, down, f, f->by_hidden.jobs_of_node);
     kt_pool_run(pool, combine, f, token_jobs);
     return KT_OK;
 }
@@ -343,5 +353,37 @@ int kt_experts_forward(const kt_experts *e, kt_pool *pool, const void *hidden, i
         if (!status) status = run_odd(&f, pool);
     }
     kt_pool_unlock(pool);
+    return status;
+}
+
+/* ---- NUMA ------------------------------------------------------------------------------------------- */
+
+/* The lines of a matrix that each node will read: its rows. A type by columns has lines that every node reads; they are
+ * shared out all the same, so that no node serves them all. */
+static int32_t place_matrix(const struct kt_matrix *w, const kt_pool *pool, struct kt_range *ranges) {
+    int64_t begin[KT_MAX_NODES + 1];
+    int32_t n = 0;
+    if (w->traits->by_column) kt_pool_shard(pool, w->cols / w->traits->block, 1, begin);
+    else kt_pool_shard(pool, w->rows, KT_BLOCK_ROWS, begin);
+    for (int node = 0; node < kt_pool_nodes(pool); node++)
+        if (begin[node + 1] > begin[node])
+            ranges[n++] = (struct kt_range){w->data + (size_t)begin[node] * w->stride,
+                                            (size_t)(begin[node + 1] - begin[node] - 1) * w->stride + 1, node};
+    return n;
+}
+
+int kt_experts_place(const kt_experts *e, kt_pool *pool) {
+    if (!e || !pool) return KT_ERR_NULL;
+    kt_pool_lock(pool);
+    struct kt_range *ranges = malloc((size_t)e->count * 3 * (size_t)kt_pool_nodes(pool) * sizeof *ranges);
+    int32_t n = 0;
+    for (int64_t i = 0; ranges && i < e->count; i++) {
+        if (e->gate) n += place_matrix(&e->gate[i], pool, ranges + n);
+        n += place_matrix(&e->up[i], pool, ranges + n);
+        n += place_matrix(&e->down[i], pool, ranges + n);
+    }
+    int status = ranges && kt_pool_touch(pool, ranges, n) ? KT_OK : KT_ERR_MEMORY;
+    kt_pool_unlock(pool);
+    free(ranges);
     return status;
 }

@@ -201,6 +201,19 @@ void kt_pool_shard(const kt_pool *p, int64_t total, int64_t unit, int64_t *begin
     begin[p->nodes] = total; /* a last part of a unit goes with the last node */
 }
 
+void kt_pool_shard_jobs(const kt_pool *p, int64_t rows, int64_t unit, int block, int32_t matrices,
+                        struct kt_shards *s) {
+    int64_t begin[KT_MAX_NODES + 1];
+    kt_pool_shard(p, rows, unit, begin);
+    s->first_job[0] = s->first_block[0] = 0;
+    for (int n = 0; n < p->nodes; n++) {
+        s->first_block[n + 1] = (int32_t)((begin[n + 1] + block - 1) / block);
+        s->threads_of_node[n] = p->seats_of[n];
+        s->jobs_of_node[n] = matrices * (s->first_block[n + 1] - s->first_block[n]);
+        s->first_job[n + 1] = s->first_job[n] + s->jobs_of_node[n];
+    }
+}
+
 enum { PAGE = 4096, STRETCH = 16 << 20 /* bytes of a job */ };
 
 struct touch {

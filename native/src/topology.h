@@ -4,9 +4,9 @@
 
 #include <stdint.h>
 
-#include "../include/kt_native.h"
+#include "threads.h"
 
-enum { KT_MAX_CPUS = 8192, KT_MAX_NODES = 64 };
+enum { KT_MAX_CPUS = 8192 };
 
 /* A set of CPUs, laid out as the kernel's affinity calls want it. */
 struct kt_cpus {

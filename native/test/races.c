@@ -15,7 +15,7 @@
 
 #include "../src/threads.h"
 
-enum { JOBS = 97, CALLERS = 4, NODES = 64 };
+enum { JOBS = 97, CALLERS = 4, NODES = KT_MAX_NODES };
 
 static _Atomic(int) failures;
 

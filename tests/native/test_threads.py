@@ -10,6 +10,7 @@ import subprocess
 import sysconfig
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -268,6 +269,31 @@ def test_nodes_do_not_change_the_bits():
             queue.submit(e, *c, out)
             queue.sync()
             assert torch.equal(out, expected), (numa, threads, tokens)
+
+
+def test_place_reads_every_page(tmp_path):
+    """Experts.place brings every page of a mapped file into the process, on any number of nodes."""
+    r, size = rng(), (2048, 1024)
+    weights = [random_weight(r, "Q8_0", *size) for _ in range(3)]
+    path = tmp_path / "weights"
+    path.write_bytes(b"".join(w.data.numpy().tobytes() for w in weights))
+    nbytes = weights[0].data.numel()
+    for numa in ("0", "0;1", "0-1;2-5;6"):
+        mapped = torch.from_file(str(path), shared=False, size=3 * nbytes, dtype=torch.uint8)
+        packed = [type(w)(part, w.type, w.shape) for w, part in zip(weights, mapped.split(nbytes), strict=True)]
+        packed[2] = type(packed[2])(packed[2].data, packed[2].type, size[::-1])
+        e = native.Experts(*([p] for p in packed))
+        before = resident(mapped.data_ptr())
+        e.place(native.Pool(4, numa=numa))
+        e.place()
+        assert before < resident(mapped.data_ptr()) >= 3 * nbytes // 1024 - 4
+        del e, packed, mapped
+
+
+def resident(address: int) -> int:
+    """KiB in memory of the mapping that begins at an address."""
+    smaps = Path("/proc/self/smaps").read_text()
+    return int(re.search(rf"^0*{address:x}-.*?\nRss: +(\d+) kB", smaps, re.MULTILINE | re.DOTALL).group(1))
 
 
 # ---- forks, Ctrl-C, sizes that change ----------------------------------------------------------------------
