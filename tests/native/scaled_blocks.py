@@ -35,6 +35,7 @@ KINDS = {
     "INT4_ASYM": Kind("I4", "F16", 1, 128, zeros=True),
     "INT8_ROW": Kind("I8", "F32", 1, 0),
     "INT4_ROW": Kind("I4", "F32", 1, 0),
+    "INT8_GROUP": Kind("I8", "BF16", 1, 16),
     "U8_GROUP": Kind("U8", "BF16", 1, 128),
     "GPTQ_INT4": Kind("GPTQ4", "F16", 1, 128),
     "GPTQ_ASYM": Kind("GPTQ4", "F16", 1, 32, zeros=True, zero_bias=1),

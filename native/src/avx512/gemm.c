@@ -22,7 +22,7 @@ struct slice {
     int64_t k, n;
     const int8_t *q[TOKENS]; /* at column k */
     float d[TOKENS][GROUPS];
-    int32_t start[2][TOKENS][GROUPS]; /* minus zero point times sum of codes: of the group, or of its two halves */
+    int32_t start[2][TOKENS][GROUPS]; /* minus (what is left of the) zero point times sum of codes: of the group, or of its halves */
     float ds[2][TOKENS][GROUPS];      /* scale times sum of codes: likewise */
     float *c;
     int64_t ldc;
@@ -31,10 +31,20 @@ struct slice {
 
 _Static_assert(GROUPS == 16, "a token's groups are one register");
 
+/* Codes that exceed 7 bits are made signed where there is no VNNI, and so move by 128. */
+INLINE int wide(const struct kt_panel *p) {
+#ifdef __AVX512VNNI__
+    (void)p;
+    return 0;
+#else
+    return p->reach > 127;
+#endif
+}
+
 INLINE void prepare(struct slice *s, const int n, const struct kt_acts *a, int64_t at) {
     const int64_t g = at / KT_ACT_GROUP;
     const int halves = s->p->group == 16, min_halves = s->p->min_group == 16;
-    const __m512i zero = _mm512_set1_epi32(-s->p->zero);
+    const __m512i zero = _mm512_set1_epi32((wide(s->p) ? 128 : 0) - s->p->zero);
     const __m512 d = _mm512_loadu_ps(a->d + g);
     __m512i low = _mm512_loadu_si512(a->low + g), high = _mm512_loadu_si512(a->high + g);
     const __m512i both = _mm512_add_epi32(low, high);
@@ -59,8 +69,8 @@ INLINE void fetch(const struct kt_acts *a, int64_t at) {
 struct variant {
     int group;     /* 32 or 16 */
     int min_group; /* 32, 16 or 0 */
-    int zero;      /* whether there is a zero point */
-    int wide;      /* codes exceed 7 bits and there is no VNNI: they are made signed instead of corrected by 128 * sum */
+    int zero;      /* whether sums start from `start` */
+    int wide;      /* see wide() */
 };
 
 /* sum[R tiles][N tokens] = start + dot products over `columns` columns from column k of the slice on. */
@@ -68,7 +78,7 @@ INLINE void dots(const int R, const int N, const struct variant v, const struct 
                  size_t tile_dwords, int64_t k, const int columns, const int32_t start[TOKENS][GROUPS], int64_t g,
                  __m512i sum[2][TOKENS]) {
     for (int n = 0; n < N; n++) {
-        __m512i first = v.zero && !v.wide ? _mm512_set1_epi32(start[n][g]) : _mm512_setzero_si512();
+        __m512i first = v.zero ? _mm512_set1_epi32(start[n][g]) : _mm512_setzero_si512();
         for (int r = 0; r < R; r++) sum[r][n] = first;
     }
 #pragma GCC unroll 8
@@ -132,15 +142,13 @@ INLINE void tiles_of(const int N, const struct variant v, const struct slice *s)
 
 /* The variants that some format needs. */
 INLINE void tiles_q8(const int N, const struct slice *s) {
-#ifdef __AVX512VNNI__
-    const int wide = 0;
-#else
-    const int wide = s->p->zero == 128;
-#endif
-    if (s->p->group == 16) tiles_of(N, (struct variant){16, 0, 1, 0}, s);
-    else if (s->p->min_group == 16) tiles_of(N, (struct variant){32, 16, 0, 0}, s);
-    else if (s->p->min_group == 32) tiles_of(N, (struct variant){32, 32, 0, 0}, s);
-    else if (wide) tiles_of(N, (struct variant){32, 0, 1, 1}, s);
+    const struct kt_panel *p = s->p;
+    if (p->group == 16 && wide(p)) tiles_of(N, (struct variant){16, 0, 0, 1}, s); /* INT8 in groups of 16 */
+    else if (p->group == 16) tiles_of(N, (struct variant){16, 0, 1, 0}, s);
+    else if (p->min_group == 16) tiles_of(N, (struct variant){32, 16, 0, 0}, s);
+    else if (p->min_group == 32 && wide(p)) tiles_of(N, (struct variant){32, 32, 1, 1}, s); /* GPTQ of 8 bits */
+    else if (p->min_group == 32) tiles_of(N, (struct variant){32, 32, 0, 0}, s);
+    else if (wide(p)) tiles_of(N, (struct variant){32, 0, 0, 1}, s); /* zero point 128: nothing is left of it */
     else tiles_of(N, (struct variant){32, 0, 1, 0}, s);
 }
 
