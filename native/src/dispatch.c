@@ -39,7 +39,7 @@ static void fill_avx_vnni(struct kt_kernels *k) { kt_fill_dot_avx_vnni(k), kt_fi
 #define fill_avx_vnni NULL
 #endif
 #ifdef KT_HAVE_AVX512
-FILL(avx512, kt_fill_gemm_f32_avx512(k))
+FILL(avx512, (kt_fill_dot_float_avx512(k), kt_fill_gemm_f32_avx512(k)))
 #else
 #define fill_avx512 NULL
 #endif

@@ -16,7 +16,7 @@
 #include "traits.h"
 
 #define KT_TILE 16          /* weight rows interleaved in a panel tile */
-#define KT_DOT_ROWS 4       /* weight rows that a decode kernel takes at once */
+#define KT_DOT_ROWS 16      /* weight rows of a decode kernel's call */
 #define KT_ACT_GROUP 32     /* activations that share an int8 scale */
 #define KT_PANEL_BYTES 2048 /* bytes of a panel row: 2048 codes, 1024 bf16 or 512 floats. 64 rows take 128 KiB of L2 */
 #define KT_CACHE_BYTES 512  /* of them, what a GEMM takes at once: two tiles are 16 KiB and stay in L1 for all tokens */
@@ -40,6 +40,8 @@ struct kt_act {
     const float *f;
     const int8_t *q;
     const float *d, *ds;
+    const int32_t *low, *high;
+    size_t ahead; /* bytes from a weight to what is worth fetching meanwhile, modulo the size of memory */
 };
 
 /* A weight matrix that passed its checks. */
@@ -163,6 +165,7 @@ struct kt_kernels {
     void kt_fill_unpack_##isa(struct kt_kernels *k);   \
     void kt_fill_gemm_##isa(struct kt_kernels *k);     \
     void kt_fill_gemm_f32_##isa(struct kt_kernels *k); \
+    void kt_fill_dot_float_##isa(struct kt_kernels *k); \
     void kt_fill_act_##isa(struct kt_kernels *k);
 KT_DECLARE_ISA(portable)
 KT_DECLARE_ISA(avx2)

@@ -34,7 +34,7 @@ static enum kt_kind kind_of(const struct kt_kernels *k, const struct kt_matrix *
 static enum path path_of(const struct kt_kernels *k, const struct kt_matrix *w, int64_t tokens) {
     int forced = atomic_load(&forced_threshold);
     int64_t tiles = forced > 0 ? forced : w->traits->kind == KT_KIND_Q8 ? Q8_TILES_FROM : FLOAT_TILES_FROM;
-    if (k->dot[w->format] && w->kind == w->traits->kind && tokens < tiles) return DOT;
+    if (k->dot[w->format] && w->kind == w->traits->kind && !w->zeros && tokens < tiles) return DOT;
     return tokens < PANELS_FROM ? STRIPS : PANELS;
 }
 
@@ -114,17 +114,27 @@ static struct kt_ahead lines_of(const struct kt_matrix *w, int64_t first, int64_
 
 /* ---- the paths -------------------------------------------------------------------------------------- */
 
+/* How far what is read FETCH bytes after row r of a block lies from it: rows of this block, then of the next. */
+static size_t ahead_of(const struct kt_matrix *w, int64_t first, int64_t r, int64_t rows, struct kt_next next) {
+    enum { FETCH = 8192 }; /* the latency of memory at its full speed, twice over; a quarter of the first-level cache */
+    const int64_t skip = (int64_t)((FETCH + w->stride - 1) / w->stride);
+    if (r + skip < rows) return (size_t)skip * w->stride;
+    if (!next.w) return 0;
+    const uint8_t *then = next.w->data + (size_t)(next.first + r + skip - rows) * next.w->stride;
+    return (uintptr_t)then - (uintptr_t)(w->data + (size_t)(first + r) * w->stride);
+}
+
 /* A few rows at a time, each met by every token while its bytes are in the first-level cache. */
 static void dot_block(const struct kt_kernels *k, const struct kt_matrix *w, int64_t first, int rows,
-                      const struct kt_acts *a, const int32_t *token, int tokens, float *c, int64_t ldc) {
+                      const struct kt_acts *a, const int32_t *token, int tokens, struct kt_next next, float *c, int64_t ldc) {
     kt_dot_fn dot = k->dot[w->format];
     for (int r = 0; r < rows; r += KT_DOT_ROWS) {
         int n = (int)kt_min(rows - r, KT_DOT_ROWS);
         for (int i = 0; i < tokens; i++) {
-            int64_t at = token[i] * a->stride;
-            struct kt_act one = {.f = a->f + at};
+            const int64_t at = token[i] * a->stride, g = at / KT_ACT_GROUP;
+            struct kt_act one = {.f = a->f + at, .ahead = ahead_of(w, first, r, rows, next)};
             if (a->q)
-                one.q = a->q + at, one.d = a->d + at / KT_ACT_GROUP, one.ds = a->ds + at / KT_ACT_GROUP;
+                one.q = a->q + at, one.d = a->d + g, one.ds = a->ds + g, one.low = a->low + g, one.high = a->high + g;
             dot(w, first + r, n, &one, c + i * ldc + r);
         }
     }
@@ -155,7 +165,7 @@ void kt_matmul_block(const struct kt_kernels *k, const struct kt_matrix *w, int6
                      const struct kt_acts *a, const int32_t *token, int tokens, struct kt_next next,
                      const struct kt_scratch *s, float *c, int64_t ldc) {
     switch (path_of(k, w, tokens)) {
-    case DOT: dot_block(k, w, first, rows, a, token, tokens, c, ldc); break;
+    case DOT: dot_block(k, w, first, rows, a, token, tokens, next, c, ldc); break;
     case PANELS: panel_block(k, w, first, rows, KT_PANEL_BYTES, a, token, tokens, next, s, c, ldc); break;
     case STRIPS:
         for (int r = 0; r < rows; r += KT_TILE) {

@@ -1,0 +1,204 @@
+/* dot_rows.h: what the decode kernels of quantized formats share. They multiply one row after the other: memory is read
+ * in order, which is what reaches its bandwidth; four rows side by side lose a quarter of it. To pay for rearranging the
+ * activations a call takes several rows.
+ *
+ * The text is compiled for several instruction sets; vec.h of each brings the vectors. A row is cut into windows of 256
+ * columns. Where the columns are no multiple, the last window ends with the row and starts over columns that the one
+ * before has seen; their activations are zero there. */
+#ifndef KT_DOT_ROWS_H
+#define KT_DOT_ROWS_H
+
+#include "iq_tables.h"
+
+enum {
+    WINDOW = 256,
+    CHUNK = 8192, /* columns of a row at once: their activations, rearranged, share the first-level cache with weights */
+    WINDOWS = CHUNK / WINDOW + 1,
+    VECTORS = WINDOW / VECTOR,
+};
+
+/* In what order activations meet the codes of a window. Pieces are 16 columns. */
+enum layout {
+    IN_ORDER, /* a code a byte */
+    HALVES,   /* 16 bytes hold columns 0..15 (low nibbles) and 16..31 (high); a lane is such a block */
+    EVENS,    /* low nibbles are even columns, high ones odd; a lane is 32 columns */
+    EIGHTS,   /* 8 bytes hold columns 0..7 and 8..15 */
+    PAIRS,    /* 32 bytes hold columns 0..31 and 32..63 */
+    QUARTERS, /* 32 bytes hold four values a byte, 32 columns apart */
+};
+
+/* Whether two vectors of codes, from low and high nibbles, meet the same scales and share a sum. */
+INLINE int is_chain(const enum layout order) { return order == HALVES || order == EVENS || order == EIGHTS; }
+
+/* A chunk of activations, ready for rows of one format. */
+struct ready {
+    int windows, full; /* all, and those before the last one where that is moved back */
+    int64_t last;      /* its first column */
+    _Alignas(64) int8_t q[WINDOWS * WINDOW];
+    _Alignas(64) int32_t start[WINDOWS * WINDOW / 4]; /* of each sum: minus zero point * activations */
+    _Alignas(64) float d[WINDOWS * 16]; /* of a window: 8 scales, 8 times minus scale * sum; groups of 16: each scale twice */
+    _Alignas(64) float m[WINDOWS * 16]; /* groups of 16: minus scale * sum */
+};
+
+/* ---- preparation ------------------------------------------------------------------------------------ */
+
+/* The piece of a window that lane l of vector v meets, for orders that move whole pieces. */
+INLINE int piece_of(const enum layout order, const int v, const int l) {
+    const int i = v / 2, part = v % 2;
+    switch (order) {
+    case HALVES: return 2 * (LANES * i + l) + part;
+    case PAIRS: return 2 * (LANES * i + l / 2 * 2 + part) + l % 2;
+    case QUARTERS: return LANES == 4 ? 2 * v + l / 2 * 8 + l % 2 : 2 * v + l; /* 64 bytes are both halves of a block */
+    default: return LANES * v + l;
+    }
+}
+
+INLINE void arrange(const enum layout order, const int8_t *q, int8_t *out) {
+    for (int v = 0; v < VECTORS; v++)
+        for (int l = 0; l < LANES; l++, out += 16) {
+            const int8_t *of = q + 32 * (LANES * (v / 2) + l);
+            if (order == EVENS)
+                for (int j = 0; j < 16; j++) out[j] = of[2 * j + v % 2];
+            else if (order == EIGHTS)
+                memcpy(out, of + 8 * (v % 2), 8), memcpy(out + 8, of + 16 + 8 * (v % 2), 8);
+            else
+                memcpy(out, q + 16 * piece_of(order, v, l), 16);
+        }
+}
+
+/* start[] of a window from its arranged codes. */
+INLINE void starts(const enum layout order, const int zero, const int8_t *q, int32_t *start) {
+    const vint z = v_bytes(zero < 128 ? zero : 64), none = v_bytes(0);
+    const int step = is_chain(order) ? 2 : 1;
+    for (int v = 0; v < VECTORS; v += step, start += VECTOR / 4) {
+        int32_t sum[VECTOR / 4];
+        vint s = v_dot(none, z, v_load(q + v * VECTOR));
+        if (zero == 128) s = v_dot(s, z, v_load(q + v * VECTOR));
+        if (step == 2) s = v_dot(s, z, v_load(q + (v + 1) * VECTOR));
+        if (step == 2 && zero == 128) s = v_dot(s, z, v_load(q + (v + 1) * VECTOR));
+        memcpy(sum, &s, sizeof s);
+        for (int i = 0; i < VECTOR / 4; i++) start[i] = -sum[i];
+    }
+}
+
+/* out[2i] = a[i], out[2i + 1] = b[i] */
+INLINE void twice(__m256 a, __m256 b, float *out) {
+    const __m256 x = _mm256_unpacklo_ps(a, b), y = _mm256_unpackhi_ps(a, b);
+    _mm256_store_ps(out, _mm256_permute2f128_ps(x, y, 0x20));
+    _mm256_store_ps(out + 8, _mm256_permute2f128_ps(x, y, 0x31));
+}
+
+/* A window from its activations in order. low, high: sums of 16 codes. */
+INLINE void fill_window(struct ready *x, const int w, const enum layout order, const int zero, const int group, const int8_t *q,
+                        const float *d, const float *ds, const int32_t *low, const int32_t *high) {
+    arrange(order, q, x->q + w * WINDOW);
+    if (zero) starts(order, zero, x->q + w * WINDOW, x->start + w * WINDOW / 4);
+    const __m256 scale = _mm256_loadu_ps(d), minus = _mm256_set1_ps(-0.0f);
+    if (group == 32) {
+        _mm256_store_ps(x->d + 16 * w, scale);
+        _mm256_store_ps(x->d + 16 * w + 8, _mm256_xor_ps(_mm256_loadu_ps(ds), minus));
+        return;
+    }
+    twice(scale, scale, x->d + 16 * w);
+    const __m256 first = _mm256_cvtepi32_ps(load256(low)), second = _mm256_cvtepi32_ps(load256(high));
+    const __m256 less = _mm256_xor_ps(scale, minus);
+    twice(_mm256_mul_ps(less, first), _mm256_mul_ps(less, second), x->m + 16 * w);
+}
+
+/* Columns from .. from + n of a matrix, n at most CHUNK; what lies before `from` is there to be read. */
+INLINE void make_ready(struct ready *x, const enum layout order, const int zero, const int group, const struct kt_act *a,
+                       int64_t from, int64_t n) {
+    int w = 0;
+    x->full = (int)(n / WINDOW);
+    for (; w < x->full; w++) {
+        const int64_t c = from + w * WINDOW, g = c / KT_ACT_GROUP;
+        fill_window(x, w, order, zero, group, a->q + c, a->d + g, a->ds + g, a->low + g, a->high + g);
+    }
+    const int rest = (int)(n % WINDOW); /* a multiple of 32 */
+    if (rest) {
+        int8_t q[WINDOW] = {0};
+        float d[8] = {0}, ds[8] = {0};
+        int32_t low[8] = {0}, high[8] = {0};
+        const int64_t c = from + n - rest, g = c / KT_ACT_GROUP;
+        const int narrow = from + n < WINDOW, at = narrow ? 0 : WINDOW - rest; /* narrow rows are padded at the end */
+        memcpy(q + at, a->q + c, (size_t)rest);
+        for (int i = 0; i < rest / 32; i++)
+            d[at / 32 + i] = a->d[g + i], ds[at / 32 + i] = a->ds[g + i], low[at / 32 + i] = a->low[g + i],
+                        high[at / 32 + i] = a->high[g + i];
+        x->last = narrow ? 0 : n - WINDOW;
+        fill_window(x, w++, order, zero, group, q, d, ds, low, high);
+    }
+    x->windows = w;
+}
+
+/* ---- rows ------------------------------------------------------------------------------------------- */
+
+/* Bytes before a column, where 256 columns take `bytes`: a whole block, or eight of 32 columns. */
+INLINE int64_t offset_of(int64_t column, const int bytes) {
+    return bytes % 8 ? column / WINDOW * bytes : column / 32 * (bytes / 8);
+}
+
+/* Sums of a row: two chains hide the latency of the multiply-add; mins have their own. */
+struct sums {
+    vfloat s[2], mins;
+};
+INLINE struct sums no_sums(void) { return (struct sums){{v_zero(), v_zero()}, v_zero()}; }
+
+/* Window k of a row at w, `bytes` each. */
+INLINE const uint8_t *window(const struct ready *x, const uint8_t *w, int k, const int bytes) {
+    return k < x->full ? w + (size_t)k * bytes : w + offset_of(x->last, bytes);
+}
+
+/* Lines of what is read next; see kt_act. */
+INLINE void fetch(const uint8_t *p, size_t ahead, const int bytes) {
+    for (int i = 0; i < bytes; i += 64) PREFETCH(p + i, ahead);
+}
+
+/* Activations of vector v of window w, and where its sum starts. */
+INLINE vint acts_of(const struct ready *x, int w, const int v) { return v_load(x->q + w * WINDOW + v * VECTOR); }
+INLINE vint start_of(const struct ready *x, int w, const int sum, const int zero) {
+    return zero ? v_load(x->start + w * WINDOW / 4 + sum * VECTOR / 4) : v_bytes(0);
+}
+
+/* Add the sum of vector or chain i, whose codes meet scales of 32 (16) columns. */
+INLINE vfloat scales_of(const enum layout order, __m256 s, const int i) {
+    switch (order) {
+    case IN_ORDER: return v_pick8(s, LANES / 2 * i, 8, 1);
+    case PAIRS: return v_pick8(s, LANES * (i / 2) + i % 2, 8, 2);
+    case QUARTERS: return v_pick8(s, i, 8, 4);
+    default: return v_pick8(s, LANES * i, 4, 2);
+    }
+}
+INLINE vfloat scales16_of(const enum layout order, float16s s, const int i) {
+    switch (order) {
+    case IN_ORDER: return v_pick16(s, LANES * i, 4, 2);
+    case QUARTERS: return v_pick16(s, 2 * i, 4, 8);
+    default: return v_pick16(s, 2 * LANES * i, 2, 4);
+    }
+}
+
+INLINE const uint8_t *pad(uint8_t *room, size_t size, const uint8_t *p, size_t bytes) {
+    memset(room, 0, size);
+    return memcpy(room, p, bytes);
+}
+
+/* The dot kernel of a format from its row function. bytes: of 256 columns; a row narrower than that is padded. */
+#define DOT(name, order, zero, group, bytes)                                                                         \
+    static void dot_##name(const struct kt_matrix *m, int64_t first, int rows, const struct kt_act *a, float *out) { \
+        struct ready x;                                                                                              \
+        vfloat sum[KT_DOT_ROWS];                                                                                     \
+        for (int64_t c = 0; c < m->cols; c += CHUNK) {                                                               \
+            make_ready(&x, order, zero, group, a, c, m->cols - c < CHUNK ? m->cols - c : CHUNK);                     \
+            for (int r = 0; r < rows; r++) {                                                                         \
+                const uint8_t *p = m->data + (size_t)(first + r) * m->stride + offset_of(c, bytes);                  \
+                uint8_t padded[(bytes) + 64];                                                                        \
+                if (m->cols < WINDOW) p = pad(padded, sizeof padded, p, (size_t)offset_of(m->cols, bytes));          \
+                struct sums t = name##_row(p, a->ahead, &x);                                                         \
+                const vfloat v = v_add(v_add(t.s[0], t.s[1]), t.mins);                                               \
+                sum[r] = c ? v_add(sum[r], v) : v;                                                                   \
+            }                                                                                                        \
+        }                                                                                                            \
+        v_sums(sum, rows, out);                                                                                      \
+    }
+
+#endif
