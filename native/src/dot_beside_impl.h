@@ -1,5 +1,5 @@
 /* dot_beside_impl.h: decode of types whose scales lie beside their codes, compiled for AVX2 and AVX-512 alike: the
- * includer brings vec.h. Packed zero points decode through tiles, and so do GPTQ and AWQ, which have no rows in memory. */
+ * includer brings dot_vec.h. Packed zero points decode through tiles, and so do GPTQ and AWQ, which have no rows in memory. */
 #include "dot_rows.h"
 #include "dot_scales.h"
 

@@ -1,4 +1,4 @@
-/* dot_block_impl.h: decode of GGUF's quantized blocks, compiled for AVX2 and AVX-512 alike: the includer brings vec.h.
+/* dot_block_impl.h: decode of GGUF's quantized blocks, compiled for AVX2 and AVX-512 alike: the includer brings dot_vec.h.
  * Grids (IQ1 to IQ3) and ternary digits (TQ1_0) are not here: they decode through tiles.
  *
  * Each format says how a window's codes leave its bytes, and what its scales are. */

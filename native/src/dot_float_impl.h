@@ -1,4 +1,4 @@
-/* dot_float_impl.h: decode of plain floats, compiled for AVX2 and AVX-512 alike: the includer brings vec.h, and of each
+/* dot_float_impl.h: decode of plain floats, compiled for AVX2 and AVX-512 alike: the includer brings dot_vec.h, and of each
  * format what to do with the last columns. */
 #ifndef KT_DOT_FLOAT_IMPL_H
 #define KT_DOT_FLOAT_IMPL_H

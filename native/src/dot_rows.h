@@ -2,7 +2,7 @@
  * in order, which is what reaches its bandwidth; four rows side by side lose a quarter of it. To pay for rearranging the
  * activations a call takes several rows.
  *
- * The text is compiled for several instruction sets; vec.h of each brings the vectors. A row is cut into windows of 256
+ * The text is compiled for several instruction sets; dot_vec.h of each brings the vectors. A row is cut into windows of 256
  * columns. Where the columns are no multiple, the last window ends with the row and starts over columns that the one
  * before has seen; their activations are zero there. */
 #ifndef KT_DOT_ROWS_H

@@ -2,7 +2,7 @@
 #ifndef KT_ISA
 #define KT_ISA avx512
 #endif
-#include "vec.h"
+#include "dot_vec.h"
 #include "../dot_beside_impl.h"
 #include "../dot_block_impl.h"
 

@@ -1,5 +1,5 @@
 /* Decode of floats for AVX-512, one row after the other: see ../dot_rows.h for why. */
-#include "vec.h"
+#include "dot_vec.h"
 #include "../dot_float_impl.h"
 
 /* The last columns of a row, fewer than a vector of floats. */

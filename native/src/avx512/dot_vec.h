@@ -1,9 +1,9 @@
-/* vec.h: what the decode texts (../dot_*.h) need of a vector, for AVX-512. avx2/vec.h has the same names.
+/* dot_vec.h: what the decode texts (../dot_*.h) need of a vector, for AVX-512. avx2/dot_vec.h has the same names.
  *
  * A vector is 64 bytes: four lanes of 16 bytes, 16 int32 or 16 floats. A decode kernel multiplies a vector of codes with a
  * vector of activations; each int32 of the result holds four products. */
-#ifndef KT_AVX512_VEC_H
-#define KT_AVX512_VEC_H
+#ifndef KT_AVX512_DOT_VEC_H
+#define KT_AVX512_DOT_VEC_H
 
 #include "common.h"
 
