@@ -46,7 +46,7 @@ INLINE void q4_k_block(const struct rows *rows, size_t at, const struct kt_tile 
         for (int j = 0; j < 4; j++) put(to, dword + j, v[j] & LOW4), put(to, dword + 8 + j, high_nibbles(v[j]));
     }
 }
-TILE(q4_k, KT_QK, 144, 8, 8)
+TILE_BLOCKS(q4_k, KT_QK, 144, 8, 8)
 
 /* Bits g of each byte, as 16. */
 INLINE vec bits_as_16(vec v, const int g) { return (g < 4 ? v << (4 - g) : v >> (g - 4)) & 0x10101010; }
@@ -68,7 +68,7 @@ INLINE void q5_k_block(const struct rows *rows, size_t at, const struct kt_tile 
         }
     }
 }
-TILE(q5_k, KT_QK, 176, 8, 8)
+TILE_BLOCKS(q5_k, KT_QK, 176, 8, 8)
 
 /* ---- Q6_K -------------------------------------------------------------------------------------------- */
 
@@ -98,7 +98,7 @@ INLINE void q6_k_block(const struct rows *rows, size_t at, const struct kt_tile 
         }
     }
 }
-TILE(q6_k, KT_QK, 210, 16, 0)
+TILE_BLOCKS(q6_k, KT_QK, 210, 16, 0)
 
 /* ---- Q2_K, Q3_K: scales folded into the codes, see traits.c ------------------------------------------ */
 
@@ -125,11 +125,12 @@ INLINE void q2_k_block(const struct rows *rows, size_t at, const struct kt_tile 
             const int g = i / 2 * 8 + 2 * p + i % 2;
             const vec16 scale = twice(s[g / 4] & LOW4, g % 4);
 #pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) put(to, 4 * g + j, (vec)((vec16)(v[j] >> 2 * p & LOW2) * scale)); /* up to 45: no carry */
+            for (int j = 0; j < 4; j++) /* up to 45: no carry */
+                put(to, 4 * g + j, (vec)((vec16)(v[j] >> 2 * p & LOW2) * scale));
         }
     }
 }
-TILE(q2_k, KT_QK, 84, 8, 16)
+TILE_BLOCKS(q2_k, KT_QK, 84, 8, 16)
 
 /* 128 - (q - 4) * (s - 32) = q * (32 - s) + 4 * s, for two columns in 16 bits: both results are 0 .. 255, so that what
  * a negative factor borrows from the upper one is paid back by the sum. */
@@ -151,13 +152,14 @@ INLINE void q3_k_block(const struct rows *rows, size_t at, const struct kt_tile 
             if (i % 4 == 0) columns4(rows, at + 32 + 8 * i + 16 * half, v);
 #pragma GCC unroll 4
             for (int j = 0; j < 4; j++) {
-                const vec q = (v[j] >> 2 * (i % 4) & LOW2) | ((i < 2 ? high[j] << (2 - i) : high[j] >> (i - 2)) & 0x04040404);
+                const vec third = i < 2 ? high[j] << (2 - i) : high[j] >> (i - 2);
+                const vec q = (v[j] >> 2 * (i % 4) & LOW2) | (third & 0x04040404);
                 put(to, 4 * g + j, (vec)((vec16)q * factor + start));
             }
         }
     }
 }
-TILE(q3_k, KT_QK, 110, 8, 0)
+TILE_BLOCKS(q3_k, KT_QK, 110, 8, 0)
 
 /* ---- IQ4_XS ------------------------------------------------------------------------------------------ */
 
@@ -178,7 +180,7 @@ INLINE void iq4_xs_block(const struct rows *rows, size_t at, const struct kt_til
         put_chosen(&group, v, kt_iq4_codes);
     }
 }
-TILE(iq4_xs, KT_QK, 136, 8, 0)
+TILE_BLOCKS(iq4_xs, KT_QK, 136, 8, 0)
 
 /* ---- ternary ----------------------------------------------------------------------------------------- */
 
@@ -193,25 +195,24 @@ INLINE void tq2_0_block(const struct rows *rows, size_t at, const struct kt_tile
             for (int j = 0; j < 4; j++) put(to, i / 2 * 32 + 8 * p + i % 2 * 4 + j, v[j] >> 2 * p & LOW2);
     }
 }
-TILE(tq2_0, KT_QK, 66, 8, 0)
+TILE_BLOCKS(tq2_0, KT_QK, 66, 8, 0)
 
-/* The first of the base-3 digits that a byte holds as a fraction: 3b / 256, rounded down. An average that rounds up
- * rounds down on complements, so twice averaged these are ~(3b / 4). */
-INLINE vec digit(vec v) {
-    const vec ones = ~(vec){0}, not_v = ~v;
-    return ~average8(not_v, average8(not_v, ones)) >> 6 & LOW2;
-}
-INLINE vec next_digits(vec v) { return (vec)((vec8)v + (vec8)v + (vec8)v); } /* mod 256 */
-
-/* `count` digits of each of four dwords, `apart` dwords from each other. */
-INLINE void put_digits(const struct kt_tile *to, const int dword, const int apart, const int count, vec v[4], const int dwords) {
+/* `count` digits of each of `dwords` dwords, each digit `apart` dwords behind the one before. A byte holds a fraction
+ * in base 3: three times it is 256 times a digit, plus the byte of the rest. Even bytes keep to the upper halves of
+ * words, odd ones to the lower. */
+INLINE void put_digits(const struct kt_tile *to, const int dword, const int apart, const int count, const vec *v,
+                       const int dwords) {
+    const vec16 three = hidden16(3 + (vec16){0});
 #pragma GCC unroll 4
-    for (int j = 0; j < dwords; j++)
+    for (int j = 0; j < dwords; j++) {
+        vec16 even = (vec16)v[j] << 8, odd = (vec16)v[j] >> 8;
 #pragma GCC unroll 5
         for (int n = 0; n < count; n++) {
-            put(to, dword + apart * n + j, digit(v[j]));
-            v[j] = next_digits(v[j]);
+            const vec16 product = odd * three;
+            put(to, dword + apart * n + j, (vec)(times_high16(even, three) | (product & 0xff00)));
+            even *= three, odd = product & 0x00ff;
         }
+    }
 }
 
 INLINE void tq1_0_block(const struct rows *rows, size_t at, const struct kt_tile *to) {
@@ -224,12 +225,12 @@ INLINE void tq1_0_block(const struct rows *rows, size_t at, const struct kt_tile
     }
     columns4(rows, at + 38, v);
     put_scale8(to, halves(v[3], 1));
-    v[0] = straddle(v[2], v[3]);
+    v[0] = dword_in(v, 10);
     put_digits(to, 60, 1, 4, v, 1);
 }
-TILE(tq1_0, KT_QK, 54, 8, 0)
+TILE_BLOCKS(tq1_0, KT_QK, 54, 8, 0)
 
-/* ---- ---- */
+/* ---- what there is ----------------------------------------------------------------------------------- */
 
 static void fill_tiles(struct kt_kernels *k) {
     k->tile[KT_FMT_Q4_0] = tile_q4_0;

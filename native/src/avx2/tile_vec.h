@@ -7,6 +7,7 @@
 enum { W = 8 }; /* rows of a vector */
 
 typedef uint32_t vec __attribute__((vector_size(32)));
+typedef uint16_t vec16 __attribute__((vector_size(32)));
 typedef float fvec __attribute__((vector_size(32)));
 
 /* The same four dwords in each 16 bytes. */
@@ -42,32 +43,26 @@ INLINE void columns4(const struct rows *rows, size_t at, vec v[4]) {
     v[2] = (vec)_mm256_unpacklo_epi64(b, d), v[3] = (vec)_mm256_unpackhi_epi64(b, d);
 }
 
-INLINE __m256i load64(const void *p) { return _mm256_broadcastq_epi64(_mm_loadl_epi64((const __m128i_u *)p)); }
-
-/* The same of 8 bytes, two dwords. */
-INLINE void columns2(const struct rows *rows, size_t at, vec v[2]) {
-    __m256i t[2];
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; i++) { /* rows 2i and 2i + 1 of each four */
-        __m256i a = load64(row_at(rows, 2 * i, at));
-        __m256i b = load64(row_at(rows, 2 * i + 1, at));
-        __m256i c = load64(row_at(rows, 2 * i + 4, at));
-        __m256i d = load64(row_at(rows, 2 * i + 5, at));
-        t[i] = _mm256_blend_epi32(_mm256_blend_epi32(a, b, 0x0c), _mm256_blend_epi32(c, d, 0xc0), 0xf0);
-    }
-    v[0] = (vec)_mm256_shuffle_ps((__m256)t[0], (__m256)t[1], 0x88);
-    v[1] = (vec)_mm256_shuffle_ps((__m256)t[0], (__m256)t[1], 0xdd);
+/* In each 16 bytes the 8 bytes at p, then those at q. */
+INLINE vec two_times8(const uint8_t *p, const uint8_t *q) {
+    __m256i a = _mm256_broadcastq_epi64(_mm_loadl_epi64((const __m128i_u *)p));
+    __m256i b = _mm256_broadcastq_epi64(_mm_loadl_epi64((const __m128i_u *)q));
+    return (vec)_mm256_blend_epi32(a, b, 0xcc);
 }
 
 /* Byte i of each 16 bytes of v becomes its byte index[i], or 0 where bit 7 of the index is set. */
 INLINE vec shuffle8(vec v, vec index) { return (vec)_mm256_shuffle_epi8((__m256i)v, (__m256i)index); }
 INLINE vec table16(const uint8_t t[16]) { return (vec)_mm256_broadcastsi128_si256(load128(t)); }
 
-/* Dwords 0 and 1, or 2 and 3, of each 16 bytes of a, then those of b. */
-INLINE vec join_low(vec a, vec b) { return (vec)_mm256_unpacklo_epi64((__m256i)a, (__m256i)b); }
-INLINE vec join_high(vec a, vec b) { return (vec)_mm256_unpackhi_epi64((__m256i)a, (__m256i)b); }
+/* Upper halves of products. */
+INLINE vec16 times_high16(vec16 a, vec16 b) { return (vec16)_mm256_mulhi_epu16((__m256i)a, (__m256i)b); }
 
-INLINE vec average8(vec a, vec b) { return (vec)_mm256_avg_epu8((__m256i)a, (__m256i)b); }
+/* A constant that the compiler does not know: it would make shifts and sums of a product. */
+INLINE vec16 hidden16(vec16 v) {
+    __asm__("" : "+x"(v));
+    return v;
+}
+
 INLINE vec min8(vec a, vec b) { return (vec)_mm256_min_epu8((__m256i)a, (__m256i)b); }
 INLINE vec larger(vec a, vec b) { return (vec)_mm256_max_epi32((__m256i)a, (__m256i)b); } /* signed */
 
@@ -83,14 +78,5 @@ INLINE fvec halves(vec v, const int high) {
 INLINE vec load(const void *p) { return (vec)load256(p); }
 INLINE void store(uint32_t *p, vec v) { _mm256_store_si256((__m256i *)p, (__m256i)v); }
 INLINE void store_f(float *p, fvec v) { _mm256_store_ps(p, (__m256)v); }
-
-/* 16 bytes i of q[j] are rows 4j .. 4j + 3 of the i-th of W / 4 dwords of a tile. */
-INLINE void store_quads(uint32_t *p, const vec q[4]) {
-#pragma GCC unroll 2
-    for (int j = 0; j < 4; j += 2) {
-        store(p + 4 * j, (vec)_mm256_permute2x128_si256((__m256i)q[j], (__m256i)q[j + 1], 0x20));
-        store(p + 4 * j + KT_TILE, (vec)_mm256_permute2x128_si256((__m256i)q[j], (__m256i)q[j + 1], 0x31));
-    }
-}
 
 #endif

@@ -7,6 +7,7 @@
 enum { W = 16 }; /* rows of a vector */
 
 typedef uint32_t vec __attribute__((vector_size(64)));
+typedef uint16_t vec16 __attribute__((vector_size(64)));
 typedef float fvec __attribute__((vector_size(64)));
 
 /* The same four dwords in each 16 bytes. */
@@ -44,31 +45,25 @@ INLINE void columns4(const struct rows *rows, size_t at, vec v[4]) {
     v[2] = (vec)_mm512_unpacklo_epi64(b, d), v[3] = (vec)_mm512_unpackhi_epi64(b, d);
 }
 
-INLINE __m128i load64(const void *p) { return _mm_loadl_epi64((const __m128i_u *)p); }
-
-/* The same of 8 bytes, two dwords. */
-INLINE void columns2(const struct rows *rows, size_t at, vec v[2]) {
-    __m512i t[2];
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; i++) { /* rows 2i and 2i + 1 of each four */
-        t[i] = _mm512_castsi128_si512(load64(row_at(rows, 2 * i, at)));
-#pragma GCC unroll 7
-        for (int j = 1; j < 8; j++)
-            t[i] = _mm512_mask_broadcastq_epi64(t[i], (__mmask8)(1 << j), load64(row_at(rows, j / 2 * 4 + 2 * i + j % 2, at)));
-    }
-    v[0] = (vec)_mm512_shuffle_ps((__m512)t[0], (__m512)t[1], 0x88);
-    v[1] = (vec)_mm512_shuffle_ps((__m512)t[0], (__m512)t[1], 0xdd);
+/* In each 16 bytes the 8 bytes at p, then those at q. */
+INLINE vec two_times8(const uint8_t *p, const uint8_t *q) {
+    __m512i a = _mm512_broadcastq_epi64(_mm_loadl_epi64((const __m128i_u *)p));
+    return (vec)_mm512_mask_broadcastq_epi64(a, 0xaa, _mm_loadl_epi64((const __m128i_u *)q));
 }
 
 /* Byte i of each 16 bytes of v becomes its byte index[i], or 0 where bit 7 of the index is set. */
 INLINE vec shuffle8(vec v, vec index) { return (vec)_mm512_shuffle_epi8((__m512i)v, (__m512i)index); }
 INLINE vec table16(const uint8_t t[16]) { return (vec)_mm512_broadcast_i32x4(load128(t)); }
 
-/* Dwords 0 and 1, or 2 and 3, of each 16 bytes of a, then those of b. */
-INLINE vec join_low(vec a, vec b) { return (vec)_mm512_unpacklo_epi64((__m512i)a, (__m512i)b); }
-INLINE vec join_high(vec a, vec b) { return (vec)_mm512_unpackhi_epi64((__m512i)a, (__m512i)b); }
+/* Upper halves of products. */
+INLINE vec16 times_high16(vec16 a, vec16 b) { return (vec16)_mm512_mulhi_epu16((__m512i)a, (__m512i)b); }
 
-INLINE vec average8(vec a, vec b) { return (vec)_mm512_avg_epu8((__m512i)a, (__m512i)b); }
+/* A constant that the compiler does not know: it would make shifts and sums of a product. */
+INLINE vec16 hidden16(vec16 v) {
+    __asm__("" : "+v"(v));
+    return v;
+}
+
 INLINE vec min8(vec a, vec b) { return (vec)_mm512_min_epu8((__m512i)a, (__m512i)b); }
 INLINE vec larger(vec a, vec b) { return (vec)_mm512_max_epi32((__m512i)a, (__m512i)b); } /* signed */
 
@@ -82,15 +77,5 @@ INLINE fvec halves(vec v, const int high) {
 INLINE vec load(const void *p) { return (vec)_mm512_loadu_si512(p); }
 INLINE void store(uint32_t *p, vec v) { _mm512_store_si512(p, (__m512i)v); }
 INLINE void store_f(float *p, fvec v) { _mm512_store_ps(p, (__m512)v); }
-
-/* 16 bytes i of q[j] are rows 4j .. 4j + 3 of the i-th of W / 4 dwords of a tile. */
-INLINE void store_quads(uint32_t *p, const vec q[4]) {
-    __m512i a = _mm512_shuffle_i32x4((__m512i)q[0], (__m512i)q[1], 0x88), b = _mm512_shuffle_i32x4((__m512i)q[0], (__m512i)q[1], 0xdd);
-    __m512i c = _mm512_shuffle_i32x4((__m512i)q[2], (__m512i)q[3], 0x88), d = _mm512_shuffle_i32x4((__m512i)q[2], (__m512i)q[3], 0xdd);
-    _mm512_store_si512(p, _mm512_shuffle_i32x4(a, c, 0x88));
-    _mm512_store_si512(p + KT_TILE, _mm512_shuffle_i32x4(b, d, 0x88));
-    _mm512_store_si512(p + 2 * KT_TILE, _mm512_shuffle_i32x4(a, c, 0xdd));
-    _mm512_store_si512(p + 3 * KT_TILE, _mm512_shuffle_i32x4(b, d, 0xdd));
-}
 
 #endif
