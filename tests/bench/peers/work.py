@@ -216,7 +216,7 @@ def make(shape: Shape, name: str, threads: int, tokens: int, quick: bool) -> tup
     for role in ROLES:
         for _ in range(distinct):
             one, value = SCALED[name](rng, *work.size(role)) if name in SCALED else _gguf(name, rng, *work.size(role))
-            work.tensors[role].append(one)
+            work.tensors[role].append({key: np.ascontiguousarray(array) for key, array in one.items()})
             values[role].append(value)
     # Sixteen times the last-level cache in all, so that next to nothing of a call is found there.
     work.layers = max(1, -(-(4 if quick else 16) * last_level_cache() // (work.expert_bytes * count)))
