@@ -28,6 +28,7 @@ from rich.table import Table
 
 from ktransformers import native
 from tests.bench.peers import environment, work
+from tests.bench.peers.ours import offered
 from tests.bench.peers.process import Child, Gone, busy_seconds
 
 PEERS = ("llama", "llama-repack", "upstream", "torch")
@@ -312,10 +313,6 @@ def report(bench: Bench, console: Console) -> None:
 
 
 # ---- main ----
-
-
-def offered(name: str) -> bool:
-    return name in native.SUPPORTED_TYPES
 
 
 def parse() -> argparse.Namespace:

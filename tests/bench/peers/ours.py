@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import numpy as np
 import torch
 
 from ktransformers import native
+from ktransformers.errors import UnsupportedError
 from tests.bench.peers.child import Missing, Peer, serve
 from tests.bench.peers.work import ROLES, Case, Tensors, Work
 from tests.native.blocks import Packed, Type
@@ -17,10 +19,45 @@ BF16_ACTIVATIONS = ("BF16", "FP8", "FP8_PERCHANNEL", "MXFP8")
 """Types whose GEMM multiplies bf16; all others take fp32 activations."""
 
 
-def parts(name: str, tensors: Tensors) -> list[np.ndarray]:
-    if name not in native.SUPPORTED_TYPES or "raw" not in tensors:
-        raise Missing(f"{name} has no kernel in this library")
-    return [tensors["raw"]]
+SCALED = {  # our type, type of its scales, rows and columns (0: all) that share one, codes, scales
+    "FP8": ("F8_E4M3", "F32", 128, 128), "FP8_PERCHANNEL": ("F8_E4M3", "F32", 1, 0),
+    "MXFP8": ("F8_E4M3", "E8M0", 1, 32), "RAWINT4": ("I4", "BF16", 1, 32), "GPTQ_INT4": ("GPTQ4", "F16", 1, 128),
+    "AMXINT8": ("I8", "F32", 1, 0), "AMXINT4": ("I4", "F32", 1, 0),
+}  # fmt: skip
+
+
+def offered(name: str) -> bool:
+    """Whether our library computes this type."""
+    return SCALED.get(name, (name,))[0] in native.SUPPORTED_TYPES
+
+
+def lines(array: np.ndarray) -> torch.Tensor:
+    """The bytes as uint8 [lines, bytes]; a vector is a column."""
+    return torch.from_numpy(array.reshape(len(array), -1).view(np.uint8))
+
+
+def nibbles(codes: np.ndarray) -> np.ndarray:
+    """int8 -8..7 to offset binary, two a byte, the lower column in the lower nibble."""
+    shifted = (codes + 8).astype(np.uint8)
+    return shifted[:, 0::2] | shifted[:, 1::2] << 4
+
+
+def weight(name: str, size: tuple[int, int], data: torch.Tensor, tensors: Tensors) -> Any:
+    """What native.Experts takes: `data`, bytes of the codes, with the scales that lie beside them in `tensors`."""
+    if name not in SCALED:
+        return Packed(data, Type(name), size)
+    from ktransformers import scaled
+
+    kind, scale_type, rows, cols = SCALED[name]
+    scales = lines(tensors["scales" if "scales" in tensors else "scale"]).clone()
+    codes = data.view(*scaled.SCALED_TYPES[kind].lines(*size))
+    return scaled.ScaledWeight(scaled.SCALED_TYPES[kind], size, codes, scales, scale_type, rows, cols or size[1])
+
+
+def codes(name: str, tensors: Tensors) -> np.ndarray:
+    """The bytes of the codes."""
+    found = next(tensors[key] for key in ("raw", "weight", "qweight") if key in tensors)
+    return (nibbles(found) if name == "AMXINT4" else found).reshape(-1).view(np.uint8)
 
 
 class Ours(Peer):
@@ -28,24 +65,26 @@ class Ours(Peer):
         self.room: torch.Tensor | None = None
 
     def load(self, work: Work) -> str:
+        if not offered(work.type):
+            raise Missing(f"{work.type} has no kernel in this library")
         native.set_threads(work.threads)
-        dtype = torch.bfloat16 if work.type in BF16_ACTIVATIONS else torch.float32
-        raw = {r: [parts(work.type, t)[0] for t in work.tensors[r]] for r in ROLES}
-        self.layers = []
-        for _ in range(work.layers):
-            # One buffer a role, as in a mapped GGUF: all gates, all ups, all downs.
-            packed = []
-            for role in ROLES:
-                each = raw[role][0].nbytes
-                data = torch.empty(work.experts * each, dtype=torch.uint8)
-                for e in range(work.experts):
-                    one = raw[role][e % len(raw[role])]
-                    data[e * each : (e + 1) * each] = torch.from_numpy(one.reshape(-1).view(np.uint8))
-                views = data.split(each)
-                packed.append([Packed(view, Type(work.type), work.size(role)) for view in views])
-            self.layers.append(native.Experts(*packed))
-        self.dtype = dtype
+        self.dtype = torch.bfloat16 if work.type in BF16_ACTIVATIONS else torch.float32
+        try:
+            self.layers = [native.Experts(*(self.role(work, role) for role in ROLES)) for _ in range(work.layers)]
+        except UnsupportedError as error:
+            raise Missing(str(error)) from error
         return native.isa()
+
+    def role(self, work: Work, role: str) -> list[Any]:
+        """E matrices whose codes lie in one buffer, as in a mapped file: all gates, all ups, all downs."""
+        some = [codes(work.type, t) for t in work.tensors[role]]
+        data = torch.empty(work.experts * some[0].nbytes, dtype=torch.uint8)
+        out = []
+        for e, view in enumerate(data.split(some[0].nbytes)):
+            d = e % len(some)
+            view.copy_(torch.from_numpy(some[d]))
+            out.append(weight(work.type, work.size(role), view, work.tensors[role][d]))
+        return out
 
     def prepare(self, case: Case) -> str:
         self.hidden = torch.from_numpy(case.hidden).to(self.dtype)
