@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 NATIVE := $(shell find native setup.py -name '*.[ch]' -o -name '*.py' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup chat test bench sanitize bench-model native train wheel clean
+.PHONY: help setup chat test bench bench-peers sanitize bench-model native train wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ test: setup ## every test
 bench: setup ## speed of the C library beside this machine's measured limits
 	$(PY) -m tests.bench.bench_native $(if $(JSON),--json $(JSON)) $(ARGS)
 
+bench-peers: setup ## the C library beside llama.cpp, kt-kernel and torch, in .venv-peers (JSON=file ARGS="--quick ...")
+	$(PY) -m tests.bench.bench_peers $(if $(JSON),--json $(JSON)) $(ARGS)
+
 bench-model: setup ## load time, memory and tokens/s of whole models
 	$(PY) -m tests.bench.bench_model $(ARGS)
 
@@ -51,5 +54,5 @@ wheel: setup ## dist/*.whl and dist/*.tar.gz
 	$(PY) setup.py --quiet bdist_wheel sdist
 
 clean: ## remove what was built, .venv included
-	rm -rf $(VENV) build dist *.egg-info ktransformers/*.so native/build
+	rm -rf $(VENV) .venv-peers build dist *.egg-info ktransformers/*.so native/build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -32,7 +32,10 @@ from tests.bench.peers.ours import offered
 from tests.bench.peers.process import Child, Gone, busy_seconds
 
 PEERS = ("llama", "llama-repack", "upstream", "torch")
-QUICK_TYPES = "Q4_K,Q8_0,BF16,FP8,MXFP4,RAWINT4"
+QUICK_TYPES = ("Q4_K", "Q8_0", "BF16", "FP8", "MXFP4", "RAWINT4")
+TYPES = ("Q4_0", "Q8_0", "Q4_K", "Q6_K", "IQ2_XXS", "IQ3_S", "IQ4_XS", "MXFP4", "BF16", "FP8", "FP8_PERCHANNEL",
+         "MXFP8", "RAWINT4", "GPTQ_INT4", "AMXINT8", "AMXINT4")  # fmt: skip
+SKEWED_FROM = 32  # tokens; with fewer, skew only means experts that are still in the cache
 QUIET = 0.15  # cores that others may take during a slice that counts
 LONG = 1.0  # seconds a call; such a peer gets only three slices
 BF16_PEAK = ("BF16", "FP8", "FP8_PERCHANNEL", "MXFP8")
@@ -135,7 +138,6 @@ def start(
         child = Child(name, bench.isa, job.threads, bench.options.pages == "huge", bench.folder)
         try:
             word = child.ask("load", dense if name == "torch" else path)
-            child.watch_idle()
             child.stop()
             out[name] = (child, word)
         except Gone as reason:
@@ -157,8 +159,8 @@ def cell(bench: Bench, probe: Child, peers: dict[str, tuple[Child, str]], job: w
             variant, out, seconds = child.ask("prepare", path)
             error = float((torch.from_numpy(out) - truth).abs().mean() / truth.abs().mean())
             ready[name] = (variant or word, error, seconds)
-            if not child.idle:
-                child.watch_idle(0.2)
+            if not child.watched:
+                child.watch_idle()
             child.stop()
         except Gone as reason:
             bench.lacks(name, str(reason), where)
@@ -321,10 +323,11 @@ def parse() -> argparse.Namespace:
     numbers = lambda text: [int(part) for part in split(text)]  # noqa: E731
     parser.add_argument("--quick", action="store_true", help="S2, six types, T 1,32,512, 16 experts, 3 short slices")
     parser.add_argument("--json", metavar="FILE", help="write every figure there, after each cell")
-    parser.add_argument("--types", type=split, help="comma-separated (default: all that our library computes)")
+    parser.add_argument("--types", type=split, help=f"comma-separated, or all (default: {','.join(TYPES)}, as far as "
+                        "our library computes them)")  # fmt: skip
     parser.add_argument("--shapes", type=split, help="comma-separated of S1,S2,S3 (default: all)")
     parser.add_argument("--tokens", type=numbers, help="comma-separated token counts (default: 1,4,32,128,512)")
-    parser.add_argument("--routing", type=split, help="comma-separated of uniform,skewed (default: both)")
+    parser.add_argument("--routing", type=split, help="of uniform,skewed (default: both, skewed from T=32)")
     parser.add_argument("--peers", type=split, default=list(PEERS), help=f"comma-separated of {','.join(PEERS)}")
     parser.add_argument("--isa", help="our KT_ISA; avx2 and avx_vnni also take peers built for them")
     parser.add_argument("--threads", type=int, default=2)
@@ -340,6 +343,8 @@ def parse() -> argparse.Namespace:
     quick = options.quick
     options.shapes = options.shapes or (["S2"] if quick else ["S1", "S2", "S3"])
     options.tokens = options.tokens or ([1, 32, 512] if quick else [1, 4, 32, 128, 512])
+    options.types = list(work.TYPES) if options.types == ["all"] else options.types
+    options.skewed_from = 1 if options.routing else SKEWED_FROM
     options.routing = options.routing or (["uniform"] if quick else ["uniform", "skewed"])
     options.slices = options.slices or (3 if quick else 7)
     options.seconds = options.seconds or (0.1 if quick else 0.25)
@@ -363,6 +368,8 @@ def layer(bench: Bench, probe: Child, shape: work.Shape, name: str) -> None:
     try:
         for tokens in options.tokens:
             for routing in options.routing:
+                if routing == "skewed" and tokens < options.skewed_from:
+                    continue
                 one = work.case(job, tokens, routing)
                 cell(bench, probe, peers, job, shape.name, one, routing, work.reference(job, values, one))
                 save(bench)
@@ -385,7 +392,7 @@ def main() -> None:
         return
     torch.set_num_threads(options.threads)
     known = work.shapes(work.memory_bytes())
-    types = options.types or [t for t in (QUICK_TYPES.split(",") if options.quick else work.TYPES) if offered(t)]
+    types = options.types or [t for t in (QUICK_TYPES if options.quick else TYPES) if offered(t)]
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         bench.folder = pathlib.Path(folder)
         probe = Child("ours", bench.isa, options.threads, options.pages == "huge", bench.folder)

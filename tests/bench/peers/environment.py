@@ -136,6 +136,14 @@ def prepare(peers: list[str], isa: str, jobs: int, say: Callable[[str], None]) -
     return reasons
 
 
+def package(requirement: str) -> None:
+    """Install something else into the environment, once. Raises Failed."""
+    HOME.mkdir(exist_ok=True)
+    log = HOME / "build.log"
+    _base(log)
+    _pip(f"pip install {requirement}", ["install", "--quiet", requirement], log)
+
+
 def python() -> str:
     """The interpreter of the peers."""
     return str(PYTHON)

@@ -131,7 +131,7 @@ class Llama(Peer):
             raise Missing("reads GGUF types only")
         kinds = {role: self.buffer_type(work, role) for role in ROLES}
         if self.repack and all(kind == self.plain for kind in kinds.values()):
-            raise Missing(f"no repacked layout of {work.type} on this processor")
+            raise Missing("no repacked layout of this type on this processor")
         self.g.backend_cpu_set_n_threads(self.backend, work.threads)
         self.work = work
         self.weights: list[dict[str, int]] = [{} for _ in range(work.layers)]

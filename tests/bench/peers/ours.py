@@ -66,7 +66,7 @@ class Ours(Peer):
 
     def load(self, work: Work) -> str:
         if not offered(work.type):
-            raise Missing(f"{work.type} has no kernel in this library")
+            raise Missing("no kernel for this type yet")
         native.set_threads(work.threads)
         self.dtype = torch.bfloat16 if work.type in BF16_ACTIVATIONS else torch.float32
         try:

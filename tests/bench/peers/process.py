@@ -61,7 +61,7 @@ class Child:
             )  # fmt: skip
         theirs.close()
         self.pipe = Connection(ours.detach())
-        self.name, self.stopped, self.idle = name, False, 0.0
+        self.name, self.stopped, self.idle, self.watched = name, False, 0.0, False
 
     def ask(self, *request: Any, patience: float = PATIENCE) -> Any:
         """The answer to a request, the process running meanwhile. Raises Gone; the process has ended then."""
@@ -90,7 +90,8 @@ class Child:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def watch_idle(self, seconds: float = 0.5) -> None:
-        """Cores that it burns with nothing to do."""
+        """Measure the cores that it burns with nothing to do, soon after a call."""
+        self.watched = True
         time.sleep(0.1)
         before = self.cpu()
         time.sleep(seconds)

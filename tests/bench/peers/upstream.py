@@ -51,9 +51,9 @@ def selected(name: str) -> str:
             "AMXINT4": first("AMXInt4_MOE"),
         }.get(name, "")  # fmt: skip
         if chosen == "":
-            raise Missing("has no such method")
+            raise Missing("has no method for this type")
     if chosen is None:
-        raise Missing(f"its {kt_kernel_ext.__name__} build has no class for {name}")
+        raise Missing("its build for this instruction set has no class for this type")
     return chosen if isinstance(chosen, str) else chosen.__name__
 
 
