@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ktransformers import native
+from ktransformers import native, scaled
 from ktransformers.errors import UnsupportedError
 from tests.bench.peers.child import Missing, Peer, serve
 from tests.bench.peers.work import ROLES, Case, Tensors, Work
@@ -28,7 +28,7 @@ SCALED = {  # our type, type of its scales, rows and columns (0: all) that share
 
 def offered(name: str) -> bool:
     """Whether our library computes this type."""
-    return SCALED.get(name, (name,))[0] in native.SUPPORTED_TYPES
+    return SCALED[name][0] in native.SCALED_TYPES if name in SCALED else name in native.SUPPORTED_TYPES
 
 
 def lines(array: np.ndarray) -> torch.Tensor:
@@ -46,8 +46,6 @@ def weight(name: str, size: tuple[int, int], data: torch.Tensor, tensors: Tensor
     """What native.Experts takes: `data`, bytes of the codes, with the scales that lie beside them in `tensors`."""
     if name not in SCALED:
         return Packed(data, Type(name), size)
-    from ktransformers import scaled
-
     kind, scale_type, rows, cols = SCALED[name]
     scales = lines(tensors["scales" if "scales" in tensors else "scale"]).clone()
     codes = data.view(*scaled.SCALED_TYPES[kind].lines(*size))

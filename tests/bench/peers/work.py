@@ -245,12 +245,13 @@ class Case:
 
 
 def case(work: Work, tokens: int, routing: str) -> Case:
-    """K distinct experts a token. "uniform"; "skewed": the i-th most popular expert is drawn in proportion to 1/i."""
+    """K distinct experts a token. "uniform"; "skewed": the i-th most popular expert is drawn in proportion to
+    1 / (i + 3), as in bench_native."""
     g = torch.Generator().manual_seed(1000 + tokens)
     hidden = torch.randn(tokens, work.hidden, generator=g).bfloat16().float().numpy()
     popularity = torch.zeros(work.experts)
     if routing == "skewed":
-        popularity = -torch.log(1.0 + torch.randperm(work.experts, generator=g))
+        popularity = -torch.log(3.0 + torch.randperm(work.experts, generator=g))
     draws = []
     for _ in range(64 if tokens <= 4 else 16):
         # Largest K of log-probability plus Gumbel noise: K draws without replacement.
