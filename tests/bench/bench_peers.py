@@ -92,6 +92,7 @@ class Slice:
     calls: int
     limit: float  # seconds
     read: float
+    unit: str
     peak: float
     noise: float
 
@@ -151,7 +152,7 @@ def start(
 
 def cell(bench: Bench, probe: Child, peers: dict[str, tuple[Child, str]], job: work.Work, shape: str,
          one: work.Case, routing: str, truth: torch.Tensor) -> None:  # fmt: skip
-    options, kind = bench.options, multiplier(job.type)
+    options = bench.options
     path, where = dump(one, bench.folder / "case"), f"{shape} {job.type} T={one.tokens}"
     ready: dict[str, tuple[str, float, float]] = {}  # peer -> what runs, error, seconds of a call
     for name, (child, word) in list(peers.items()):
@@ -167,12 +168,12 @@ def cell(bench: Bench, probe: Child, peers: dict[str, tuple[Child, str]], job: w
             peers.pop(name)[0].close()
     moved, ops = one.unique * job.expert_bytes, 6.0 * job.hidden * job.inner * job.per_token * one.tokens
 
-    def limits() -> dict[str, float]:
-        read, peak = probe.ask("probe", [kind, "f32"], job.threads)
+    def limits() -> dict[str, Any]:
+        read, unit, peak = probe.ask("probe", [multiplier(job.type), "f32"], job.threads)
         probe.stop()
-        return {"read": read, "peak": peak}
+        return {"read": read, "unit": unit, "peak": peak}
 
-    def turn(name: str, before: dict[str, float]) -> tuple[Slice, dict[str, float]]:
+    def turn(name: str, before: dict[str, Any]) -> tuple[Slice, dict[str, Any]]:
         child = peers[name][0]
         wall, busy = time.perf_counter(), busy_seconds() - child.cpu()
         times, _ = child.ask("run", options.seconds)
@@ -181,7 +182,7 @@ def cell(bench: Bench, probe: Child, peers: dict[str, tuple[Child, str]], job: w
         after = limits()
         read, peak = ((before[k] + after[k]) / 2 for k in ("read", "peak"))
         limit = max(moved / read, ops / peak) / 1e9
-        return Slice(statistics.median(times), len(times), limit, read, peak, noise), after
+        return Slice(statistics.median(times), len(times), limit, read, after["unit"], peak, noise), after
 
     taken: dict[str, list[Slice]] = {name: [] for name in ready}
     paired: list[dict[str, Slice]] = []
@@ -207,12 +208,12 @@ def cell(bench: Bench, probe: Child, peers: dict[str, tuple[Child, str]], job: w
         calm = [t for t in paired if name in t and t[name].noise < QUIET]
         chosen = calm if len(calm) >= 3 else [t for t in paired if name in t]
         bench.rows.append(
-            summary(bench, job, shape, one, routing, name, runs, error, kind, (moved, ops), chosen, peers[name][0])
+            summary(bench, job, shape, one, routing, name, runs, error, (moved, ops), chosen, peers[name][0])
         )
 
 
 def summary(bench: Bench, job: work.Work, shape: str, one: work.Case, routing: str, name: str, runs: str, error: float,
-            kind: str, cost: tuple[float, float], chosen: list[dict[str, Slice]], child: Child) -> Row:  # fmt: skip
+            cost: tuple[float, float], chosen: list[dict[str, Slice]], child: Child) -> Row:  # fmt: skip
     own = [t[name] for t in chosen]
     middle = statistics.median
     us = sorted(s.seconds * 1e6 for s in own)
@@ -222,7 +223,7 @@ def summary(bench: Bench, job: work.Work, shape: str, one: work.Case, routing: s
     moved, ops = cost
     return Row(
         shape, job.hidden, job.inner, job.experts, job.per_token, job.layers, job.type, bench.isa, job.threads,
-        one.tokens, routing, name, runs, one.unique, moved, ops, "read" if moved / read > ops / peak else kind, read, peak,
+        one.tokens, routing, name, runs, one.unique, moved, ops, "read" if moved / read > ops / peak else own[0].unit, read, peak,
         middle(us), q1, q3, len(own), sum(s.calls for s in own), middle(moved / s.seconds / 1e9 for s in own),
         middle(ops / s.seconds / 1e9 for s in own), middle(s.limit / s.seconds for s in own),
         middle(both) if both else None, error, middle(s.noise for s in own), child.idle, child.huge_share(),

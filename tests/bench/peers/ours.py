@@ -95,8 +95,8 @@ class Ours(Peer):
     def output(self) -> np.ndarray:
         return self.out.float().numpy()
 
-    def probe(self, kinds: list[str], threads: int) -> tuple[float, float]:
-        """GB/s of reading and GOP/s of the first of `kinds` that the instruction set has (else 0). About 10 ms each."""
+    def probe(self, kinds: list[str], threads: int) -> tuple[float, str, float]:
+        """GB/s of reading; the first of `kinds` that the instruction set has (else ""), its GOP/s. About 10 ms each."""
         if self.room is None:
             native.set_threads(threads)
             self.room = torch.ones(PROBE_BYTES, dtype=torch.uint8)
@@ -108,8 +108,8 @@ class Ours(Peer):
             while time.perf_counter() - start < 0.01:
                 done += native.bench_peak(kind, 1_000_000)
             if done:
-                return read, done / (time.perf_counter() - start) / 1e9
-        return read, 0.0
+                return read, kind, done / (time.perf_counter() - start) / 1e9
+        return read, "", 0.0
 
 
 if __name__ == "__main__":
