@@ -38,6 +38,7 @@ TYPES = ("Q4_0", "Q8_0", "Q4_K", "Q6_K", "IQ2_XXS", "IQ3_S", "IQ4_XS", "MXFP4", 
 SKEWED_FROM = 32  # tokens; with fewer, skew only means experts that are still in the cache
 QUIET = 0.15  # cores that others may take during a slice that counts
 LONG = 1.0  # seconds a call; such a peer gets only three slices
+WRONG = 0.5  # an error from which on a figure is no figure
 BF16_PEAK = ("BF16", "FP8", "FP8_PERCHANNEL", "MXFP8")
 F32_PEAK = ("F32", "F16")
 CAPTION = (
@@ -204,21 +205,35 @@ def cell(bench: Bench, probe: Child, peers: dict[str, tuple[Child, str]], job: w
         paired.append(this)
         for name, value in this.items():
             taken[name].append(value)
+    comparable = "ours" in ready and ready["ours"][1] < WRONG
     for name, (runs, error, _) in ready.items():
         calm = [t for t in paired if name in t and t[name].noise < QUIET]
         chosen = calm if len(calm) >= 3 else [t for t in paired if name in t]
         bench.rows.append(
-            summary(bench, job, shape, one, routing, name, runs, error, (moved, ops), chosen, peers[name][0])
+            summary(
+                bench,
+                job,
+                shape,
+                one,
+                routing,
+                name,
+                runs,
+                error,
+                comparable and error < WRONG,
+                (moved, ops),
+                chosen,
+                peers[name][0],
+            )
         )
 
 
 def summary(bench: Bench, job: work.Work, shape: str, one: work.Case, routing: str, name: str, runs: str, error: float,
-            cost: tuple[float, float], chosen: list[dict[str, Slice]], child: Child) -> Row:  # fmt: skip
+            comparable: bool, cost: tuple[float, float], chosen: list[dict[str, Slice]], child: Child) -> Row:  # fmt: skip
     own = [t[name] for t in chosen]
     middle = statistics.median
     us = sorted(s.seconds * 1e6 for s in own)
     q1, _, q3 = statistics.quantiles(us, n=4, method="inclusive") if len(us) > 1 else (us[0],) * 3
-    both = [t[name].seconds / t["ours"].seconds for t in chosen if "ours" in t]
+    both = [t[name].seconds / t["ours"].seconds for t in chosen if "ours" in t] if comparable else []
     read, peak = middle(s.read for s in own), middle(s.peak for s in own)
     moved, ops = cost
     return Row(
@@ -276,6 +291,8 @@ def times_table(bench: Bench, shape: str) -> Table:
 def text(row: Row | None) -> str:
     if row is None:
         return "-"
+    if not row.error < WRONG:
+        return f"wrong: error {row.error:.2g}"
     if row.peer == "ours":
         return f"{row.us:.0f} ({row.us_q1:.0f}-{row.us_q3:.0f}) {row.share:.0%}"
     ratio = "" if row.ratio is None else f"{row.ratio:.2f}x "
@@ -293,7 +310,7 @@ def errors_table(bench: Bench) -> Table:
         for peer in peers:
             found = [r for r in bench.rows if r.type == name and r.peer == peer]
             runs = "/".join(dict.fromkeys(r.runs for r in found))
-            line.append(f"{max(r.error for r in found):.4f} {runs}" if found else "-")
+            line.append(f"{max(r.error for r in found):.4g} {runs}" if found else "-")
         out.add_row(name, *line)
     return out
 

@@ -53,6 +53,8 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
     out = []
     for row in rows:
         row.setdefault("peer", "ours")
+        if not row.get("error", 0.0) < 0.5:  # NaN included: what computes something else is not drawn
+            continue
         if all(row.get(key) for key in ("ops", "bytes", "read_gbs", "peak_gops", "us")):
             out.append(row)
     if not out:
