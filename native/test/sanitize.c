@@ -132,7 +132,7 @@ static void linear_case(kt_pool *pool, int type, int64_t rows, int64_t cols, int
         check(kt_linear(pool, &m.w, bias, x, KT_F32, tokens, found) == KT_OK, "linear status");
         linear_bf16(pool, &m, bias, h, tokens, expected, kt_isa_name(isa));
         double d = difference(found, expected, n);
-        if (!(d < 3e-6)) {
+        if (!(d < 1e-5)) { /* a single output of one row may cancel */
             failures++;
             fprintf(stderr, "FAILED: linear %s [%ld, %ld] T=%ld %s threshold=%d: %g\n", kt_type_name(type), (long)rows,
                     (long)cols, (long)tokens, kt_isa_name(isa), threshold, d);

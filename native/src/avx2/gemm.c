@@ -171,8 +171,9 @@ INLINE void micro(const int N, const struct variant v, const struct slice *s, in
     for (int64_t g = 0; g < s->n / KT_ACT_GROUP; g++) {
         kt_ahead_step(p->ahead); /* a line or two at a time never fills the queue of outstanding misses */
         __m256 scaled[TOKENS][2];
+        const int halves = 32 / v.group; /* a division in the loop's head, checked by a sanitizer, hides the pragma */
 #pragma GCC unroll 2
-        for (int half = 0; half < 32 / v.group; half++, data += v.group * KT_TILE, scales += KT_TILE) {
+        for (int half = 0; half < halves; half++, data += v.group * KT_TILE, scales += KT_TILE) {
             __m256i sum[TOKENS][2];
             dots(N, v, s, data, 32 * g + 16 * half, sum);
             for (int n = 0; n < N; n++)
