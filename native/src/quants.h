@@ -224,15 +224,16 @@ static inline uint16_t kt_f32_to_bf16(float f) {
     return (uint16_t)((x + 0x7fffu + ((x >> 16) & 1u)) >> 16);
 }
 
+/* 1 where a < b, both below 2^31; no comparison, which compilers turn into a branch. */
+static inline uint32_t kt_below(uint32_t a, uint32_t b) { return (a - b) >> 31; }
+
+/* Exact; a NaN becomes quiet, as in the hardware conversion. No branches, so that loops become vectors. */
 static inline float kt_f16_to_f32(uint16_t h) {
-    uint32_t sign = (uint32_t)(h & 0x8000u) << 16, exponent = (h >> 10) & 31u, mantissa = h & 0x3ffu;
-    if (exponent == 31u) /* infinity, or NaN made quiet as the hardware conversion does */
-        return kt_bits_float(sign | 0x7f800000u | (mantissa << 13) | (mantissa ? 0x400000u : 0u));
-    if (exponent == 0u) { /* zero and subnormals: mantissa * 2^-24, exact in fp32 */
-        float f = (float)mantissa * 0x1p-24f;
-        return kt_bits_float(sign | kt_float_bits(f));
-    }
-    return kt_bits_float(sign | ((exponent + 112u) << 23) | (mantissa << 13));
+    const uint32_t sign = (uint32_t)(h & 0x8000u) << 16, x = (uint32_t)(h & 0x7fffu) << 13; /* exponent less 112 */
+    const uint32_t subnormal = 0u - kt_below(x, 0x00800000u), infinite = kt_below(x, 0x0f800000u) - 1; /* or NaN */
+    const uint32_t normal = (x + (112u << 23) + ((112u << 23) & infinite)) | kt_below(0x0f800000u, x) << 22;
+    const uint32_t tiny = kt_float_bits(kt_bits_float(x + (113u << 23)) - 0x1p-14f); /* 2^-14 more, less 2^-14 */
+    return kt_bits_float(sign | (tiny & subnormal) | (normal & ~subnormal));
 }
 
 /* Round to nearest even, overflow to infinity, subnormals kept: what the hardware conversion does. */
@@ -254,10 +255,12 @@ static inline float kt_e8m0_to_f32(uint8_t e) {
     return kt_bits_float(e == 255 ? 0x7fc00000u : e ? (uint32_t)e << 23 : 0x00400000u);
 }
 
-/* OCP FP8 e4m3 (fn): bias 7, no infinity, 0x7f and 0xff are NaN. As fp16 the same bits mean 2^-8 of it. */
+/* OCP FP8 e4m3 (fn): bias 7, no infinity, 0x7f and 0xff are NaN. */
 static inline float kt_e4m3_to_f32(uint8_t v) {
-    uint16_t half = (uint16_t)((v & 0x80u) << 8 | (v & 0x7fu) << 7);
-    return (v & 0x7f) == 0x7f ? kt_bits_float(0x7fc00000u) : kt_f16_to_f32(half) * 256.0f;
+    const uint32_t sign = (v & 0x80u) << 24, x = (v & 0x7fu) << 20; /* exponent less 120 */
+    const uint32_t subnormal = 0u - kt_below(x, 0x00800000u), nan = 0u - kt_below(0x07e00000u, x);
+    const uint32_t normal = x + (120u << 23), tiny = kt_float_bits(kt_bits_float(x + (121u << 23)) - 0x1p-6f);
+    return kt_bits_float((nan & 0x7fc00000u) | (~nan & (sign | (tiny & subnormal) | (normal & ~subnormal))));
 }
 
 static inline float kt_load_f16(const void *p) { return kt_f16_to_f32(kt_load16(p)); }

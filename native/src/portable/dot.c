@@ -4,23 +4,29 @@
 
 void kt_fill_unpack_portable(struct kt_kernels *k);
 
-static float dot_float_row(int format, const uint8_t *w, int64_t cols, const struct kt_act *a) {
-    struct kt_kernels k;
-    kt_fill_unpack_portable(&k);
-    float v[64], part[16] = {0}, total = 0; /* 16 partial sums: vectorizable, and closer to the true sum */
-    for (int64_t c = 0; c < cols; c += 64, w += 64 * kt_traits_table[format].bytes) {
-        int n = cols - c < 64 ? (int)(cols - c) : 64;
-        k.unpack[format](w, n, v, NULL, NULL);
-        for (int i = 0; i < n; i++) part[i & 15] += v[i] * a->f[c + i];
+/* 16 partial sums: they become vectors, and are closer to the true sum than one. */
+static float dot_float_row(kt_unpack_fn unpack, int bytes, const uint8_t *w, int64_t cols, const float *x) {
+    enum { PIECE = 64, SUMS = 16 };
+    float v[PIECE], sum[SUMS] = {0}, total = 0;
+    int64_t c = 0;
+    for (; c + PIECE <= cols; c += PIECE, x += PIECE, w += PIECE * bytes) {
+        unpack(w, PIECE, v, NULL, NULL);
+        _Pragma("GCC unroll 1") for (int s = 0; s < SUMS; s++)
+            sum[s] += v[s] * x[s] + v[s + 16] * x[s + 16] + v[s + 32] * x[s + 32] + v[s + 48] * x[s + 48];
     }
-    for (int i = 0; i < 16; i++) total += part[i];
+    unpack(w, cols - c, v, NULL, NULL);
+    for (int i = 0; c + i < cols; i++) sum[i % SUMS] += v[i] * x[i];
+    for (int s = 0; s < SUMS; s++) total += sum[s];
     return total;
 }
 
-#define DOT(name)                                                                                                        \
-    static void dot_##name(const struct kt_matrix *w, int64_t first, int rows, const struct kt_act *a, float *out) {     \
-        for (int r = 0; r < rows; r++)                                                                                   \
-            out[r] = dot_float_row(KT_FMT_##name, w->data + (size_t)(first + r) * w->stride, w->cols, a);                \
+#define DOT(name)                                                                                                    \
+    static void dot_##name(const struct kt_matrix *w, int64_t first, int rows, const struct kt_act *a, float *out) { \
+        struct kt_kernels k;                                                                                         \
+        kt_fill_unpack_portable(&k);                                                                                 \
+        for (int r = 0; r < rows; r++)                                                                               \
+            out[r] = dot_float_row(k.unpack[KT_FMT_##name], w->traits->bytes,                                        \
+                                   w->data + (size_t)(first + r) * w->stride, w->cols, a->f);                        \
     }
 DOT(F32)
 DOT(F16)

@@ -110,8 +110,10 @@ static void unpack_tq1_0(const uint8_t *w, int64_t n, void *data, float *scales,
     uint8_t *u = data;
     for (int64_t i = 0; i < n / KT_QK; i++, b++, u += KT_QK, scales += 8) {
         for (int g = 0; g < 8; g++) scales[g] = kt_load_f16(b->d);
-        for (int c = 0; c < 160; c++) u[c] = (uint8_t)kt_ternary(b->qs[c % 32], c / 32);
-        for (int c = 0; c < 80; c++) u[160 + c] = (uint8_t)kt_ternary(b->qs[32 + c % 16], c / 16);
+        for (int digit = 0; digit < 5; digit++) {
+            for (int c = 0; c < 32; c++) u[32 * digit + c] = (uint8_t)kt_ternary(b->qs[c], digit);
+            for (int c = 0; c < 16; c++) u[160 + 16 * digit + c] = (uint8_t)kt_ternary(b->qs[32 + c], digit);
+        }
         for (int c = 0; c < 16; c++) u[240 + c] = (uint8_t)kt_ternary(b->qh[c % 4], c / 4);
     }
 }
@@ -122,7 +124,8 @@ static void unpack_tq2_0(const uint8_t *w, int64_t n, void *data, float *scales,
     uint8_t *u = data;
     for (int64_t i = 0; i < n / KT_QK; i++, b++, u += KT_QK, scales += 8) {
         for (int g = 0; g < 8; g++) scales[g] = kt_load_f16(b->d);
-        for (int c = 0; c < KT_QK; c++) u[c] = b->qs[c / 128 * 32 + c % 32] >> (c % 128 / 32 * 2) & 3;
+        for (int g = 0; g < 8; g++)
+            for (int c = 0; c < 32; c++) u[32 * g + c] = b->qs[g / 4 * 32 + c] >> (g % 4 * 2) & 3;
     }
 }
 

@@ -1,9 +1,13 @@
-/* Unpacking in portable C: the K super-blocks of 256. See unpack.c. */
+/* Unpacking in portable C: the K super-blocks of 256. See unpack.c. Inner loops have one shift for all bytes, so that
+ * compilers turn them into vectors. */
 #include "../kernels.h"
 #include "../quants.h"
 
-/* Two-bit value c of a super-block: 32 bytes a half, four values a byte, 32 apart. */
-static int two_bits(const uint8_t qs[64], int c) { return qs[c / 128 * 32 + c % 32] >> (c % 128 / 32 * 2) & 3; }
+/* The two-bit values of a super-block: 32 bytes a half, four values a byte, 32 apart. */
+static void two_bits(const uint8_t *restrict qs, uint8_t *restrict u) {
+    for (int g = 0; g < 8; g++)
+        for (int i = 0; i < 32; i++) u[32 * g + i] = qs[g / 4 * 32 + i] >> (g % 4 * 2) & 3;
+}
 
 static void unpack_q2_k(const uint8_t *w, int64_t n, void *data, float *scales, float *mins) {
     const kt_block_q2_k *b = (const kt_block_q2_k *)w;
@@ -12,7 +16,11 @@ static void unpack_q2_k(const uint8_t *w, int64_t n, void *data, float *scales, 
         float d = kt_load_f16(b->d), dmin = kt_load_f16(b->dmin);
         for (int g = 0; g < 8; g++) scales[g] = d;
         for (int g = 0; g < 16; g++) mins[g] = dmin * (float)(b->scales[g] >> 4);
-        for (int c = 0; c < KT_QK; c++) u[c] = (uint8_t)(two_bits(b->qs, c) * (b->scales[c / 16] & 15));
+        two_bits(b->qs, u);
+        for (int g = 0; g < 16; g++) {
+            const uint8_t scale = b->scales[g] & 15;
+            for (int i = 0; i < 16; i++) u[16 * g + i] = (uint8_t)(u[16 * g + i] * scale);
+        }
     }
 }
 
@@ -25,10 +33,11 @@ static void unpack_q3_k(const uint8_t *w, int64_t n, void *data, float *scales, 
         kt_q3_scales(b->scales, sub);
         float d = kt_load_f16(b->d);
         for (int g = 0; g < 8; g++) scales[g] = -d;
-        for (int c = 0; c < KT_QK; c++) {
-            int q = two_bits(b->qs, c) | (b->hmask[c % 32] >> (c / 32) & 1) << 2;
-            u[c] = (uint8_t)(128 - (q - 4) * sub[c / 16]);
-        }
+        two_bits(b->qs, u);
+        for (int g = 0; g < 8; g++)
+            for (int i = 0; i < 32; i++) u[32 * g + i] |= (uint8_t)((b->hmask[i] >> g & 1) << 2);
+        for (int g = 0; g < 16; g++)
+            for (int i = 0; i < 16; i++) u[16 * g + i] = (uint8_t)(128 - (u[16 * g + i] - 4) * sub[g]);
     }
 }
 
@@ -70,6 +79,16 @@ static void unpack_q5_k(const uint8_t *w, int64_t n, void *data, float *scales, 
     }
 }
 
+/* Half a Q6_K block: 128 values, four bits in `low`, two in `high`. */
+static void six_bits(const uint8_t *restrict low, const uint8_t *restrict high, uint8_t *restrict u) {
+    for (int i = 0; i < 32; i++) {
+        u[i] = (uint8_t)((low[i] & 15) | (high[i] & 3) << 4);
+        u[32 + i] = (uint8_t)((low[32 + i] & 15) | (high[i] >> 2 & 3) << 4);
+        u[64 + i] = (uint8_t)(low[i] >> 4 | (high[i] >> 4 & 3) << 4);
+        u[96 + i] = (uint8_t)(low[32 + i] >> 4 | (high[i] >> 6) << 4);
+    }
+}
+
 static void unpack_q6_k(const uint8_t *w, int64_t n, void *data, float *scales, float *mins) {
     (void)mins;
     const kt_block_q6_k *b = (const kt_block_q6_k *)w;
@@ -77,12 +96,7 @@ static void unpack_q6_k(const uint8_t *w, int64_t n, void *data, float *scales, 
     for (int64_t i = 0; i < n / KT_QK; i++, b++, u += KT_QK, scales += 16) {
         float d = kt_load_f16(b->d);
         for (int g = 0; g < 16; g++) scales[g] = d * (float)b->scales[g];
-        for (int half = 0; half < 2; half++)
-            for (int j = 0; j < 128; j++) { /* column 128*half + j */
-                int low = b->ql[64 * half + (j & 63)] >> (j < 64 ? 0 : 4) & 15;
-                int high = b->qh[32 * half + (j & 31)] >> (2 * (j / 32)) & 3;
-                u[128 * half + j] = (uint8_t)(low | high << 4);
-            }
+        for (int half = 0; half < 2; half++) six_bits(b->ql + 64 * half, b->qh + 32 * half, u + 128 * half);
     }
 }
 
