@@ -29,7 +29,7 @@
     }
 FILL(portable, )
 #ifdef KT_HAVE_AVX2
-FILL(avx2, kt_fill_gemm_f32_avx2(k))
+FILL(avx2, (kt_fill_tile_float_avx2(k), kt_fill_gemm_f32_avx2(k)))
 #else
 #define fill_avx2 NULL
 #endif
@@ -39,7 +39,7 @@ static void fill_avx_vnni(struct kt_kernels *k) { kt_fill_dot_avx_vnni(k), kt_fi
 #define fill_avx_vnni NULL
 #endif
 #ifdef KT_HAVE_AVX512
-FILL(avx512, (kt_fill_dot_float_avx512(k), kt_fill_gemm_f32_avx512(k)))
+FILL(avx512, (kt_fill_dot_float_avx512(k), kt_fill_tile_float_avx512(k), kt_fill_gemm_f32_avx512(k)))
 #else
 #define fill_avx512 NULL
 #endif
@@ -51,7 +51,8 @@ static void fill_avx512_vnni(struct kt_kernels *k) {
 #define fill_avx512_vnni NULL
 #endif
 #ifdef KT_HAVE_AVX512_BF16
-static void fill_avx512_bf16(struct kt_kernels *k) { kt_fill_gemm_avx512_bf16(k); } /* all else as VNNI */
+/* All else as VNNI. */
+static void fill_avx512_bf16(struct kt_kernels *k) { kt_fill_tile_float_avx512_bf16(k), kt_fill_gemm_avx512_bf16(k); }
 #else
 #define fill_avx512_bf16 NULL
 #endif

@@ -140,6 +140,9 @@ struct kt_kernels {
     /* out[j][r] = in[r * in_stride + j] for 16 rows r and n dwords j. out is 64-byte aligned. */
     void (*interleave)(const uint32_t *in, size_t in_stride, int64_t n, uint32_t *out);
 
+    /* v[k][16] *= scales[k / group][16], k < n: an fp32 tile meets the scales that lie beside its codes. */
+    void (*scale_tile)(float *v, int64_t n, int group, const float *scales);
+
     /* Quantize n (a multiple of 32) activations; see kt_native.h for the rule. Same bits on every ISA. */
     void (*quantize)(const float *x, int64_t n, int8_t *q, float *d, float *ds, int32_t *low, int32_t *high);
     void (*to_bf16)(const float *x, int64_t n, uint16_t *out);
@@ -166,6 +169,7 @@ struct kt_kernels {
     void kt_fill_gemm_##isa(struct kt_kernels *k);     \
     void kt_fill_gemm_f32_##isa(struct kt_kernels *k); \
     void kt_fill_dot_float_##isa(struct kt_kernels *k); \
+    void kt_fill_tile_float_##isa(struct kt_kernels *k); \
     void kt_fill_act_##isa(struct kt_kernels *k);
 KT_DECLARE_ISA(portable)
 KT_DECLARE_ISA(avx2)

@@ -237,9 +237,7 @@ static void fill_tile_of(const struct kt_kernels *k, const struct kt_matrix *w, 
     if (!w->traits->beside) return;
     fill_beside(k, w, first, rows, k0, n, s, out->scales, out->mins);
     if (p->kind != KT_KIND_F32) return;
-    float *v = (float *)out->data;
-    for (int64_t c = 0; c < n; c++)
-        for (int r = 0; r < KT_TILE; r++) v[c * KT_TILE + r] *= out->scales[c / w->group * KT_TILE + r];
+    k->scale_tile((float *)out->data, n, w->group, out->scales);
 }
 
 void kt_panel_fill(const struct kt_kernels *k, const struct kt_matrix *w, int64_t first, int rows, int64_t k0,

@@ -34,7 +34,13 @@ static void unpack_u8(const uint8_t *w, int64_t n, void *data, float *scales, fl
     memcpy(data, w, (size_t)n);
 }
 
+static void scale_tile(float *v, int64_t n, int group, const float *scales) {
+    for (int64_t c = 0; c < n; c++)
+        for (int r = 0; r < KT_TILE; r++) v[c * KT_TILE + r] *= scales[c / group * KT_TILE + r];
+}
+
 void kt_fill_unpack_beside_portable(struct kt_kernels *k) {
+    k->scale_tile = scale_tile;
     k->unpack[KT_FMT_F8_E4M3] = unpack_f8;
     k->unpack[KT_FMT_F4_E2M1] = unpack_f4;
     k->unpack[KT_FMT_I8] = unpack_i8;
