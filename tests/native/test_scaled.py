@@ -48,19 +48,11 @@ def _kinds() -> dict[str, Kind]:
     return kinds
 
 
-def _parameters(kinds: dict[str, Kind]) -> list:
-    """FP8 and 8-bit codes that are not moved by 128 want code of their own in the GEMMs, which not all of them have."""
-    pending = pytest.mark.xfail(reason="GEMM variant not on this branch yet", strict=False)
-
-    def waits(kind: Kind) -> bool:
-        eight = kind.type in ("I8", "U8", "GPTQ8") and (kind.zeros or kind.scale_cols == 16) and not kind.order
-        return kind.type == "F8_E4M3" or eight
-
-    return [pytest.param(name, marks=pending if waits(kind) else ()) for name, kind in kinds.items()]
-
-
+PENDING = pytest.mark.xfail(reason="the bf16 GEMM does not apply scales of FP8 yet", strict=False)
 ALL = _kinds()
-EACH = pytest.mark.parametrize("name", _parameters(ALL))
+EACH = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=PENDING if kind.type == "F8_E4M3" else ()) for name, kind in ALL.items()]
+)
 
 
 def shapes(kind: Kind) -> list[tuple[int, int]]:
