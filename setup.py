@@ -27,6 +27,8 @@ ISA_FLAGS = {  # native/src/<name>/*.c; dispatch.c says what each rung needs at 
     "avx512": AVX512,
     "avx512_vnni": [*AVX512, "-mavx512vnni"],
     "avx512_bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
+    "amx": [*AVX512, "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
+    "amx_emulated": AVX512,
 }
 
 
@@ -53,8 +55,9 @@ def libraries() -> list[tuple[str, dict]]:
     have = [(f"KT_HAVE_{name.upper()}", "1") for name in isas()]
 
     def library(sources: list[str], flags: list[str]) -> dict:
-        # avx_vnni/*.c include avx2/*.c, and avx512_vnni/*.c avx512/*.c, so C files of other sets count as headers too.
-        depends = headers + (glob("native/src/avx2/*.c") + glob("native/src/avx512/*.c") if flags else [])
+        # avx_vnni/*.c include avx2/*.c, avx512_vnni/*.c avx512/*.c and amx_emulated/*.c amx/*.c: they count as headers.
+        included = [f"native/src/{name}/*.c" for name in ("avx2", "avx512", "amx")] if flags else []
+        depends = headers + [source for pattern in included for source in glob(pattern)]
         return {
             "sources": sorted(sources),
             "cflags": [*BASE, *flags],

@@ -1,11 +1,26 @@
 /* cpuid says what the processor has, xgetbv what the operating system saves at a context switch; a feature
- * counts only with both. (A virtual machine or an old kernel may offer one without the other.) */
+ * counts only with both. (A virtual machine or an old kernel may offer one without the other.) AMX counts only once
+ * Linux has granted it to the process as well: its tiles are 8 KiB that most processes never need saved. */
 #include "cpu.h"
 
 #include "../include/kt_native.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* ARCH_REQ_XCOMP_PERM for XTILEDATA (Documentation/arch/x86/xstate.rst). Holds for all threads of the process and for
+ * children without exec. Refused by kernels before 5.16, and where a thread's signal stack is too small for tiles. */
+static int may_use_tiles(void) {
+    enum { REQUEST = 0x1023, TILE_DATA = 18 };
+    return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+}
+#else
+static int may_use_tiles(void) { return 0; }
+#endif
 
 static uint64_t xgetbv(void) {
     uint32_t low, high;
@@ -35,6 +50,11 @@ uint32_t kt_cpu_detect(void) {
     if (b & 1u << 30) found |= 1u << KT_CPU_AVX512BW;
     if (b & 1u << 31) found |= 1u << KT_CPU_AVX512VL;
     if (c & 1u << 11) found |= 1u << KT_CPU_AVX512VNNI;
+    if (d & 1u << 24 && (saved & 0x60000) == 0x60000 && may_use_tiles()) { /* XCR0: TILECFG and TILEDATA */
+        found |= 1u << KT_CPU_AMXTILE;
+        if (d & 1u << 25) found |= 1u << KT_CPU_AMXINT8;
+        if (d & 1u << 22) found |= 1u << KT_CPU_AMXBF16;
+    }
     return found;
 }
 #else
@@ -42,7 +62,8 @@ uint32_t kt_cpu_detect(void) { return 0; }
 #endif
 
 const char *kt_cpu_feature_name(int bit) {
-    static const char *const names[KT_CPU_BITS] = {"avx2",     "fma",      "f16c",     "avx_vnni",    "avx512f",
-                                                   "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"};
+    static const char *const names[KT_CPU_BITS] = {"avx2",        "fma",         "f16c",     "avx_vnni", "avx512f",
+                                                   "avx512bw",    "avx512vl",    "avx512dq", "avx512_vnni",
+                                                   "avx512_bf16", "amx_tile",    "amx_int8", "amx_bf16"};
     return bit < 0 || bit >= KT_CPU_BITS ? NULL : names[bit];
 }

@@ -17,6 +17,7 @@
 #define NEED_AVX512 (NEED_AVX2 | BIT(AVX512F) | BIT(AVX512BW) | BIT(AVX512VL) | BIT(AVX512DQ))
 #define NEED_VNNI (NEED_AVX512 | BIT(AVX512VNNI))
 #define NEED_BF16 (NEED_VNNI | BIT(AVX512BF16))
+#define NEED_AMX (NEED_BF16 | BIT(AMXTILE) | BIT(AMXINT8) | BIT(AMXBF16))
 
 /* Parts that no dot product of bytes touches are not compiled again with VNNI. */
 #define FILL(isa, more)                            \
@@ -56,9 +57,20 @@ static void fill_avx512_bf16(struct kt_kernels *k) { kt_fill_tile_float_avx512_b
 #else
 #define fill_avx512_bf16 NULL
 #endif
+#ifdef KT_HAVE_AMX
+static void fill_amx(struct kt_kernels *k) { kt_fill_gemm_amx(k); } /* all else as AVX-512 */
+#else
+#define fill_amx NULL
+#endif
+#ifdef KT_HAVE_AMX_EMULATED
+static void fill_amx_emulated(struct kt_kernels *k) { kt_fill_gemm_amx_emulated(k); }
+#else
+#define fill_amx_emulated NULL
+#endif
 
-/* Lowest first: the last one that this machine can run is used. */
-enum { PORTABLE, AVX2, AVX_VNNI, AVX512, AVX512_VNNI, AVX512_BF16, RUNGS };
+/* Lowest first: the last one that this machine can run is used. The emulation of AMX is there to be asked for by name;
+ * it lies below every set that such a machine has itself, so that the last usable rung is the best one. */
+enum { PORTABLE, AVX2, AVX_VNNI, AMX_EMULATED, AVX512, AVX512_VNNI, AVX512_BF16, AMX, RUNGS };
 
 static const struct {
     const char *name;
@@ -72,12 +84,16 @@ static const struct {
     [AVX2] = {"avx2", PORTABLE, NEED_AVX2, fill_avx2},
     /* Intel Alder Lake (2021), Sierra Forest; AMD Zen 5 */
     [AVX_VNNI] = {"avx_vnni", AVX2, NEED_AVX_VNNI, fill_avx_vnni},
+    /* for tests, where AVX-512 is */
+    [AMX_EMULATED] = {"amx_emulated", AVX2, NEED_AVX512, fill_amx_emulated},
     /* Intel Skylake-X (2017) */
     [AVX512] = {"avx512", AVX2, NEED_AVX512, fill_avx512},
     /* Intel Cascade Lake (2019), Ice Lake */
     [AVX512_VNNI] = {"avx512_vnni", AVX512, NEED_VNNI, fill_avx512_vnni},
     /* Intel Cooper Lake, Sapphire Rapids; AMD Zen 4 (2022) */
     [AVX512_BF16] = {"avx512_bf16", AVX512_VNNI, NEED_BF16, fill_avx512_bf16},
+    /* Intel Sapphire Rapids (2023) and later Xeons */
+    [AMX] = {"amx", AVX512_BF16, NEED_AMX, fill_amx},
 };
 
 static struct kt_kernels tables[RUNGS], exact_tables[RUNGS];
@@ -104,7 +120,7 @@ static void detect(void) {
         tables[i].name = rungs[i].name;
         exact_tables[i] = only_fp32(tables[i]);
         usable[i] = 1;
-        atomic_store(&active, i);
+        if (i != AMX_EMULATED) atomic_store(&active, i);
     }
 }
 

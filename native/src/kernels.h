@@ -177,6 +177,8 @@ KT_DECLARE_ISA(avx_vnni)
 KT_DECLARE_ISA(avx512)
 KT_DECLARE_ISA(avx512_vnni)
 KT_DECLARE_ISA(avx512_bf16)
+KT_DECLARE_ISA(amx)
+KT_DECLARE_ISA(amx_emulated)
 
 #define KT_JOIN2(a, b) a##b
 #define KT_JOIN(a, b) KT_JOIN2(a, b)
