@@ -19,7 +19,7 @@
  *
  * Numerics (met by portable C, equalled by every other instruction set up to fp32 summation order)
  *  - Float weights (F32, F16, BF16): products and sums in fp32 against the activations in fp32. One exception:
- *    with avx512_bf16, BF16 weights meeting many tokens of BF16 activations use a bf16 multiplier. It takes kt_linear's
+ *    with avx512_bf16 and amx, BF16 weights meeting many tokens of BF16 activations use a bf16 multiplier. It takes kt_linear's
  *    and the experts' inputs as they are; the experts' intermediates are rounded to bf16 (nearest even) before
  *    down. F32 and F16 activations are never rounded to bf16.
  *  - Quantized weights: each 32 activations become int8 with one fp32 scale amax/127, rounded to nearest
@@ -162,7 +162,7 @@ int64_t kt_type_block_bytes(int type);
 
 /* Instruction sets, lowest first; index 0 is "portable". A set is usable when it is built, the processor
  * has it and the operating system saves its registers. kt_isa_force lowers (or raises again) the set in
- * use; calls already running keep theirs. */
+ * use; calls already running keep theirs. "amx_emulated" is for tests, and in use only when asked for. */
 int kt_isa_count(void);
 const char *kt_isa_name(int index);
 int kt_isa_usable(int index);

@@ -16,9 +16,13 @@
 #include "tile.h"
 
 enum {
-    TOKENS = 16,    /* rows of a tile */
-    Q8_TOKENS = 8,  /* from which int8 tiles repay packing and scaling by way of memory */
-    MAX_TILES = 4,  /* of a panel: KT_BLOCK_ROWS / KT_TILE */
+    TOKENS = 16,   /* rows of a tile */
+    MAX_TILES = 4, /* of a panel: KT_BLOCK_ROWS / KT_TILE */
+#ifdef KT_AMX_EMULATED
+    Q8_TOKENS = 1, /* to see the bits of tiles, whatever the number of tokens */
+#else
+    Q8_TOKENS = 8, /* from which int8 tiles should repay packing, and sums that go by way of memory: not measured */
+#endif
 };
 
 /* The GEMM for fewer tokens. Its sums have the same order, so that a token does not depend on the others. */
