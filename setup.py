@@ -21,38 +21,47 @@ BASE = [
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
-ISA_FLAGS = {  # native/src/<name>/*.c; dispatch.c says what each rung needs at run time
-    "avx2": AVX2,
-    "avx_vnni": [*AVX2, "-mavxvnni"],
-    "avx512": AVX512,
-    "avx512_vnni": [*AVX512, "-mavx512vnni"],
-    "avx512_bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
-    "amx": [*AVX512, "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
-    "amx_emulated": AVX512,
+ISA_FLAGS = {  # by processor: native/src/<name>/*.c; dispatch.c says what each rung needs at run time
+    "x86_64": {
+        "avx2": AVX2,
+        "avx_vnni": [*AVX2, "-mavxvnni"],
+        "avx512": AVX512,
+        "avx512_vnni": [*AVX512, "-mavx512vnni"],
+        "avx512_bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
+        "amx": [*AVX512, "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
+        "amx_emulated": AVX512,
+    },
+    "aarch64": {
+        "neon_dotprod": ["-march=armv8.2-a+dotprod"],
+        "neon_i8mm": ["-march=armv8.2-a+dotprod+i8mm+bf16"],
+    },
 }
+INTRINSICS = {"x86_64": "immintrin.h", "aarch64": "arm_neon.h"}
+ALIASES = {"amd64": "x86_64", "arm64": "aarch64"}
 
 
-def compiles(flags: list[str]) -> bool:
+def compiles(compiler: list[str], machine: str, flags: list[str]) -> bool:
     """Whether the C compiler knows these flags; without them the instruction set is left out, not an error."""
-    compiler = (sysconfig.get_config_var("CC") or "cc").split()
+    text = f"#include <{INTRINSICS[machine]}>\n#ifndef __{machine}__\n#error 32 bit\n#endif\nint probe;\n"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.c")
-        source.write_text("#include <immintrin.h>\nint probe(void) { return 0; }\n", encoding="ascii")
+        source.write_text(text, encoding="ascii")
         command = [*compiler, *flags, "-c", str(source), "-o", str(source.with_suffix(".o"))]
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-def isas() -> dict[str, list[str]]:
-    """The instruction sets to build here, with their flags."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return {}
-    return {name: flags for name, flags in ISA_FLAGS.items() if compiles(flags)}
+def isas(machine: str, compiler: list[str] | None) -> dict[str, list[str]]:
+    """The instruction sets to build for this processor, with their flags."""
+    machine = ALIASES.get(machine.lower(), machine.lower())
+    compiler = compiler or (sysconfig.get_config_var("CC") or "cc").split()
+    return {name: flags for name, flags in ISA_FLAGS.get(machine, {}).items() if compiles(compiler, machine, flags)}
 
 
-def libraries() -> list[tuple[str, dict]]:
+def libraries(machine: str = platform.machine(), compiler: list[str] | None = None) -> list[tuple[str, dict]]:
     """One static library an instruction set, each with its own flags; the core first, for the linker."""
     headers = sorted(glob("native/include/*.h") + glob("native/src/**/*.h", recursive=True))
-    have = [(f"KT_HAVE_{name.upper()}", "1") for name in isas()]
+    sets = isas(machine, compiler)
+    have = [(f"KT_HAVE_{name.upper()}", "1") for name in sets]
 
     def library(sources: list[str], flags: list[str]) -> dict:
         # avx_vnni/*.c include avx2/*.c, avx512_vnni/*.c avx512/*.c and amx_emulated/*.c amx/*.c: they count as headers.
@@ -67,7 +76,7 @@ def libraries() -> list[tuple[str, dict]]:
 
     core = glob("native/src/*.c") + glob("native/src/portable/*.c")
     return [("kt_core", library(core, []))] + [
-        (f"kt_{name}", library(glob(f"native/src/{name}/*.c"), flags)) for name, flags in isas().items()
+        (f"kt_{name}", library(glob(f"native/src/{name}/*.c"), flags)) for name, flags in sets.items()
     ]
 
 

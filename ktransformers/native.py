@@ -186,7 +186,7 @@ def scratch_bytes() -> int:
 
 
 def cpu_features() -> dict[str, bool]:
-    """Processor features found by cpuid and enabled by the operating system, by name."""
+    """Features of the processor that the operating system enables too, by name."""
     state = _native()
     bits, found = state.lib.kt_cpu_features(), {}
     for bit in range(32):

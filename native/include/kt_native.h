@@ -169,7 +169,7 @@ int kt_isa_usable(int index);
 int kt_isa_active(void);
 int kt_isa_force(const char *name);
 
-/* Processor features found by cpuid that the operating system also enables, one bit each. */
+/* Processor features that the operating system enables too, one bit each. */
 uint32_t kt_cpu_features(void);
 const char *kt_cpu_feature_name(int bit);
 

@@ -1,6 +1,7 @@
-/* cpuid says what the processor has, xgetbv what the operating system saves at a context switch; a feature
+/* x86: cpuid says what the processor has, xgetbv what the operating system saves at a context switch; a feature
  * counts only with both. (A virtual machine or an old kernel may offer one without the other.) AMX counts only once
- * Linux has granted it to the process as well: its tiles are 8 KiB that most processes never need saved. */
+ * Linux has granted it to the process as well: its tiles are 8 KiB that most processes never need saved.
+ * ARM: the identification registers belong to the operating system, which tells what it found and allows. */
 #include "cpu.h"
 
 #include "../include/kt_native.h"
@@ -57,13 +58,39 @@ uint32_t kt_cpu_detect(void) {
     }
     return found;
 }
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+
+uint32_t kt_cpu_detect(void) {
+    /* Bits of the kernel's interface, by number: headers older than these features still build the library. */
+    const unsigned long first = getauxval(AT_HWCAP), second = getauxval(AT_HWCAP2);
+    uint32_t found = 0;
+    if (first & 1ul << 20) found |= 1u << KT_CPU_ASIMDDP;
+    if (second & 1ul << 13) found |= 1u << KT_CPU_I8MM;
+    if (second & 1ul << 14) found |= 1u << KT_CPU_ARMBF16;
+    return found;
+}
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <stddef.h>
+#include <sys/sysctl.h>
+
+static uint32_t has(const char *name, int bit) {
+    int value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname(name, &value, &size, NULL, 0) == 0 && value ? 1u << bit : 0;
+}
+
+uint32_t kt_cpu_detect(void) {
+    return has("hw.optional.arm.FEAT_DotProd", KT_CPU_ASIMDDP) | has("hw.optional.arm.FEAT_I8MM", KT_CPU_I8MM) |
+           has("hw.optional.arm.FEAT_BF16", KT_CPU_ARMBF16);
+}
 #else
 uint32_t kt_cpu_detect(void) { return 0; }
 #endif
 
 const char *kt_cpu_feature_name(int bit) {
-    static const char *const names[KT_CPU_BITS] = {"avx2",        "fma",         "f16c",     "avx_vnni", "avx512f",
-                                                   "avx512bw",    "avx512vl",    "avx512dq", "avx512_vnni",
-                                                   "avx512_bf16", "amx_tile",    "amx_int8", "amx_bf16"};
+    static const char *const names[KT_CPU_BITS] = {
+        "avx2",        "fma",      "f16c",     "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni",
+        "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16", "asimddp", "i8mm",     "arm_bf16"};
     return bit < 0 || bit >= KT_CPU_BITS ? NULL : names[bit];
 }

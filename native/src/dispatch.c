@@ -18,6 +18,7 @@
 #define NEED_VNNI (NEED_AVX512 | BIT(AVX512VNNI))
 #define NEED_BF16 (NEED_VNNI | BIT(AVX512BF16))
 #define NEED_AMX (NEED_BF16 | BIT(AMXTILE) | BIT(AMXINT8) | BIT(AMXBF16))
+#define NEED_I8MM (BIT(ASIMDDP) | BIT(I8MM) | BIT(ARMBF16))
 
 /* Parts that no dot product of bytes touches are not compiled again with VNNI. */
 #define FILL(isa, more)                            \
@@ -68,9 +69,21 @@ static void fill_amx_emulated(struct kt_kernels *k) { kt_fill_gemm_amx_emulated(
 #define fill_amx_emulated NULL
 #endif
 
+#ifdef KT_HAVE_NEON_DOTPROD
+FILL(neon_dotprod, kt_fill_gemm_f32_neon_dotprod(k))
+#else
+#define fill_neon_dotprod NULL
+#endif
+#ifdef KT_HAVE_NEON_I8MM
+static void fill_neon_i8mm(struct kt_kernels *k) { kt_fill_gemm_neon_i8mm(k); } /* all else as dotprod */
+#else
+#define fill_neon_i8mm NULL
+#endif
+
 /* Lowest first: the last one that this machine can run is used. The emulation of AMX is there to be asked for by name;
  * it lies below every set that such a machine has itself, so that the last usable rung is the best one. */
-enum { PORTABLE, AVX2, AVX_VNNI, AMX_EMULATED, AVX512, AVX512_VNNI, AVX512_BF16, AMX, RUNGS };
+enum { PORTABLE, AVX2, AVX_VNNI, AMX_EMULATED, AVX512, AVX512_VNNI, AVX512_BF16, AMX,
+       NEON_DOTPROD, NEON_I8MM, RUNGS };
 
 static const struct {
     const char *name;
@@ -94,6 +107,10 @@ static const struct {
     [AVX512_BF16] = {"avx512_bf16", AVX512_VNNI, NEED_BF16, fill_avx512_bf16},
     /* Intel Sapphire Rapids (2023) and later Xeons */
     [AMX] = {"amx", AVX512_BF16, NEED_AMX, fill_amx},
+    /* Arm Cortex-A55, A75 (2017), Neoverse N1 (Graviton2); Apple A13 and M1 */
+    [NEON_DOTPROD] = {"neon_dotprod", PORTABLE, BIT(ASIMDDP), fill_neon_dotprod},
+    /* Arm Cortex-A510, A710 (2021), Neoverse V1 (Graviton3), N2; Apple M2 */
+    [NEON_I8MM] = {"neon_i8mm", NEON_DOTPROD, NEED_I8MM, fill_neon_i8mm},
 };
 
 static struct kt_kernels tables[RUNGS], exact_tables[RUNGS];

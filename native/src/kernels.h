@@ -179,6 +179,8 @@ KT_DECLARE_ISA(avx512_vnni)
 KT_DECLARE_ISA(avx512_bf16)
 KT_DECLARE_ISA(amx)
 KT_DECLARE_ISA(amx_emulated)
+KT_DECLARE_ISA(neon_dotprod)
+KT_DECLARE_ISA(neon_i8mm)
 
 #define KT_JOIN2(a, b) a##b
 #define KT_JOIN(a, b) KT_JOIN2(a, b)
