@@ -66,6 +66,7 @@ INLINE void micro(const int P, const struct variant v, const struct slice *s, co
         for (int n = 0; n < P; n++) acc[i][n] = vdupq_n_f32(0);
     for (int64_t g = 0; g < s->n / KT_ACT_GROUP; g++) {
         float32x4_t scaled[4][PAIRS];
+        kt_ahead_step(p->ahead);
         for (int half = 0; half < 32 / v.group; half++, scales += KT_TILE, data += v.group / 4 * KT_TILE) {
             int32x4_t sum[4][PAIRS];
             for (int i = 0; i < 4; i++)
@@ -122,6 +123,7 @@ static void gemm_q8(const struct kt_panel *p, const struct kt_acts *a, const int
     struct slice s;
     struct groups of;
     s.p = p, s.ldc = ldc;
+    kt_ahead_spread(p->ahead, (tokens + TOKENS - 1) / TOKENS * (p->k / KT_ACT_GROUP) * p->tiles * (KT_TILE / ROWS));
     for (s.k = 0; s.k < p->k; s.k += KT_CACHE_BYTES)
         for (int t = 0; t < tokens; t += TOKENS) {
             s.n = p->k - s.k < KT_CACHE_BYTES ? p->k - s.k : KT_CACHE_BYTES;
@@ -130,7 +132,6 @@ static void gemm_q8(const struct kt_panel *p, const struct kt_acts *a, const int
             for (int i = 0; i < s.tokens; i++) prepare(&s, &of, i, a, token[t + i] * a->stride + k0 + s.k);
             if (s.tokens & 1) /* an odd last token is its own partner */
                 prepare(&s, &of, s.tokens, a, token[t + s.tokens - 1] * a->stride + k0 + s.k);
-            kt_ahead_step(p->ahead);
             (s.tokens > 6 ? pairs4 : s.tokens > 4 ? pairs3 : s.tokens > 2 ? pairs2 : pairs1)(&s, &of);
         }
 }
