@@ -33,7 +33,7 @@ static void check(int ok, const char *what) {
 static const struct {
     int type, count, at[4];
     uint8_t bits, value;
-} formats[] = {
+} blocks[] = {
     {KT_TYPE_F32, 1, {3}, 0x7f, 0x3c},     {KT_TYPE_F16, 1, {1}, 0x7c, 0x20},    {KT_TYPE_BF16, 1, {1}, 0x7f, 0x3c},
     {KT_TYPE_Q4_0, 1, {1}, 0x7c, 0x14},    {KT_TYPE_Q4_1, 2, {1, 3}, 0x7c, 0x14}, {KT_TYPE_Q5_0, 1, {1}, 0x7c, 0x14},
     {KT_TYPE_Q5_1, 2, {1, 3}, 0x7c, 0x14}, {KT_TYPE_Q8_0, 1, {1}, 0x7c, 0x20},
@@ -46,28 +46,85 @@ static const struct {
     {KT_TYPE_TQ1_0, 1, {53}, 0x7c, 0x20},  {KT_TYPE_TQ2_0, 1, {65}, 0x7c, 0x20},
     {KT_TYPE_MXFP4, 1, {0}, 0xff, 0x78},   {KT_TYPE_NVFP4, 4, {0, 1, 2, 3}, 0x78, 0x08},
 };
-enum { TYPES = sizeof formats / sizeof formats[0], THREADS = 3 };
 
-/* A weight whose bytes end where the allocation ends and start at an odd address. */
+/* Types with scales beside the codes: how those are stored, what shares one, and whether there are zero points. */
+static const struct beside {
+    int type, scale_type;
+    int64_t scale_rows, scale_cols;
+    int zeros;
+} besides[] = {
+    {KT_TYPE_F8_E4M3, KT_SCALE_F32, 128, 128, 0}, {KT_TYPE_F8_E4M3, KT_SCALE_E8M0, 1, 32, 0},
+    {KT_TYPE_F4_E2M1, KT_SCALE_E4M3, 1, 16, 0},   {KT_TYPE_F4_E2M1, KT_SCALE_E8M0, 1, 32, 0},
+    {KT_TYPE_I8, KT_SCALE_F32, 1, 1 << 20, 0},    {KT_TYPE_I8, KT_SCALE_BF16, 1, 16, 0},
+    {KT_TYPE_U8, KT_SCALE_F16, 1, 128, 1},        {KT_TYPE_I4, KT_SCALE_BF16, 1, 32, 0},
+    {KT_TYPE_I4, KT_SCALE_F16, 1, 128, 1},        {KT_TYPE_GPTQ4, KT_SCALE_F16, 1, 128, 1},
+    {KT_TYPE_GPTQ8, KT_SCALE_F16, 1, 64, 0},      {KT_TYPE_GPTQ8, KT_SCALE_F16, 1, 128, 1},
+    {KT_TYPE_AWQ4, KT_SCALE_F16, 1, 128, 1},
+};
+enum { BLOCKS = sizeof blocks / sizeof blocks[0], FORMATS = BLOCKS + sizeof besides / sizeof besides[0], Q8_0 = 7, THREADS = 3 };
+
+static int type_of(int format) { return format < BLOCKS ? blocks[format].type : besides[format - BLOCKS].type; }
+
+/* A weight whose bytes end where the allocation ends and start at an odd address; so do its scales and zero points. */
 struct weight {
-    uint8_t *room;
+    uint8_t *room, *scales, *zeros;
     kt_weight w;
 };
 
-static struct weight make(int type, int64_t rows, int64_t cols) {
+static uint8_t *random_bytes(size_t n) {
+    uint8_t *p = malloc(n + 1);
+    for (size_t i = 0; i < n; i++) p[1 + i] = (uint8_t)next();
+    return p;
+}
+
+/* Byte `at` of every `size` bytes. */
+static void set_bits(uint8_t *p, size_t n, size_t at, size_t size, uint8_t bits, uint8_t value) {
+    for (size_t i = at; i < n; i += size) p[i] = (uint8_t)((p[i] & ~bits) | value);
+}
+
+static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+static void add_scales(const struct beside *f, struct weight *m) {
+    static const struct {
+        size_t size;
+        uint8_t bits, value;
+    } about[] = {{4, 0xff, 0x3c}, {2, 0xfc, 0x20}, {2, 0xff, 0x3c}, {1, 0xfe, 0x78}, {1, 0xf8, 0x08}}; /* by kt_scale */
+    const int64_t down = divide_up(m->w.rows, f->scale_rows), across = divide_up(m->w.cols, f->scale_cols);
+    const size_t size = about[f->scale_type].size;
+    m->w.scale_type = f->scale_type, m->w.scale_rows = f->scale_rows, m->w.scale_cols = f->scale_cols;
+    m->w.scale = 0.75f;
+    m->w.scale_bytes = (size_t)(down * across) * size;
+    m->scales = random_bytes(m->w.scale_bytes);
+    m->w.scales = m->scales + 1;
+    set_bits(m->scales + 1, m->w.scale_bytes, size - 1, size, about[f->scale_type].bits, about[f->scale_type].value);
+    if (f->type == KT_TYPE_F8_E4M3) set_bits(m->room + 1, m->w.bytes, 0, 1, 0x40, 0); /* all ones are a NaN */
+    if (!f->zeros) return;
+    m->w.zero_bytes = (size_t)(divide_up(down, f->type == KT_TYPE_U8 || f->type == KT_TYPE_GPTQ8 ? 4 : 8) * across) * 4;
+    m->zeros = random_bytes(m->w.zero_bytes);
+    m->w.zeros = m->zeros + 1, m->w.zero_bias = 1;
+}
+
+static struct weight make(int format, int64_t rows, int64_t cols) {
+    const int type = type_of(format);
     int64_t block = kt_type_block(type), size = kt_type_block_bytes(type);
-    struct weight m = {.w = {type, rows, cols, NULL, (size_t)(rows * (cols / block) * size)}};
-    m.room = malloc(m.w.bytes + 1);
-    uint8_t *p = m.room + 1;
-    m.w.data = p;
-    for (size_t i = 0; i < m.w.bytes; i++) p[i] = (uint8_t)next();
-    for (int f = 0; f < TYPES; f++)
-        for (size_t i = 0; formats[f].type == type && i < m.w.bytes; i += (size_t)size)
-            for (int j = 0; j < formats[f].count; j++) {
-                uint8_t *byte = p + i + formats[f].at[j];
-                *byte = (uint8_t)((*byte & ~formats[f].bits) | formats[f].value);
-            }
+    size_t bytes = (size_t)(rows * (cols / block) * size) / (type == KT_TYPE_AWQ4 ? 2 : 1);
+    struct weight m = {.room = random_bytes(bytes), .w = {.type = type, .rows = rows, .cols = cols, .bytes = bytes}};
+    m.w.data = m.room + 1;
+    if (format >= BLOCKS) {
+        add_scales(&besides[format - BLOCKS], &m);
+        return m;
+    }
+    for (int j = 0; j < blocks[format].count; j++)
+        set_bits(m.room + 1, bytes, (size_t)blocks[format].at[j], (size_t)size, blocks[format].bits, blocks[format].value);
     return m;
+}
+
+static void drop(struct weight *m) { free(m->room), free(m->scales), free(m->zeros); }
+
+/* What the columns of a format are a multiple of. */
+static int64_t unit_of(int format) {
+    const int type = type_of(format);
+    return type > KT_TYPE_F8_E4M3 ? 32 : kt_type_block(type);
 }
 
 /* mean|a - b| / mean|b| */
@@ -118,11 +175,13 @@ static void linear_bf16(kt_pool *pool, const struct weight *m, const float *bias
     free(y), free(found);
 }
 
-static void linear_case(kt_pool *pool, int type, int64_t rows, int64_t cols, int64_t tokens, int threshold) {
-    struct weight m = make(type, rows, cols);
+static void linear_case(kt_pool *pool, int format, int64_t rows, int64_t cols, int64_t tokens, int threshold) {
+    struct weight m = make(format, rows, cols);
     float *x = random_floats((size_t)(tokens * cols)), *bias = random_floats((size_t)rows);
     uint16_t *h = cut_to_bf16(x, (size_t)(tokens * cols));
     size_t n = (size_t)(tokens * rows);
+    /* A single sum may nearly cancel, as do the codes and zero points of eight bits. */
+    const double bound = (m.zeros ? 2e-5 : 3e-6) * (1 + 10 / (n + 1e-30));
     float *expected = malloc(n * 4), *found = malloc(n * 4);
     kt_set_panel_threshold(threshold);
     kt_isa_force("portable");
@@ -132,17 +191,17 @@ static void linear_case(kt_pool *pool, int type, int64_t rows, int64_t cols, int
         check(kt_linear(pool, &m.w, bias, x, KT_F32, tokens, found) == KT_OK, "linear status");
         linear_bf16(pool, &m, bias, h, tokens, expected, kt_isa_name(isa));
         double d = difference(found, expected, n);
-        if (!(d < 1e-5)) { /* a single output of one row may cancel */
+        if (!(d < bound)) {
             failures++;
-            fprintf(stderr, "FAILED: linear %s [%ld, %ld] T=%ld %s threshold=%d: %g\n", kt_type_name(type), (long)rows,
+            fprintf(stderr, "FAILED: linear %s [%ld, %ld] T=%ld %s threshold=%d: %g\n", kt_type_name(m.w.type), (long)rows,
                     (long)cols, (long)tokens, kt_isa_name(isa), threshold, d);
         }
     }
-    free(m.room), free(x), free(h), free(bias), free(expected), free(found);
+    drop(&m), free(x), free(h), free(bias), free(expected), free(found);
 }
 
-static void dequantize_case(int type, int64_t rows, int64_t cols) {
-    struct weight m = make(type, rows, cols);
+static void dequantize_case(int format, int64_t rows, int64_t cols) {
+    struct weight m = make(format, rows, cols);
     size_t n = (size_t)(rows * cols) * 4;
     float *expected = malloc(n), *found = malloc(n);
     kt_isa_force("portable");
@@ -151,7 +210,7 @@ static void dequantize_case(int type, int64_t rows, int64_t cols) {
         if (kt_isa_force(kt_isa_name(isa)) != KT_OK) continue;
         check(kt_dequantize(&m.w, found) == KT_OK && !memcmp(found, expected, n), "dequantize");
     }
-    free(m.room), free(expected), free(found);
+    drop(&m), free(expected), free(found);
 }
 
 struct moe {
@@ -164,12 +223,12 @@ struct moe {
     int64_t *ids;
 };
 
-static struct moe moe_make(const int type[3], int64_t hidden, int64_t inner, int64_t tokens, int activation) {
+static struct moe moe_make(const int format[3], int64_t hidden, int64_t inner, int64_t tokens, int activation) {
     struct moe m = {.hidden = hidden, .inner = inner, .tokens = tokens};
     kt_weight w[3][E];
     for (int p = 0; p < 3; p++)
         for (int e = 0; e < E; e++) {
-            m.part[p][e] = p == 2 ? make(type[p], hidden, inner) : make(type[p], inner, hidden);
+            m.part[p][e] = p == 2 ? make(format[p], hidden, inner) : make(format[p], inner, hidden);
             w[p][e] = m.part[p][e].w;
         }
     const kt_glu glu = {.activation = activation, .alpha = 1.7f, .limit = activation & 1 ? 7.0f : INFINITY};
@@ -183,7 +242,7 @@ static struct moe moe_make(const int type[3], int64_t hidden, int64_t inner, int
 }
 static void moe_free(struct moe *m) {
     for (int p = 0; p < 3; p++)
-        for (int e = 0; e < E; e++) free(m->part[p][e].room);
+        for (int e = 0; e < E; e++) drop(&m->part[p][e]);
     kt_experts_destroy(m->experts);
     free(m->x), free(m->h), free(m->weights), free(m->ids);
 }
@@ -191,8 +250,8 @@ static int moe_run(const struct moe *m, kt_pool *pool, float *out) {
     return kt_experts_forward(m->experts, pool, m->x, KT_F32, m->tokens, m->ids, K, m->weights, out);
 }
 
-static void experts_case(kt_pool *pool, const int type[3], int64_t hidden, int64_t inner, int64_t tokens, int threshold) {
-    struct moe m = moe_make(type, hidden, inner, tokens, (int)(next() % 4));
+static void experts_case(kt_pool *pool, const int format[3], int64_t hidden, int64_t inner, int64_t tokens, int threshold) {
+    struct moe m = moe_make(format, hidden, inner, tokens, (int)(next() % 4));
     size_t n = (size_t)(tokens * hidden);
     float *expected = malloc(n * 4 + 1), *found = malloc(n * 4 + 1);
     uint16_t *y = malloc(n * sizeof *y + 1);
@@ -208,7 +267,7 @@ static void experts_case(kt_pool *pool, const int type[3], int64_t hidden, int64
         d = fmax(d, difference(found, expected, n));
         if (tokens && !(d < 1e-2)) {
             failures++;
-            fprintf(stderr, "FAILED: experts %s T=%ld %s threshold=%d: %g\n", kt_type_name(type[0]), (long)tokens,
+            fprintf(stderr, "FAILED: experts %s T=%ld %s threshold=%d: %g\n", kt_type_name(type_of(format[0])), (long)tokens,
                     kt_isa_name(isa), threshold, d);
         }
     }
@@ -217,14 +276,15 @@ static void experts_case(kt_pool *pool, const int type[3], int64_t hidden, int64
 }
 
 /* Garbage bytes as scales, infinities and NaNs as activations: any answer, no undefined behaviour. */
-static void garbage(kt_pool *pool) {
+static void garbage(kt_pool *pool, int few) {
     const float nasty[] = {INFINITY, -INFINITY, NAN, 3e38f, -3e38f, 1e-45f, 0.0f, -0.0f};
-    for (int i = 0; i < TYPES; i++) {
-        struct weight m = make(formats[i].type, 37, 512);
+    for (int i = 0; i < FORMATS; i += few ? 9 : 1) {
+        struct weight m = make(i, 40, 512);
         for (size_t b = 0; b < m.w.bytes; b++) m.room[1 + b] = (uint8_t)next();
-        float x[9 * 512], out[9 * 37];
+        for (size_t b = 0; b < m.w.scale_bytes; b++) m.scales[1 + b] = (uint8_t)next();
+        float x[9 * 512], out[9 * 40];
         for (int j = 0; j < 9 * 512; j++) x[j] = j % 7 ? uniform() : nasty[next() % 8];
-        uint16_t half[9 * 512], half_out[9 * 37];
+        uint16_t half[9 * 512], half_out[9 * 40];
         for (int j = 0; j < 9 * 512; j++) half[j] = (uint16_t)next();
         for (int isa = 0; isa < kt_isa_count(); isa++)
             for (int threshold = 1; threshold < 1002; threshold += 1000) {
@@ -234,8 +294,8 @@ static void garbage(kt_pool *pool) {
                 check(kt_linear(pool, &m.w, NULL, half, KT_F16, 9, half_out) == KT_OK, "garbage f16");
                 check(kt_linear(pool, &m.w, NULL, half, KT_BF16, 9, half_out) == KT_OK, "garbage bf16");
             }
-        free(m.room);
-        int all[3] = {formats[i].type, formats[i].type, formats[i].type};
+        drop(&m);
+        int all[3] = {i, i, i};
         for (int activation = 0; activation <= KT_SWIGLU_OAI; activation++) {
             struct moe e = moe_make(all, 256, 512, 9, activation);
             for (int j = 0; j < 9 * 256; j++) e.x[j] = nasty[next() % 8];
@@ -248,7 +308,7 @@ static void garbage(kt_pool *pool) {
 }
 
 static void errors(kt_pool *pool) {
-    struct weight m = make(KT_TYPE_Q8_0, 4, 64);
+    struct weight m = make(Q8_0, 4, 64);
     float x[64] = {0}, out[4];
     kt_weight w = m.w;
     kt_experts *e;
@@ -278,7 +338,7 @@ static void errors(kt_pool *pool) {
     check(kt_experts_forward(NULL, pool, x, KT_F32, 1, NULL, 0, NULL, out) == KT_ERR_NULL, "null experts");
     for (int s = -1; s < 12; s++) check(kt_status_message(s) != NULL, "message");
     check(!kt_type_name(77) && !kt_type_block(77) && !kt_isa_name(99) && !kt_cpu_feature_name(40), "names");
-    free(m.room);
+    drop(&m);
 }
 
 /* ---- the pool ---- */
@@ -303,8 +363,8 @@ static void *call_often(void *arg) {
 
 static void pool_cases(int with_fork) {
     kt_set_panel_threshold(0);
-    const int type[3] = {KT_TYPE_Q8_0, KT_TYPE_Q8_0, KT_TYPE_Q8_0};
-    struct moe m = moe_make(type, 64, 96, 20, KT_SILU);
+    const int format[3] = {Q8_0, Q8_0, Q8_0};
+    struct moe m = moe_make(format, 64, 96, 20, KT_SILU);
     float *expected = malloc(20 * 64 * 4);
     kt_pool *pool = NULL, *shared = NULL;
     for (int threads = 1; threads < 9; threads++) { /* one more than any core count of a laptop: sleeps at once */
@@ -345,30 +405,37 @@ static void pool_cases(int with_fork) {
     moe_free(&m);
 }
 
+/* Every path for one format. `few`: of the numbers of rows and tokens, those that take every branch of a GEMM. */
+static void format_cases(kt_pool *pool, int i, int few) {
+    const int64_t unit = unit_of(i), cols[] = {unit, unit == 1 ? 67 : 3 * unit, unit == 1 ? 1029 : 2048 + unit};
+    const int all[3] = {i, i, i}, mixed[3] = {i, (i + 1) % FORMATS, (i + 2) % FORMATS};
+    const int64_t each = type_of(i) == KT_TYPE_AWQ4 ? 8 : 1; /* rows are a multiple of */
+    for (int c = 0; c < 3; c++) {
+        dequantize_case(i, 5 + 3 * (each == 8), cols[c]);
+        for (int threshold = 1; threshold < 1002; threshold += 1000)
+            for (int64_t tokens = 0; tokens < 20; tokens += tokens < 8 ? 1 : 5)
+                for (int64_t rows = 1; rows < 100; rows += 41) {
+                    if (few && (rows == 1 || (rows == 42) != (tokens < 8) || (tokens % 2 == 0) != (threshold == 1))) continue;
+                    linear_case(pool, i, divide_up(rows, each) * each, cols[c], tokens, threshold);
+                }
+    }
+    for (int threshold = 0; threshold < 1001; threshold += threshold ? 999 : 1)
+        for (int64_t tokens = 0; tokens < 30; tokens += 1 + tokens * 2) {
+            if (few && (threshold || tokens % 3 == 0)) continue;
+            experts_case(pool, all, unit == 1 ? 77 : 512, unit == 1 ? 45 : 256, tokens, threshold);
+            if (!few) experts_case(pool, mixed, 256, 512, tokens, threshold);
+        }
+}
+
+/* Arguments: `pool`: only its cases, without fork. `few`: a part of all cases, and no fork, for an emulator: QEMU's own
+ * threads do not survive it. */
 int main(int argc, char **argv) {
-    int pool_only = argc > 1 && !strcmp(argv[1], "pool");
+    const int pool_only = argc > 1 && !strcmp(argv[1], "pool"), few = argc > 1 && !strcmp(argv[1], "few");
     kt_pool *pool = NULL;
     check(kt_pool_create(THREADS, &pool) == KT_OK, "pool");
-    for (int i = 0; i < TYPES && !pool_only; i++) {
-        int64_t block = kt_type_block(formats[i].type);
-        int64_t cols[] = {block, block == 1 ? 67 : 3 * block, block == 1 ? 1029 : 2048 + block};
-        for (int c = 0; c < 3; c++) {
-            dequantize_case(formats[i].type, 5, cols[c]);
-            for (int threshold = 1; threshold < 1002; threshold += 1000)
-                for (int64_t tokens = 0; tokens < 20; tokens += tokens < 8 ? 1 : 5)
-                    for (int64_t rows = 1; rows < 100; rows += 41)
-                        linear_case(pool, formats[i].type, rows, cols[c], tokens, threshold);
-        }
-        int type = formats[i].type, all[3] = {type, type, type};
-        int mixed[3] = {type, formats[(i + 1) % TYPES].type, formats[(i + 2) % TYPES].type};
-        for (int threshold = 0; threshold < 1001; threshold += threshold ? 999 : 1)
-            for (int64_t tokens = 0; tokens < 30; tokens += 1 + tokens * 2) {
-                experts_case(pool, all, block == 1 ? 77 : 512, block == 1 ? 45 : 256, tokens, threshold);
-                experts_case(pool, mixed, 256, 512, tokens, threshold);
-            }
-    }
-    if (!pool_only) garbage(pool), errors(pool);
-    pool_cases(!pool_only);
+    for (int i = 0; i < FORMATS && !pool_only; i++) format_cases(pool, i, few);
+    if (!pool_only) garbage(pool, few), errors(pool);
+    pool_cases(!pool_only && !few);
     kt_pool_destroy(pool);
     fprintf(stderr, failures ? "%d failures" : "all equal, on:", failures);
     for (int i = 0; !failures && i < kt_isa_count(); i++)
