@@ -27,6 +27,7 @@ ISA_FLAGS = {  # by processor: native/src/<name>/*.c; dispatch.c says what each 
         "avx_vnni": [*AVX2, "-mavxvnni"],
         "avx512": AVX512,
         "avx512_vnni": [*AVX512, "-mavx512vnni"],
+        "avx512_vbmi": [*AVX512, "-mavx512vnni", "-mavx512vbmi", "-mgfni"],
         "avx512_bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
         "amx": [*AVX512, "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
         "amx_emulated": AVX512,

@@ -9,7 +9,8 @@ HEADER = Path(__file__).parent / "src" / "iq_grids.h"
 
 INTRODUCTION = """\
 /* iq_grids.h: made by native/iq_tables.py, for iq_tables.c alone. The points of each grid, packed: value i of a point
- * is level (point >> bits*i) & (2^bits - 1), with 2 bits for grids of three levels and 4 bits for grids of eight. */
+ * is level (point >> bits*i) & (2^bits - 1), with 2 bits for grids of three levels and 4 bits for grids of eight.
+ * KT_IQ1_*: the high bytes of the IQ1 grid by sixteens, see kt_iq1_high. */
 """
 
 
@@ -27,9 +28,29 @@ def macro(name: str) -> str:
     return f"#define KT_GRID_{name}(X) \\\n   " + " \\\n   ".join(lines) + "\n"
 
 
+def steps() -> str:
+    """High bytes of the IQ1 grid, which is sorted: of 16 points in a row, the first ones share a high byte and so do
+    the rest. Three lists for the 128 such sixteens: the byte of the first point, that of the last, and how many
+    points have the byte of the first."""
+    high = [int(point[:2], 16) for point in words("IQ1")]
+    sixteens = [high[i : i + 16] for i in range(0, len(high), 16)]
+    assert all(set(block) <= {block[0], block[-1]} for block in sixteens)
+    lists = {
+        "FIRST": [block[0] for block in sixteens],
+        "LAST": [block[-1] for block in sixteens],
+        "STEP": [block.count(block[0]) for block in sixteens],
+    }
+    return "".join(
+        f"\n#define KT_IQ1_{name} \\\n   "
+        + " \\\n   ".join("".join(f" {v}," for v in values[i : i + 16]) for i in range(0, 128, 16))
+        + "\n"
+        for name, values in lists.items()
+    )
+
+
 def text() -> str:
     """The whole header."""
-    return INTRODUCTION + "".join("\n" + macro(name) for name in GRIDS)
+    return INTRODUCTION + "".join("\n" + macro(name) for name in GRIDS) + steps()
 
 
 if __name__ == "__main__":

@@ -56,6 +56,8 @@ uint32_t kt_cpu_detect(void) {
         if (d & 1u << 25) found |= 1u << KT_CPU_AMXINT8;
         if (d & 1u << 22) found |= 1u << KT_CPU_AMXBF16;
     }
+    if (c & 1u << 1) found |= 1u << KT_CPU_AVX512VBMI;
+    if (c & 1u << 8) found |= 1u << KT_CPU_GFNI; /* alone it has no 512 bits; with AVX-512 it does */
     return found;
 }
 #elif defined(__aarch64__) && defined(__linux__)
@@ -90,7 +92,8 @@ uint32_t kt_cpu_detect(void) { return 0; }
 
 const char *kt_cpu_feature_name(int bit) {
     static const char *const names[KT_CPU_BITS] = {
-        "avx2",        "fma",      "f16c",     "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni",
-        "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16", "asimddp", "i8mm",     "arm_bf16"};
+        "avx2",        "fma",         "f16c", "avx_vnni",    "avx512f",  "avx512bw", "avx512vl", "avx512dq",
+        "avx512_vnni", "avx512_vbmi", "gfni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16", "asimddp",
+        "i8mm",        "arm_bf16"};
     return bit < 0 || bit >= KT_CPU_BITS ? NULL : names[bit];
 }

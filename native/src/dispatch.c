@@ -16,6 +16,7 @@
 #define NEED_AVX_VNNI (NEED_AVX2 | BIT(AVXVNNI))
 #define NEED_AVX512 (NEED_AVX2 | BIT(AVX512F) | BIT(AVX512BW) | BIT(AVX512VL) | BIT(AVX512DQ))
 #define NEED_VNNI (NEED_AVX512 | BIT(AVX512VNNI))
+#define NEED_VBMI (NEED_VNNI | BIT(AVX512VBMI) | BIT(GFNI))
 #define NEED_BF16 (NEED_VNNI | BIT(AVX512BF16))
 #define NEED_AMX (NEED_BF16 | BIT(AMXTILE) | BIT(AMXINT8) | BIT(AMXBF16))
 #define NEED_I8MM (BIT(ASIMDDP) | BIT(I8MM) | BIT(ARMBF16))
@@ -41,16 +42,22 @@ static void fill_avx_vnni(struct kt_kernels *k) { kt_fill_dot_avx_vnni(k), kt_fi
 #define fill_avx_vnni NULL
 #endif
 #ifdef KT_HAVE_AVX512
-FILL(avx512, (kt_fill_dot_float_avx512(k), kt_fill_tile_float_avx512(k), kt_fill_gemm_f32_avx512(k)))
+FILL(avx512, (kt_fill_dot_float_avx512(k), kt_fill_tile_float_avx512(k), kt_fill_gemm_f32_avx512(k),
+              kt_fill_iq_dot_avx512(k), kt_fill_iq_tile_avx512(k)))
 #else
 #define fill_avx512 NULL
 #endif
 #ifdef KT_HAVE_AVX512_VNNI
 static void fill_avx512_vnni(struct kt_kernels *k) {
-    kt_fill_dot_avx512_vnni(k), kt_fill_gemm_avx512_vnni(k), kt_fill_act_avx512_vnni(k);
+    kt_fill_dot_avx512_vnni(k), kt_fill_gemm_avx512_vnni(k), kt_fill_act_avx512_vnni(k), kt_fill_iq_dot_avx512_vnni(k);
 }
 #else
 #define fill_avx512_vnni NULL
+#endif
+#ifdef KT_HAVE_AVX512_VBMI
+static void fill_avx512_vbmi(struct kt_kernels *k) { kt_fill_iq_tile_avx512_vbmi(k), kt_fill_iq_dot_avx512_vbmi(k); }
+#else
+#define fill_avx512_vbmi NULL
 #endif
 #ifdef KT_HAVE_AVX512_BF16
 /* All else as VNNI. */
@@ -82,12 +89,12 @@ static void fill_neon_i8mm(struct kt_kernels *k) { kt_fill_gemm_neon_i8mm(k); } 
 
 /* Lowest first: the last one that this machine can run is used. The emulation of AMX is there to be asked for by name;
  * it lies below every set that such a machine has itself, so that the last usable rung is the best one. */
-enum { PORTABLE, AVX2, AVX_VNNI, AMX_EMULATED, AVX512, AVX512_VNNI, AVX512_BF16, AMX,
-       NEON_DOTPROD, NEON_I8MM, RUNGS };
+enum { PORTABLE, AVX2, AVX_VNNI, AMX_EMULATED, AVX512, AVX512_VNNI, AVX512_VBMI, AVX512_BF16,
+       AMX, NEON_DOTPROD, NEON_I8MM, RUNGS };
 
 static const struct {
     const char *name;
-    int base; /* the rung it is built on */
+    int base; /* the rung it is built on; where that one is not usable, the one below that */
     uint32_t need;
     void (*fill)(struct kt_kernels *k);
 } rungs[RUNGS] = {
@@ -101,10 +108,12 @@ static const struct {
     [AMX_EMULATED] = {"amx_emulated", AVX2, NEED_AVX512, fill_amx_emulated},
     /* Intel Skylake-X (2017) */
     [AVX512] = {"avx512", AVX2, NEED_AVX512, fill_avx512},
-    /* Intel Cascade Lake (2019), Ice Lake */
+    /* Intel Cascade Lake (2019) */
     [AVX512_VNNI] = {"avx512_vnni", AVX512, NEED_VNNI, fill_avx512_vnni},
-    /* Intel Cooper Lake, Sapphire Rapids; AMD Zen 4 (2022) */
-    [AVX512_BF16] = {"avx512_bf16", AVX512_VNNI, NEED_BF16, fill_avx512_bf16},
+    /* Intel Ice Lake (2019), AMD Zen 4 (2022) */
+    [AVX512_VBMI] = {"avx512_vbmi", AVX512_VNNI, NEED_VBMI, fill_avx512_vbmi},
+    /* Intel Cooper Lake (without VBMI), Sapphire Rapids; AMD Zen 4 (2022) */
+    [AVX512_BF16] = {"avx512_bf16", AVX512_VBMI, NEED_BF16, fill_avx512_bf16},
     /* Intel Sapphire Rapids (2023) and later Xeons */
     [AMX] = {"amx", AVX512_BF16, NEED_AMX, fill_amx},
     /* Arm Cortex-A55, A75 (2017), Neoverse N1 (Graviton2); Apple A13 and M1 */
@@ -130,8 +139,9 @@ static struct kt_kernels only_fp32(struct kt_kernels k) {
 static void detect(void) {
     features = kt_cpu_detect();
     for (int i = 0; i < RUNGS; i++) {
-        const int base = rungs[i].base;
-        if (!rungs[i].fill || (features & rungs[i].need) != rungs[i].need || (i != base && !usable[base])) continue;
+        if (!rungs[i].fill || (features & rungs[i].need) != rungs[i].need) continue;
+        int base = rungs[i].base;
+        while (base != i && !usable[base]) base = rungs[base].base;
         if (i != base) tables[i] = tables[base];
         rungs[i].fill(&tables[i]);
         tables[i].name = rungs[i].name;

@@ -28,6 +28,8 @@ ALIGNED uint8_t kt_iq_signs[128] = {SIGN16(0),  SIGN16(16), SIGN16(32), SIGN16(4
 #define BYTES4(LEVEL, p) (BYTE4(LEVEL, p, 0) | BYTE4(LEVEL, p, 1) | BYTE4(LEVEL, p, 2) | BYTE4(LEVEL, p, 3))
 
 #define PACKED(p) 0x##p,
+#define PAIR(p) (((p) & 7) | ((p) >> 1 & 56)) /* two nibbles as 3 bits each */
+#define PAIRS(p) PAIR(0x##p) | PAIR(0x##p >> 8) << 8,
 #define IQ2(p) BYTES2(IQ2_LEVEL, 0x##p),
 #define IQ3_XXS(p) BYTES4(IQ3_XXS_LEVEL, 0x##p),
 #define IQ3_S(p) BYTES4(IQ3_S_LEVEL, 0x##p),
@@ -36,8 +38,8 @@ ALIGNED uint8_t kt_iq_signs[128] = {SIGN16(0),  SIGN16(16), SIGN16(32), SIGN16(4
 ALIGNED uint16_t kt_iq2_xxs_packed[256] = {KT_GRID_IQ2_XXS(PACKED)};
 ALIGNED uint16_t kt_iq2_xs_packed[512] = {KT_GRID_IQ2_XS(PACKED)};
 ALIGNED uint16_t kt_iq2_s_packed[1024] = {KT_GRID_IQ2_S(PACKED)};
-ALIGNED uint16_t kt_iq3_xxs_packed[256] = {KT_GRID_IQ3_XXS(PACKED)};
-ALIGNED uint16_t kt_iq3_s_packed[512] = {KT_GRID_IQ3_S(PACKED)};
+ALIGNED uint16_t kt_iq3_xxs_packed[256] = {KT_GRID_IQ3_XXS(PAIRS)};
+ALIGNED uint16_t kt_iq3_s_packed[512] = {KT_GRID_IQ3_S(PAIRS)};
 ALIGNED uint16_t kt_iq1_packed[2048] = {KT_GRID_IQ1(PACKED)};
 
 ALIGNED uint64_t kt_iq2_xxs_grid[256] = {KT_GRID_IQ2_XXS(IQ2)};
@@ -46,3 +48,16 @@ ALIGNED uint64_t kt_iq2_s_grid[1024] = {KT_GRID_IQ2_S(IQ2)};
 ALIGNED uint32_t kt_iq3_xxs_grid[256] = {KT_GRID_IQ3_XXS(IQ3_XXS)};
 ALIGNED uint32_t kt_iq3_s_grid[512] = {KT_GRID_IQ3_S(IQ3_S)};
 ALIGNED uint64_t kt_iq1_grid[2048] = {KT_GRID_IQ1(IQ1)};
+
+#define LOW(p) 0x##p & 255,
+#define HIGH(p) 0x##p >> 8,
+#define LOW3(p) PAIR(0x##p),
+#define HIGH3(p) PAIR(0x##p >> 8),
+ALIGNED uint8_t kt_iq2_xxs_bytes[2][256] = {{KT_GRID_IQ2_XXS(LOW)}, {KT_GRID_IQ2_XXS(HIGH)}};
+ALIGNED uint8_t kt_iq2_xs_bytes[2][512] = {{KT_GRID_IQ2_XS(LOW)}, {KT_GRID_IQ2_XS(HIGH)}};
+ALIGNED uint8_t kt_iq2_s_bytes[2][1024] = {{KT_GRID_IQ2_S(LOW)}, {KT_GRID_IQ2_S(HIGH)}};
+ALIGNED uint8_t kt_iq3_xxs_bytes[2][256] = {{KT_GRID_IQ3_XXS(LOW3)}, {KT_GRID_IQ3_XXS(HIGH3)}};
+ALIGNED uint8_t kt_iq3_s_bytes[2][512] = {{KT_GRID_IQ3_S(LOW3)}, {KT_GRID_IQ3_S(HIGH3)}};
+ALIGNED uint8_t kt_iq1_low[2048] = {KT_GRID_IQ1(LOW)};
+ALIGNED uint8_t kt_iq1_high[2][128] = {{KT_IQ1_FIRST}, {KT_IQ1_LAST}};
+ALIGNED uint8_t kt_iq1_step[128] = {KT_IQ1_STEP};

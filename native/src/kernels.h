@@ -170,12 +170,15 @@ struct kt_kernels {
     void kt_fill_gemm_f32_##isa(struct kt_kernels *k); \
     void kt_fill_dot_float_##isa(struct kt_kernels *k); \
     void kt_fill_tile_float_##isa(struct kt_kernels *k); \
+    void kt_fill_iq_dot_##isa(struct kt_kernels *k);   \
+    void kt_fill_iq_tile_##isa(struct kt_kernels *k);  \
     void kt_fill_act_##isa(struct kt_kernels *k);
 KT_DECLARE_ISA(portable)
 KT_DECLARE_ISA(avx2)
 KT_DECLARE_ISA(avx_vnni)
 KT_DECLARE_ISA(avx512)
 KT_DECLARE_ISA(avx512_vnni)
+KT_DECLARE_ISA(avx512_vbmi)
 KT_DECLARE_ISA(avx512_bf16)
 KT_DECLARE_ISA(amx)
 KT_DECLARE_ISA(amx_emulated)
