@@ -48,7 +48,10 @@ INLINE void dwords_of_lanes(const int8_t *q, __m128i shuffle, int8_t out[4][64])
         t[i] = _mm512_shuffle_i32x4(v[2 * i], v[2 * i + 1], 0x44);
         t[2 + i] = _mm512_shuffle_i32x4(v[2 * i], v[2 * i + 1], 0xee);
     }
-    for (int j = 0; j < 4; j++) _mm512_store_si512(out[j], _mm512_shuffle_i32x4(t[j / 2 * 2], t[j / 2 * 2 + 1], j % 2 ? 0xdd : 0x88));
+    for (int j = 0; j < 4; j += 2) {
+        _mm512_store_si512(out[j], _mm512_shuffle_i32x4(t[j], t[j + 1], 0x88));
+        _mm512_store_si512(out[j + 1], _mm512_shuffle_i32x4(t[j], t[j + 1], 0xdd));
+    }
 }
 
 /* out[j][n] = q[8 * n + j] of 512 bytes. */
