@@ -7,17 +7,16 @@ enum { ROW_SCALES = CHUNK / 16 + 32 };
 
 /* codes(p, &low, &high): of two vectors of a chain. s: the row's scales. */
 #define CHAIN(name, group, zero)                                                                                        \
-    INLINE struct sums name##_row(const uint8_t *w, size_t ahead, const struct ready *x, const float *s) {              \
+    INLINE struct sums name##_row(const uint8_t *w, size_t ahead, const struct ready *a, const float *s) {              \
         struct sums t = no_sums();                                                                                      \
-        for (int k = 0; k < x->windows; k++) {                                                                          \
-            const uint8_t *p = window(x, w, k, WINDOW / 2);                                                             \
-            const float *scale = window_scales(x, s, k, group);                                                         \
+        EACH_WINDOW(a, w, WINDOW / 2) {                                                                          \
+            const float *scale = s + (x == at ? a->last / group : (x - a->window) * (WINDOW / group));                                                         \
             fetch(p, ahead, WINDOW / 2);                                                                                \
             if (group == 32) {                                                                                          \
-                const __m256 both = _mm256_mul_ps(_mm256_loadu_ps(scale), _mm256_loadu_ps(x->d + 16 * k));              \
+                const __m256 both = _mm256_mul_ps(_mm256_loadu_ps(scale), _mm256_loadu_ps(x->d));              \
                 CHAIN_SUMS(name, zero, scales_of(EVENS, both, i))                                                       \
             } else {                                                                                                    \
-                const float16s both = f16s_mul(f16s_load(scale), f16s_load(x->d + 16 * k));                             \
+                const float16s both = f16s_mul(f16s_load(scale), f16s_load(x->d));                             \
                 CHAIN_SUMS(name, zero, scales16_of(EVENS, both, i))                                                     \
             }                                                                                                           \
         }                                                                                                               \
@@ -27,23 +26,22 @@ enum { ROW_SCALES = CHUNK / 16 + 32 };
 #define CHAIN_SUMS(name, zero, scale)                                                                               \
     for (int i = 0; i < VECTORS / 2; i++) {                                                                         \
         const vint v = v_once(v_load(p + i * VECTOR)), low = name##_codes(v_low4(v)), high = name##_codes(v_high4(v)); \
-        vint sum = v_dot_two(start_of(x, k, i, zero), low, acts_of(x, k, 2 * i), high, acts_of(x, k, 2 * i + 1));   \
+        vint sum = v_dot_two(start_of(x, i, zero), low, v_load(x->q + (2 * i) * VECTOR), high, v_load(x->q + (2 * i + 1) * VECTOR));   \
         t.s[i % 2] = v_scaled(t.s[i % 2], sum, scale);                                                              \
     }
 
 /* A code a byte. */
 #define BYTES(name, group, zero)                                                                                       \
-    INLINE struct sums name##_row(const uint8_t *w, size_t ahead, const struct ready *x, const float *s) {             \
+    INLINE struct sums name##_row(const uint8_t *w, size_t ahead, const struct ready *a, const float *s) {             \
         struct sums t = no_sums();                                                                                     \
-        for (int k = 0; k < x->windows; k++) {                                                                         \
-            const uint8_t *p = window(x, w, k, WINDOW);                                                                \
-            const float *scale = window_scales(x, s, k, group);                                                        \
+        EACH_WINDOW(a, w, WINDOW) {                                                                         \
+            const float *scale = s + (x == at ? a->last / group : (x - a->window) * (WINDOW / group));                                                        \
             fetch(p, ahead, WINDOW);                                                                                   \
             if (group == 32) {                                                                                         \
-                const __m256 both = _mm256_mul_ps(_mm256_loadu_ps(scale), _mm256_loadu_ps(x->d + 16 * k));             \
+                const __m256 both = _mm256_mul_ps(_mm256_loadu_ps(scale), _mm256_loadu_ps(x->d));             \
                 BYTES_SUMS(name, zero, scales_of(IN_ORDER, both, v))                                                   \
             } else {                                                                                                   \
-                const float16s both = f16s_mul(f16s_load(scale), f16s_load(x->d + 16 * k));                            \
+                const float16s both = f16s_mul(f16s_load(scale), f16s_load(x->d));                            \
                 BYTES_SUMS(name, zero, scales16_of(IN_ORDER, both, v))                                                 \
             }                                                                                                          \
         }                                                                                                              \
@@ -52,13 +50,9 @@ enum { ROW_SCALES = CHUNK / 16 + 32 };
 
 #define BYTES_SUMS(name, zero, scale)                                                                                \
     for (int v = 0; v < VECTORS; v++) {                                                                              \
-        vint sum = v_dot_wide(start_of(x, k, v, zero), name##_codes(v_load(p + v * VECTOR)), acts_of(x, k, v));      \
+        vint sum = v_dot_wide(start_of(x, v, zero), name##_codes(v_load(p + v * VECTOR)), v_load(x->q + (v) * VECTOR));      \
         t.s[v % 2] = v_scaled(t.s[v % 2], sum, scale);                                                               \
     }
-
-INLINE const float *window_scales(const struct ready *x, const float *s, int k, const int group) {
-    return s + (k < x->full ? k * WINDOW : x->last) / group;
-}
 
 INLINE vint i4_codes(vint v) { return v; }
 INLINE vint f4_codes(vint v) { return v_look_up(kt_fp4_codes, v); }
@@ -74,16 +68,13 @@ INLINE vint u8_codes(vint v) { return v_wide_unsigned(v); }
         float line[ROW_SCALES], scales[ROW_SCALES];                                                                      \
         for (int64_t c = 0; c < m->cols; c += CHUNK) {                                                                   \
             const int64_t n = m->cols - c < CHUNK ? m->cols - c : CHUNK, before = c ? WINDOW : 0;                        \
-            int64_t left = 0; /* rows that share the scales at hand */                                                   \
+            struct scales at = scales_of_columns(m, c - before, n + before, group, 1.0f);                                \
             make_ready(&x, order, zero, group, a, c, n);                                                                 \
             for (int r = 0; r < rows; r++) {                                                                             \
                 const uint8_t *p = m->data + (size_t)(first + r) * m->stride + offset_of(c, bytes);                      \
                 uint8_t padded[(bytes) + 64];                                                                            \
                 if (m->cols < WINDOW) p = pad(padded, sizeof padded, p, (size_t)offset_of(m->cols, bytes));              \
-                if (left-- == 0) {                                                                                       \
-                    row_scales(m, first + r, c - before, n + before, group, line, scales);                               \
-                    left = m->scale_rows - (first + r) % m->scale_rows - 1;                                              \
-                }                                                                                                        \
+                scales_of_row(&at, first + r, line, scales);                                                             \
                 struct sums t = name##_##group##_row(p, a->ahead, &x, scales + before / group);                          \
                 sum[r] = c ? v_add(sum[r], v_add(t.s[0], t.s[1])) : v_add(t.s[0], t.s[1]);                               \
             }                                                                                                            \

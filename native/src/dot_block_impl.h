@@ -9,16 +9,15 @@
 
 /* p: the window. Its blocks are `bytes` long; codes(p, i, &low, &high) gives chain i, scales(p) 8 scales. */
 #define NIBBLES(name, bytes, zero, dot_two)                                                                      \
-    INLINE struct sums name##_row(const uint8_t *w, size_t ahead, const struct ready *x) {                              \
+    INLINE struct sums name##_row(const uint8_t *w, size_t ahead, const struct ready *a) {                              \
         struct sums t = no_sums();                                                                                \
-        for (int k = 0; k < x->windows; k++) {                                                                    \
-            const uint8_t *p = window(x, w, k, 8 * (bytes));                                           \
+        EACH_WINDOW(a, w, 8 * (bytes)) {                                                                    \
             fetch(p, ahead, 8 * (bytes));                                                                         \
-            const __m256 s = name##_scales(p, x->d + 16 * k, &t.mins);                                            \
+            const __m256 s = name##_scales(p, x->d, &t.mins);                                            \
             for (int i = 0; i < VECTORS / 2; i++) {                                                               \
                 vint low, high;                                                                                   \
                 name##_codes(p, i, &low, &high);                                                                  \
-                vint sum = dot_two(start_of(x, k, i, zero), low, acts_of(x, k, 2 * i), high, acts_of(x, k, 2 * i + 1)); \
+                vint sum = dot_two(start_of(x, i, zero), low, v_load(x->q + (2 * i) * VECTOR), high, v_load(x->q + (2 * i + 1) * VECTOR)); \
                 t.s[i % 2] = v_scaled(t.s[i % 2], sum, scales_of(HALVES, s, i));                                  \
             }                                                                                                     \
         }                                                                                                         \
@@ -143,17 +142,16 @@ NIBBLES(iq4_xs, 17, WIDE_ZERO, dot_two_wide)
 
 /* codes(p, i, u) gives vectors each * i .. of a window of `bytes` bytes. */
 #define VECTORS32(name, bytes, order, each, zero, dot)                                                               \
-    INLINE struct sums name##_row(const uint8_t *w, size_t ahead, const struct ready *x) {                           \
+    INLINE struct sums name##_row(const uint8_t *w, size_t ahead, const struct ready *a) {                           \
         struct sums t = no_sums();                                                                                   \
-        for (int k = 0; k < x->windows; k++) {                                                                       \
-            const uint8_t *p = window(x, w, k, bytes);                                                               \
+        EACH_WINDOW(a, w, bytes) {                                                                       \
             fetch(p, ahead, bytes);                                                                                  \
-            const __m256 s = name##_scales(p, x->d + 16 * k, &t.mins);                                               \
+            const __m256 s = name##_scales(p, x->d, &t.mins);                                               \
             for (int v = 0; v < VECTORS; v += each) {                                                                \
                 vint u[each];                                                                                        \
                 name##_codes(p, v / each, u);                                                                        \
                 for (int j = 0; j < each; j++) {                                                                     \
-                    vint sum = dot(start_of(x, k, v + j, zero), u[j], acts_of(x, k, v + j));                         \
+                    vint sum = dot(start_of(x, v + j, zero), u[j], v_load(x->q + (v + j) * VECTOR));                         \
                     t.s[j % 2] = v_scaled(t.s[j % 2], sum, scales_of(order, s, v + j));                              \
                 }                                                                                                    \
             }                                                                                                        \
@@ -205,17 +203,16 @@ VECTORS32(tq2_0, 66, QUARTERS, 4, 1, v_dot)
 /* ---- groups of 16 ----------------------------------------------------------------------------------- */
 
 #define VECTORS16(name, bytes, order, each, zero)                                                                    \
-    INLINE struct sums name##_row(const uint8_t *w, size_t ahead, const struct ready *x) {                           \
+    INLINE struct sums name##_row(const uint8_t *w, size_t ahead, const struct ready *a) {                           \
         struct sums t = no_sums();                                                                                   \
-        for (int k = 0; k < x->windows; k++) {                                                                       \
-            const uint8_t *p = window(x, w, k, bytes);                                                               \
+        EACH_WINDOW(a, w, bytes) {                                                                       \
             fetch(p, ahead, bytes);                                                                                  \
-            const float16s s = name##_scales(p, x->d + 16 * k, x->m + 16 * k, &t.mins);                              \
+            const float16s s = name##_scales(p, x->d, x->m, &t.mins);                              \
             for (int v = 0; v < VECTORS; v += each) {                                                                \
                 vint u[each];                                                                                        \
                 name##_codes(p, v / each, u);                                                                        \
                 for (int j = 0; j < each; j++) {                                                                     \
-                    vint sum = v_dot(start_of(x, k, v + j, zero), u[j], acts_of(x, k, v + j));                       \
+                    vint sum = v_dot(start_of(x, v + j, zero), u[j], v_load(x->q + (v + j) * VECTOR));                       \
                     t.s[(v + j) % 2] = v_scaled(t.s[(v + j) % 2], sum, scales16_of(order, s, v + j));                \
                 }                                                                                                    \
             }                                                                                                        \
@@ -265,16 +262,15 @@ INLINE float16s nvfp4_scales(const uint8_t *p, const float *d) {
     const float16s s = f16s_join(_mm256_cvtph_ps(_mm256_castsi256_si128(half)), _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1)));
     return f16s_mul(f16s_scale(s, 128.0f), f16s_load(d)); /* codes are doubled */
 }
-INLINE struct sums nvfp4_row(const uint8_t *w, size_t ahead, const struct ready *x) {
+INLINE struct sums nvfp4_row(const uint8_t *w, size_t ahead, const struct ready *a) {
     struct sums t = no_sums();
-    for (int k = 0; k < x->windows; k++) {
-        const uint8_t *p = window(x, w, k, 144);
+    EACH_WINDOW(a, w, 144) {
         fetch(p, ahead, 144);
-        const float16s s = nvfp4_scales(p, x->d + 16 * k);
+        const float16s s = nvfp4_scales(p, x->d);
         for (int i = 0; i < VECTORS / 2; i++) {
             const vint v = v_halves(p + i * LANES / 2 * 36 + 4, 36);
             const vint low = v_look_up(kt_fp4_codes, v_low4(v)), high = v_look_up(kt_fp4_codes, v_high4(v));
-            const vint sum = v_dot_two(start_of(x, k, i, 12), low, acts_of(x, k, 2 * i), high, acts_of(x, k, 2 * i + 1));
+            const vint sum = v_dot_two(start_of(x, i, 12), low, v_load(x->q + (2 * i) * VECTOR), high, v_load(x->q + (2 * i + 1) * VECTOR));
             t.s[i % 2] = v_scaled(t.s[i % 2], sum, scales16_of(EIGHTS, s, i));
         }
     }

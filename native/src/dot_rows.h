@@ -30,14 +30,18 @@ enum layout {
 /* Whether two vectors of codes, from low and high nibbles, meet the same scales and share a sum. */
 INLINE int is_chain(const enum layout order) { return order == HALVES || order == EVENS || order == EIGHTS; }
 
-/* A chunk of activations, ready for rows of one format. */
+/* A window of activations, ready for rows of one format. */
+struct window {
+    _Alignas(64) int8_t q[WINDOW];
+    int32_t start[WINDOW / 4]; /* of each sum: minus zero point * activations */
+    float d[16];               /* 8 scales, then 8 times minus scale * sum; groups of 16: each scale twice */
+    float m[16];               /* groups of 16: minus scale * sum */
+};
+
 struct ready {
-    int windows, full; /* all, and those before the last one where that is moved back */
-    int64_t last;      /* its first column */
-    _Alignas(64) int8_t q[WINDOWS * WINDOW];
-    _Alignas(64) int32_t start[WINDOWS * WINDOW / 4]; /* of each sum: minus zero point * activations */
-    _Alignas(64) float d[WINDOWS * 16]; /* of a window: 8 scales, 8 times minus scale * sum; groups of 16: each scale twice */
-    _Alignas(64) float m[WINDOWS * 16]; /* groups of 16: minus scale * sum */
+    int windows, moved; /* how many, and which one is moved back: the last, or none */
+    int64_t last;       /* the first column of that, of the chunk */
+    struct window window[WINDOWS];
 };
 
 /* ---- preparation ------------------------------------------------------------------------------------ */
@@ -53,17 +57,27 @@ INLINE int piece_of(const enum layout order, const int v, const int l) {
     }
 }
 
+/* The even, then the odd of 32 bytes. */
+INLINE void part_pairs(const int8_t *q, int8_t *even, int8_t *odd) {
+    const __m128i a = load128(q), b = load128(q + 16), low = _mm_set1_epi16(255);
+    _mm_store_si128((__m128i *)even, _mm_packus_epi16(_mm_and_si128(a, low), _mm_and_si128(b, low)));
+    _mm_store_si128((__m128i *)odd, _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8)));
+}
+
 INLINE void arrange(const enum layout order, const int8_t *q, int8_t *out) {
-    for (int v = 0; v < VECTORS; v++)
-        for (int l = 0; l < LANES; l++, out += 16) {
-            const int8_t *of = q + 32 * (LANES * (v / 2) + l);
-            if (order == EVENS)
-                for (int j = 0; j < 16; j++) out[j] = of[2 * j + v % 2];
-            else if (order == EIGHTS)
-                memcpy(out, of + 8 * (v % 2), 8), memcpy(out + 8, of + 16 + 8 * (v % 2), 8);
-            else
-                memcpy(out, q + 16 * piece_of(order, v, l), 16);
-        }
+    if (order == EVENS || order == EIGHTS)
+        for (int i = 0; i < VECTORS / 2; i++, out += VECTOR)
+            for (int l = 0; l < LANES; l++, out += 16, q += 32) {
+                if (order == EVENS) {
+                    part_pairs(q, out, out + VECTOR);
+                } else {
+                    memcpy(out, q, 8), memcpy(out + 8, q + 16, 8);
+                    memcpy(out + VECTOR, q + 8, 8), memcpy(out + VECTOR + 8, q + 24, 8);
+                }
+            }
+    else
+        for (int v = 0; v < VECTORS; v++)
+            for (int l = 0; l < LANES; l++, out += 16) memcpy(out, q + 16 * piece_of(order, v, l), 16);
 }
 
 /* start[] of a window from its arranged codes. */
@@ -71,13 +85,11 @@ INLINE void starts(const enum layout order, const int zero, const int8_t *q, int
     const vint z = v_bytes(zero < 128 ? zero : 64), none = v_bytes(0);
     const int step = is_chain(order) ? 2 : 1;
     for (int v = 0; v < VECTORS; v += step, start += VECTOR / 4) {
-        int32_t sum[VECTOR / 4];
         vint s = v_dot(none, z, v_load(q + v * VECTOR));
         if (zero == 128) s = v_dot(s, z, v_load(q + v * VECTOR));
         if (step == 2) s = v_dot(s, z, v_load(q + (v + 1) * VECTOR));
         if (step == 2 && zero == 128) s = v_dot(s, z, v_load(q + (v + 1) * VECTOR));
-        memcpy(sum, &s, sizeof s);
-        for (int i = 0; i < VECTOR / 4; i++) start[i] = -sum[i];
+        v_store(start, v_minus(s));
     }
 }
 
@@ -89,30 +101,30 @@ INLINE void twice(__m256 a, __m256 b, float *out) {
 }
 
 /* A window from its activations in order. low, high: sums of 16 codes. */
-INLINE void fill_window(struct ready *x, const int w, const enum layout order, const int zero, const int group, const int8_t *q,
+INLINE void fill_window(struct window *x, const enum layout order, const int zero, const int group, const int8_t *q,
                         const float *d, const float *ds, const int32_t *low, const int32_t *high) {
-    arrange(order, q, x->q + w * WINDOW);
-    if (zero) starts(order, zero, x->q + w * WINDOW, x->start + w * WINDOW / 4);
+    arrange(order, q, x->q);
+    if (zero) starts(order, zero, x->q, x->start);
     const __m256 scale = _mm256_loadu_ps(d), minus = _mm256_set1_ps(-0.0f);
     if (group == 32) {
-        _mm256_store_ps(x->d + 16 * w, scale);
-        _mm256_store_ps(x->d + 16 * w + 8, _mm256_xor_ps(_mm256_loadu_ps(ds), minus));
+        _mm256_store_ps(x->d, scale);
+        _mm256_store_ps(x->d + 8, _mm256_xor_ps(_mm256_loadu_ps(ds), minus));
         return;
     }
-    twice(scale, scale, x->d + 16 * w);
+    twice(scale, scale, x->d);
     const __m256 first = _mm256_cvtepi32_ps(load256(low)), second = _mm256_cvtepi32_ps(load256(high));
     const __m256 less = _mm256_xor_ps(scale, minus);
-    twice(_mm256_mul_ps(less, first), _mm256_mul_ps(less, second), x->m + 16 * w);
+    twice(_mm256_mul_ps(less, first), _mm256_mul_ps(less, second), x->m);
 }
 
 /* Columns from .. from + n of a matrix, n at most CHUNK; what lies before `from` is there to be read. */
 INLINE void make_ready(struct ready *x, const enum layout order, const int zero, const int group, const struct kt_act *a,
                        int64_t from, int64_t n) {
     int w = 0;
-    x->full = (int)(n / WINDOW);
-    for (; w < x->full; w++) {
+    x->moved = -1, x->last = 0;
+    for (; w < n / WINDOW; w++) {
         const int64_t c = from + w * WINDOW, g = c / KT_ACT_GROUP;
-        fill_window(x, w, order, zero, group, a->q + c, a->d + g, a->ds + g, a->low + g, a->high + g);
+        fill_window(&x->window[w], order, zero, group, a->q + c, a->d + g, a->ds + g, a->low + g, a->high + g);
     }
     const int rest = (int)(n % WINDOW); /* a multiple of 32 */
     if (rest) {
@@ -125,8 +137,9 @@ INLINE void make_ready(struct ready *x, const enum layout order, const int zero,
         for (int i = 0; i < rest / 32; i++)
             d[at / 32 + i] = a->d[g + i], ds[at / 32 + i] = a->ds[g + i], low[at / 32 + i] = a->low[g + i],
                         high[at / 32 + i] = a->high[g + i];
-        x->last = narrow ? 0 : n - WINDOW;
-        fill_window(x, w++, order, zero, group, q, d, ds, low, high);
+        if (!narrow) x->moved = w, x->last = n - WINDOW;
+        fill_window(&x->window[w], order, zero, group, q, d, ds, low, high);
+        w++;
     }
     x->windows = w;
 }
@@ -144,23 +157,23 @@ struct sums {
 };
 INLINE struct sums no_sums(void) { return (struct sums){{v_zero(), v_zero()}, v_zero()}; }
 
-/* Window k of a row at w, `bytes` each. */
-INLINE const uint8_t *window(const struct ready *x, const uint8_t *w, int k, const int bytes) {
-    return k < x->full ? w + (size_t)k * bytes : w + offset_of(x->last, bytes);
-}
+/* For each window: x, its activations, and p, its `bytes` of a row at w. */
+#define EACH_WINDOW(ready, w, bytes)                                                                     \
+    const uint8_t *p = w, *const moved = w + offset_of((ready)->last, bytes);                            \
+    const struct window *x = (ready)->window, *const end = x + (ready)->windows, *const at = x + (ready)->moved; \
+    for (; x < end; x++, p = x == at ? moved : p + (bytes))
 
 /* Lines of what is read next; see kt_act. */
 INLINE void fetch(const uint8_t *p, size_t ahead, const int bytes) {
     for (int i = 0; i < bytes; i += 64) PREFETCH(p + i, ahead);
 }
 
-/* Activations of vector v of window w, and where its sum starts. */
-INLINE vint acts_of(const struct ready *x, int w, const int v) { return v_load(x->q + w * WINDOW + v * VECTOR); }
-INLINE vint start_of(const struct ready *x, int w, const int sum, const int zero) {
-    return zero ? v_load(x->start + w * WINDOW / 4 + sum * VECTOR / 4) : v_bytes(0);
+/* Where sum i of a window starts. */
+INLINE vint start_of(const struct window *x, const int i, const int zero) {
+    return zero ? v_load(x->start + i * (VECTOR / 4)) : v_bytes(0);
 }
 
-/* Add the sum of vector or chain i, whose codes meet scales of 32 (16) columns. */
+/* The scales, of 32 or 16 columns, that the sum of vector or chain i meets. */
 INLINE vfloat scales_of(const enum layout order, __m256 s, const int i) {
     switch (order) {
     case IN_ORDER: return v_pick8(s, LANES / 2 * i, 8, 1);

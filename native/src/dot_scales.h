@@ -43,37 +43,69 @@ INLINE __m256 scales_at(int type, const uint8_t *p, int64_t i) {
     }
 }
 
-/* out[i] = scale from + i of a line times m->scale, i < n; may write up to 7 more. */
-static void load_line(const struct kt_matrix *m, int64_t line, int64_t from, int64_t n, float *out) {
-    const uint8_t *p = m->scales + (size_t)line * m->scale_stride;
-    const __m256 all = _mm256_set1_ps(m->scale);
-    int64_t i = 0;
-    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, _mm256_mul_ps(scales_at(m->scale_type, p, from + i), all));
-    for (; i < n; i++) out[i] = scale_at(m->scale_type, p, from + i) * m->scale;
+/* Which scales some columns of a row meet, worked out once for all rows: divisions cost more than the scales. */
+struct scales {
+    const struct kt_matrix *m;
+    int64_t from, count;       /* scales of a line */
+    int64_t groups, up_to;     /* of columns; zeros follow up to 256 columns, and at least 8 */
+    int64_t each;              /* groups that share a scale, 0: not the same number throughout */
+    int64_t first;             /* column */
+    int group;
+    float factor;
+    int64_t left;              /* rows that meet the scales at hand */
+};
+
+/* Columns c .. c + n, in groups of `group`; c is a multiple of 256. Scales are multiplied by m->scale and by `factor`. */
+INLINE struct scales scales_of_columns(const struct kt_matrix *m, int64_t c, int64_t n, const int group, float factor) {
+    struct scales s = {.m = m, .from = c / m->scale_cols, .groups = (n + group - 1) / group, .first = c, .group = group};
+    s.count = (c + n - 1) / m->scale_cols + 1 - s.from;
+    s.up_to = s.groups + 8 > 256 / group ? s.groups + 8 : 256 / group;
+    s.each = s.count == 1 ? s.groups : m->scale_cols % group ? 0 : m->scale_cols / group;
+    if (s.each > 8 ? s.each % 8 != 0 && s.count > 1 : s.each && 8 % s.each != 0) s.each = 0;
+    s.factor = m->scale * factor;
+    return s;
 }
 
-/* out[g] = the scale of columns c + g * group .. of a row, as many groups as n columns have. out has room for 16 more,
- * and `line` for n / 16 + 16. c is a multiple of 256. */
-static void row_scales(const struct kt_matrix *m, int64_t row, int64_t c, int64_t n, const int group, float *line, float *out) {
-    const int64_t each = m->scale_cols, from = c / each, count = (c + n - 1) / each + 1 - from, groups = (n + group - 1) / group;
-    const int64_t times = each / group; /* groups that share a scale */
-    for (int64_t g = groups; g * group < 256; g++) out[g] = 0.0f; /* rows narrower than a window */
-    if (each == group) {
-        load_line(m, row / m->scale_rows, from, count, out);
-        return;
+/* out[i] = scale from + i of a line. */
+INLINE void load_line(const struct scales *s, int64_t line, float *out) {
+    const uint8_t *p = s->m->scales + (size_t)line * s->m->scale_stride;
+    const __m256 factor = _mm256_set1_ps(s->factor);
+    const size_t ahead = KT_SCALES_AHEAD * s->m->scale_stride;
+    int64_t i = 0;
+    PREFETCH(p, ahead);
+    for (size_t b = 64; b < s->m->scale_stride; b += 64) PREFETCH(p + b, ahead);
+    for (; i + 8 <= s->count; i += 8) _mm256_storeu_ps(out + i, _mm256_mul_ps(scales_at(s->m->scale_type, p, s->from + i), factor));
+    for (; i < s->count; i++) out[i] = scale_at(s->m->scale_type, p, s->from + i) * s->factor;
+}
+
+/* out[g] = the scale of group g, from a line; may write up to 7 more. */
+INLINE void spread_line(const struct scales *s, const float *line, float *out) {
+    const __m256i lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+    if (s->each == 0) {
+        for (int64_t g = 0; g < s->groups; g++) out[g] = line[(s->first + g * s->group) / s->m->scale_cols - s->from];
+    } else if (s->each >= 8) {
+        for (int64_t g = 0; g < s->groups; line++)
+            for (const int64_t end = s->count == 1 ? s->groups : g + s->each; g < end; g += 8) _mm256_storeu_ps(out + g, _mm256_set1_ps(*line));
+    } else { /* 2 or 4 */
+        const __m256i at = _mm256_srlv_epi32(lane, _mm256_set1_epi32(s->each == 2 ? 1 : 2));
+        const int64_t step = s->each == 2 ? 4 : 2;
+        for (int64_t g = 0; g < s->groups; g += 8, line += step)
+            _mm256_storeu_ps(out + g, _mm256_permutevar8x32_ps(_mm256_loadu_ps(line), at));
     }
-    load_line(m, row / m->scale_rows, from, count, line);
-    if (count == 1) {
-        for (int64_t g = 0; g < groups; g += 8) _mm256_storeu_ps(out + g, _mm256_set1_ps(line[0]));
-    } else if (each % group == 0 && times % 8 == 0) {
-        for (int64_t g = 0; g < groups; g += 8) _mm256_storeu_ps(out + g, _mm256_set1_ps(line[(c + g * group) / each - from]));
-    } else if (each % group == 0 && 8 % times == 0) { /* times is 2 or 4, and c a multiple of each */
-        const __m256i at = _mm256_srlv_epi32(_mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0), _mm256_set1_epi32(times == 2 ? 1 : 2));
-        for (int64_t g = 0; g < groups; g += 8)
-            _mm256_storeu_ps(out + g, _mm256_permutevar8x32_ps(_mm256_loadu_ps(line + g / times), at));
+}
+
+/* The scales of a row, unless they are those of the row before. out and line have room for up_to groups and 16 more. */
+INLINE void scales_of_row(struct scales *s, int64_t row, float *line, float *out) {
+    if (s->left-- > 0) return;
+    const int64_t rows = s->m->scale_rows, at = rows == 1 ? row : row / rows;
+    s->left = rows == 1 ? 0 : rows - row % rows - 1;
+    if (s->each == 1) {
+        load_line(s, at, out);
     } else {
-        for (int64_t g = 0; g < groups; g++) out[g] = line[(c + g * group) / each - from];
+        load_line(s, at, line);
+        spread_line(s, line, out);
     }
+    for (int64_t g = s->groups; g < s->up_to; g++) out[g] = 0.0f;
 }
 
 #endif

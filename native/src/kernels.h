@@ -16,7 +16,8 @@
 #include "traits.h"
 
 #define KT_TILE 16          /* weight rows interleaved in a panel tile */
-#define KT_DOT_ROWS 16      /* weight rows of a decode kernel's call */
+#define KT_DOT_ROWS 64      /* weight rows of a decode kernel's call */
+#define KT_SCALES_AHEAD 16  /* lines of scales beside the codes that are fetched before they are needed */
 #define KT_ACT_GROUP 32     /* activations that share an int8 scale */
 #define KT_PANEL_BYTES 2048 /* bytes of a panel row: 2048 codes, 1024 bf16 or 512 floats. 64 rows take 128 KiB of L2 */
 #define KT_CACHE_BYTES 512  /* of them, what a GEMM takes at once: two tiles are 16 KiB and stay in L1 for all tokens */

@@ -124,6 +124,15 @@ static size_t ahead_of(const struct kt_matrix *w, int64_t first, int64_t r, int6
     return (uintptr_t)then - (uintptr_t)(w->data + (size_t)(first + r) * w->stride);
 }
 
+/* The scales that the next block meets first. */
+static void fetch_scales(struct kt_next next) {
+    const struct kt_matrix *w = next.w;
+    if (!w || !w->scales) return;
+    const uint8_t *line = w->scales + (size_t)(next.first / w->scale_rows) * w->scale_stride;
+    const size_t bytes = w->scale_stride * (w->scale_rows == 1 ? KT_SCALES_AHEAD : 1);
+    for (size_t b = 0; b < bytes && b < 4096; b += 64) __builtin_prefetch(line + b);
+}
+
 /* A few rows at a time, each met by every token while its bytes are in the first-level cache. */
 static void dot_block(const struct kt_kernels *k, const struct kt_matrix *w, int64_t first, int rows,
                       const struct kt_acts *a, const int32_t *token, int tokens, struct kt_next next, float *c, int64_t ldc) {
@@ -138,6 +147,7 @@ static void dot_block(const struct kt_kernels *k, const struct kt_matrix *w, int
             dot(w, first + r, n, &one, c + i * ldc + r);
         }
     }
+    fetch_scales(next);
 }
 
 /* Rows first .. first + rows, `bytes` of a panel row at a time. */

@@ -22,6 +22,8 @@ INLINE vint v_once(vint v) {
     __asm__("" : "+v"(v));
     return v;
 }
+INLINE void v_store(void *p, vint v) { _mm512_storeu_si512(p, v); }
+INLINE vint v_minus(vint v) { return _mm512_sub_epi32(_mm512_setzero_si512(), v); } /* of int32 */
 INLINE vint v_bytes(int x) { return _mm512_set1_epi8((char)x); }
 INLINE vint v_bytes_halves(int x, int y) { return _mm512_inserti64x4(v_bytes(x), _mm256_set1_epi8((char)y), 1); }
 INLINE vint v_bit_of_byte(void) { return _mm512_set1_epi64((long long)0x8040201008040201); } /* bit i % 8 of byte i */
@@ -30,6 +32,9 @@ INLINE vint v_low4(vint v) { return _mm512_and_si512(v, v_bytes(15)); }
 INLINE vint v_high4(vint v) { return v_low4(_mm512_srli_epi16(v, 4)); }
 INLINE vint v_shift_right(vint v, const int n) { return _mm512_srli_epi16(v, n); } /* bits of the next byte come in */
 INLINE vint v_flip(vint v) { return _mm512_xor_si512(v, v_bytes(-128)); }
+
+INLINE vint v_max(vint a, vint b) { return _mm512_max_epu8(a, b); }
+INLINE int v_any_byte_is(vint v, int x) { return _mm512_cmpeq_epi8_mask(v, v_bytes(x)) != 0; }
 
 /* Lane l: the 16 bytes at p + l * step. */
 INLINE vint v_lanes(const uint8_t *p, size_t step) {
@@ -97,8 +102,8 @@ INLINE vfloat v_mul(vfloat a, vfloat b) { return _mm512_mul_ps(a, b); }
 INLINE vfloat v_fma(vfloat a, vfloat b, vfloat c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE float v_sum(vfloat v) { return _mm512_reduce_add_ps(v); }
 
-/* out[i] = sum of v[i], i < n <= 16. */
-INLINE void v_sums(const vfloat *v, int n, float *out) {
+/* The same for n <= 16; v has 16 to be read. */
+INLINE void sums16(const vfloat *v, int n, float *out) {
     __m512 t[4];
     for (int i = 0; i < 4; i++) { /* lane l of t[i]: of 4 vectors, the sums of their lanes l */
         __m512 a = v[4 * i], b = v[4 * i + 1], c = v[4 * i + 2], d = v[4 * i + 3];
@@ -112,9 +117,21 @@ INLINE void v_sums(const vfloat *v, int n, float *out) {
     _mm512_mask_storeu_ps(out, (__mmask16)((1u << n) - 1), x);
 }
 
-/* Low or high half of a vector of fp16. */
-INLINE vfloat v_half_low(vint v) { return _mm512_cvtph_ps(_mm512_castsi512_si256(v)); }
-INLINE vfloat v_half_high(vint v) { return _mm512_cvtph_ps(_mm512_extracti64x4_epi64(v, 1)); }
+/* out[i] = sum of v[i], i < n. */
+INLINE void v_sums(const vfloat *v, int n, float *out) {
+    for (int i = 0; i < n; i += 16) sums16(v + i, n - i < 16 ? n - i : 16, out + i);
+}
+
+/* Byte b of each dword, which is e4m3, as a float of 2^-120 of it. */
+INLINE vfloat v_e4m3_byte(vint v, const int b) {
+    const __m512i bits = _mm512_srai_epi32(b == 3 ? v : _mm512_slli_epi32(v, 24 - 8 * b), 4);
+    return _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32((int)0x87f00000)));
+}
+
+/* s[0] in the first half, s[1] in the second. */
+INLINE vfloat v_halves_of(const float *s) {
+    return _mm512_mask_broadcastss_ps(_mm512_set1_ps(s[0]), 0xff00, _mm_load_ss(s + 1));
+}
 
 /* acc + eight floats. */
 INLINE vfloat v_add8(vfloat acc, __m256 v) { return _mm512_add_ps(acc, _mm512_zextps256_ps512(v)); }
