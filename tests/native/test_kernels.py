@@ -99,6 +99,22 @@ def test_linear_equals_portable(name, nasty):
                     assert_equal_up_to_summation(linear(x), expected, weight, x, case)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_jobs_of_full_size(name):
+    """A thread's jobs grow to 64 rows only where there are many: the last of 403 rows, too, equals portable C's."""
+    rng = rng_for("jobs", name)
+    weight = random_weight(rng, name, 403, 512)
+    linear = native.Linear(weight)
+    native.set_threads(1)
+    for tokens in (1, 2, 9):
+        x = activations(rng, tokens, 512, nasty=False)
+        native.set_isa("portable")
+        expected = linear(x)
+        for isa in ISAS[1:]:
+            native.set_isa(isa)
+            assert_equal_up_to_summation(linear(x), expected, weight, x, f"{name} T={tokens} {isa}")
+
+
 @pytest.mark.parametrize("nasty", [False, True], ids=["plain", "nasty"])
 def test_bf16_activations_equal_portable(nasty):
     """BF16 weights with bf16 activations, which have a GEMM of their own, give portable C's fp32 result.

@@ -25,6 +25,7 @@ def _restore():
     yield
     native.set_exact(False)
     native.set_panel_threshold(0)
+    native.set_threads(None)
     native.set_isa(ISAS[-1])
 
 
@@ -99,6 +100,24 @@ def test_linear_equals_dequantized_weights(name):
                 worst = ((linear(x).double() - expected).abs() / bound(weight, values, x, isa)).max().item()
                 case = f"{name} [{rows}, {cols}] T={tokens} {isa} threshold={threshold}"
                 assert worst <= 1.0, f"{case}: {worst:.2f} times the bound"
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_jobs_of_full_size(name):
+    """A thread's jobs grow to 64 rows only where there are many: all of 408 rows equal portable C's."""
+    rng = rng_for("jobs", name)
+    weight = random_scaled(rng, KINDS[name], 408, 512)
+    linear, values = native.Linear(weight), weight.dequantize().double()
+    native.set_threads(1)
+    for tokens in (1, 2, 9):
+        x = activations(rng, tokens, 512, nasty=False)
+        native.set_isa("portable")
+        expected = linear(x).double()
+        assert relative(expected, computed_from(weight, x) @ values.T) < 1e-3  # a code may round to its neighbour
+        for isa in ISAS[1:]:
+            native.set_isa(isa)
+            worst = ((linear(x).double() - expected).abs() / bound(weight, values, x, isa)).max().item()
+            assert worst <= 1.0, f"{name} T={tokens} {isa}: {worst:.2f} times the bound"
 
 
 @EACH

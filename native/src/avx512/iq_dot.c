@@ -501,7 +501,7 @@ INLINE void sums_of(const __m512 v[16], int n, float *out) {
                     sum[r + i] = _mm512_add_ps(sum[r + i], _mm512_add_ps(acc[i][0], acc[i][1]));                     \
             }                                                                                                        \
         }                                                                                                            \
-        sums_of(sum, rows, out);                                                                                     \
+        for (int r = 0; r < rows; r += 16) sums_of(sum + r, rows - r < 16 ? rows - r : 16, out + r);                 \
     }
 DOT(iq1_s, meet_iq1_s, POINTS8, 50, 9, 2)
 DOT(iq1_m, meet_iq1_m, POINTS8_16, 56, 9, 2)
