@@ -1,11 +1,7 @@
-/* dot_float_impl.h: decode of floats, compiled for AVX2 and AVX-512 alike: the includer brings dot_vec.h, and of each plain
+/* dot_float_impl.h: decode of plain floats, compiled for AVX2, AVX-512 and NEON alike: the includer brings dot_vec.h, and of each plain
  * format what to do with the last columns. One row after the other: see dot_rows.h. */
 #ifndef KT_DOT_FLOAT_IMPL_H
 #define KT_DOT_FLOAT_IMPL_H
-
-#include <math.h>
-
-#include "dot_scales.h"
 
 enum { EACH = VECTOR / 4 }; /* floats of a vector */
 
@@ -28,85 +24,6 @@ enum { EACH = VECTOR / 4 }; /* floats of a vector */
         }                                                                                                            \
     }
 
-/* ---- e4m3 ------------------------------------------------------------------------------------------- */
-
-/* Bits seeeemmm, spread to sign, low half of the exponent and high end of the mantissa of a float, are 2^-120 of the
- * value, subnormals included: shifts and a mask in place of a conversion. Activations are moved up by a power of two
- * that keeps products of such numbers in range, and the scales take both powers back. */
-
-/* Columns of a row at once: their activations, rearranged, are half of a small first-level cache. */
-enum { F8_CHUNK = 4096, F8_EXPONENT = 120 };
-
-/* The power of two by which the activations may be multiplied. Infinities and NaNs, which stay what they are, count as 0. */
-INLINE int room_above(const float *x, int64_t n) {
-    uint32_t most = 0;
-    for (int64_t i = 0; i < n; i++) {
-        const uint32_t bits = kt_float_bits(x[i]) & 0x7fffffffu;
-        most = bits > most ? bits : most;
-    }
-    const int exponent = (int)(most >> 23);
-    return exponent == 255 ? 0 : exponent < 133 ? 120 : 253 - exponent;
-}
-
-INLINE float power_of_two(int n) { return kt_bits_float((uint32_t)(n + 127) << 23); }
-
-/* n activations times 2^power: of each VECTOR columns those of the first bytes of dwords, then of the second .. fourth. */
-INLINE void part_dwords(const float *x, int64_t n, int power, float *out) {
-    const float factor = power_of_two(power);
-    int64_t c = 0;
-    for (; c + VECTOR <= n; c += VECTOR)
-        for (int j = 0; j < EACH; j++)
-            for (int b = 0; b < 4; b++) out[c + b * EACH + j] = x[c + 4 * j + b] * factor;
-    if (c == n) return;
-    memset(out + c, 0, VECTOR * sizeof *out);
-    for (int64_t i = 0; i < n - c; i++) out[c + i % 4 * EACH + i / 4] = x[c + i] * factor;
-}
-
-/* What a row has come to: sums, and the largest magnitude of a code, of which 127 is NaN. */
-struct f8_sums {
-    vfloat s[2];
-    vint most;
-};
-
-INLINE void f8_vector(struct f8_sums *t, const int chain, vint v, const float *x, const float *scale) {
-    vfloat sum = v_mul(v_e4m3_byte(v, 0), v_load_f32(x));
-    for (int b = 1; b < 4; b++) sum = v_fma(v_e4m3_byte(v, b), v_load_f32(x + b * EACH), sum);
-    t->s[chain] = v_fma(sum, v_halves_of(scale), t->s[chain]);
-    t->most = v_max(t->most, v_and(v, v_bytes(127)));
-}
-
-INLINE void f8_row(struct f8_sums *t, const uint8_t *p, size_t ahead, const float *x, int64_t n, const float *scale) {
-    int64_t c = 0;
-    for (; c + 2 * VECTOR <= n; c += 2 * VECTOR) {
-        for (int i = 0; i < 2 * VECTOR; i += 64) PREFETCH(p + c + i, ahead);
-        for (int i = 0; i < 2; i++)
-            f8_vector(t, i, v_once(v_load(p + c + i * VECTOR)), x + c + i * VECTOR, scale + (c + i * VECTOR) / 32);
-    }
-    for (; c < n; c += VECTOR) {
-        uint8_t rest[VECTOR] = {0};
-        memcpy(rest, p + c, (size_t)(n - c < VECTOR ? n - c : VECTOR));
-        f8_vector(t, 0, v_load(rest), x + c, scale + c / 32);
-    }
-}
-
-static void dot_f8(const struct kt_matrix *m, int64_t first, int rows, const struct kt_act *a, float *out) {
-    _Alignas(64) float x[F8_CHUNK + VECTOR], scale[F8_CHUNK / 32 + 32], line[F8_CHUNK / 32 + 32];
-    struct f8_sums t[KT_DOT_ROWS];
-    for (int r = 0; r < rows; r++) t[r] = (struct f8_sums){{v_zero(), v_zero()}, v_bytes(0)};
-    for (int64_t c = 0; c < m->cols; c += F8_CHUNK) {
-        const int64_t n = m->cols - c < F8_CHUNK ? m->cols - c : F8_CHUNK;
-        const int power = room_above(a->f + c, n);
-        struct scales at = scales_of_columns(m, c, n, 32, power_of_two(F8_EXPONENT - power));
-        part_dwords(a->f + c, n, power, x);
-        for (int r = 0; r < rows; r++) {
-            scales_of_row(&at, first + r, line, scale);
-            f8_row(&t[r], m->data + (size_t)(first + r) * m->stride + c, a->ahead, x, n, scale);
-        }
-    }
-    for (int r = 0; r < rows; r++) out[r] = v_any_byte_is(t[r].most, 127) ? NAN : v_sum(v_add(t[r].s[0], t[r].s[1]));
-}
-
-#define FILL_FLOATS(k) ((k)->dot[KT_FMT_F32] = dot_f32, (k)->dot[KT_FMT_F16] = dot_f16, (k)->dot[KT_FMT_BF16] = dot_bf16, \
-                        (k)->dot[KT_FMT_F8_E4M3] = dot_f8)
+#define FILL_FLOATS(k) ((k)->dot[KT_FMT_F32] = dot_f32, (k)->dot[KT_FMT_F16] = dot_f16, (k)->dot[KT_FMT_BF16] = dot_bf16)
 
 #endif

@@ -1,6 +1,7 @@
 /* Decode of floats for AVX-512, one row after the other: see ../dot_rows.h for why. */
 #include "dot_vec.h"
 #include "../dot_float_impl.h"
+#include "../dot_f8_impl.h"
 
 /* The last columns of a row, fewer than a vector of floats. */
 #define REST(name, size, load)                                                                    \
@@ -13,4 +14,7 @@ REST(f32, 4, _mm512_maskz_loadu_ps)
 REST(f16, 2, load_f16_mask)
 REST(bf16, 2, load_bf16_mask)
 
-void kt_fill_dot_float_avx512(struct kt_kernels *k) { FILL_FLOATS(k); }
+void kt_fill_dot_float_avx512(struct kt_kernels *k) {
+    FILL_FLOATS(k);
+    k->dot[KT_FMT_F8_E4M3] = dot_f8;
+}
