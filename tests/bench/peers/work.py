@@ -37,10 +37,10 @@ class Shape:
 
 
 def shapes(memory: int) -> dict[str, Shape]:
-    """The three shapes. S3 takes the largest power of two of experts of which six bf16 copies fit in 70 % of
+    """The three shapes. S3 takes the largest power of two of experts of which six bf16 copies fit in half of
     `memory` bytes (four peers, of which two hold a second copy while they load), at most its model's 256."""
     each = 3 * 7168 * 2048 * 2
-    fit = max(8, min(256, int(0.7 * memory) // (6 * each)))
+    fit = max(8, min(256, memory // 2 // (6 * each)))
     return {
         "S1": Shape("S1", 2048, 768, 128, 8),  # Qwen3-30B-A3B
         "S2": Shape("S2", 2048, 1408, 64, 6),  # DeepSeek-V2-Lite
