@@ -62,7 +62,7 @@ INLINE vint u8_codes(vint v) { return v_wide_unsigned(v); }
 /* The dot kernel of a type; bytes: of 256 columns. The last window of a chunk may start before it, but not before the
  * first column of a row, so that scales are read from 256 columns before the chunk on. */
 #define BESIDE_DOT(name, order, group, zero, bytes)                                                                      \
-    static void dot_##name##_##group(const struct kt_matrix *m, int64_t first, int rows, const struct kt_act *a, float *out) { \
+    static void one_##name##_##group(const struct kt_matrix *m, int64_t first, int rows, const struct kt_act *a, size_t ahead, float *out) { \
         struct ready x;                                                                                                  \
         vfloat sum[KT_DOT_ROWS];                                                                                         \
         float line[ROW_SCALES], scales[ROW_SCALES];                                                                      \
@@ -75,7 +75,7 @@ INLINE vint u8_codes(vint v) { return v_wide_unsigned(v); }
                 uint8_t padded[(bytes) + 64];                                                                            \
                 if (m->cols < WINDOW) p = pad(padded, sizeof padded, p, (size_t)offset_of(m->cols, bytes));              \
                 scales_of_row(&at, first + r, line, scales);                                                             \
-                struct sums t = name##_##group##_row(p, a->ahead, &x, scales + before / group);                          \
+                struct sums t = name##_##group##_row(p, ahead, &x, scales + before / group);                          \
                 sum[r] = c ? v_add(sum[r], v_add(t.s[0], t.s[1])) : v_add(t.s[0], t.s[1]);                               \
             }                                                                                                            \
         }                                                                                                                \
@@ -89,9 +89,10 @@ INLINE vint u8_codes(vint v) { return v_wide_unsigned(v); }
     kind(name##_32, 32, zero) kind(name##_16, 16, zero)                                                              \
     BESIDE_DOT(name, order, 32, zero, bytes)                                                                         \
     BESIDE_DOT(name, order, 16, zero, bytes)                                                                         \
-    static void dot_##name(const struct kt_matrix *m, int64_t first, int rows, const struct kt_act *a, float *out) { \
-        (m->group == 32 ? dot_##name##_32 : dot_##name##_16)(m, first, rows, a, out);                                \
-    }
+    static void one_##name(const struct kt_matrix *m, int64_t first, int rows, const struct kt_act *a, size_t ahead, float *out) { \
+        (m->group == 32 ? one_##name##_32 : one_##name##_16)(m, first, rows, a, ahead, out);                                \
+    }                                                                                                                          \
+    KT_DOT_EACH(name)
 
 BOTH(CHAIN, i4, EVENS, 8, WINDOW / 2)
 BOTH(CHAIN, f4, EVENS, 12, WINDOW / 2)

@@ -65,7 +65,7 @@ INLINE void f8_row(struct f8_sums *t, const uint8_t *p, size_t ahead, const floa
     }
 }
 
-static void dot_f8(const struct kt_matrix *m, int64_t first, int rows, const struct kt_act *a, float *out) {
+static void one_f8(const struct kt_matrix *m, int64_t first, int rows, const struct kt_act *a, size_t ahead, float *out) {
     _Alignas(64) float x[F8_CHUNK + VECTOR], scale[F8_CHUNK / 32 + 32], line[F8_CHUNK / 32 + 32];
     struct f8_sums t[KT_DOT_ROWS];
     for (int r = 0; r < rows; r++) t[r] = (struct f8_sums){{v_zero(), v_zero()}, v_bytes(0)};
@@ -76,10 +76,11 @@ static void dot_f8(const struct kt_matrix *m, int64_t first, int rows, const str
         part_dwords(a->f + c, n, power, x);
         for (int r = 0; r < rows; r++) {
             scales_of_row(&at, first + r, line, scale);
-            f8_row(&t[r], m->data + (size_t)(first + r) * m->stride + c, a->ahead, x, n, scale);
+            f8_row(&t[r], m->data + (size_t)(first + r) * m->stride + c, ahead, x, n, scale);
         }
     }
     for (int r = 0; r < rows; r++) out[r] = v_any_byte_is(t[r].most, 127) ? NAN : v_sum(v_add(t[r].s[0], t[r].s[1]));
 }
+KT_DOT_EACH(f8)
 
 #endif

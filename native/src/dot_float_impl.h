@@ -7,13 +7,13 @@ enum { EACH = VECTOR / 4 }; /* floats of a vector */
 
 /* Four chains hide the latency of the multiply-add. */
 #define FLOATS(name, size)                                                                                           \
-    static void dot_##name(const struct kt_matrix *m, int64_t first, int rows, const struct kt_act *a, float *out) { \
+    static void one_##name(const struct kt_matrix *m, int64_t first, int rows, const struct kt_act *a, size_t ahead, float *out) { \
         for (int r = 0; r < rows; r++) {                                                                             \
             const uint8_t *p = m->data + (size_t)(first + r) * m->stride;                                            \
             vfloat s[4] = {v_zero(), v_zero(), v_zero(), v_zero()};                                                  \
             int64_t c = 0;                                                                                           \
             for (; c + 4 * EACH <= m->cols; c += 4 * EACH, p += 4 * EACH * size) {                             \
-                for (int i = 0; i < 4 * EACH * size; i += 64) PREFETCH(p + i, a->ahead);                           \
+                for (int i = 0; i < 4 * EACH * size; i += 64) PREFETCH(p + i, ahead);                           \
                 for (int i = 0; i < 4; i++)                                                                          \
                     s[i] = v_fma(v_load_##name(p + i * EACH * size), v_load_f32(a->f + c + i * EACH), s[i]);     \
             }                                                                                                        \
@@ -22,7 +22,8 @@ enum { EACH = VECTOR / 4 }; /* floats of a vector */
             if (c < m->cols) s[0] = name##_rest(s[0], p, a->f + c, (int)(m->cols - c));                              \
             out[r] = v_sum(v_add(v_add(s[0], s[1]), v_add(s[2], s[3])));                                             \
         }                                                                                                            \
-    }
+    }                                                                                                                          \
+    KT_DOT_EACH(name)
 
 #define FILL_FLOATS(k) ((k)->dot[KT_FMT_F32] = dot_f32, (k)->dot[KT_FMT_F16] = dot_f16, (k)->dot[KT_FMT_BF16] = dot_bf16)
 

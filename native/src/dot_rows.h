@@ -197,7 +197,7 @@ INLINE const uint8_t *pad(uint8_t *room, size_t size, const uint8_t *p, size_t b
 
 /* The dot kernel of a format from its row function. bytes: of 256 columns; a row narrower than that is padded. */
 #define DOT(name, order, zero, group, bytes)                                                                         \
-    static void dot_##name(const struct kt_matrix *m, int64_t first, int rows, const struct kt_act *a, float *out) { \
+    static void one_##name(const struct kt_matrix *m, int64_t first, int rows, const struct kt_act *a, size_t ahead, float *out) { \
         struct ready x;                                                                                              \
         vfloat sum[KT_DOT_ROWS];                                                                                     \
         for (int64_t c = 0; c < m->cols; c += CHUNK) {                                                               \
@@ -206,12 +206,13 @@ INLINE const uint8_t *pad(uint8_t *room, size_t size, const uint8_t *p, size_t b
                 const uint8_t *p = m->data + (size_t)(first + r) * m->stride + offset_of(c, bytes);                  \
                 uint8_t padded[(bytes) + 64];                                                                        \
                 if (m->cols < WINDOW) p = pad(padded, sizeof padded, p, (size_t)offset_of(m->cols, bytes));          \
-                struct sums t = name##_row(p, a->ahead, &x);                                                         \
+                struct sums t = name##_row(p, ahead, &x);                                                         \
                 const vfloat v = v_add(v_add(t.s[0], t.s[1]), t.mins);                                               \
                 sum[r] = c ? v_add(sum[r], v) : v;                                                                   \
             }                                                                                                        \
         }                                                                                                            \
         v_sums(sum, rows, out);                                                                                      \
-    }
+    }                                                                                                                          \
+    KT_DOT_EACH(name)
 
 #endif

@@ -2,7 +2,7 @@
  *
  *   dot     one or two tokens: a pass over packed bytes that unpacks in registers (formats that have such a kernel)
  *   strips  few tokens: 16 rows x 512 columns are unpacked into the first-level cache and met by all tokens
- *   panels  many tokens: 64 rows x 2048 columns are unpacked into the second-level cache; while a GEMM works on
+ *   panels  many tokens: 128 rows x 2048 columns are unpacked into the second-level cache; while a GEMM works on
  *           them it fetches the packed bytes of the next panel
  *
  * No intrinsics, no threads, no experts. */
@@ -133,18 +133,25 @@ static void fetch_scales(struct kt_next next) {
     for (size_t b = 0; b < bytes && b < 4096; b += 64) __builtin_prefetch(line + b);
 }
 
+static struct kt_act act_of(const struct kt_acts *a, int32_t token) {
+    const int64_t at = token * a->stride, g = at / KT_ACT_GROUP;
+    struct kt_act one = {.f = a->f + at};
+    if (a->q) one.q = a->q + at, one.d = a->d + g, one.ds = a->ds + g, one.low = a->low + g, one.high = a->high + g;
+    return one;
+}
+
 /* A few rows at a time, each met by every token while its bytes are in the first-level cache. */
 static void dot_block(const struct kt_kernels *k, const struct kt_matrix *w, int64_t first, int rows,
                       const struct kt_acts *a, const int32_t *token, int tokens, struct kt_next next, float *c, int64_t ldc) {
     kt_dot_fn dot = k->dot[w->format];
     for (int r = 0; r < rows; r += KT_DOT_ROWS) {
         int n = (int)kt_min(rows - r, KT_DOT_ROWS);
-        for (int i = 0; i < tokens; i++) {
-            const int64_t at = token[i] * a->stride, g = at / KT_ACT_GROUP;
-            struct kt_act one = {.f = a->f + at, .ahead = ahead_of(w, first, r, rows, next)};
-            if (a->q)
-                one.q = a->q + at, one.d = a->d + g, one.ds = a->ds + g, one.low = a->low + g, one.high = a->high + g;
-            dot(w, first + r, n, &one, c + i * ldc + r);
+        const size_t ahead = ahead_of(w, first, r, rows, next);
+        for (int i = 0; i < tokens; i += KT_DOT_TOKENS) {
+            struct kt_act few[KT_DOT_TOKENS];
+            const int some = (int)kt_min(tokens - i, KT_DOT_TOKENS);
+            for (int j = 0; j < some; j++) few[j] = act_of(a, token[i + j]);
+            dot(w, first + r, n, few, some, ahead, c + i * ldc + r, ldc);
         }
     }
     fetch_scales(next);

@@ -2,11 +2,11 @@
  *
  *   sort the (token, slot) pairs by expert                        counting sort; a pair's place is its `pos`
  *   for each token:             x[t]   = fp32, int8 or bf16 form of hidden[t]
- *   for each expert, 64 rows:   g      = gate_e @ x[tokens of e]         decode or panel path, by their number
+ *   for each expert, 128 rows:  g      = gate_e @ x[tokens of e]         decode or panel path, by their number
  *                               u      = up_e   @ x[tokens of e]
  *                               m[pos] = act(g) * u
  *   for each pos:               m[pos] in the form that down wants
- *   for each expert, 64 rows:   y[pos] = down_e @ m[pos of e]
+ *   for each expert, 128 rows:  y[pos] = down_e @ m[pos of e]
  *   for each token:             out[t] = sum over slots k, in order, of weights[t,k] * y[pos(t,k)]
  *
  * REGULARITIES
@@ -18,8 +18,8 @@
  *    rows whose pages lie near them (kt_experts_place), and m, small beside the weights, crosses between nodes.
  *  - Some experts get no token at all and cost nothing; one may get them all.
  *
- * EXAMPLE (H=2048, I=1408, E=64, K=6, T=512): 3072 pairs; 64 x 22 gate/up jobs of up to 64 rows x 2048 columns
- * for about 48 tokens each; m is [3072, 1408]; 64 x 32 down jobs; y is [3072, 2048]. */
+ * EXAMPLE (H=2048, I=1408, E=64, K=6, T=512): 3072 pairs; 64 x 11 gate/up jobs of up to 128 rows x 2048 columns
+ * for about 48 tokens each; m is [3072, 1408]; 64 x 16 down jobs; y is [3072, 2048]. */
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>

@@ -4,7 +4,6 @@
 
 #include "matrix.h"
 
-#define KT_BLOCK_ROWS 64  /* weight rows of a panel and of a job */
 #define KT_BLOCK_COLS 256 /* a multiple of every format's block */
 
 /* ---- memory: lay out twice, first with base NULL to learn the size ---- */
@@ -23,7 +22,7 @@ void kt_arena_free(void *memory);
 
 /* Scratch of one thread. */
 struct kt_scratch {
-    uint32_t *data;             /* panel: 64 rows */
+    uint32_t *data;             /* panel: KT_BLOCK_ROWS rows */
     float *scales, *mins;
     uint32_t *stage;            /* 16 rows, row-major, before interleaving */
     float *stage_scales, *stage_mins;

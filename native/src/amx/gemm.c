@@ -17,7 +17,7 @@
 
 enum {
     TOKENS = 16,   /* rows of a tile */
-    MAX_TILES = 4, /* of a panel: KT_BLOCK_ROWS / KT_TILE */
+    MAX_TILES = KT_BLOCK_ROWS / KT_TILE, /* of a panel */
 #ifdef KT_AMX_EMULATED
     Q8_TOKENS = 1, /* to see the bits of tiles, whatever the number of tokens */
 #else

@@ -11,7 +11,7 @@
 
 /* The next rows, not the rest of this one: see ../avx512/common.h. */
 INLINE size_t next_rows(size_t stride, int rows) { return stride * (size_t)rows > 8192 ? stride * (size_t)rows : 8192; }
-#define PREFETCH(p, ahead) _mm_prefetch((const char *)(uintptr_t)((uintptr_t)(p) + (ahead)), _MM_HINT_T0)
+#define PREFETCH(p, ahead) _mm_prefetch((const char *)(uintptr_t)((uintptr_t)(p) + (ahead)), _MM_HINT_T1)
 
 INLINE __m128i load128(const void *p) { return _mm_loadu_si128((const __m128i_u *)p); }
 INLINE __m256i load256(const void *p) { return _mm256_loadu_si256((const __m256i_u *)p); }

@@ -7,14 +7,16 @@
 static inline const uint8_t *row_at(const uint8_t *w, size_t stride, int r) { return w + (size_t)r * stride; }
 
 #define DOT(name)                                                                                                    \
-    static void dot_##name(const struct kt_matrix *m, int64_t first, int rows, const struct kt_act *a, float *out) { \
+    static void one_##name(const struct kt_matrix *m, int64_t first, int rows, const struct kt_act *a, size_t ahead, float *out) { \
+        (void)ahead; /* the next rows */\
         const size_t stride = m->stride;                                                                             \
         const uint8_t *w = m->data + (size_t)first * stride;                                                         \
         const int64_t cols = m->cols;                                                                                \
         int r = 0;                                                                                                   \
         for (; r + 2 <= rows; r += 2) name##_rows(row_at(w, stride, r), stride, 2, cols, a, out + r);                \
         if (r < rows) name##_rows(row_at(w, stride, r), stride, 1, cols, a, out + r);                                \
-    }
+    }                                                                                                                          \
+    KT_DOT_EACH(name)
 
 /* ---- floats ----------------------------------------------------------------------------------------- */
 

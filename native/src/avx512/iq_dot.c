@@ -462,7 +462,7 @@ INLINE void sums_of(const __m512 v[16], int n, float *out) {
 
 /* The dot kernel of a format, `each` rows at once. At the end of a row comes the next one, at the last the first again. */
 #define DOT(name, meet, unit, bytes, zero, each)                                                                     \
-    static void dot_##name(const struct kt_matrix *m, int64_t first, int rows, const struct kt_act *act, float *out) { \
+    static void one_##name(const struct kt_matrix *m, int64_t first, int rows, const struct kt_act *act, size_t ahead, float *out) { \
         enum { SPAN = (unit) == POINTS4 ? (bytes) : 2 * (bytes) };                                                   \
         struct ready x;                                                                                              \
         __m512 sum[KT_DOT_ROWS + 1];                                                                                 \
@@ -491,7 +491,7 @@ INLINE void sums_of(const __m512 v[16], int n, float *out) {
                     for (int i = 0; i < (each); i++) {                                                               \
                         a[i] += SPAN + (((uintptr_t)then[i] - (uintptr_t)a[i] - SPAN) & last); /* no jump */         \
                         b[i] = a[i] + width;                                                                         \
-                        for (int l = 0; l < SPAN; l += 64) PREFETCH(a[i] + l, act->ahead);                           \
+                        for (int l = 0; l < SPAN; l += 64) PREFETCH(a[i] + l, ahead);                           \
                     }                                                                                                \
                     look_##name(each, a, b, (scales)x.d[v], next);                                                   \
                     for (int i = 0; i < (each); i++) meet(&now[i], &x, u, acc[i]);                                   \
@@ -502,7 +502,8 @@ INLINE void sums_of(const __m512 v[16], int n, float *out) {
             }                                                                                                        \
         }                                                                                                            \
         for (int r = 0; r < rows; r += 16) sums_of(sum + r, rows - r < 16 ? rows - r : 16, out + r);                 \
-    }
+    }                                                                                                                            \
+    KT_DOT_EACH(name)
 DOT(iq1_s, meet_iq1_s, POINTS8, 50, 9, 2)
 DOT(iq1_m, meet_iq1_m, POINTS8_16, 56, 9, 2)
 DOT(iq2_xxs, meet_iq2, POINTS8, 66, 43, 1)

@@ -21,13 +21,15 @@ static float dot_float_row(kt_unpack_fn unpack, int bytes, const uint8_t *w, int
 }
 
 #define DOT(name)                                                                                                    \
-    static void dot_##name(const struct kt_matrix *w, int64_t first, int rows, const struct kt_act *a, float *out) { \
+    static void one_##name(const struct kt_matrix *w, int64_t first, int rows, const struct kt_act *a, size_t ahead, float *out) { \
         struct kt_kernels k;                                                                                         \
+        (void)ahead;                                                                                                 \
         kt_fill_unpack_portable(&k);                                                                                 \
         for (int r = 0; r < rows; r++)                                                                               \
             out[r] = dot_float_row(k.unpack[KT_FMT_##name], w->traits->bytes,                                        \
                                    w->data + (size_t)(first + r) * w->stride, w->cols, a->f);                        \
-    }
+    }                                                                                                                          \
+    KT_DOT_EACH(name)
 DOT(F32)
 DOT(F16)
 DOT(BF16)
