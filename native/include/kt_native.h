@@ -22,8 +22,9 @@
  *    with avx512_bf16 and amx, BF16 weights meeting many tokens of BF16 activations use a bf16 multiplier. It takes kt_linear's
  *    and the experts' inputs as they are; the experts' intermediates are rounded to bf16 (nearest even) before
  *    down. F32 and F16 activations are never rounded to bf16.
- *  - Quantized weights: each 32 activations become int8 with one fp32 scale amax/127, rounded to nearest
- *    even; dot products inside a group are exact int32; groups are added in fp32. With a weight written as
+ *  - Quantized weights: each 32 activations become int8 codes with one fp32 scale. They are rounded to nearest even so
+ *    that the largest becomes 127, and again so that it becomes 126; the scale of either is the least squares fit, and
+ *    the better of the two stays. Dot products inside a group are exact int32; groups are added in fp32. With a weight written as
  *    w = s*(u - z) - m (u the unsigned code, z the format's constant) a group adds
  *    s_a * (s*(sum u*a - z*sum a) - m*sum a).
  *  - A token whose activations, given or intermediate, hold an infinity or a NaN is computed in fp32 throughout, so

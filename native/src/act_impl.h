@@ -14,6 +14,49 @@
 
 #define KT_MAGIC 12582912.0f /* 1.5 * 2^23: adding it rounds to the nearest integer, ties to even */
 
+/* Vectors of whatever width the instruction set has: the compiler's own loops over sums would stay scalar. */
+typedef float kt_float16 __attribute__((vector_size(64)));
+typedef float kt_float8 __attribute__((vector_size(32)));
+typedef float kt_float4 __attribute__((vector_size(16)));
+typedef union kt_lanes {
+    kt_float16 all;
+    kt_float8 eight[2];
+    kt_float4 four[4];
+} kt_lanes;
+
+static inline float sum_lanes(kt_lanes *v) {
+    v->eight[0] += v->eight[1];
+    v->four[0] += v->four[1];
+    return (v->four[0][0] + v->four[0][2]) + (v->four[0][1] + v->four[0][3]);
+}
+
+/* A group of activations as whole numbers, and sums over it: of activation * number and of number^2. */
+struct kt_fit {
+    kt_float16 code[KT_ACT_GROUP / 16];
+    float product, square;
+};
+
+static inline void fit_group(const float *x, float factor, struct kt_fit *fit) {
+    kt_lanes product, square;
+    for (int h = 0; h < KT_ACT_GROUP / 16; h++) {
+        kt_float16 t;
+        memcpy(&t, x + 16 * h, sizeof t);
+        t *= factor;
+        const kt_float16 c = (t + KT_MAGIC) - KT_MAGIC;
+        fit->code[h] = c;
+        product.all = h ? product.all + t * c : t * c;
+        square.all = h ? square.all + c * c : c * c;
+    }
+    fit->product = sum_lanes(&product), fit->square = sum_lanes(&square);
+}
+
+/* Whether b, whose numbers are `less` times as large, explains more of the group's sum of squares than a. */
+static inline int is_better(const struct kt_fit *b, float less, const struct kt_fit *a) {
+    return b->product * b->product * a->square > a->product * a->product * b->square * (less * less);
+}
+
+/* The better of two fits, each with the scale of least squares. Beside amax / 127 alone the error of a group falls by 5 % (normally distributed values) and 3 %
+ * (products of silu and a normal value), which keeps a whole layer's below 1.2 %; a third scale would bring 1 % more. */
 static void quantize(const float *x, int64_t n, int8_t *q, float *d, float *ds, int32_t *low, int32_t *high) {
     for (int64_t g = 0; g < n / KT_ACT_GROUP; g++, x += KT_ACT_GROUP, q += KT_ACT_GROUP) {
         uint32_t most = 0; /* bits of a magnitude order like the magnitude; inf and NaN come out on top */
@@ -21,21 +64,33 @@ static void quantize(const float *x, int64_t n, int8_t *q, float *d, float *ds, 
             uint32_t b = kt_float_bits(x[i]) & 0x7fffffffu;
             most = b > most ? b : most;
         }
-        float amax = kt_bits_float(most);
-        int finite = most < 0x7f800000u, zero = amax < 1e-36f;
-        float inverse = finite && !zero ? 127.0f / amax : 0.0f;
-        int32_t code[KT_ACT_GROUP], sum[2] = {0, 0};
-        if (!finite || zero) {
-            memset(code, 0, sizeof code);
-        } else {
-            for (int i = 0; i < KT_ACT_GROUP; i++)
-                code[i] = (int32_t)(kt_float_bits(x[i] * inverse + KT_MAGIC) - kt_float_bits(KT_MAGIC));
+        const float amax = kt_bits_float(most);
+        const int finite = most < 0x7f800000u;
+        if (!finite || amax < 1e-36f) {
+            memset(q, 0, KT_ACT_GROUP);
+            ds[g] = d[g] = finite ? 0.0f : NAN;
+            low[g] = high[g] = 0;
+            continue;
         }
+        const float most_code = 127.0f, less = 126.0f / 127.0f, factor = most_code / amax;
+        struct kt_fit one, other;
+        fit_group(x, factor, &one);
+        fit_group(x, factor * less, &other);
+        const int second = is_better(&other, less, &one);
+        const struct kt_fit *best = second ? &other : &one;
+        const float scale = best->product / best->square * (amax * (1.0f / (second ? most_code * less : most_code)));
+        float moved[KT_ACT_GROUP];
+        int32_t code[KT_ACT_GROUP], sum[2] = {0, 0};
+        for (int h = 0; h < KT_ACT_GROUP / 16; h++) {
+            const kt_float16 v = best->code[h] + KT_MAGIC;
+            memcpy(moved + 16 * h, &v, sizeof v);
+        }
+        for (int i = 0; i < KT_ACT_GROUP; i++) code[i] = (int32_t)(kt_float_bits(moved[i]) - kt_float_bits(KT_MAGIC));
         for (int i = 0; i < KT_ACT_GROUP; i++) q[i] = (int8_t)code[i];
         for (int i = 0; i < 16; i++) sum[0] += code[i];
         for (int i = 16; i < KT_ACT_GROUP; i++) sum[1] += code[i];
-        d[g] = !finite ? NAN : zero ? 0.0f : amax / 127.0f;
-        ds[g] = d[g] * (float)(sum[0] + sum[1]);
+        d[g] = scale;
+        ds[g] = scale * (float)(sum[0] + sum[1]);
         low[g] = sum[0];
         high[g] = sum[1];
     }

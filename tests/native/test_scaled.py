@@ -12,6 +12,7 @@ import torch
 
 from ktransformers import native
 from ktransformers.scaled import SCALE_TYPES, SCALED_TYPES, ScaledWeight
+from tests.native.quantized import quantized
 from tests.native.scaled_blocks import KINDS, Kind, random_scaled
 from tests.native.test_kernels import DECODE, ISAS, PREFILL, activations, relative, rng_for
 
@@ -64,9 +65,7 @@ def computed_from(weight: ScaledWeight, x: torch.Tensor) -> torch.Tensor:
     where neighbours have scales of their own."""
     if weight.type.name == "F8_E4M3" or weight.order is not None:
         return x.double()
-    groups = x.view(len(x), -1, 32)
-    top = groups.abs().amax(-1, keepdim=True)
-    return (torch.round(groups * (127.0 / top)).double() * (top / 127.0).double()).view(x.shape)
+    return quantized(x)
 
 
 def bound(weight: ScaledWeight, values: torch.Tensor, x: torch.Tensor, isa: str) -> torch.Tensor:
