@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 NATIVE := $(shell find native setup.py -name '*.[ch]' -o -name '*.py' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup chat test bench bench-peers sanitize bench-model native train wheel clean
+.PHONY: help setup chat test bench bench-peers sanitize bench-model bench-open native train wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ bench: setup ## speed of the C library beside this machine's measured limits
 
 bench-peers: setup ## the C library beside llama.cpp, kt-kernel and torch, in .venv-peers (JSON=file ARGS="--quick ...")
 	$(PY) -m tests.bench.bench_peers $(if $(JSON),--json $(JSON)) $(ARGS)
+
+bench-open: setup ## time to open a 5 GB GGUF and to build all handles
+	$(PY) -m tests.bench.bench_open $(ARGS)
 
 bench-model: setup ## load time, memory and tokens/s of whole models
 	$(PY) -m tests.bench.bench_model $(ARGS)
