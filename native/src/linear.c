@@ -65,7 +65,7 @@ static int run_chunk(struct linear *l, kt_pool *pool) {
     for (int32_t t = 0; t < l->tokens; t++) l->token[t] = t;
     kt_pool_run(pool, prepare, l, (l->tokens + l->per_job - 1) / l->per_job);
     struct kt_shards shards; /* of one matrix: its jobs are its blocks */
-    kt_pool_shard_jobs(pool, l->w.rows, KT_BLOCK_ROWS, l->rows, 1, &shards);
+    kt_pool_shard_jobs(pool, l->w.rows, KT_SHARD_ROWS, l->rows, 1, &shards);
     kt_pool_run_sharded(pool, multiply, l, shards.jobs_of_node);
     return KT_OK;
 }

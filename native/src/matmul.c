@@ -194,7 +194,7 @@ void kt_matmul_block(const struct kt_kernels *k, const struct kt_matrix *w, int6
 }
 
 int kt_job_rows(const kt_pool *pool, int64_t rows_total) {
-    int rows = KT_BLOCK_ROWS;
+    int rows = kt_pool_nodes(pool) > 1 ? KT_SHARD_ROWS : KT_BLOCK_ROWS; /* a job is of one node */
     while (rows > KT_TILE && rows_total / rows < 6 * kt_pool_threads(pool)) rows /= 2;
     return rows;
 }

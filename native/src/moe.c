@@ -293,8 +293,8 @@ static int run_chunk(struct forward *f, kt_pool *pool) {
     f->per_job_m = (int32_t)(1 + 16384 / f->e->inner);
     const int64_t most = f->e->inner > f->e->hidden ? f->e->inner : f->e->hidden;
     if (f->groups * ((most + f->rows - 1) / f->rows) > INT32_MAX) return KT_ERR_SHAPE;
-    kt_pool_shard_jobs(pool, f->e->inner, KT_BLOCK_ROWS, f->rows, f->groups, &f->by_inner);
-    kt_pool_shard_jobs(pool, f->e->hidden, KT_BLOCK_ROWS, f->rows, f->groups, &f->by_hidden);
+    kt_pool_shard_jobs(pool, f->e->inner, KT_SHARD_ROWS, f->rows, f->groups, &f->by_inner);
+    kt_pool_shard_jobs(pool, f->e->hidden, KT_SHARD_ROWS, f->rows, f->groups, &f->by_hidden);
     const int32_t token_jobs = (f->tokens + f->per_job_x - 1) / f->per_job_x;
     kt_pool_run(pool, prepare_x, f, token_jobs);
     kt_pool_run_sharded(pool, gate_up, f, f->by_inner.jobs_of_node);
@@ -364,7 +364,7 @@ static int32_t place_matrix(const struct kt_matrix *w, const kt_pool *pool, stru
     int64_t begin[KT_MAX_NODES + 1];
     int32_t n = 0;
     if (w->traits->by_column) kt_pool_shard(pool, w->cols / w->traits->block, 1, begin);
-    else kt_pool_shard(pool, w->rows, KT_BLOCK_ROWS, begin);
+    else kt_pool_shard(pool, w->rows, KT_SHARD_ROWS, begin);
     for (int node = 0; node < kt_pool_nodes(pool); node++)
         if (begin[node + 1] > begin[node])
             ranges[n++] = (struct kt_range){w->data + (size_t)begin[node] * w->stride,
