@@ -32,7 +32,7 @@
     }
 FILL(portable, )
 #ifdef KT_HAVE_AVX2
-FILL(avx2, (kt_fill_tile_float_avx2(k), kt_fill_gemm_f32_avx2(k)))
+FILL(avx2, (kt_fill_dot_float_avx2(k), kt_fill_tile_float_avx2(k), kt_fill_gemm_f32_avx2(k)))
 #else
 #define fill_avx2 NULL
 #endif

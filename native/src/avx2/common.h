@@ -9,8 +9,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* The next rows, not the rest of this one: see ../avx512/common.h. */
-INLINE size_t next_rows(size_t stride, int rows) { return stride * (size_t)rows > 8192 ? stride * (size_t)rows : 8192; }
+/* Into the second-level cache: see ../avx512/common.h. */
 #define PREFETCH(p, ahead) _mm_prefetch((const char *)(uintptr_t)((uintptr_t)(p) + (ahead)), _MM_HINT_T1)
 
 INLINE __m128i load128(const void *p) { return _mm_loadu_si128((const __m128i_u *)p); }
@@ -20,12 +19,6 @@ INLINE float f16_at(const void *p) { return _cvtsh_ss(kt_load16(p)); }
 INLINE __m256 load_f16(const void *p) { return _mm256_cvtph_ps(load128(p)); }
 INLINE __m256 load_bf16(const void *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load128(p)), 16));
-}
-
-INLINE float sum_ps(__m256 v) {
-    __m128 x = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
-    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
 }
 
 /* Results of a tile for one token. */
@@ -45,29 +38,22 @@ INLINE __m256i add4(__m256i acc, __m256i pairs) {
     return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
-/* d * scale and dmin * min of the 8 groups of a Q4_K or Q5_K block. */
-INLINE void k4_scales(const uint8_t *p, __m256 *scales, __m256 *mins) {
-    uint8_t s[16];
-    kt_k4_scales(p + 4, s);
-    *scales = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(load128(s))), _mm256_set1_ps(f16_at(p)));
-    *mins = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i_u *)(s + 8)))),
-                          _mm256_set1_ps(f16_at(p + 2)));
+/* The first 16 bytes of a Q4_K or Q5_K block (d, dmin, 12 bytes; see kt_k4_scales): 8 scales, then 8 mins. */
+INLINE __m128i k4_scales(__m128i header) {
+    __m128i low = _mm_shuffle_epi32(header, _MM_SHUFFLE(3, 2, 3, 1)); /* a c b c */
+    low = _mm_and_si128(_mm_srlv_epi32(low, _mm_set_epi32(4, 0, 0, 0)),
+                        _mm_set_epi32(0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f));
+    __m128i top = _mm_srli_epi32(_mm_shuffle_epi32(header, _MM_SHUFFLE(2, 2, 1, 1)), 2); /* a a b b */
+    return _mm_or_si128(low, _mm_and_si128(top, _mm_set_epi32(0x30303030, 0, 0x30303030, 0)));
 }
 
 INLINE __m256i low4(__m256i v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
-INLINE __m256i high4(__m256i v) { return low4(_mm256_srli_epi16(v, 4)); }
-
-/* 16 where bit g of a byte of qh is set. */
-INLINE __m256i q5_bit(__m256i qh, const int g) {
-    __m256i bit = _mm256_set1_epi8((char)(1 << g));
-    return _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(qh, bit), bit), _mm256_set1_epi8(16));
-}
 
 /* Codes 32*i .. 32*i + 31 of a Q6_K block. */
 INLINE __m256i q6_codes(const uint8_t *p, const int i) {
     const int half = i / 4, part = i % 4;
     __m256i v = load256(p + 64 * half + 32 * (part & 1)), h = load256(p + 128 + 32 * half);
-    v = part < 2 ? low4(v) : high4(v);
+    v = low4(part < 2 ? v : _mm256_srli_epi16(v, 4));
     h = part == 0 ? _mm256_slli_epi16(h, 4) : part == 1 ? _mm256_slli_epi16(h, 2) : part == 2 ? h : _mm256_srli_epi16(h, 2);
     return _mm256_or_si256(v, _mm256_and_si256(h, _mm256_set1_epi8(0x30)));
 }
