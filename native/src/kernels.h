@@ -115,7 +115,8 @@ struct kt_tile {
 };
 
 /* out[i * ldc + r] = dot(row first + r of w, a[i]) for r < rows <= KT_DOT_ROWS, i < tokens <= KT_DOT_TOKENS. `ahead`: bytes
- * from a weight to what is worth fetching meanwhile, modulo the size of memory. */
+ * from a weight to what is worth fetching meanwhile, modulo the size of memory; of a type by columns, from this call's part
+ * of a line to the next call's. */
 typedef void (*kt_dot_fn)(const struct kt_matrix *w, int64_t first, int rows, const struct kt_act *a, int tokens, size_t ahead,
                           float *out, int64_t ldc);
 

@@ -34,7 +34,7 @@ static enum kt_kind kind_of(const struct kt_kernels *k, const struct kt_matrix *
 static enum path path_of(const struct kt_kernels *k, const struct kt_matrix *w, int64_t tokens) {
     int forced = atomic_load(&forced_threshold);
     int64_t tiles = forced > 0 ? forced : w->traits->kind == KT_KIND_Q8 ? Q8_TILES_FROM : FLOAT_TILES_FROM;
-    if (k->dot[w->format] && w->kind == w->traits->kind && !w->zeros && tokens < tiles) return DOT;
+    if (k->dot[w->format] && w->kind == w->traits->kind && (!w->zeros || w->traits->by_column) && tokens < tiles) return DOT;
     return tokens < PANELS_FROM ? STRIPS : PANELS;
 }
 
@@ -124,10 +124,17 @@ static size_t ahead_of(const struct kt_matrix *w, int64_t first, int64_t r, int6
     return (uintptr_t)then - (uintptr_t)(w->data + (size_t)(first + r) * w->stride);
 }
 
+/* The same for a type by columns: how far the next call's part of a line lies from this one's. */
+static size_t columns_ahead_of(const struct kt_matrix *w, int64_t first, int64_t r, int64_t rows, struct kt_next next) {
+    if (r + KT_DOT_ROWS < rows) return KT_DOT_ROWS * 4;
+    if (!next.w) return 0;
+    return (uintptr_t)(next.w->data + next.first * 4) - (uintptr_t)(w->data + (first + r) * 4);
+}
+
 /* The scales that the next block meets first. */
 static void fetch_scales(struct kt_next next) {
     const struct kt_matrix *w = next.w;
-    if (!w || !w->scales) return;
+    if (!w || !w->scales || w->traits->by_column) return;
     const uint8_t *line = w->scales + (size_t)(next.first / w->scale_rows) * w->scale_stride;
     const size_t bytes = w->scale_stride * (w->scale_rows == 1 ? KT_SCALES_AHEAD : 1);
     for (size_t b = 0; b < bytes && b < 4096; b += 64) __builtin_prefetch(line + b);
@@ -146,7 +153,7 @@ static void dot_block(const struct kt_kernels *k, const struct kt_matrix *w, int
     kt_dot_fn dot = k->dot[w->format];
     for (int r = 0; r < rows; r += KT_DOT_ROWS) {
         int n = (int)kt_min(rows - r, KT_DOT_ROWS);
-        const size_t ahead = ahead_of(w, first, r, rows, next);
+        const size_t ahead = w->traits->by_column ? columns_ahead_of(w, first, r, rows, next) : ahead_of(w, first, r, rows, next);
         for (int i = 0; i < tokens; i += KT_DOT_TOKENS) {
             struct kt_act few[KT_DOT_TOKENS];
             const int some = (int)kt_min(tokens - i, KT_DOT_TOKENS);

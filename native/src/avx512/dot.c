@@ -5,8 +5,10 @@
 #include "dot_vec.h"
 #include "../dot_beside_impl.h"
 #include "../dot_block_impl.h"
+#include "../dot_columns_impl.h"
 
 void KT_JOIN(kt_fill_dot_, KT_ISA)(struct kt_kernels *k) {
     fill_dot_blocks(k);
     fill_dot_beside(k);
+    fill_dot_columns(k);
 }
