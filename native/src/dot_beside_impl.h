@@ -5,53 +5,43 @@
 
 enum { ROW_SCALES = CHUNK / 16 + 32 };
 
-/* codes(p, &low, &high): of two vectors of a chain. s: the row's scales. */
-#define CHAIN(name, group, zero)                                                                                        \
-    INLINE struct sums name##_row(const uint8_t *w, size_t ahead, const struct ready *a, const float *s) {              \
-        struct sums t = no_sums();                                                                                      \
-        EACH_WINDOW(a, w, WINDOW / 2) {                                                                          \
-            const float *scale = s + (x == at ? a->last / group : (x - a->window) * (WINDOW / group));                                                         \
-            fetch(p, ahead, WINDOW / 2);                                                                                \
-            if (group == 32) {                                                                                          \
-                const __m256 both = _mm256_mul_ps(_mm256_loadu_ps(scale), _mm256_loadu_ps(x->d));              \
-                CHAIN_SUMS(name, zero, scales_of(EVENS, both, i))                                                       \
-            } else {                                                                                                    \
-                const float16s both = f16s_mul(f16s_load(scale), f16s_load(x->d));                             \
-                CHAIN_SUMS(name, zero, scales16_of(EVENS, both, i))                                                     \
-            }                                                                                                           \
-        }                                                                                                               \
-        return t;                                                                                                       \
+/* One vector or chain after the other, `order` and `group` saying which scales it meets. s: the row's scales. */
+#define BESIDE_ROW(kind, name, order, group, zero, bytes)                                                            \
+    INLINE void name##_##group##_row(const uint8_t *w, size_t ahead, const struct ready *a, const float *s, const int T, struct sums *t) { \
+        EACH_WINDOW(a, T, w, bytes) {                                                                                \
+            const float *scale = s + (x == at ? a->last / group : (x - a->window) / T * (WINDOW / group));           \
+            fetch(p, ahead, bytes);                                                                                  \
+            if (group == 32) {                                                                                       \
+                __m256 both[DOT_TOKENS];                                                                             \
+                for (int k = 0; k < T; k++) both[k] = _mm256_mul_ps(_mm256_loadu_ps(scale), _mm256_loadu_ps(x[k].d)); \
+                kind(name, zero, scales_of(order, both[k], i))                                                       \
+            } else {                                                                                                 \
+                float16s both[DOT_TOKENS];                                                                           \
+                for (int k = 0; k < T; k++) both[k] = f16s_mul(f16s_load(scale), f16s_load(x[k].d));                 \
+                kind(name, zero, scales16_of(order, both[k], i))                                                     \
+            }                                                                                                        \
+        }                                                                                                            \
     }
 
-#define CHAIN_SUMS(name, zero, scale)                                                                               \
-    for (int i = 0; i < VECTORS / 2; i++) {                                                                         \
+/* Nibbles: two vectors of a chain. */
+#define CHAIN(name, zero, scale)                                                                                     \
+    for (int i = 0; i < VECTORS / 2; i++) {                                                                          \
         const vint v = v_once(v_load(p + i * VECTOR)), low = name##_codes(v_low4(v)), high = name##_codes(v_high4(v)); \
-        vint sum = v_dot_two(start_of(x, i, zero), low, v_load(x->q + (2 * i) * VECTOR), high, v_load(x->q + (2 * i + 1) * VECTOR));   \
-        t.s[i % 2] = v_scaled(t.s[i % 2], sum, scale);                                                              \
+        for (int k = 0; k < T; k++) {                                                                                \
+            const int8_t *q = x[k].q + 2 * i * VECTOR;                                                               \
+            const vint sum = v_dot_two(start_of(x + k, i, zero), low, v_load(q), high, v_load(q + VECTOR));          \
+            t[k].s[i % 2] = v_scaled(t[k].s[i % 2], sum, scale);                                                     \
+        }                                                                                                            \
     }
 
 /* A code a byte. */
-#define BYTES(name, group, zero)                                                                                       \
-    INLINE struct sums name##_row(const uint8_t *w, size_t ahead, const struct ready *a, const float *s) {             \
-        struct sums t = no_sums();                                                                                     \
-        EACH_WINDOW(a, w, WINDOW) {                                                                         \
-            const float *scale = s + (x == at ? a->last / group : (x - a->window) * (WINDOW / group));                                                        \
-            fetch(p, ahead, WINDOW);                                                                                   \
-            if (group == 32) {                                                                                         \
-                const __m256 both = _mm256_mul_ps(_mm256_loadu_ps(scale), _mm256_loadu_ps(x->d));             \
-                BYTES_SUMS(name, zero, scales_of(IN_ORDER, both, v))                                                   \
-            } else {                                                                                                   \
-                const float16s both = f16s_mul(f16s_load(scale), f16s_load(x->d));                            \
-                BYTES_SUMS(name, zero, scales16_of(IN_ORDER, both, v))                                                 \
-            }                                                                                                          \
-        }                                                                                                              \
-        return t;                                                                                                      \
-    }
-
-#define BYTES_SUMS(name, zero, scale)                                                                                \
-    for (int v = 0; v < VECTORS; v++) {                                                                              \
-        vint sum = v_dot_wide(start_of(x, v, zero), name##_codes(v_load(p + v * VECTOR)), v_load(x->q + (v) * VECTOR));      \
-        t.s[v % 2] = v_scaled(t.s[v % 2], sum, scale);                                                               \
+#define BYTES(name, zero, scale)                                                                                     \
+    for (int i = 0; i < VECTORS; i++) {                                                                              \
+        const vint u = name##_codes(v_load(p + i * VECTOR));                                                         \
+        for (int k = 0; k < T; k++) {                                                                                \
+            const vint sum = v_dot_wide(start_of(x + k, i, zero), u, v_load(x[k].q + i * VECTOR));                   \
+            t[k].s[i % 2] = v_scaled(t[k].s[i % 2], sum, scale);                                                     \
+        }                                                                                                            \
     }
 
 INLINE vint i4_codes(vint v) { return v; }
@@ -59,40 +49,45 @@ INLINE vint f4_codes(vint v) { return v_look_up(kt_fp4_codes, v); }
 INLINE vint i8_codes(vint v) { return v_wide_signed(v); }
 INLINE vint u8_codes(vint v) { return v_wide_unsigned(v); }
 
-/* The dot kernel of a type; bytes: of 256 columns. The last window of a chunk may start before it, but not before the
+/* A pass of a type; bytes: of 256 columns. The last window of a chunk may start before it, but not before the
  * first column of a row, so that scales are read from 256 columns before the chunk on. */
-#define BESIDE_DOT(name, order, group, zero, bytes)                                                                      \
-    static void one_##name##_##group(const struct kt_matrix *m, int64_t first, int rows, const struct kt_act *a, size_t ahead, float *out) { \
-        struct ready x;                                                                                                  \
-        vfloat sum[KT_DOT_ROWS];                                                                                         \
-        float line[ROW_SCALES], scales[ROW_SCALES];                                                                      \
-        for (int64_t c = 0; c < m->cols; c += CHUNK) {                                                                   \
-            const int64_t n = m->cols - c < CHUNK ? m->cols - c : CHUNK, before = c ? WINDOW : 0;                        \
-            struct scales at = scales_of_columns(m, c - before, n + before, group, 1.0f);                                \
-            make_ready(&x, order, zero, group, a, c, n);                                                                 \
-            for (int r = 0; r < rows; r++) {                                                                             \
-                const uint8_t *p = m->data + (size_t)(first + r) * m->stride + offset_of(c, bytes);                      \
-                uint8_t padded[(bytes) + 64];                                                                            \
-                if (m->cols < WINDOW) p = pad(padded, sizeof padded, p, (size_t)offset_of(m->cols, bytes));              \
-                scales_of_row(&at, first + r, line, scales);                                                             \
-                struct sums t = name##_##group##_row(p, ahead, &x, scales + before / group);                          \
-                sum[r] = c ? v_add(sum[r], v_add(t.s[0], t.s[1])) : v_add(t.s[0], t.s[1]);                               \
-            }                                                                                                            \
-        }                                                                                                                \
-        v_sums(sum, rows, out);                                                                                          \
+#define BESIDE_PASS(name, order, group, zero, bytes)                                                                 \
+    INLINE void name##_##group##_pass(const int T, const struct kt_matrix *m, int64_t first, int rows, const struct kt_act *a, \
+                                      size_t ahead, float *out, int64_t ldc) {                                       \
+        struct ready x;                                                                                              \
+        vfloat sum[DOT_TOKENS][16];                                                                                  \
+        float line[ROW_SCALES], scales[ROW_SCALES];                                                                  \
+        for (int64_t c = 0; c < m->cols; c += CHUNK) {                                                               \
+            const int64_t n = m->cols - c < CHUNK ? m->cols - c : CHUNK, before = c ? WINDOW : 0;                    \
+            struct scales at = scales_of_columns(m, c - before, n + before, group, 1.0f);                            \
+            for (int i = 0; i < T; i++) make_ready(&x, T, i, order, zero, group, a + i, c, n);                       \
+            for (int r = 0; r < rows; r++) {                                                                         \
+                const uint8_t *p = m->data + (size_t)(first + r) * m->stride + offset_of(c, bytes);                  \
+                uint8_t padded[(bytes) + 64];                                                                        \
+                if (m->cols < WINDOW) p = pad(padded, sizeof padded, p, (size_t)offset_of(m->cols, bytes));          \
+                scales_of_row(&at, first + r, line, scales);                                                         \
+                struct sums t[DOT_TOKENS];                                                                           \
+                for (int i = 0; i < T; i++) t[i] = (struct sums){{v_zero(), v_zero()}, v_zero()};                    \
+                name##_##group##_row(p, ahead, &x, scales + before / group, T, t);                                   \
+                for (int i = 0; i < T; i++) sum[i][r % 16] = v_add(t[i].s[0], t[i].s[1]);                            \
+                if (r % 16 == 15 || r == rows - 1)                                                                   \
+                    for (int i = 0; i < T; i++) put_sums(sum[i], r % 16 + 1, out + i * ldc + r / 16 * 16, c > 0);    \
+            }                                                                                                        \
+        }                                                                                                            \
     }
 
 /* Both group sizes. */
-#define BOTH(kind, name, order, zero, bytes)                                                                          \
-    INLINE vint name##_32_codes(vint v) { return name##_codes(v); }                                                  \
-    INLINE vint name##_16_codes(vint v) { return name##_codes(v); }                                                  \
-    kind(name##_32, 32, zero) kind(name##_16, 16, zero)                                                              \
-    BESIDE_DOT(name, order, 32, zero, bytes)                                                                         \
-    BESIDE_DOT(name, order, 16, zero, bytes)                                                                         \
-    static void one_##name(const struct kt_matrix *m, int64_t first, int rows, const struct kt_act *a, size_t ahead, float *out) { \
-        (m->group == 32 ? one_##name##_32 : one_##name##_16)(m, first, rows, a, ahead, out);                                \
-    }                                                                                                                          \
-    KT_DOT_EACH(name)
+#define BOTH(kind, name, order, zero, bytes)                                                                         \
+    BESIDE_ROW(kind, name, order, 32, zero, bytes)                                                                   \
+    BESIDE_ROW(kind, name, order, 16, zero, bytes)                                                                   \
+    BESIDE_PASS(name, order, 32, zero, bytes)                                                                        \
+    BESIDE_PASS(name, order, 16, zero, bytes)                                                                        \
+    INLINE void name##_pass(const int T, const struct kt_matrix *m, int64_t first, int rows, const struct kt_act *a, size_t ahead, \
+                            float *out, int64_t ldc) {                                                               \
+        if (m->group == 32) name##_32_pass(T, m, first, rows, a, ahead, out, ldc);                                   \
+        else name##_16_pass(T, m, first, rows, a, ahead, out, ldc);                                                  \
+    }                                                                                                                \
+    DOT_FOR_TOKENS(name)
 
 BOTH(CHAIN, i4, EVENS, 8, WINDOW / 2)
 BOTH(CHAIN, f4, EVENS, 12, WINDOW / 2)

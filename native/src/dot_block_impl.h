@@ -5,31 +5,55 @@
 #include "dot_rows.h"
 #include "iq_tables.h"
 
+/* ---- scales ------------------------------------------------------------------------------------------ */
+
+/* What a window's scales are, and what becomes of them for one token; mins go to their own sum. `plain` and `mins` are of
+ * groups of 32, of which a window has eight; `plain16` and `mins16` of groups of 16. */
+typedef __m256 plain;
+typedef float16s mins; /* eight scales, then eight mins */
+typedef float16s plain16;
+typedef struct {
+    float16s s, m;
+} mins16;
+
+INLINE __m256 plain_scaled(plain s, const struct window *x, vfloat *acc) {
+    (void)acc;
+    return _mm256_mul_ps(s, _mm256_loadu_ps(x->d));
+}
+INLINE __m256 mins_scaled(mins s, const struct window *x, vfloat *acc) { return v_scales_and_mins(s, x->d, acc); }
+INLINE float16s plain16_scaled(plain16 s, const struct window *x, vfloat *acc) {
+    (void)acc;
+    return f16s_mul(s, f16s_load(x->d));
+}
+INLINE float16s mins16_scaled(mins16 s, const struct window *x, vfloat *acc) {
+    *acc = v_fma16(s.m, f16s_load(x->m), *acc);
+    return f16s_mul(s.s, f16s_load(x->d));
+}
+
 /* ---- blocks of 32 with nibbles ---------------------------------------------------------------------- */
 
-/* p: the window. Its blocks are `bytes` long; codes(p, i, &low, &high) gives chain i, scales(p) 8 scales. */
-#define NIBBLES(name, bytes, zero, dot_two)                                                                      \
-    INLINE struct sums name##_row(const uint8_t *w, size_t ahead, const struct ready *a) {                              \
-        struct sums t = no_sums();                                                                                \
-        EACH_WINDOW(a, w, 8 * (bytes)) {                                                                    \
+/* p: the window. Its blocks are `bytes` long; codes(p, i, &low, &high) gives chain i, scales(p) its scales. */
+#define NIBBLES(name, kind, bytes, zero, dot_two)                                                                \
+    INLINE void name##_row(const uint8_t *w, size_t ahead, const struct ready *a, const int T, struct sums *t) {  \
+        EACH_WINDOW(a, T, w, 8 * (bytes)) {                                                                       \
             fetch(p, ahead, 8 * (bytes));                                                                         \
-            const __m256 s = name##_scales(p, x->d, &t.mins);                                            \
+            const kind of = name##_scales(p);                                                                     \
+            __m256 s[DOT_TOKENS];                                                                                 \
+            for (int k = 0; k < T; k++) s[k] = kind##_scaled(of, x + k, &t[k].mins);                              \
             for (int i = 0; i < VECTORS / 2; i++) {                                                               \
                 vint low, high;                                                                                   \
                 name##_codes(p, i, &low, &high);                                                                  \
-                vint sum = dot_two(start_of(x, i, zero), low, v_load(x->q + (2 * i) * VECTOR), high, v_load(x->q + (2 * i + 1) * VECTOR)); \
-                t.s[i % 2] = v_scaled(t.s[i % 2], sum, scales_of(HALVES, s, i));                                  \
+                for (int k = 0; k < T; k++) {                                                                     \
+                    const int8_t *q = x[k].q + 2 * i * VECTOR;                                                    \
+                    const vint sum = dot_two(start_of(x + k, i, zero), low, v_load(q), high, v_load(q + VECTOR)); \
+                    t[k].s[i % 2] = v_scaled(t[k].s[i % 2], sum, scales_of(HALVES, s[k], i));                     \
+                }                                                                                                 \
             }                                                                                                     \
         }                                                                                                         \
-        return t;                                                                                         \
     }                                                                                                             \
     DOT(name, HALVES, zero, 32, 8 * (bytes))
 
 INLINE __m256 minus(__m256 v) { return _mm256_sub_ps(_mm256_setzero_ps(), v); }
-INLINE __m256 times(__m256 s, const float *d) { return _mm256_mul_ps(s, _mm256_loadu_ps(d)); }
-
-/* acc - mins * activation sums; d[8..15] is minus those sums. */
-INLINE vfloat less_mins(vfloat acc, __m256 mins, const float *d) { return v_add8(acc, times(mins, d + 8)); }
 
 /* Fifth bits: 4 bytes a block, bit i of value i. */
 INLINE void add_fifths(const uint8_t *qh, size_t step, vint *low, vint *high) {
@@ -45,30 +69,27 @@ INLINE __m256i dwords(const uint8_t *p, const int step) {
 #undef AT
 }
 
-INLINE __m256 q4_0_scales(const uint8_t *p, const float *d, vfloat *acc) {
-    (void)acc;
-    return times(halves_18(p), d);
+INLINE plain q4_0_scales(const uint8_t *p) {
+    return halves_18(p);
 }
 INLINE void q4_0_codes(const uint8_t *p, const int i, vint *low, vint *high) {
     const vint v = v_once(v_lanes(p + i * LANES * 18 + 2, 18));
     *low = v_low4(v), *high = v_high4(v);
 }
-NIBBLES(q4_0, 18, 8, v_dot_two)
+NIBBLES(q4_0, plain, 18, 8, v_dot_two)
 
-INLINE __m256 q4_1_scales(const uint8_t *p, const float *d, vfloat *acc) {
+INLINE mins q4_1_scales(const uint8_t *p) {
     const __m256i both = dwords_20(p);
-    *acc = less_mins(*acc, minus(low_halves(_mm256_srli_epi32(both, 16))), d);
-    return times(low_halves(both), d);
+    return f16s_join(low_halves(both), minus(low_halves(_mm256_srli_epi32(both, 16))));
 }
 INLINE void q4_1_codes(const uint8_t *p, const int i, vint *low, vint *high) {
     const vint v = v_lanes(p + i * LANES * 20 + 4, 20);
     *low = v_low4(v), *high = v_high4(v);
 }
-NIBBLES(q4_1, 20, 0, v_dot_two)
+NIBBLES(q4_1, mins, 20, 0, v_dot_two)
 
-INLINE __m256 q5_0_scales(const uint8_t *p, const float *d, vfloat *acc) {
-    (void)acc;
-    return times(low_halves(dwords(p, 22)), d);
+INLINE plain q5_0_scales(const uint8_t *p) {
+    return low_halves(dwords(p, 22));
 }
 INLINE void q5_0_codes(const uint8_t *p, const int i, vint *low, vint *high) {
     const uint8_t *b = p + i * LANES * 22;
@@ -76,12 +97,11 @@ INLINE void q5_0_codes(const uint8_t *p, const int i, vint *low, vint *high) {
     *low = v_low4(v), *high = v_high4(v);
     add_fifths(b + 2, 22, low, high);
 }
-NIBBLES(q5_0, 22, 16, v_dot_two)
+NIBBLES(q5_0, plain, 22, 16, v_dot_two)
 
-INLINE __m256 q5_1_scales(const uint8_t *p, const float *d, vfloat *acc) {
+INLINE mins q5_1_scales(const uint8_t *p) {
     const __m256i both = dwords(p, 24);
-    *acc = less_mins(*acc, minus(low_halves(_mm256_srli_epi32(both, 16))), d);
-    return times(low_halves(both), d);
+    return f16s_join(low_halves(both), minus(low_halves(_mm256_srli_epi32(both, 16))));
 }
 INLINE void q5_1_codes(const uint8_t *p, const int i, vint *low, vint *high) {
     const uint8_t *b = p + i * LANES * 24;
@@ -89,7 +109,7 @@ INLINE void q5_1_codes(const uint8_t *p, const int i, vint *low, vint *high) {
     *low = v_low4(v), *high = v_high4(v);
     add_fifths(b + 4, 24, low, high);
 }
-NIBBLES(q5_1, 24, 0, v_dot_two)
+NIBBLES(q5_1, mins, 24, 0, v_dot_two)
 
 /* Codebook values: + 128 where wide codes are unsigned. */
 INLINE void look_up_iq4(vint v, vint *low, vint *high) {
@@ -98,93 +118,91 @@ INLINE void look_up_iq4(vint v, vint *low, vint *high) {
 }
 INLINE vint dot_two_wide(vint start, vint u, vint a, vint v, vint b) { return v_dot_wide(v_dot_wide(start, u, a), v, b); }
 
-INLINE __m256 iq4_nl_scales(const uint8_t *p, const float *d, vfloat *acc) { return q4_0_scales(p, d, acc); }
+INLINE plain iq4_nl_scales(const uint8_t *p) { return q4_0_scales(p); }
 INLINE void iq4_nl_codes(const uint8_t *p, const int i, vint *low, vint *high) {
     look_up_iq4(v_lanes(p + i * LANES * 18 + 2, 18), low, high);
 }
-NIBBLES(iq4_nl, 18, WIDE_ZERO, dot_two_wide)
+NIBBLES(iq4_nl, plain, 18, WIDE_ZERO, dot_two_wide)
 
 /* Half of 2^(e - 127), as kt_e8m0_half: codes 0 and 1 are subnormal, 255 is 2^127. The bytes are gathered by whole
  * numbers, since loads of vectors are what this format has too many of. */
-INLINE __m256 mxfp4_scales(const uint8_t *p, const float *d, vfloat *acc) {
-    (void)acc;
+INLINE plain mxfp4_scales(const uint8_t *p) {
 #define AT(i) ((uint32_t)p[17 * (i)] << 8 * ((i) % 4))
     const uint32_t low = AT(0) | AT(1) | AT(2) | AT(3), high = AT(4) | AT(5) | AT(6) | AT(7);
 #undef AT
     const __m256i e = _mm256_cvtepu8_epi32(_mm_set_epi32(0, 0, (int)high, (int)low));
     const __m256i bits = _mm256_max_epi32(_mm256_slli_epi32(e, 23), _mm256_set1_epi32(0x00400000));
     const __m256 half = _mm256_mul_ps(_mm256_castsi256_ps(bits), _mm256_set1_ps(0.5f));
-    return times(_mm256_min_ps(half, _mm256_set1_ps(0x1p127f)), d);
+    return _mm256_min_ps(half, _mm256_set1_ps(0x1p127f));
 }
 INLINE void mxfp4_codes(const uint8_t *p, const int i, vint *low, vint *high) {
     const vint v = v_lanes(p + i * LANES * 17 + 1, 17);
     *low = v_look_up(kt_fp4_codes, v_low4(v)), *high = v_look_up(kt_fp4_codes, v_high4(v));
 }
-NIBBLES(mxfp4, 17, 12, v_dot_two)
+NIBBLES(mxfp4, plain, 17, 12, v_dot_two)
 
 /* IQ4_XS: 136 bytes for 8 such blocks, whose scales of 6 bits come first. */
-INLINE __m256 iq4_xs_scales(const uint8_t *p, const float *d, vfloat *acc) {
-    (void)acc;
+INLINE plain iq4_xs_scales(const uint8_t *p) {
     const __m256i fours = _mm256_set_epi32(28, 24, 20, 16, 12, 8, 4, 0), twos = _mm256_set_epi32(14, 12, 10, 8, 6, 4, 2, 0);
     __m256i low = _mm256_srlv_epi32(_mm256_set1_epi32((int)kt_load32(p + 4)), fours);
     __m256i high = _mm256_srlv_epi32(_mm256_set1_epi32(kt_load16(p + 2)), twos);
     low = _mm256_and_si256(low, _mm256_set1_epi32(15));
     high = _mm256_slli_epi32(_mm256_and_si256(high, _mm256_set1_epi32(3)), 4);
     const __m256i s = _mm256_sub_epi32(_mm256_or_si256(low, high), _mm256_set1_epi32(32));
-    return times(_mm256_mul_ps(_mm256_cvtepi32_ps(s), _mm256_set1_ps(f16_at(p))), d);
+    return _mm256_mul_ps(_mm256_cvtepi32_ps(s), _mm256_set1_ps(f16_at(p)));
 }
 INLINE void iq4_xs_codes(const uint8_t *p, const int i, vint *low, vint *high) {
     look_up_iq4(v_once(v_load(p + 8 + i * VECTOR)), low, high);
 }
-NIBBLES(iq4_xs, 17, WIDE_ZERO, dot_two_wide)
+NIBBLES(iq4_xs, plain, 17, WIDE_ZERO, dot_two_wide)
 
 /* ---- a vector of codes a sum ------------------------------------------------------------------------ */
 
 /* codes(p, i, u) gives vectors each * i .. of a window of `bytes` bytes. */
-#define VECTORS32(name, bytes, order, each, zero, dot)                                                               \
-    INLINE struct sums name##_row(const uint8_t *w, size_t ahead, const struct ready *a) {                           \
-        struct sums t = no_sums();                                                                                   \
-        EACH_WINDOW(a, w, bytes) {                                                                       \
+#define VECTORS32(name, kind, bytes, order, each, zero, dot)                                                         \
+    INLINE void name##_row(const uint8_t *w, size_t ahead, const struct ready *a, const int T, struct sums *t) {     \
+        EACH_WINDOW(a, T, w, bytes) {                                                                                \
             fetch(p, ahead, bytes);                                                                                  \
-            const __m256 s = name##_scales(p, x->d, &t.mins);                                               \
+            const kind of = name##_scales(p);                                                                        \
+            __m256 s[DOT_TOKENS];                                                                                    \
+            for (int k = 0; k < T; k++) s[k] = kind##_scaled(of, x + k, &t[k].mins);                                 \
             for (int v = 0; v < VECTORS; v += each) {                                                                \
                 vint u[each];                                                                                        \
                 name##_codes(p, v / each, u);                                                                        \
-                for (int j = 0; j < each; j++) {                                                                     \
-                    vint sum = dot(start_of(x, v + j, zero), u[j], v_load(x->q + (v + j) * VECTOR));                         \
-                    t.s[j % 2] = v_scaled(t.s[j % 2], sum, scales_of(order, s, v + j));                              \
-                }                                                                                                    \
+                for (int k = 0; k < T; k++)                                                                          \
+                    for (int j = 0; j < each; j++) {                                                                 \
+                        const vint sum = dot(start_of(x + k, v + j, zero), u[j], v_load(x[k].q + (v + j) * VECTOR)); \
+                        t[k].s[j % 2] = v_scaled(t[k].s[j % 2], sum, scales_of(order, s[k], v + j));                 \
+                    }                                                                                                \
             }                                                                                                        \
         }                                                                                                            \
-        return t;                                                                                                    \
     }                                                                                                                \
     DOT(name, order, zero, 32, bytes)
 
-INLINE __m256 q8_0_scales(const uint8_t *p, const float *d, vfloat *acc) {
-    (void)acc;
-    return times(halves_34(p), d);
+INLINE plain q8_0_scales(const uint8_t *p) {
+    return halves_34(p);
 }
 INLINE void q8_0_codes(const uint8_t *p, const int i, vint *u) {
     p += i * LANES * 34 + 2;
     u[0] = v_wide_signed(v_halves(p, 34)), u[1] = v_wide_signed(v_halves(p + LANES / 2 * 34, 34));
 }
-VECTORS32(q8_0, 272, IN_ORDER, 2, WIDE_ZERO, v_dot_wide)
+VECTORS32(q8_0, plain, 272, IN_ORDER, 2, WIDE_ZERO, v_dot_wide)
 
-INLINE __m256 q4_k_scales(const uint8_t *p, const float *d, vfloat *acc) { return k4_scaled(p, d, acc); }
+INLINE mins q4_k_scales(const uint8_t *p) { return k4_scales_mins(p); }
 INLINE void q4_k_codes(const uint8_t *p, const int i, vint *u) {
     const vint v = v_once(v_load(p + 16 + i * VECTOR));
     u[0] = v_low4(v), u[1] = v_high4(v);
 }
-VECTORS32(q4_k, 144, PAIRS, 2, 0, v_dot)
+VECTORS32(q4_k, mins, 144, PAIRS, 2, 0, v_dot)
 
-INLINE __m256 q5_k_scales(const uint8_t *p, const float *d, vfloat *acc) { return k4_scaled(p, d, acc); }
+INLINE mins q5_k_scales(const uint8_t *p) { return k4_scales_mins(p); }
 INLINE void q5_k_codes(const uint8_t *p, const int i, vint *u) {
     const vint v = v_once(v_load(p + 48 + i * VECTOR)), bits = v_halves(p + 16, 0);
     const int g = LANES * i; /* the first group; two further on, the one of the other 32 bytes */
     u[0] = v_add_where(v_low4(v), bits, v_bytes_halves(1 << g, 1 << (g + 2)), 16);
     u[1] = v_add_where(v_high4(v), bits, v_bytes_halves(2 << g, 2 << (g + 2)), 16);
 }
-VECTORS32(q5_k, 176, PAIRS, 2, 0, v_dot)
+VECTORS32(q5_k, mins, 176, PAIRS, 2, 0, v_dot)
 
 /* Two bits: 32 bytes a half of the block, four vectors of codes a load. */
 INLINE void two_bits(const uint8_t *qs, const int i, vint *u) {
@@ -193,88 +211,88 @@ INLINE void two_bits(const uint8_t *qs, const int i, vint *u) {
     u[2] = v_and(v_shift_right(v, 4), three), u[3] = v_and(v_shift_right(v, 6), three);
 }
 
-INLINE __m256 tq2_0_scales(const uint8_t *p, const float *d, vfloat *acc) {
-    (void)acc;
-    return times(_mm256_set1_ps(f16_at(p + 64)), d);
+INLINE plain tq2_0_scales(const uint8_t *p) {
+    return _mm256_set1_ps(f16_at(p + 64));
 }
 INLINE void tq2_0_codes(const uint8_t *p, const int i, vint *u) { two_bits(p, i, u); }
-VECTORS32(tq2_0, 66, QUARTERS, 4, 1, v_dot)
+VECTORS32(tq2_0, plain, 66, QUARTERS, 4, 1, v_dot)
 
 /* ---- groups of 16 ----------------------------------------------------------------------------------- */
 
-#define VECTORS16(name, bytes, order, each, zero)                                                                    \
-    INLINE struct sums name##_row(const uint8_t *w, size_t ahead, const struct ready *a) {                           \
-        struct sums t = no_sums();                                                                                   \
-        EACH_WINDOW(a, w, bytes) {                                                                       \
+#define VECTORS16(name, kind, bytes, order, each, zero)                                                              \
+    INLINE void name##_row(const uint8_t *w, size_t ahead, const struct ready *a, const int T, struct sums *t) {     \
+        EACH_WINDOW(a, T, w, bytes) {                                                                                \
             fetch(p, ahead, bytes);                                                                                  \
-            const float16s s = name##_scales(p, x->d, x->m, &t.mins);                              \
+            const kind of = name##_scales(p);                                                                        \
+            float16s s[DOT_TOKENS];                                                                                  \
+            for (int k = 0; k < T; k++) s[k] = kind##_scaled(of, x + k, &t[k].mins);                                 \
             for (int v = 0; v < VECTORS; v += each) {                                                                \
                 vint u[each];                                                                                        \
                 name##_codes(p, v / each, u);                                                                        \
-                for (int j = 0; j < each; j++) {                                                                     \
-                    vint sum = v_dot(start_of(x, v + j, zero), u[j], v_load(x->q + (v + j) * VECTOR));                       \
-                    t.s[(v + j) % 2] = v_scaled(t.s[(v + j) % 2], sum, scales16_of(order, s, v + j));                \
-                }                                                                                                    \
+                for (int k = 0; k < T; k++)                                                                          \
+                    for (int j = 0; j < each; j++) {                                                                 \
+                        const vint sum = v_dot(start_of(x + k, v + j, zero), u[j], v_load(x[k].q + (v + j) * VECTOR)); \
+                        t[k].s[(v + j) % 2] = v_scaled(t[k].s[(v + j) % 2], sum, scales16_of(order, s[k], v + j));   \
+                    }                                                                                                \
             }                                                                                                        \
         }                                                                                                            \
-        return t;                                                                                                    \
     }                                                                                                                \
     DOT(name, order, zero, 16, bytes)
 
-INLINE float16s q6_k_scales(const uint8_t *p, const float *d, const float *m, vfloat *acc) {
-    (void)m, (void)acc;
-    return f16s_scale(f16s_mul(f16s_signed(load128(p + 192)), f16s_load(d)), f16_at(p + 208));
+INLINE plain16 q6_k_scales(const uint8_t *p) {
+    return f16s_scale(f16s_signed(load128(p + 192)), f16_at(p + 208));
 }
 INLINE void q6_k_codes(const uint8_t *p, const int i, vint *u) { u[0] = q6_codes(p, i); }
-VECTORS16(q6_k, 210, IN_ORDER, 1, 32)
+VECTORS16(q6_k, plain16, 210, IN_ORDER, 1, 32)
 
-INLINE float16s q2_k_scales(const uint8_t *p, const float *d, const float *m, vfloat *acc) {
+INLINE mins16 q2_k_scales(const uint8_t *p) {
     const __m128i both = load128(p), low = _mm_set1_epi8(15);
-    const float16s mins = f16s_signed(_mm_and_si128(_mm_srli_epi16(both, 4), low));
-    *acc = v_fma16(f16s_scale(mins, f16_at(p + 82)), f16s_load(m), *acc);
-    return f16s_scale(f16s_mul(f16s_signed(_mm_and_si128(both, low)), f16s_load(d)), f16_at(p + 80));
+    const float16s s = f16s_signed(_mm_and_si128(both, low)), m = f16s_signed(_mm_and_si128(_mm_srli_epi16(both, 4), low));
+    return (mins16){f16s_scale(s, f16_at(p + 80)), f16s_scale(m, f16_at(p + 82))};
 }
 INLINE void q2_k_codes(const uint8_t *p, const int i, vint *u) { two_bits(p + 16, i, u); }
-VECTORS16(q2_k, 84, QUARTERS, 4, 0)
+VECTORS16(q2_k, mins16, 84, QUARTERS, 4, 0)
 
-INLINE float16s q3_k_scales(const uint8_t *p, const float *d, const float *m, vfloat *acc) {
-    (void)m, (void)acc;
+INLINE plain16 q3_k_scales(const uint8_t *p) {
     const uint32_t a = kt_load32(p + 96), b = kt_load32(p + 100), c = kt_load32(p + 104);
     __m128i low = _mm_and_si128(_mm_set_epi32((int)(b >> 4), (int)(a >> 4), (int)b, (int)a), _mm_set1_epi8(15));
     __m128i high = _mm_srlv_epi32(_mm_set1_epi32((int)c), _mm_set_epi32(6, 4, 2, 0));
     high = _mm_slli_epi16(_mm_and_si128(high, _mm_set1_epi8(3)), 4);
     const __m128i s = _mm_sub_epi8(_mm_or_si128(low, high), _mm_set1_epi8(32));
-    return f16s_scale(f16s_mul(f16s_signed(s), f16s_load(d)), f16_at(p + 108));
+    return f16s_scale(f16s_signed(s), f16_at(p + 108));
 }
 INLINE void q3_k_codes(const uint8_t *p, const int i, vint *u) { /* bit g: of group g; 64 bytes hold groups j, j + 4 */
     const vint bits = v_halves(p, 0);
     two_bits(p + 32, i, u);
     for (int j = 0; j < 4; j++) u[j] = v_add_where(u[j], bits, v_bytes_halves(1 << (4 * i + j), 16 << j), 4);
 }
-VECTORS16(q3_k, 110, QUARTERS, 4, 4)
+VECTORS16(q3_k, plain16, 110, QUARTERS, 4, 4)
 
 /* NVFP4: four blocks of 64 a window, each with four scales of 16. */
-INLINE float16s nvfp4_scales(const uint8_t *p, const float *d) {
+INLINE plain16 nvfp4_scales(const uint8_t *p) {
     const __m128i e = _mm_set_epi32((int)kt_load32(p + 108), (int)kt_load32(p + 72), (int)kt_load32(p + 36), (int)kt_load32(p));
     const __m256i words = _mm256_cvtepu8_epi16(_mm_and_si128(e, _mm_set1_epi8(127)));
     const __m256i nan = _mm256_cmpeq_epi16(words, _mm256_set1_epi16(127));
     const __m256i half = _mm256_slli_epi16(_mm256_andnot_si256(nan, words), 7); /* as fp16: 2^-8 of e4m3 */
     const float16s s = f16s_join(_mm256_cvtph_ps(_mm256_castsi256_si128(half)), _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1)));
-    return f16s_mul(f16s_scale(s, 128.0f), f16s_load(d)); /* codes are doubled */
+    return f16s_scale(s, 128.0f); /* codes are doubled */
 }
-INLINE struct sums nvfp4_row(const uint8_t *w, size_t ahead, const struct ready *a) {
-    struct sums t = no_sums();
-    EACH_WINDOW(a, w, 144) {
+INLINE void nvfp4_row(const uint8_t *w, size_t ahead, const struct ready *a, const int T, struct sums *t) {
+    EACH_WINDOW(a, T, w, 144) {
         fetch(p, ahead, 144);
-        const float16s s = nvfp4_scales(p, x->d);
+        const plain16 of = nvfp4_scales(p);
+        float16s s[DOT_TOKENS];
+        for (int k = 0; k < T; k++) s[k] = plain16_scaled(of, x + k, &t[k].mins);
         for (int i = 0; i < VECTORS / 2; i++) {
             const vint v = v_halves(p + i * LANES / 2 * 36 + 4, 36);
             const vint low = v_look_up(kt_fp4_codes, v_low4(v)), high = v_look_up(kt_fp4_codes, v_high4(v));
-            const vint sum = v_dot_two(start_of(x, i, 12), low, v_load(x->q + (2 * i) * VECTOR), high, v_load(x->q + (2 * i + 1) * VECTOR));
-            t.s[i % 2] = v_scaled(t.s[i % 2], sum, scales16_of(EIGHTS, s, i));
+            for (int k = 0; k < T; k++) {
+                const int8_t *q = x[k].q + 2 * i * VECTOR;
+                const vint sum = v_dot_two(start_of(x + k, i, 12), low, v_load(q), high, v_load(q + VECTOR));
+                t[k].s[i % 2] = v_scaled(t[k].s[i % 2], sum, scales16_of(EIGHTS, s[k], i));
+            }
         }
     }
-    return t;
 }
 DOT(nvfp4, EIGHTS, 12, 16, 144)
 

@@ -8,6 +8,7 @@
 #ifndef KT_DOT_ROWS_H
 #define KT_DOT_ROWS_H
 
+#include "dot_tokens.h"
 #include "iq_tables.h"
 
 enum {
@@ -30,7 +31,7 @@ enum layout {
 /* Whether two vectors of codes, from low and high nibbles, meet the same scales and share a sum. */
 INLINE int is_chain(const enum layout order) { return order == HALVES || order == EVENS || order == EIGHTS; }
 
-/* A window of activations, ready for rows of one format. */
+/* A window of one token's activations, ready for rows of one format. */
 struct window {
     _Alignas(64) int8_t q[WINDOW];
     int32_t start[WINDOW / 4]; /* of each sum: minus zero point * activations */
@@ -41,7 +42,7 @@ struct window {
 struct ready {
     int windows, moved; /* how many, and which one is moved back: the last, or none */
     int64_t last;       /* the first column of that, of the chunk */
-    struct window window[WINDOWS];
+    struct window window[WINDOWS * DOT_TOKENS]; /* of each window, one for each token */
 };
 
 /* ---- preparation ------------------------------------------------------------------------------------ */
@@ -117,31 +118,28 @@ INLINE void fill_window(struct window *x, const enum layout order, const int zer
     twice(_mm256_mul_ps(less, first), _mm256_mul_ps(less, second), x->m);
 }
 
-/* Columns from .. from + n of a matrix, n at most CHUNK; what lies before `from` is there to be read. */
-INLINE void make_ready(struct ready *x, const enum layout order, const int zero, const int group, const struct kt_act *a,
-                       int64_t from, int64_t n) {
-    int w = 0;
-    x->moved = -1, x->last = 0;
-    for (; w < n / WINDOW; w++) {
+/* Columns from .. from + n of a matrix, n at most CHUNK, for token i of T; what lies before `from` is there to be read. */
+INLINE void make_ready(struct ready *x, const int T, const int i, const enum layout order, const int zero, const int group,
+                       const struct kt_act *a, int64_t from, int64_t n) {
+    struct window *to = x->window + i;
+    x->moved = -1, x->last = 0, x->windows = (int)((n + WINDOW - 1) / WINDOW);
+    for (int w = 0; w < n / WINDOW; w++, to += T) {
         const int64_t c = from + w * WINDOW, g = c / KT_ACT_GROUP;
-        fill_window(&x->window[w], order, zero, group, a->q + c, a->d + g, a->ds + g, a->low + g, a->high + g);
+        fill_window(to, order, zero, group, a->q + c, a->d + g, a->ds + g, a->low + g, a->high + g);
     }
     const int rest = (int)(n % WINDOW); /* a multiple of 32 */
-    if (rest) {
-        int8_t q[WINDOW] = {0};
-        float d[8] = {0}, ds[8] = {0};
-        int32_t low[8] = {0}, high[8] = {0};
-        const int64_t c = from + n - rest, g = c / KT_ACT_GROUP;
-        const int narrow = from + n < WINDOW, at = narrow ? 0 : WINDOW - rest; /* narrow rows are padded at the end */
-        memcpy(q + at, a->q + c, (size_t)rest);
-        for (int i = 0; i < rest / 32; i++)
-            d[at / 32 + i] = a->d[g + i], ds[at / 32 + i] = a->ds[g + i], low[at / 32 + i] = a->low[g + i],
-                        high[at / 32 + i] = a->high[g + i];
-        if (!narrow) x->moved = w, x->last = n - WINDOW;
-        fill_window(&x->window[w], order, zero, group, q, d, ds, low, high);
-        w++;
-    }
-    x->windows = w;
+    if (!rest) return;
+    int8_t q[WINDOW] = {0};
+    float d[8] = {0}, ds[8] = {0};
+    int32_t low[8] = {0}, high[8] = {0};
+    const int64_t c = from + n - rest, g = c / KT_ACT_GROUP;
+    const int narrow = from + n < WINDOW, at = narrow ? 0 : WINDOW - rest; /* narrow rows are padded at the end */
+    memcpy(q + at, a->q + c, (size_t)rest);
+    for (int j = 0; j < rest / 32; j++)
+        d[at / 32 + j] = a->d[g + j], ds[at / 32 + j] = a->ds[g + j], low[at / 32 + j] = a->low[g + j],
+                    high[at / 32 + j] = a->high[g + j];
+    if (!narrow) x->moved = x->windows - 1, x->last = n - WINDOW;
+    fill_window(to, order, zero, group, q, d, ds, low, high);
 }
 
 /* ---- rows ------------------------------------------------------------------------------------------- */
@@ -151,17 +149,16 @@ INLINE int64_t offset_of(int64_t column, const int bytes) {
     return bytes % 8 ? column / WINDOW * bytes : column / 32 * (bytes / 8);
 }
 
-/* Sums of a row: two chains hide the latency of the multiply-add; mins have their own. */
+/* Sums of a row and a token: two chains hide the latency of the multiply-add; mins have their own. */
 struct sums {
     vfloat s[2], mins;
 };
-INLINE struct sums no_sums(void) { return (struct sums){{v_zero(), v_zero()}, v_zero()}; }
 
-/* For each window: x, its activations, and p, its `bytes` of a row at w. */
-#define EACH_WINDOW(ready, w, bytes)                                                                     \
+/* For each window: x, its activations of T tokens, and p, its `bytes` of a row at w. */
+#define EACH_WINDOW(ready, T, w, bytes)                                                                  \
     const uint8_t *p = w, *const moved = w + offset_of((ready)->last, bytes);                            \
-    const struct window *x = (ready)->window, *const end = x + (ready)->windows, *const at = x + (ready)->moved; \
-    for (; x < end; x++, p = x == at ? moved : p + (bytes))
+    const struct window *x = (ready)->window, *const end = x + (ready)->windows * (T), *const at = x + (ready)->moved * (T); \
+    for (; x < end; x += (T), p = x == at ? moved : p + (bytes))
 
 /* Lines of what is read next; see kt_act. */
 INLINE void fetch(const uint8_t *p, size_t ahead, const int bytes) {
@@ -195,24 +192,35 @@ INLINE const uint8_t *pad(uint8_t *room, size_t size, const uint8_t *p, size_t b
     return memcpy(room, p, bytes);
 }
 
+/* Sums of at most 16 rows to their places; `add` to what earlier chunks left there. */
+INLINE void put_sums(const vfloat *sum, int rows, float *out, int add) {
+    float v[16];
+    v_sums(sum, rows, add ? v : out);
+    for (int r = 0; add && r < rows; r++) out[r] += v[r];
+}
+
 /* The dot kernel of a format from its row function. bytes: of 256 columns; a row narrower than that is padded. */
 #define DOT(name, order, zero, group, bytes)                                                                         \
-    static void one_##name(const struct kt_matrix *m, int64_t first, int rows, const struct kt_act *a, size_t ahead, float *out) { \
+    INLINE void name##_pass(const int T, const struct kt_matrix *m, int64_t first, int rows, const struct kt_act *a, \
+                            size_t ahead, float *out, int64_t ldc) {                                                 \
         struct ready x;                                                                                              \
-        vfloat sum[KT_DOT_ROWS];                                                                                     \
+        vfloat sum[DOT_TOKENS][16];                                                                                  \
         for (int64_t c = 0; c < m->cols; c += CHUNK) {                                                               \
-            make_ready(&x, order, zero, group, a, c, m->cols - c < CHUNK ? m->cols - c : CHUNK);                     \
+            const int64_t n = m->cols - c < CHUNK ? m->cols - c : CHUNK;                                             \
+            for (int i = 0; i < T; i++) make_ready(&x, T, i, order, zero, group, a + i, c, n);                       \
             for (int r = 0; r < rows; r++) {                                                                         \
                 const uint8_t *p = m->data + (size_t)(first + r) * m->stride + offset_of(c, bytes);                  \
                 uint8_t padded[(bytes) + 64];                                                                        \
                 if (m->cols < WINDOW) p = pad(padded, sizeof padded, p, (size_t)offset_of(m->cols, bytes));          \
-                struct sums t = name##_row(p, ahead, &x);                                                         \
-                const vfloat v = v_add(v_add(t.s[0], t.s[1]), t.mins);                                               \
-                sum[r] = c ? v_add(sum[r], v) : v;                                                                   \
+                struct sums t[DOT_TOKENS];                                                                           \
+                for (int i = 0; i < T; i++) t[i] = (struct sums){{v_zero(), v_zero()}, v_zero()};                    \
+                name##_row(p, ahead, &x, T, t);                                                                      \
+                for (int i = 0; i < T; i++) sum[i][r % 16] = v_add(v_add(t[i].s[0], t[i].s[1]), t[i].mins);          \
+                if (r % 16 == 15 || r == rows - 1)                                                                   \
+                    for (int i = 0; i < T; i++) put_sums(sum[i], r % 16 + 1, out + i * ldc + r / 16 * 16, c > 0);    \
             }                                                                                                        \
         }                                                                                                            \
-        v_sums(sum, rows, out);                                                                                      \
-    }                                                                                                                          \
-    KT_DOT_EACH(name)
+    }                                                                                                                \
+    DOT_FOR_TOKENS(name)
 
 #endif

@@ -8,6 +8,7 @@
 #include "common.h"
 
 enum { LANES = 4, VECTOR = 16 * LANES };
+enum { DOT_TOKENS = 4 }; /* tokens of a pass, 1 to 4: two or three sums each, beside codes, scales and constants */
 
 typedef __m512i vint;
 typedef __m512 vfloat;
@@ -133,8 +134,12 @@ INLINE vfloat v_halves_of(const float *s) {
     return _mm512_mask_broadcastss_ps(_mm512_set1_ps(s[0]), 0xff00, _mm_load_ss(s + 1));
 }
 
-/* acc + eight floats. */
-INLINE vfloat v_add8(vfloat acc, __m256 v) { return _mm512_add_ps(acc, _mm512_zextps256_ps512(v)); }
+/* s[0..7] * d[0..7]; s[8..15] * d[8..15] is added to acc. */
+INLINE __m256 v_scales_and_mins(float16s s, const float *d, vfloat *acc) {
+    const __m512 v = _mm512_mul_ps(s, _mm512_loadu_ps(d));
+    *acc = _mm512_mask_add_ps(*acc, 0xff00, *acc, v);
+    return _mm512_castps512_ps256(v);
+}
 
 /* acc + sum * scale. */
 INLINE vfloat v_scaled(vfloat acc, vint sum, vfloat scale) { return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, acc); }
@@ -182,11 +187,7 @@ INLINE __m256i dwords_20(const uint8_t *p) {
 /* The fp16 numbers in the low halves of dwords. */
 INLINE __m256 low_halves(__m256i v) { return _mm256_cvtph_ps(_mm256_cvtepi32_epi16(v)); }
 
-/* Scales of a Q4_K or Q5_K block times d[0..7]; what mins add (d[8..15]: minus s_a * sum) goes to acc. */
-INLINE __m256 k4_scaled(const uint8_t *p, const float *d, vfloat *acc) {
-    __m512 s = _mm512_mul_ps(k4_scales(load128(p)), _mm512_loadu_ps(d));
-    *acc = _mm512_mask_add_ps(*acc, 0xff00, *acc, s);
-    return _mm512_castps512_ps256(s);
-}
+/* Scales of a Q4_K or Q5_K block, then its mins, eight each. */
+INLINE float16s k4_scales_mins(const uint8_t *p) { return k4_scales(load128(p)); }
 
 #endif

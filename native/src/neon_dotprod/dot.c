@@ -1,7 +1,7 @@
 /* Decode of floats for NEON, one row after the other: see ../dot_rows.h for why. Quantized formats decode through tiles. */
 #include "common.h"
 
-enum { VECTOR = 16 };
+enum { VECTOR = 16, DOT_TOKENS = 4 };
 typedef float32x4_t vfloat;
 
 #define PREFETCH(p, ahead) __builtin_prefetch((const void *)((uintptr_t)(p) + (ahead)))
