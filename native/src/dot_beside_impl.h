@@ -34,8 +34,20 @@ enum { ROW_SCALES = CHUNK / 16 + 32 };
         }                                                                                                            \
     }
 
-/* A code a byte. */
+/* A code a byte: a chain is first and second halves of 32 columns. */
 #define BYTES(name, zero, scale)                                                                                     \
+    for (int i = 0; i < VECTORS / 2; i++) {                                                                          \
+        const vint a = v_load(p + 2 * i * VECTOR), b = v_load(p + (2 * i + 1) * VECTOR);                             \
+        const vint low = name##_codes(v_even_lanes(a, b)), high = name##_codes(v_odd_lanes(a, b));                   \
+        for (int k = 0; k < T; k++) {                                                                                \
+            const int8_t *q = x[k].q + 2 * i * VECTOR;                                                               \
+            const vint sum = v_dot_wide(v_dot_wide(start_of(x + k, i, zero), low, v_load(q)), high, v_load(q + VECTOR)); \
+            t[k].s[i % 2] = v_scaled(t[k].s[i % 2], sum, scale);                                                     \
+        }                                                                                                            \
+    }
+
+/* The same for groups of 16, which share no sum. */
+#define BYTES_16(name, zero, scale)                                                                                  \
     for (int i = 0; i < VECTORS; i++) {                                                                              \
         const vint u = name##_codes(v_load(p + i * VECTOR));                                                         \
         for (int k = 0; k < T; k++) {                                                                                \
@@ -77,11 +89,11 @@ INLINE vint u8_codes(vint v) { return v_wide_unsigned(v); }
     }
 
 /* Both group sizes. */
-#define BOTH(kind, name, order, zero, bytes)                                                                         \
+#define BOTH(name, kind, order, kind16, order16, zero, bytes)                                                                         \
     BESIDE_ROW(kind, name, order, 32, zero, bytes)                                                                   \
-    BESIDE_ROW(kind, name, order, 16, zero, bytes)                                                                   \
+    BESIDE_ROW(kind16, name, order16, 16, zero, bytes)                                                                   \
     BESIDE_PASS(name, order, 32, zero, bytes)                                                                        \
-    BESIDE_PASS(name, order, 16, zero, bytes)                                                                        \
+    BESIDE_PASS(name, order16, 16, zero, bytes)                                                                        \
     INLINE void name##_pass(const int T, const struct kt_matrix *m, int64_t first, int rows, const struct kt_act *a, size_t ahead, \
                             float *out, int64_t ldc) {                                                               \
         if (m->group == 32) name##_32_pass(T, m, first, rows, a, ahead, out, ldc);                                   \
@@ -89,14 +101,14 @@ INLINE vint u8_codes(vint v) { return v_wide_unsigned(v); }
     }                                                                                                                \
     DOT_FOR_TOKENS(name)
 
-BOTH(CHAIN, i4, EVENS, 8, WINDOW / 2)
-BOTH(CHAIN, f4, EVENS, 12, WINDOW / 2)
-BOTH(BYTES, i8, IN_ORDER, WIDE_ZERO, WINDOW)
-BOTH(BYTES, u8, IN_ORDER, WIDE_ZERO, WINDOW)
+BOTH(i4, CHAIN, EVENS, CHAIN, EVENS, 8, WINDOW / 2)
+BOTH(f4, CHAIN, EVENS, CHAIN, EVENS, 12, WINDOW / 2)
+BOTH(i8, BYTES, HALVES, BYTES_16, IN_ORDER, WIDE_ZERO, WINDOW)
+BOTH(u8, BYTES, HALVES, BYTES_16, IN_ORDER, WIDE_ZERO, WINDOW)
 
 static void fill_dot_beside(struct kt_kernels *k) {
-    k->dot[KT_FMT_I4] = dot_i4;
-    k->dot[KT_FMT_F4_E2M1] = dot_f4;
-    k->dot[KT_FMT_I8] = dot_i8;
-    k->dot[KT_FMT_U8] = dot_u8;
+    DOT_FILL(k, I4, i4);
+    DOT_FILL(k, F4_E2M1, f4);
+    DOT_FILL(k, I8, i8);
+    DOT_FILL(k, U8, u8);
 }

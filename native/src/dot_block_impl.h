@@ -141,6 +141,15 @@ INLINE void mxfp4_codes(const uint8_t *p, const int i, vint *low, vint *high) {
 }
 NIBBLES(mxfp4, plain, 17, 12, v_dot_two)
 
+/* Bytes: chains are first and second halves of blocks. */
+INLINE plain q8_0_scales(const uint8_t *p) { return halves_34(p); }
+INLINE void q8_0_codes(const uint8_t *p, const int i, vint *low, vint *high) {
+    p += i * LANES * 34 + 2;
+    const vint a = v_halves(p, 34), b = v_halves(p + LANES / 2 * 34, 34);
+    *low = v_wide_signed(v_even_lanes(a, b)), *high = v_wide_signed(v_odd_lanes(a, b));
+}
+NIBBLES(q8_0, plain, 34, WIDE_ZERO, dot_two_wide)
+
 /* IQ4_XS: 136 bytes for 8 such blocks, whose scales of 6 bits come first. */
 INLINE plain iq4_xs_scales(const uint8_t *p) {
     const __m256i fours = _mm256_set_epi32(28, 24, 20, 16, 12, 8, 4, 0), twos = _mm256_set_epi32(14, 12, 10, 8, 6, 4, 2, 0);
@@ -155,6 +164,54 @@ INLINE void iq4_xs_codes(const uint8_t *p, const int i, vint *low, vint *high) {
     look_up_iq4(v_once(v_load(p + 8 + i * VECTOR)), low, high);
 }
 NIBBLES(iq4_xs, plain, 17, WIDE_ZERO, dot_two_wide)
+
+/* ---- super-blocks of 256 with nibbles ---------------------------------------------------------------- */
+
+/* codes(p, i, u) gives two chains of two vectors, low and high nibbles of LANES times 32 bytes. */
+#define NIBBLES_K(name, bytes)                                                                                       \
+    INLINE void name##_row(const uint8_t *w, size_t ahead, const struct ready *a, const int T, struct sums *t) {     \
+        EACH_WINDOW(a, T, w, bytes) {                                                                                \
+            fetch(p, ahead, bytes);                                                                                  \
+            const mins of = k4_scales_mins(p);                                                                       \
+            __m256 s[DOT_TOKENS];                                                                                    \
+            for (int k = 0; k < T; k++) s[k] = mins_scaled(of, x + k, &t[k].mins);                                   \
+            for (int i = 0; i < VECTORS / 4; i++) {                                                                  \
+                vint u[4];                                                                                           \
+                name##_codes(p, i, u);                                                                               \
+                for (int k = 0; k < T; k++)                                                                          \
+                    for (int j = 0; j < 2; j++) {                                                                    \
+                        const int8_t *q = x[k].q + (4 * i + 2 * j) * VECTOR;                                         \
+                        const vint sum = v_dot_two(v_bytes(0), u[2 * j], v_load(q), u[2 * j + 1], v_load(q + VECTOR)); \
+                        t[k].s[j] = v_scaled(t[k].s[j], sum, scales_of(PAIRS, s[k], 2 * i + j));                     \
+                    }                                                                                                \
+            }                                                                                                        \
+        }                                                                                                            \
+    }                                                                                                                \
+    DOT(name, PAIRS, 0, 32, bytes)
+
+/* First and second halves of 32 bytes. */
+INLINE void halves_apart(const uint8_t *p, vint *first, vint *second) {
+    const vint a = v_load(p), b = v_load(p + VECTOR);
+    *first = v_once(v_even_lanes(a, b)), *second = v_once(v_odd_lanes(a, b));
+}
+
+INLINE void q4_k_codes(const uint8_t *p, const int i, vint *u) {
+    vint first, second;
+    halves_apart(p + 16 + 2 * i * VECTOR, &first, &second);
+    u[0] = v_low4(first), u[1] = v_low4(second), u[2] = v_high4(first), u[3] = v_high4(second);
+}
+NIBBLES_K(q4_k, 144)
+
+INLINE void q5_k_codes(const uint8_t *p, const int i, vint *u) { /* bit g of 32 bytes: of group g */
+    const vint bits[2] = {v_lanes(p + 16, 0), v_lanes(p + 32, 0)};
+    vint v[2];
+    halves_apart(p + 48 + 2 * i * VECTOR, &v[0], &v[1]);
+    for (int j = 0; j < 2; j++) {
+        u[j] = v_add_where(v_low4(v[j]), bits[j], v_bytes_lanes(1 << 2 * LANES * i, 2), 16);
+        u[2 + j] = v_add_where(v_high4(v[j]), bits[j], v_bytes_lanes(2 << 2 * LANES * i, 2), 16);
+    }
+}
+NIBBLES_K(q5_k, 176)
 
 /* ---- a vector of codes a sum ------------------------------------------------------------------------ */
 
@@ -178,31 +235,6 @@ NIBBLES(iq4_xs, plain, 17, WIDE_ZERO, dot_two_wide)
         }                                                                                                            \
     }                                                                                                                \
     DOT(name, order, zero, 32, bytes)
-
-INLINE plain q8_0_scales(const uint8_t *p) {
-    return halves_34(p);
-}
-INLINE void q8_0_codes(const uint8_t *p, const int i, vint *u) {
-    p += i * LANES * 34 + 2;
-    u[0] = v_wide_signed(v_halves(p, 34)), u[1] = v_wide_signed(v_halves(p + LANES / 2 * 34, 34));
-}
-VECTORS32(q8_0, plain, 272, IN_ORDER, 2, WIDE_ZERO, v_dot_wide)
-
-INLINE mins q4_k_scales(const uint8_t *p) { return k4_scales_mins(p); }
-INLINE void q4_k_codes(const uint8_t *p, const int i, vint *u) {
-    const vint v = v_once(v_load(p + 16 + i * VECTOR));
-    u[0] = v_low4(v), u[1] = v_high4(v);
-}
-VECTORS32(q4_k, mins, 144, PAIRS, 2, 0, v_dot)
-
-INLINE mins q5_k_scales(const uint8_t *p) { return k4_scales_mins(p); }
-INLINE void q5_k_codes(const uint8_t *p, const int i, vint *u) {
-    const vint v = v_once(v_load(p + 48 + i * VECTOR)), bits = v_halves(p + 16, 0);
-    const int g = LANES * i; /* the first group; two further on, the one of the other 32 bytes */
-    u[0] = v_add_where(v_low4(v), bits, v_bytes_halves(1 << g, 1 << (g + 2)), 16);
-    u[1] = v_add_where(v_high4(v), bits, v_bytes_halves(2 << g, 2 << (g + 2)), 16);
-}
-VECTORS32(q5_k, mins, 176, PAIRS, 2, 0, v_dot)
 
 /* Two bits: 32 bytes a half of the block, four vectors of codes a load. */
 INLINE void two_bits(const uint8_t *qs, const int i, vint *u) {
@@ -297,19 +329,19 @@ INLINE void nvfp4_row(const uint8_t *w, size_t ahead, const struct ready *a, con
 DOT(nvfp4, EIGHTS, 12, 16, 144)
 
 static void fill_dot_blocks(struct kt_kernels *k) {
-    k->dot[KT_FMT_Q4_0] = dot_q4_0;
-    k->dot[KT_FMT_Q4_1] = dot_q4_1;
-    k->dot[KT_FMT_Q5_0] = dot_q5_0;
-    k->dot[KT_FMT_Q5_1] = dot_q5_1;
-    k->dot[KT_FMT_Q8_0] = dot_q8_0;
-    k->dot[KT_FMT_IQ4_NL] = dot_iq4_nl;
-    k->dot[KT_FMT_IQ4_XS] = dot_iq4_xs;
-    k->dot[KT_FMT_MXFP4] = dot_mxfp4;
-    k->dot[KT_FMT_NVFP4] = dot_nvfp4;
-    k->dot[KT_FMT_Q2_K] = dot_q2_k;
-    k->dot[KT_FMT_Q3_K] = dot_q3_k;
-    k->dot[KT_FMT_Q4_K] = dot_q4_k;
-    k->dot[KT_FMT_Q5_K] = dot_q5_k;
-    k->dot[KT_FMT_Q6_K] = dot_q6_k;
-    k->dot[KT_FMT_TQ2_0] = dot_tq2_0;
+    DOT_FILL(k, Q4_0, q4_0);
+    DOT_FILL(k, Q4_1, q4_1);
+    DOT_FILL(k, Q5_0, q5_0);
+    DOT_FILL(k, Q5_1, q5_1);
+    DOT_FILL(k, Q8_0, q8_0);
+    DOT_FILL(k, IQ4_NL, iq4_nl);
+    DOT_FILL(k, IQ4_XS, iq4_xs);
+    DOT_FILL(k, MXFP4, mxfp4);
+    DOT_FILL(k, NVFP4, nvfp4);
+    DOT_FILL(k, Q2_K, q2_k);
+    DOT_FILL(k, Q3_K, q3_k);
+    DOT_FILL(k, Q4_K, q4_k);
+    DOT_FILL(k, Q5_K, q5_k);
+    DOT_FILL(k, Q6_K, q6_k);
+    DOT_FILL(k, TQ2_0, tq2_0);
 }

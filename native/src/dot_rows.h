@@ -24,12 +24,12 @@ enum layout {
     HALVES,   /* 16 bytes hold columns 0..15 (low nibbles) and 16..31 (high); a lane is such a block */
     EVENS,    /* low nibbles are even columns, high ones odd; a lane is 32 columns */
     EIGHTS,   /* 8 bytes hold columns 0..7 and 8..15 */
-    PAIRS,    /* 32 bytes hold columns 0..31 and 32..63 */
+    PAIRS,    /* 32 bytes hold columns 0..31 and 32..63; first halves of such stand together, and second halves */
     QUARTERS, /* 32 bytes hold four values a byte, 32 columns apart */
 };
 
-/* Whether two vectors of codes, from low and high nibbles, meet the same scales and share a sum. */
-INLINE int is_chain(const enum layout order) { return order == HALVES || order == EVENS || order == EIGHTS; }
+/* Whether two vectors of codes meet the same scales and share a sum. */
+INLINE int is_chain(const enum layout order) { return order == HALVES || order == EVENS || order == EIGHTS || order == PAIRS; }
 
 /* A window of one token's activations, ready for rows of one format. */
 struct window {
@@ -52,7 +52,7 @@ INLINE int piece_of(const enum layout order, const int v, const int l) {
     const int i = v / 2, part = v % 2;
     switch (order) {
     case HALVES: return 2 * (LANES * i + l) + part;
-    case PAIRS: return 2 * (LANES * i + l / 2 * 2 + part) + l % 2;
+    case PAIRS: return 4 * (LANES * (v / 4) + l) + v % 4;
     case QUARTERS: return LANES == 4 ? 2 * v + l / 2 * 8 + l % 2 : 2 * v + l; /* 64 bytes are both halves of a block */
     default: return LANES * v + l;
     }
@@ -174,7 +174,7 @@ INLINE vint start_of(const struct window *x, const int i, const int zero) {
 INLINE vfloat scales_of(const enum layout order, __m256 s, const int i) {
     switch (order) {
     case IN_ORDER: return v_pick8(s, LANES / 2 * i, 8, 1);
-    case PAIRS: return v_pick8(s, LANES * (i / 2) + i % 2, 8, 2);
+    case PAIRS: return v_pick8_lanes(s, 2 * LANES * (i / 2) + i % 2, 2);
     case QUARTERS: return v_pick8(s, i, 8, 4);
     default: return v_pick8(s, LANES * i, 4, 2);
     }

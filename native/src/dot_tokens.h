@@ -22,4 +22,7 @@
         name##_pass(T <= DOT_TOKENS ? T : DOT_TOKENS, w, first, rows, a, ahead, out, ldc);                           \
     }
 
+/* The kernel of a format, and the number of tokens from which the instruction set's tiles beat it. */
+#define DOT_FILL(k, format, name) ((k)->dot[KT_FMT_##format] = dot_##name, (k)->tiles_from[KT_FMT_##format] = DOT_TILES_FROM)
+
 #endif

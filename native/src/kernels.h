@@ -18,7 +18,7 @@
 #define KT_TILE 16          /* weight rows interleaved in a panel tile */
 #define KT_BLOCK_ROWS 128   /* weight rows of a panel and of a job. Measured beside 64 on Zen 4: prefill 2 to 6 % faster */
 #define KT_SHARD_ROWS 64    /* NUMA nodes' shares of a matrix are multiples of it: two nodes halve 1408 rows, not 128 by 128 */
-#define KT_DOT_ROWS 64      /* weight rows of a decode kernel's call */
+#define KT_DOT_ROWS 128     /* weight rows of a decode kernel's call: what rearranging activations is spread over */
 #define KT_DOT_TOKENS 4     /* tokens of it, at most */
 #define KT_SCALES_AHEAD 16  /* lines of scales beside the codes that are fetched before they are needed */
 #define KT_ACT_GROUP 32     /* activations that share an int8 scale */
@@ -42,6 +42,7 @@ struct kt_acts {
 /* One token of kt_acts, for the decode kernels. */
 struct kt_act {
     const float *f;
+    const uint16_t *h; /* NULL where none are needed */
     const int8_t *q;
     const float *d, *ds;
     const int32_t *low, *high;
@@ -144,6 +145,8 @@ typedef void (*kt_gemm_fn)(const struct kt_panel *p, const struct kt_acts *a, co
 struct kt_kernels {
     const char *name;
     kt_dot_fn dot[KT_FORMATS];          /* NULL: decode goes through tiles as well */
+    int tiles_from[KT_FORMATS];         /* tokens from which tiles beat dot; 0: as one pass a token has it, see matmul.c */
+    int dot_bf16;                       /* dot of BF16 and F8_E4M3 meets bf16 activations where it is given them */
     kt_unpack_fn unpack[KT_FORMATS];    /* NULL: a type by columns, which has a tile function */
     kt_unpack_tile_fn tile[KT_FORMATS]; /* NULL: unpack and interleave */
     kt_unpack_tile_fn tile_bf16[KT_FORMATS]; /* the same for a BF16 panel; NULL: by way of fp32 */

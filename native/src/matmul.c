@@ -1,7 +1,8 @@
 /* matmul.c: one block of W @ x: a few rows of one matrix and all tokens that meet it. Three paths:
  *
- *   dot     one or two tokens: a pass over packed bytes that unpacks in registers (formats that have such a kernel)
- *   strips  few tokens: 16 rows x 512 columns are unpacked into the first-level cache and met by all tokens
+ *   dot     few tokens: a pass over packed bytes that unpacks in registers, for up to four tokens (formats that have such
+ *           a kernel)
+ *   strips  not many tokens: 16 rows x 512 columns are unpacked into the first-level cache and met by all tokens
  *   panels  many tokens: 128 rows x 2048 columns are unpacked into the second-level cache; while a GEMM works on
  *           them it fetches the packed bytes of the next panel
  *
@@ -16,8 +17,8 @@
 enum path { DOT, STRIPS, PANELS };
 
 enum {
-    FLOAT_TILES_FROM = 12, /* tokens from which unpacking once beats a dot for every token; floats unpack in an instruction */
-    Q8_TILES_FROM = 3,
+    FLOAT_TILES_FROM = 12, /* tokens from which unpacking once beats a dot; floats unpack in an instruction */
+    Q8_TILES_FROM = 3,     /* where a dot unpacks for every token; kernels of several tokens bring their own numbers */
     PANELS_FROM = 8,       /* tokens from which a panel's second trip through the caches is repaid */
     STRIP_BYTES = 512,     /* of a row */
 };
@@ -33,7 +34,9 @@ static enum kt_kind kind_of(const struct kt_kernels *k, const struct kt_matrix *
 
 static enum path path_of(const struct kt_kernels *k, const struct kt_matrix *w, int64_t tokens) {
     int forced = atomic_load(&forced_threshold);
-    int64_t tiles = forced > 0 ? forced : w->traits->kind == KT_KIND_Q8 ? Q8_TILES_FROM : FLOAT_TILES_FROM;
+    int64_t tiles = w->traits->kind == KT_KIND_Q8 ? Q8_TILES_FROM : FLOAT_TILES_FROM;
+    if (k->tiles_from[w->format]) tiles = k->tiles_from[w->format];
+    if (forced > 0) tiles = forced;
     if (k->dot[w->format] && w->kind == w->traits->kind && (!w->zeros || w->traits->by_column) && tokens < tiles) return DOT;
     return tokens < PANELS_FROM ? STRIPS : PANELS;
 }
@@ -41,7 +44,7 @@ static enum path path_of(const struct kt_kernels *k, const struct kt_matrix *w, 
 int kt_forms_needed(const struct kt_kernels *k, const struct kt_matrix *w, int64_t tokens, int dtype) {
     enum kt_kind kind = kind_of(k, w);
     if (kind == KT_KIND_Q8) return KT_NEED_Q8;
-    if (kind != KT_KIND_BF16 || !k->gemm_bf16 || path_of(k, w, tokens) == DOT) return 0;
+    if (kind != KT_KIND_BF16 || !k->gemm_bf16 || (path_of(k, w, tokens) == DOT && !k->dot_bf16)) return 0;
     return w->traits->beside || dtype == KT_BF16 ? KT_NEED_BF16 : 0;
 }
 
@@ -142,7 +145,7 @@ static void fetch_scales(struct kt_next next) {
 
 static struct kt_act act_of(const struct kt_acts *a, int32_t token) {
     const int64_t at = token * a->stride, g = at / KT_ACT_GROUP;
-    struct kt_act one = {.f = a->f + at};
+    struct kt_act one = {.f = a->f + at, .h = a->h ? a->h + at : NULL};
     if (a->q) one.q = a->q + at, one.d = a->d + g, one.ds = a->ds + g, one.low = a->low + g, one.high = a->high + g;
     return one;
 }
@@ -151,14 +154,16 @@ static struct kt_act act_of(const struct kt_acts *a, int32_t token) {
 static void dot_block(const struct kt_kernels *k, const struct kt_matrix *w, int64_t first, int rows,
                       const struct kt_acts *a, const int32_t *token, int tokens, struct kt_next next, float *c, int64_t ldc) {
     kt_dot_fn dot = k->dot[w->format];
+    const int passes = (tokens + KT_DOT_TOKENS - 1) / KT_DOT_TOKENS; /* of equal size, or one less: five tokens are 3 + 2 */
     for (int r = 0; r < rows; r += KT_DOT_ROWS) {
         int n = (int)kt_min(rows - r, KT_DOT_ROWS);
         const size_t ahead = w->traits->by_column ? columns_ahead_of(w, first, r, rows, next) : ahead_of(w, first, r, rows, next);
-        for (int i = 0; i < tokens; i += KT_DOT_TOKENS) {
+        for (int p = 0, i = 0; p < passes; p++) {
             struct kt_act few[KT_DOT_TOKENS];
-            const int some = (int)kt_min(tokens - i, KT_DOT_TOKENS);
+            const int some = (tokens - i + passes - p - 1) / (passes - p);
             for (int j = 0; j < some; j++) few[j] = act_of(a, token[i + j]);
             dot(w, first + r, n, few, some, ahead, c + i * ldc + r, ldc);
+            i += some;
         }
     }
     fetch_scales(next);
