@@ -19,9 +19,10 @@
  *
  * Numerics (met by portable C, equalled by every other instruction set up to fp32 summation order)
  *  - Float weights (F32, F16, BF16): products and sums in fp32 against the activations in fp32. One exception:
- *    with avx512_bf16 and amx, BF16 weights meeting many tokens of BF16 activations use a bf16 multiplier. It takes kt_linear's
+ *    with avx512_bf16 and amx, BF16 weights meeting BF16 activations use a bf16 multiplier. It takes kt_linear's
  *    and the experts' inputs as they are; the experts' intermediates are rounded to bf16 (nearest even) before
- *    down. F32 and F16 activations are never rounded to bf16.
+ *    down. F32 and F16 activations are never rounded to bf16. F8_E4M3 weights use that multiplier too, on those sets for any
+ *    number of tokens and with any activations, which are rounded to bf16; its sums are fp32.
  *  - Quantized weights: each 32 activations become int8 codes with one fp32 scale. They are rounded to nearest even so
  *    that the largest becomes 127, and again so that it becomes 126; the scale of either is the least squares fit, and
  *    the better of the two stays. Dot products inside a group are exact int32; groups are added in fp32. With a weight written as

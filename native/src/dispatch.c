@@ -61,7 +61,9 @@ static void fill_avx512_vbmi(struct kt_kernels *k) { kt_fill_iq_tile_avx512_vbmi
 #endif
 #ifdef KT_HAVE_AVX512_BF16
 /* All else as VNNI. */
-static void fill_avx512_bf16(struct kt_kernels *k) { kt_fill_tile_float_avx512_bf16(k), kt_fill_gemm_avx512_bf16(k); }
+static void fill_avx512_bf16(struct kt_kernels *k) {
+    kt_fill_dot_avx512_bf16(k), kt_fill_tile_float_avx512_bf16(k), kt_fill_gemm_avx512_bf16(k);
+}
 #else
 #define fill_avx512_bf16 NULL
 #endif

@@ -5,6 +5,7 @@ computes what float64 on the gguf package's dequantized weights says, up to the 
 """
 
 import zlib
+from itertools import product
 
 import numpy as np
 import pytest
@@ -88,7 +89,7 @@ def test_linear_equals_portable(name, nasty):
         rng = rng_for(name, rows, cols, nasty)
         weight = random_weight(rng, name, rows, cols, nasty)
         linear = native.Linear(weight)
-        for tokens in (0, 1, 2, 3, 5, 17, 64) if cols < 1024 else (1, 13):
+        for tokens in (*range(9), 17, 64) if cols < 1024 else (1, 13):
             x = activations(rng, tokens, cols, nasty)
             for threshold in (DECODE, PREFILL):
                 native.set_panel_threshold(threshold)
@@ -116,26 +117,41 @@ def test_jobs_of_full_size(name):
             assert_equal_up_to_summation(linear(x), expected, weight, x, f"{name} T={tokens} {isa}")
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_decode_of_several_tokens_is_decode_of_each(name):
+    """A decode kernel meets several tokens at once; each gets the bits that it gets alone, also in rows of two chunks."""
+    rng = rng_for("several", name)
+    for rows, cols in (19, 512), (3, 8192 + 256):
+        linear = native.Linear(random_weight(rng, name, rows, cols))
+        native.set_panel_threshold(DECODE)
+        for isa, dtype in product(ISAS, (torch.float32, torch.bfloat16)):
+            native.set_isa(isa)
+            x = activations(rng, 8, cols, nasty=False).to(dtype)
+            alone = torch.cat([linear(row[None]) for row in x])
+            for tokens in range(2, 8):
+                assert torch.equal(linear(x[:tokens]), alone[:tokens]), f"{name} [{rows}, {cols}] T={tokens} {isa} {dtype}"
+
+
 @pytest.mark.parametrize("nasty", [False, True], ids=["plain", "nasty"])
 def test_bf16_activations_equal_portable(nasty):
-    """BF16 weights with bf16 activations, which have a GEMM of their own, give portable C's fp32 result.
+    """BF16 weights with bf16 activations, which have kernels of their own, give portable C's fp32 result.
 
     A bias of minus that result leaves the difference, which rounding the output to bf16 does not hide.
     """
-    native.set_panel_threshold(PREFILL)
     for rows, cols in shapes("BF16"):
         rng = rng_for("bf16", rows, cols, nasty)
         weight = random_weight(rng, "BF16", rows, cols, nasty)
-        for tokens in (1, 2, 3, 5, 17, 64) if cols < 1024 else (1, 13):
+        for tokens in (*range(1, 9), 17, 64) if cols < 1024 else (1, 13):
             x = activations(rng, tokens, cols, nasty).bfloat16()
             native.set_isa("portable")
             expected = native.Linear(weight)(x.float())
-            for isa in ISAS[1:]:
+            for isa, threshold in product(ISAS[1:], (DECODE, PREFILL)):
                 native.set_isa(isa)
+                native.set_panel_threshold(threshold)
                 found = expected.clone()
                 for t in range(tokens):
                     found[t] += native.Linear(weight, bias=-expected[t])(x)[t].float()
-                case = f"[{rows}, {cols}] T={tokens} {isa} nasty={nasty}"
+                case = f"[{rows}, {cols}] T={tokens} {isa} threshold={threshold} nasty={nasty}"
                 assert_equal_up_to_summation(found, expected, weight, x, case)
 
 

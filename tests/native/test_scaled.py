@@ -18,7 +18,7 @@ from tests.native.test_kernels import DECODE, ISAS, PREFILL, activations, relati
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="C library not built")
 
-TOKENS = (1, 3, 7, 13, 64)
+TOKENS = (1, 2, 3, 4, 7, 8, 13, 64)
 
 
 @pytest.fixture(autouse=True)
@@ -117,6 +117,20 @@ def test_jobs_of_full_size(name):
             native.set_isa(isa)
             worst = ((linear(x).double() - expected).abs() / bound(weight, values, x, isa)).max().item()
             assert worst <= 1.0, f"{name} T={tokens} {isa}: {worst:.2f} times the bound"
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_decode_of_several_tokens_is_decode_of_each(name):
+    """A decode kernel meets several tokens at once; each gets the bits that it gets alone."""
+    rng = rng_for("several", name)
+    linear = native.Linear(random_scaled(rng, KINDS[name], 24, 352))
+    native.set_panel_threshold(DECODE)
+    for isa in ISAS:
+        native.set_isa(isa)
+        x = activations(rng, 8, 352, nasty=False)
+        alone = torch.cat([linear(row[None]) for row in x])
+        for tokens in range(2, 8):
+            assert torch.equal(linear(x[:tokens]), alone[:tokens]), f"{name} T={tokens} {isa}"
 
 
 @EACH

@@ -1,5 +1,6 @@
 /* bf16 tiles: BF16 weights, whose dwords are only transposed, and e4m3, which bf16 holds exactly. */
 #include "../avx512/tile_vec.h"
+#include "e4m3.h"
 
 /* Columns k0 .. k0 + n of 16 rows, of `size` bytes: each 16 bytes of them as four dwords a row. An odd number of bytes
  * at the end of a row is padded with zeros. */
@@ -37,31 +38,16 @@ BF16_TILE(bf16, 2)
 
 /* ---- e4m3 ------------------------------------------------------------------------------------------- */
 
-/* seeeemmm is s, exponent eeee + 120 and mantissa mmm0000: the high byte of the bf16 depends on the high nibble, the
- * low byte is the low nibble moved up. Below 2^-5 (eee_ is zero; half of these are subnormal, which bf16
- * multipliers take for zero) the value is the low nibble times 2^-9. */
 struct f8_state {
     __m512i most; /* magnitudes: 127 is NaN */
 };
 
 INLINE void f8_dwords(__m512i v, uint32_t *out, struct f8_state *state) {
     const __m512i pairs = _mm512_broadcast_i32x4(_mm_set_epi8(15, 14, 11, 10, 7, 6, 3, 2, 13, 12, 9, 8, 5, 4, 1, 0));
-    const __m512i highs = _mm512_broadcast_i32x4(_mm_set_epi8(-61, -62, -63, -64, -65, -66, -67, -68, 67, 66, 65, 64, 63, 62, 61, 60));
-    const __m512i small_highs = _mm512_broadcast_i32x4(
-        _mm_set_epi8(60, 60, 60, 60, 60, 60, 60, 60, 60, 60, 60, 60, 59, 59, 59, 0));
-    const __m512i small_lows = _mm512_broadcast_i32x4(
-        _mm_set_epi8(-16, -32, -48, -64, -80, -96, -112, -128, 96, 64, 32, 0, -64, -128, 0, 0));
-    v = _mm512_shuffle_epi8(v, pairs); /* columns 0 and 1 of four rows, then 2 and 3 */
-    const __m512i nibble = _mm512_set1_epi8(15), sign = _mm512_set1_epi8(-128);
-    const __m512i low = _mm512_and_si512(v, nibble), high = _mm512_and_si512(_mm512_srli_epi16(v, 4), nibble);
-    const __mmask64 is_small = _mm512_testn_epi8_mask(v, _mm512_set1_epi8(0x70));
-    __m512i h = _mm512_shuffle_epi8(highs, high), l = _mm512_slli_epi16(low, 4);
-    h = _mm512_mask_shuffle_epi8(h, is_small, small_highs, low);
-    l = _mm512_mask_shuffle_epi8(l, is_small, small_lows, low);
-    h = _mm512_ternarylogic_epi32(h, v, sign, 0xf8); /* h | (v & sign) */
-    state->most = _mm512_max_epu8(state->most, _mm512_andnot_si512(sign, v));
-    _mm512_store_si512(out, _mm512_unpacklo_epi8(l, h));
-    _mm512_store_si512(out + KT_TILE, _mm512_unpackhi_epi8(l, h));
+    __m512i low, high;
+    e4m3_to_bf16(_mm512_shuffle_epi8(v, pairs), &low, &high, &state->most); /* columns 0 and 1 of four rows, then 2 and 3 */
+    _mm512_store_si512(out, low);
+    _mm512_store_si512(out + KT_TILE, high);
 }
 
 INLINE void f8_piece(const struct rows *rows, size_t at, uint32_t *out, struct f8_state *state) {
