@@ -13,8 +13,11 @@
 #define KT_ISA avx512
 #endif
 #include "iq_grid.h"
+#include "../dot_tokens.h"
 
 enum {
+    DOT_TOKENS = 4,
+    DOT_TILES_FROM = 9, /* measured on Zen 4 */
     CHUNK = 8192, /* columns of a row at once: their activations, arranged, share the first-level cache with weights */
     UNITS = CHUNK / 256,
 };
@@ -127,7 +130,7 @@ INLINE void make_ready(struct ready *x, const enum unit unit, const int zero, co
 /* ---- one unit: looking up, and meeting activations ----------------------------------------------------- */
 
 /* What is known of a unit when its activations come: two vectors of points, and of signs or shifts (IQ1), and the
- * scale of each dword of a sum. */
+ * weights' scale of each dword of a sum. */
 struct found {
     struct points p;
     __m512i signs[2];
@@ -192,14 +195,16 @@ INLINE __m512i iq2_sum16(__m512i v, __m512i s, const int8_t q[4][64], const int3
     return sum;
 }
 
-INLINE __m512 scaled(__m512 acc, __m512i sum, __m512 scale) { return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, acc); }
+INLINE __m512 scaled(__m512 acc, __m512i sum, __m512 scale, const float *d) {
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scale, _mm512_load_ps(d)), acc);
+}
 
 INLINE void meet_iq2(const struct found *f, const struct ready *x, const int u, __m512 acc[2]) {
-    acc[0] = scaled(acc[0], iq2_sum(f, x->q[u], x->start[u][0]), f->scale[0]);
+    acc[0] = scaled(acc[0], iq2_sum(f, x->q[u], x->start[u][0]), f->scale[0], x->d[u][0]);
 }
 INLINE void meet_iq2_16(const struct found *f, const struct ready *x, const int u, __m512 acc[2]) {
-    acc[0] = scaled(acc[0], iq2_sum16(f->p.low, f->signs[0], x->q[u], x->start[u][0]), f->scale[0]);
-    acc[1] = scaled(acc[1], iq2_sum16(f->p.high, f->signs[1], x->q[u] + 4, x->start[u][1]), f->scale[1]);
+    acc[0] = scaled(acc[0], iq2_sum16(f->p.low, f->signs[0], x->q[u], x->start[u][0]), f->scale[0], x->d[u][0]);
+    acc[1] = scaled(acc[1], iq2_sum16(f->p.high, f->signs[1], x->q[u] + 4, x->start[u][1]), f->scale[1], x->d[u][1]);
 }
 
 /* Codes of value j of each point: two levels of 3 bits a byte. left: signs from bit 3 on; s: from bit 0; right: from 1. */
@@ -222,7 +227,7 @@ INLINE void meet_iq3(const struct found *f, const struct ready *x, const int u, 
     const __m512i s = f->signs[0], left = shift_left(s, 3), right = shift_right(s, 1);
     __m512i sum[2] = {_mm512_load_si512(x->start[u][0]), _mm512_setzero_si512()};
     for (int j = 0; j < 4; j++) sum[j % 2] = dot4(sum[j % 2], iq3_codes(f->p, tables, left, s, right, j), _mm512_load_si512(x->q[u][j]));
-    acc[0] = scaled(acc[0], _mm512_add_epi32(sum[0], sum[1]), f->scale[0]);
+    acc[0] = scaled(acc[0], _mm512_add_epi32(sum[0], sum[1]), f->scale[0], x->d[u][0]);
 }
 INLINE void meet_iq3_xxs(const struct found *f, const struct ready *x, const int u, __m512 acc[2]) { meet_iq3(f, x, u, iq3_xxs_tables, acc); }
 INLINE void meet_iq3_s(const struct found *f, const struct ready *x, const int u, __m512 acc[2]) { meet_iq3(f, x, u, iq3_s_tables, acc); }
@@ -239,21 +244,19 @@ INLINE __m512i iq1_sum(__m512i sum, __m512i v, __m512i shift, const int8_t q[4][
 INLINE void meet_iq1_s(const struct found *f, const struct ready *x, const int u, __m512 acc[2]) {
     const __m512i low = iq1_sum(_mm512_load_si512(x->start[u][0]), f->p.low, f->signs[0], x->q[u]);
     const __m512i high = iq1_sum(_mm512_setzero_si512(), f->p.high, f->signs[0], x->q[u] + 4);
-    acc[0] = scaled(acc[0], _mm512_add_epi32(low, high), f->scale[0]);
+    acc[0] = scaled(acc[0], _mm512_add_epi32(low, high), f->scale[0], x->d[u][0]);
 }
 INLINE void meet_iq1_m(const struct found *f, const struct ready *x, const int u, __m512 acc[2]) {
-    acc[0] = scaled(acc[0], iq1_sum(_mm512_load_si512(x->start[u][0]), f->p.low, f->signs[0], x->q[u]), f->scale[0]);
-    acc[1] = scaled(acc[1], iq1_sum(_mm512_load_si512(x->start[u][1]), f->p.high, f->signs[1], x->q[u] + 4), f->scale[1]);
+    acc[0] = scaled(acc[0], iq1_sum(_mm512_load_si512(x->start[u][0]), f->p.low, f->signs[0], x->q[u]), f->scale[0], x->d[u][0]);
+    acc[1] = scaled(acc[1], iq1_sum(_mm512_load_si512(x->start[u][1]), f->p.high, f->signs[1], x->q[u] + 4), f->scale[1], x->d[u][1]);
 }
 
-/* ---- formats: a and b are the blocks of a unit, one or two rows of them; d: activation scales --------------- */
-
-typedef const float (*scales)[16];
+/* ---- formats: a and b are the blocks of a unit, one or two rows of them ------------------------------------- */
 
 /* The signs and scales of groups of 32 that share a dword: four times seven bits, and four. */
 INLINE __m512i signs_of(__m512i x) { return even_signs(fields(x, 0, 7), 0); }
 
-INLINE void look_iq2_xxs(const int rows, const uint8_t *const *a, const uint8_t *const *b, scales d, struct found *out) {
+INLINE void look_iq2_xxs(const int rows, const uint8_t *const *a, const uint8_t *const *b, struct found *out) {
     const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
     const __m512i odd = _mm512_set_epi32(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
     const __m512 table = scale_table(0.25f, 0.125f, 16);
@@ -262,18 +265,17 @@ INLINE void look_iq2_xxs(const int rows, const uint8_t *const *a, const uint8_t 
         const __m512i index = _mm512_permutex2var_epi32(v, even, w), rest = _mm512_permutex2var_epi32(v, odd, w);
         points_iq2_xxs(1, &index, &index, &out[r].p);
         out[r].signs[0] = signs_of(rest);
-        const __m512 s = _mm512_mul_ps(entry(table, _mm512_srli_epi32(rest, 28)), _mm512_load_ps(d[0]));
-        out[r].scale[0] = _mm512_mul_ps(s, halves_of(a[r], b[r]));
+        out[r].scale[0] = _mm512_mul_ps(entry(table, _mm512_srli_epi32(rest, 28)), halves_of(a[r], b[r]));
     }
 }
 
 /* Scales of 4 bits of the 16 groups of a block, and its d. */
-INLINE __m512 nibble_scales(const uint8_t *p, const uint8_t *d, __m512 table, const float *of) {
+INLINE __m512 nibble_scales(const uint8_t *p, const uint8_t *d, __m512 table) {
     const __m512i bytes2 = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
     int64_t eight;
     memcpy(&eight, p, 8);
     const __m512i n = _mm512_srlv_epi32(_mm512_shuffle_epi8(_mm512_set1_epi64(eight), bytes2), _mm512_set1_epi64((int64_t)4 << 32));
-    return _mm512_mul_ps(_mm512_mul_ps(entry(table, n), _mm512_load_ps(of)), half_of(d));
+    return _mm512_mul_ps(entry(table, n), half_of(d));
 }
 
 /* Signs of twos, from those of points. */
@@ -282,7 +284,7 @@ INLINE void signs_of_twos(__m512i s, __m512i out[2]) {
     out[0] = t.low, out[1] = t.high;
 }
 
-INLINE void look_iq2_xs(const int rows, const uint8_t *const *a, const uint8_t *const *b, scales d, struct found *out) {
+INLINE void look_iq2_xs(const int rows, const uint8_t *const *a, const uint8_t *const *b, struct found *out) {
     const __m512 table = scale_table(0.25f, 0.125f, 16);
     const __m512i low = _mm512_set1_epi16(255);
     for (int r = 0; r < rows; r++) {
@@ -293,8 +295,8 @@ INLINE void look_iq2_xs(const int rows, const uint8_t *const *a, const uint8_t *
         points_iq2_xs(1, &index, &upper, &p);
         out[r].p = twos(p);
         signs_of_twos(even_signs(upper, 1), out[r].signs);
-        out[r].scale[0] = nibble_scales(a[r] + 66, a[r], table, d[0]);
-        out[r].scale[1] = nibble_scales(b[r] + 66, b[r], table, d[1]);
+        out[r].scale[0] = nibble_scales(a[r] + 66, a[r], table);
+        out[r].scale[1] = nibble_scales(b[r] + 66, b[r], table);
     }
 }
 
@@ -321,7 +323,7 @@ INLINE __m512i two_bits(__m512i qwords) {
 #endif
 }
 
-INLINE void look_iq2_s(const int rows, const uint8_t *const *a, const uint8_t *const *b, scales d, struct found *out) {
+INLINE void look_iq2_s(const int rows, const uint8_t *const *a, const uint8_t *const *b, struct found *out) {
     const __m512 table = scale_table(0.25f, 0.125f, 16);
     __m512i index[2], upper[2];
     struct points p[2];
@@ -332,8 +334,8 @@ INLINE void look_iq2_s(const int rows, const uint8_t *const *a, const uint8_t *c
         index[r] = in_turn(v, w, 0);
         upper[r] = two_bits(_mm512_broadcast_i32x4(_mm_set_epi64x(high[1], high[0])));
         signs_of_twos(in_turn(v, w, 4), out[r].signs);
-        out[r].scale[0] = nibble_scales(a[r] + 74, a[r], table, d[0]);
-        out[r].scale[1] = nibble_scales(b[r] + 74, b[r], table, d[1]);
+        out[r].scale[0] = nibble_scales(a[r] + 74, a[r], table);
+        out[r].scale[1] = nibble_scales(b[r] + 74, b[r], table);
     }
     points_iq2_s(rows, index, upper, p);
     for (int r = 0; r < rows; r++) out[r].p = twos(p[r]);
@@ -349,7 +351,7 @@ INLINE __m512i for_two(__m256i v) {
     return _mm512_permutexvar_epi32(_mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0), _mm512_castsi256_si512(v));
 }
 
-INLINE void look_iq3_xxs(const int rows, const uint8_t *const *a, const uint8_t *const *b, scales d, struct found *out) {
+INLINE void look_iq3_xxs(const int rows, const uint8_t *const *a, const uint8_t *const *b, struct found *out) {
     const __m512 table = scale_table(0.5f, 0.25f, 16);
     (void)b;
     for (int r = 0; r < rows; r++) {
@@ -358,11 +360,11 @@ INLINE void look_iq3_xxs(const int rows, const uint8_t *const *a, const uint8_t 
         points_iq3_xxs(1, &index, &index, &out[r].p);
         out[r].signs[0] = signs_of_fours(_mm512_castsi512_si256(signs_of(_mm512_castsi256_si512(rest))));
         const __m512 s = entry(table, for_two(_mm256_srli_epi32(rest, 28)));
-        out[r].scale[0] = _mm512_mul_ps(_mm512_mul_ps(s, _mm512_load_ps(d[0])), half_of(a[r]));
+        out[r].scale[0] = _mm512_mul_ps(s, half_of(a[r]));
     }
 }
 
-INLINE void look_iq3_s(const int rows, const uint8_t *const *a, const uint8_t *const *b, scales d, struct found *out) {
+INLINE void look_iq3_s(const int rows, const uint8_t *const *a, const uint8_t *const *b, struct found *out) {
     const __m512 table = scale_table(2.0f, 1.0f, 16);
     const __m512i nibbles = _mm512_set_epi32(28, 28, 24, 24, 20, 20, 16, 16, 12, 12, 8, 8, 4, 4, 0, 0);
     (void)b;
@@ -374,7 +376,7 @@ INLINE void look_iq3_s(const int rows, const uint8_t *const *a, const uint8_t *c
         points_iq3_s(1, &index, &upper, &out[r].p);
         out[r].signs[0] = signs_of_fours(load256(a[r] + 74));
         const __m512 s = entry(table, _mm512_srlv_epi32(_mm512_set1_epi32((int)kt_load32(a[r] + 106)), nibbles));
-        out[r].scale[0] = _mm512_mul_ps(_mm512_mul_ps(s, _mm512_load_ps(d[0])), half_of(a[r]));
+        out[r].scale[0] = _mm512_mul_ps(s, half_of(a[r]));
     }
 }
 
@@ -384,7 +386,7 @@ INLINE __m512i two_unless_8(__m512i n) {
     return _mm512_permutexvar_epi32(n, _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, two, two, two, two, two, two, two, two));
 }
 
-INLINE void look_iq1_s(const int rows, const uint8_t *const *a, const uint8_t *const *b, scales d, struct found *out) {
+INLINE void look_iq1_s(const int rows, const uint8_t *const *a, const uint8_t *const *b, struct found *out) {
     const __m512 table = scale_table(0.25f, 0.125f, 8);
     __m512i index[2], upper[2];
     struct points p[2];
@@ -395,7 +397,7 @@ INLINE void look_iq1_s(const int rows, const uint8_t *const *a, const uint8_t *c
         const __m512i n = _mm512_srli_epi32(words, 12);
         upper[r] = fields(words, -4, 3);
         out[r].signs[0] = two_unless_8(n);
-        out[r].scale[0] = _mm512_mul_ps(_mm512_mul_ps(entry(table, n), _mm512_load_ps(d[0])), halves_of(a[r], b[r]));
+        out[r].scale[0] = _mm512_mul_ps(entry(table, n), halves_of(a[r], b[r]));
     }
     points_iq1(rows, index, upper, p);
     for (int r = 0; r < rows; r++) out[r].p = p[r];
@@ -412,7 +414,7 @@ INLINE __m512i nibbles_up(__m512i v) {
 }
 
 /* Sixteen scales of 3 bits in four words, and d in their upper nibbles. */
-INLINE __m512 iq1_m_scales(const uint8_t *p, __m512 table, const float *of) {
+INLINE __m512 iq1_m_scales(const uint8_t *p, __m512 table) {
     uint64_t x;
     memcpy(&x, p, 8);
     const uint64_t d = (x >> 12 & 0xf) | (x >> 24 & 0xf0) | (x >> 36 & 0xf00) | (x >> 48 & 0xf000);
@@ -420,10 +422,10 @@ INLINE __m512 iq1_m_scales(const uint8_t *p, __m512 table, const float *of) {
                                            0x100, 0x100, 0x100, 0x100);
     const __m512i words = _mm512_shuffle_epi8(_mm512_set1_epi64((int64_t)x), lanes);
     const __m512 s = entry(table, _mm512_srlv_epi32(words, _mm512_set4_epi32(9, 6, 3, 0)));
-    return _mm512_mul_ps(_mm512_mul_ps(s, _mm512_load_ps(of)), _mm512_cvtph_ps(_mm256_set1_epi16((short)d)));
+    return _mm512_mul_ps(s, _mm512_cvtph_ps(_mm256_set1_epi16((short)d)));
 }
 
-INLINE void look_iq1_m(const int rows, const uint8_t *const *a, const uint8_t *const *b, scales d, struct found *out) {
+INLINE void look_iq1_m(const int rows, const uint8_t *const *a, const uint8_t *const *b, struct found *out) {
     const __m512 table = scale_table(0.25f, 0.125f, 8);
     __m512i index[2], upper[2];
     struct points p[2];
@@ -436,8 +438,8 @@ INLINE void look_iq1_m(const int rows, const uint8_t *const *a, const uint8_t *c
         const __m512i shift = _mm512_andnot_si512(shift_right(upper[r], 6), bytes(2));
         const struct points t = twos((struct points){shift, shift});
         out[r].signs[0] = t.low, out[r].signs[1] = t.high;
-        out[r].scale[0] = iq1_m_scales(a[r] + 48, table, d[0]);
-        out[r].scale[1] = iq1_m_scales(b[r] + 48, table, d[1]);
+        out[r].scale[0] = iq1_m_scales(a[r] + 48, table);
+        out[r].scale[1] = iq1_m_scales(b[r] + 48, table);
     }
     points_iq1(rows, index, upper, p);
     for (int r = 0; r < rows; r++) out[r].p = twos(p[r]);
@@ -460,50 +462,57 @@ INLINE void sums_of(const __m512 v[16], int n, float *out) {
     _mm512_mask_storeu_ps(out, (__mmask16)((1u << n) - 1), x);
 }
 
-/* The dot kernel of a format, `each` rows at once. At the end of a row comes the next one, at the last the first again. */
+/* The dot kernel of a format, `each` rows at once. At the end of a row comes the next one, at the last the first again.
+ * Codes are the same for all tokens; the compiler sees that. */
 #define DOT(name, meet, unit, bytes, zero, each)                                                                     \
-    static void one_##name(const struct kt_matrix *m, int64_t first, int rows, const struct kt_act *act, size_t ahead, float *out) { \
+    INLINE void name##_pass(const int T, const struct kt_matrix *m, int64_t first, int rows, const struct kt_act *act, \
+                            size_t ahead, float *out, int64_t ldc) {                                                 \
         enum { SPAN = (unit) == POINTS4 ? (bytes) : 2 * (bytes) };                                                   \
-        struct ready x;                                                                                              \
-        __m512 sum[KT_DOT_ROWS + 1];                                                                                 \
-        for (int r = 0; r < KT_DOT_ROWS; r++) sum[r] = _mm512_setzero_ps();                                          \
+        struct ready x[DOT_TOKENS];                                                                                  \
+        __m512 sum[DOT_TOKENS][KT_DOT_ROWS + 1];                                                                     \
+        for (int t = 0; t < T; t++)                                                                                  \
+            for (int r = 0; r < (rows + 15) / 16 * 16; r++) sum[t][r] = _mm512_setzero_ps();                                     \
         for (int64_t c = 0; c < m->cols; c += CHUNK) {                                                               \
             const uint8_t *const w = m->data + (size_t)first * m->stride + (size_t)(c / KT_QK * (bytes));            \
             const uint8_t *a[each], *b[each];                                                                        \
             struct found now[each], next[each];                                                                      \
-            make_ready(&x, unit, zero, act, c, m->cols - c < CHUNK ? m->cols - c : CHUNK);                           \
-            const size_t to_b = x.odd ? 0 : (bytes); /* in the last unit */                                          \
+            for (int t = 0; t < T; t++) make_ready(&x[t], unit, zero, act + t, c, m->cols - c < CHUNK ? m->cols - c : CHUNK); \
+            const int units = x[0].units;                                                                            \
+            const size_t to_b = x[0].odd ? 0 : (bytes); /* in the last unit */                                       \
             for (int i = 0; i < (each); i++) {                                                                       \
                 a[i] = w + (i < rows ? (size_t)i * m->stride : 0);                                                   \
-                b[i] = a[i] + (x.units == 1 ? to_b : (bytes));                                                       \
+                b[i] = a[i] + (units == 1 ? to_b : (bytes));                                                         \
             }                                                                                                        \
-            look_##name(each, a, b, (scales)x.d[0], now);                                                            \
+            look_##name(each, a, b, now);                                                                            \
             for (int r = 0; r < rows; r += (each)) {                                                                 \
-                __m512 acc[each][2];                                                                                 \
+                __m512 acc[each][DOT_TOKENS][2];                                                                     \
                 const uint8_t *then[each];                                                                           \
                 for (int i = 0; i < (each); i++) {                                                                   \
-                    acc[i][0] = acc[i][1] = _mm512_setzero_ps();                                                     \
+                    for (int t = 0; t < T; t++) acc[i][t][0] = acc[i][t][1] = _mm512_setzero_ps();                   \
                     then[i] = w + (r + (each) + i < rows ? (size_t)(r + (each) + i) * m->stride : 0);                \
                 }                                                                                                    \
-                for (int u = 0; u < x.units; u++) {                                                                  \
-                    const size_t last = (size_t)-(u + 1 == x.units), v = (size_t)(u + 1) & ~last;                    \
-                    const size_t width = v + 1 == (size_t)x.units ? to_b : (bytes);                                  \
+                for (int u = 0; u < units; u++) {                                                                    \
+                    const size_t last = (size_t)-(u + 1 == units), v = (size_t)(u + 1) & ~last;                      \
+                    const size_t width = v + 1 == (size_t)units ? to_b : (bytes);                                    \
                     for (int i = 0; i < (each); i++) {                                                               \
                         a[i] += SPAN + (((uintptr_t)then[i] - (uintptr_t)a[i] - SPAN) & last); /* no jump */         \
                         b[i] = a[i] + width;                                                                         \
-                        for (int l = 0; l < SPAN; l += 64) PREFETCH(a[i] + l, ahead);                           \
+                        for (int l = 0; l < SPAN; l += 64) PREFETCH(a[i] + l, ahead);                                \
                     }                                                                                                \
-                    look_##name(each, a, b, (scales)x.d[v], next);                                                   \
-                    for (int i = 0; i < (each); i++) meet(&now[i], &x, u, acc[i]);                                   \
+                    look_##name(each, a, b, next);                                                                   \
+                    for (int i = 0; i < (each); i++)                                                                 \
+                        for (int t = 0; t < T; t++) meet(&now[i], &x[t], u, acc[i][t]);                              \
                     for (int i = 0; i < (each); i++) now[i] = next[i];                                               \
                 }                                                                                                    \
                 for (int i = 0; i < (each); i++)                                                                     \
-                    sum[r + i] = _mm512_add_ps(sum[r + i], _mm512_add_ps(acc[i][0], acc[i][1]));                     \
+                    for (int t = 0; t < T; t++)                                                                      \
+                        sum[t][r + i] = _mm512_add_ps(sum[t][r + i], _mm512_add_ps(acc[i][t][0], acc[i][t][1]));     \
             }                                                                                                        \
         }                                                                                                            \
-        for (int r = 0; r < rows; r += 16) sums_of(sum + r, rows - r < 16 ? rows - r : 16, out + r);                 \
-    }                                                                                                                            \
-    KT_DOT_EACH(name)
+        for (int t = 0; t < T; t++)                                                                                  \
+            for (int r = 0; r < rows; r += 16) sums_of(sum[t] + r, rows - r < 16 ? rows - r : 16, out + t * ldc + r); \
+    }                                                                                                                \
+    DOT_FOR_TOKENS(name)
 DOT(iq1_s, meet_iq1_s, POINTS8, 50, 9, 2)
 DOT(iq1_m, meet_iq1_m, POINTS8_16, 56, 9, 2)
 DOT(iq2_xxs, meet_iq2, POINTS8, 66, 43, 1)
@@ -513,11 +522,11 @@ DOT(iq3_xxs, meet_iq3_xxs, POINTS4, 98, 62, 1)
 DOT(iq3_s, meet_iq3_s, POINTS4, 110, 15, 1)
 
 void KT_JOIN(kt_fill_iq_dot_, KT_ISA)(struct kt_kernels *k) {
-    k->dot[KT_FMT_IQ1_S] = dot_iq1_s;
-    k->dot[KT_FMT_IQ1_M] = dot_iq1_m;
-    k->dot[KT_FMT_IQ2_XXS] = dot_iq2_xxs;
-    k->dot[KT_FMT_IQ2_XS] = dot_iq2_xs;
-    k->dot[KT_FMT_IQ2_S] = dot_iq2_s;
-    k->dot[KT_FMT_IQ3_XXS] = dot_iq3_xxs;
-    k->dot[KT_FMT_IQ3_S] = dot_iq3_s;
+    DOT_FILL(k, IQ1_S, iq1_s);
+    DOT_FILL(k, IQ1_M, iq1_m);
+    DOT_FILL(k, IQ2_XXS, iq2_xxs);
+    DOT_FILL(k, IQ2_XS, iq2_xs);
+    DOT_FILL(k, IQ2_S, iq2_s);
+    DOT_FILL(k, IQ3_XXS, iq3_xxs);
+    DOT_FILL(k, IQ3_S, iq3_s);
 }
