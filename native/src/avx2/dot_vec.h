@@ -8,6 +8,8 @@
 #include "common.h"
 
 enum { LANES = 2, VECTOR = 16 * LANES };
+enum { DOT_TOKENS = 2 }; /* tokens of a pass: two or three sums each, of sixteen registers */
+enum { DOT_TILES_FROM = 5 }; /* quantized types */
 
 typedef __m256i vint;
 typedef __m256 vfloat;
@@ -28,6 +30,10 @@ INLINE void v_store(void *p, vint v) { _mm256_storeu_si256((__m256i_u *)p, v); }
 INLINE vint v_minus(vint v) { return _mm256_sub_epi32(_mm256_setzero_si256(), v); } /* of int32 */
 INLINE vint v_bytes(int x) { return _mm256_set1_epi8((char)x); }
 INLINE vint v_bytes_halves(int x, int y) { return (void)y, v_bytes(x); } /* 32 bytes are the first half */
+/* Lane l: bytes of x << l * step. */
+INLINE vint v_bytes_lanes(const int x, const int step) {
+    return _mm256_set_m128i(_mm_set1_epi8((char)(x << step)), _mm_set1_epi8((char)x));
+}
 INLINE vint v_bit_of_byte(void) { return _mm256_set1_epi64x((long long)0x8040201008040201); } /* bit i % 8 of byte i */
 INLINE vint v_and(vint a, vint b) { return _mm256_and_si256(a, b); }
 INLINE vint v_low4(vint v) { return v_and(v, v_bytes(15)); }
@@ -42,6 +48,10 @@ INLINE int v_any_byte_is(vint v, int x) { return _mm256_movemask_epi8(_mm256_cmp
 INLINE vint v_lanes(const uint8_t *p, size_t step) {
     return _mm256_inserti128_si256(_mm256_castsi128_si256(load128(p)), load128(p + step), 1);
 }
+
+/* Lane 0 of a, then of b; lane 1 of both. */
+INLINE vint v_even_lanes(vint a, vint b) { return _mm256_permute2x128_si256(a, b, 0x20); }
+INLINE vint v_odd_lanes(vint a, vint b) { return _mm256_permute2x128_si256(a, b, 0x31); }
 
 /* Half h of 64 bytes is the 32 at p + h * step: here the first only. */
 INLINE vint v_halves(const uint8_t *p, size_t step) { return (void)step, load256(p); }
@@ -114,9 +124,6 @@ INLINE vfloat v_e4m3_byte(vint v, const int b) {
 /* s[0]: the scale of the 32 columns of a vector. */
 INLINE vfloat v_halves_of(const float *s) { return _mm256_broadcast_ss(s); }
 
-/* acc + eight floats. */
-INLINE vfloat v_add8(vfloat acc, __m256 v) { return _mm256_add_ps(acc, v); }
-
 /* acc + sum * scale. */
 INLINE vfloat v_scaled(vfloat acc, vint sum, vfloat scale) { return _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, acc); }
 
@@ -124,6 +131,11 @@ INLINE vfloat v_scaled(vfloat acc, vint sum, vfloat scale) { return _mm256_fmadd
 INLINE vfloat v_pick8(__m256 s, const int first, const int per, const int then) {
     const __m256i lane = _mm256_set_epi32(7 / per, 6 / per, 5 / per, 4 / per, 3 / per, 2 / per, 1 / per, 0);
     (void)then;
+    return _mm256_permutevar8x32_ps(s, _mm256_add_epi32(_mm256_set1_epi32(first), lane));
+}
+/* Lane l of a sum meets scale first + l * step. */
+INLINE vfloat v_pick8_lanes(__m256 s, const int first, const int step) {
+    const __m256i lane = _mm256_set_epi32(step, step, step, step, 0, 0, 0, 0);
     return _mm256_permutevar8x32_ps(s, _mm256_add_epi32(_mm256_set1_epi32(first), lane));
 }
 INLINE vfloat v_pick16(float16s s, const int first, const int per, const int then) {
@@ -138,6 +150,11 @@ INLINE float16s f16s_scale(float16s a, float s) { return f16s_mul(a, (float16s){
 INLINE __m256 signed8(__m128i v) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(v)); }
 INLINE float16s f16s_signed(__m128i v) { return (float16s){{signed8(v), signed8(_mm_unpackhi_epi64(v, v))}}; }
 INLINE float16s f16s_join(__m256 a, __m256 b) { return (float16s){{a, b}}; }
+/* s[0..7] * d[0..7]; s[8..15] * d[8..15] is added to acc. */
+INLINE __m256 v_scales_and_mins(float16s s, const float *d, vfloat *acc) {
+    *acc = v_fma(s.half[1], load_f32(d + 8), *acc);
+    return v_mul(s.half[0], load_f32(d));
+}
 INLINE vfloat v_fma16(float16s a, float16s b, vfloat acc) {
     return v_fma(a.half[1], b.half[1], v_fma(a.half[0], b.half[0], acc));
 }
@@ -166,13 +183,12 @@ INLINE __m256 low_halves(__m256i v) {
     return _mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(words, 0x08)));
 }
 
-/* Scales of a Q4_K or Q5_K block times d[0..7]; what mins add (d[8..15]: minus s_a * sum) goes to acc. */
-INLINE __m256 k4_scaled(const uint8_t *p, const float *d, vfloat *acc) {
+/* Scales of a Q4_K or Q5_K block, then its mins, eight each. */
+INLINE float16s k4_scales_mins(const uint8_t *p) {
     const __m128i header = load128(p);
     const __m128 both = _mm_cvtph_ps(header);
     const float16s s = f16s_signed(k4_scales(header)); /* below 64 */
-    *acc = v_fma(v_mul(s.half[1], _mm256_broadcastss_ps(_mm_movehdup_ps(both))), load_f32(d + 8), *acc);
-    return v_mul(v_mul(s.half[0], _mm256_broadcastss_ps(both)), load_f32(d));
+    return f16s_mul(s, (float16s){{_mm256_broadcastss_ps(both), _mm256_broadcastss_ps(_mm_movehdup_ps(both))}});
 }
 
 #endif
