@@ -108,4 +108,17 @@ INLINE void scales_of_row(struct scales *s, int64_t row, float *line, float *out
     for (int64_t g = s->groups; g < s->up_to; g++) out[g] = 0.0f;
 }
 
+/* out[g] = scale * (zero point - of) of group g: what packed zero points of `bits` bits take away from a row beyond `of`.
+ * scale: of the row, as scales_of_row left them in its `out` (each is 1) or `line`. own: room for a line. */
+INLINE void minus_of_row(const struct scales *s, int64_t row, const int bits, const int of, const float *scale, float *own, float *out) {
+    const struct kt_matrix *m = s->m;
+    const uint8_t *p = m->zeros + (size_t)(row / (32 / bits)) * m->zero_stride + 4 * s->from;
+    const uint32_t shift = (uint32_t)(row % (32 / bits) * bits), mask = (1u << bits) - 1;
+    const int less = m->zero_bias - of;
+    float *to = s->each == 1 ? out : own;
+    for (int64_t i = 0; i < s->count; i++) to[i] = scale[i] * (float)((int)(kt_load32(p + 4 * i) >> shift & mask) + less);
+    if (s->each != 1) spread_line(s, own, out);
+    for (int64_t g = s->groups; g < s->up_to; g++) out[g] = 0.0f;
+}
+
 #endif

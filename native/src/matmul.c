@@ -37,7 +37,7 @@ static enum path path_of(const struct kt_kernels *k, const struct kt_matrix *w, 
     int64_t tiles = w->traits->kind == KT_KIND_Q8 ? Q8_TILES_FROM : FLOAT_TILES_FROM;
     if (k->tiles_from[w->format]) tiles = k->tiles_from[w->format];
     if (forced > 0) tiles = forced;
-    if (k->dot[w->format] && w->kind == w->traits->kind && (!w->zeros || w->traits->by_column) && tokens < tiles) return DOT;
+    if (k->dot[w->format] && w->kind == w->traits->kind && (!w->zeros || w->traits->by_column || w->group == 32) && tokens < tiles) return DOT;
     return tokens < PANELS_FROM ? STRIPS : PANELS;
 }
 
@@ -96,6 +96,11 @@ void kt_store_row(const struct kt_kernels *k, const float *x, int64_t n, int dty
 
 /* ---- what comes next -------------------------------------------------------------------------------- */
 
+/* Of a type by columns: bytes that some rows, an even number, take in a line. */
+static size_t line_bytes(const struct kt_matrix *w, int64_t rows) {
+    return (size_t)(w->format == KT_FMT_AWQ4 ? rows / 2 : rows * 4);
+}
+
 /* The packed bytes of columns k0 .. k0 + n of `rows` rows, as far as the matrix has them. */
 static struct kt_ahead lines_of(const struct kt_matrix *w, int64_t first, int64_t rows, int64_t k0, int64_t n) {
     struct kt_ahead a = {0};
@@ -104,9 +109,8 @@ static struct kt_ahead lines_of(const struct kt_matrix *w, int64_t first, int64_
     n = kt_min(n, w->cols - k0);
     if (rows <= 0 || n <= 0) return a;
     if (t->by_column) {
-        const size_t each = w->format == KT_FMT_AWQ4 ? 1 : 8; /* bytes that two rows take in a line */
-        a = (struct kt_ahead){.row = w->data + (size_t)(k0 / t->block) * w->stride + (size_t)first * each / 2,
-                              .stride = w->stride, .bytes = (size_t)rows * each / 2, .rows = (int)(n / t->block)};
+        a = (struct kt_ahead){.row = w->data + (size_t)(k0 / t->block) * w->stride + line_bytes(w, first),
+                              .stride = w->stride, .bytes = line_bytes(w, rows), .rows = (int)(n / t->block)};
     } else {
         a = (struct kt_ahead){.row = w->data + (size_t)first * w->stride + kt_row_bytes(t, k0), .stride = w->stride,
                               .bytes = kt_row_bytes(t, n), .rows = (int)rows};
@@ -129,9 +133,9 @@ static size_t ahead_of(const struct kt_matrix *w, int64_t first, int64_t r, int6
 
 /* The same for a type by columns: how far the next call's part of a line lies from this one's. */
 static size_t columns_ahead_of(const struct kt_matrix *w, int64_t first, int64_t r, int64_t rows, struct kt_next next) {
-    if (r + KT_DOT_ROWS < rows) return KT_DOT_ROWS * 4;
+    if (r + KT_DOT_ROWS < rows) return line_bytes(w, KT_DOT_ROWS);
     if (!next.w) return 0;
-    return (uintptr_t)(next.w->data + next.first * 4) - (uintptr_t)(w->data + (first + r) * 4);
+    return (uintptr_t)(next.w->data + line_bytes(next.w, next.first)) - (uintptr_t)(w->data + line_bytes(w, first + r));
 }
 
 /* The scales that the next block meets first. */

@@ -124,6 +124,9 @@ INLINE vfloat v_e4m3_byte(vint v, const int b) {
 /* s[0]: the scale of the 32 columns of a vector. */
 INLINE vfloat v_halves_of(const float *s) { return _mm256_broadcast_ss(s); }
 
+/* acc + eight floats. */
+INLINE vfloat v_add8(vfloat acc, __m256 v) { return _mm256_add_ps(acc, v); }
+
 /* acc + sum * scale. */
 INLINE vfloat v_scaled(vfloat acc, vint sum, vfloat scale) { return _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, acc); }
 

@@ -144,6 +144,9 @@ INLINE vfloat v_halves_of(const float *s) {
     return _mm512_mask_broadcastss_ps(_mm512_set1_ps(s[0]), 0xff00, _mm_load_ss(s + 1));
 }
 
+/* acc + eight floats. */
+INLINE vfloat v_add8(vfloat acc, __m256 v) { return _mm512_add_ps(acc, _mm512_zextps256_ps512(v)); }
+
 /* s[0..7] * d[0..7]; s[8..15] * d[8..15] is added to acc. */
 INLINE __m256 v_scales_and_mins(float16s s, const float *d, vfloat *acc) {
     const __m512 v = _mm512_mul_ps(s, _mm512_loadu_ps(d));
