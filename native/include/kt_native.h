@@ -132,7 +132,7 @@ typedef enum kt_peak { KT_PEAK_INT8 = 0, KT_PEAK_BF16 = 1, KT_PEAK_F32 = 2 } kt_
  * (F8_E4M3: of 32) or all columns. `scale` multiplies everything (1 for none). `zeros`: zero points packed as the
  * checkpoint packs them (I4, U8: int32 [rows/8 or /4, groups]; GPTQ, AWQ: int32 [groups, rows/8 or /4]), one a scale,
  * with zero_bias (0 or 1) added to each; NULL: the type's own. `order` [cols]: the group of each column where they
- * are scattered (GPTQ act-order); NULL: in order. */
+ * are scattered (GPTQ act-order; at most 1024 groups); NULL: in order. */
 typedef struct kt_weight {
     int32_t type;
     int64_t rows, cols;

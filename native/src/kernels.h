@@ -25,6 +25,7 @@
 #define KT_PANEL_BYTES 2048 /* bytes of a panel row: 2048 codes, 1024 bf16 or 512 floats. 128 rows take 256 KiB of L2 */
 #define KT_CACHE_BYTES 512  /* of them, what a GEMM takes at once: two tiles are 16 KiB and stay in L1 for all tokens */
 #define KT_MAX_GROUPS (KT_PANEL_BYTES / 16)
+#define KT_MAX_ORDERED (KT_BLOCK_ROWS * KT_MAX_GROUPS / KT_TILE) /* groups of a matrix whose columns name theirs */
 
 /* Activations of T tokens in every form that some weight needs; unused forms are NULL. A row of any form starts
  * `stride` values after the one before: an odd number of 64-byte lines, so that rows of many tokens spread over all
@@ -155,6 +156,10 @@ struct kt_kernels {
 
     /* out[j][r] = in[r * in_stride + j] for 16 rows r and n dwords j. out is 64-byte aligned. */
     void (*interleave)(const uint32_t *in, size_t in_stride, int64_t n, uint32_t *out);
+
+    /* scales [count][16] (times w->scale) of rows first .. first + rows, rows <= 16, in groups from .. from + count of
+     * scale_cols columns; 0 past `rows`. zeros, if not NULL: their packed zero points likewise. */
+    void (*beside)(const struct kt_matrix *w, int64_t first, int rows, int64_t from, int64_t count, float *scales, float *zeros);
 
     /* v[k][16] *= scales[k / group][16], k < n: an fp32 tile meets the scales that lie beside its codes. */
     void (*scale_tile)(float *v, int64_t n, int group, const float *scales);

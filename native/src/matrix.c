@@ -56,7 +56,7 @@ static int check_zeros(const kt_weight *w, struct kt_matrix *m) {
 static int check_order(const kt_weight *w, struct kt_matrix *m) {
     const int64_t groups = divide_up(m->cols, m->scale_cols);
     if (!w->order) return KT_OK;
-    if ((uintptr_t)w->order % 4 || m->kind != KT_KIND_Q8 || m->scale_rows != 1) return KT_ERR_SCALES;
+    if ((uintptr_t)w->order % 4 || m->kind != KT_KIND_Q8 || m->scale_rows != 1 || groups > KT_MAX_ORDERED) return KT_ERR_SCALES;
     for (int64_t c = 0; c < m->cols; c++)
         if (w->order[c] < 0 || w->order[c] >= groups) return KT_ERR_SCALES;
     m->order = w->order;

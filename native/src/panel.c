@@ -44,72 +44,19 @@ void kt_scratch_take(struct kt_arena *arena, int64_t tokens, struct kt_scratch *
 
 /* ---- scales beside the codes ------------------------------------------------------------------------- */
 
-/* out[i] = scale i of a line of them. */
-static void load_scales(const struct kt_matrix *w, int64_t line, int64_t at, int64_t n, float *out) {
-    const uint8_t *p = w->scales + (size_t)line * w->scale_stride;
-    switch (w->scale_type) {
-    case KT_SCALE_F32:
-        for (int64_t i = 0; i < n; i++) out[i] = kt_load_f32(p + 4 * (at + i)) * w->scale;
-        break;
-    case KT_SCALE_F16:
-        for (int64_t i = 0; i < n; i++) out[i] = kt_load_f16(p + 2 * (at + i)) * w->scale;
-        break;
-    case KT_SCALE_BF16:
-        for (int64_t i = 0; i < n; i++) out[i] = kt_bf16_to_f32(kt_load16(p + 2 * (at + i))) * w->scale;
-        break;
-    case KT_SCALE_E8M0:
-        for (int64_t i = 0; i < n; i++) out[i] = kt_e8m0_to_f32(p[at + i]) * w->scale;
-        break;
-    default:
-        for (int64_t i = 0; i < n; i++) out[i] = kt_e4m3_to_f32(p[at + i]) * w->scale;
-    }
-}
-
-/* The zero point of a row's group, where the checkpoint packs them. */
-static int zero_at(const struct kt_matrix *w, int64_t row, int64_t group) {
-    static const int awq[8] = {0, 4, 1, 5, 2, 6, 3, 7}; /* the nibble that holds the zero of row 0, 1, ... */
-    const int bits = w->format == KT_FMT_U8 || w->format == KT_FMT_GPTQ8 ? 8 : 4, each = 32 / bits;
-    int64_t line = row / each, word = group;
-    if (w->traits->by_column) line = group, word = row / each;
-    uint32_t packed = kt_load32(w->zeros + (size_t)line * w->zero_stride + 4 * word);
-    int place = (int)(row % each);
-    if (w->format == KT_FMT_AWQ4) place = awq[place];
-    return (int)(packed >> (bits * place) & ((1u << bits) - 1)) + w->zero_bias;
-}
-
-/* The scales [count][16] of 16 rows, from group `from` of columns on. */
-static void transpose_scales(const struct kt_kernels *k, const struct kt_matrix *w, int64_t first, int rows,
-                             int64_t from, int64_t count, const struct kt_scratch *s, float *out) {
-    if (w->traits->by_column) {
-        for (int64_t g = 0; g < count; g++, out += KT_TILE) {
-            memset(out, 0, KT_TILE * sizeof *out);
-            load_scales(w, from + g, first, rows, out);
-        }
-        return;
-    }
-    for (int r = 0; r < KT_TILE; r++) {
-        float *row = s->stage_scales + r * KT_MAX_GROUPS;
-        if (r >= rows) memset(row, 0, (size_t)count * sizeof *row);
-        else load_scales(w, (first + r) / w->scale_rows, from, count, row);
-    }
-    k->interleave((const uint32_t *)s->stage_scales, KT_MAX_GROUPS, count, (uint32_t *)out);
-}
-
 /* Scales [n / group][16] of columns k0 .. k0 + n, and mins where zero points are packed. */
 static void fill_beside(const struct kt_kernels *k, const struct kt_matrix *w, int64_t first, int rows, int64_t k0,
-                        int64_t n, const struct kt_scratch *s, float *scales, float *mins) {
+                        int64_t n, float *scales, float *mins) {
     const int64_t groups = (n + w->group - 1) / w->group, from = k0 / w->scale_cols;
     const int64_t count = (k0 + n - 1) / w->scale_cols + 1 - from;
-    transpose_scales(k, w, first, rows, from, count, s, scales);
+    k->beside(w, first, rows, from, count, scales, w->zeros ? mins : NULL);
+    for (int64_t i = 0; w->zeros && i < count * KT_TILE; i++) mins[i] *= scales[i];
     for (int64_t g = groups - 1; g >= 0; g--) { /* from the back: a scale may serve several groups */
         const int64_t at = (k0 + g * w->group) / w->scale_cols - from;
-        if (at != g) memcpy(scales + g * KT_TILE, scales + at * KT_TILE, KT_TILE * sizeof *scales);
+        if (at == g) continue;
+        memcpy(scales + g * KT_TILE, scales + at * KT_TILE, KT_TILE * sizeof *scales);
+        if (w->zeros) memcpy(mins + g * KT_TILE, mins + at * KT_TILE, KT_TILE * sizeof *mins);
     }
-    if (!w->zeros) return;
-    for (int64_t g = 0; g < groups; g++)
-        for (int r = 0; r < KT_TILE; r++)
-            mins[g * KT_TILE + r] =
-                r < rows ? scales[g * KT_TILE + r] * (float)zero_at(w, first + r, (k0 + g * w->group) / w->scale_cols) : 0.0f;
 }
 
 /* ---- tiles ------------------------------------------------------------------------------------------- */
@@ -191,35 +138,35 @@ static void codes_to_floats(const struct kt_matrix *w, int64_t n, const struct k
     }
 }
 
-/* The same where each column names its group. */
-static void ordered_to_floats(const struct kt_matrix *w, int64_t first, int rows, int64_t k0, int64_t n,
-                              const struct kt_tile *from, float *v) {
+/* The same where each column names its group: scales and zeros of all groups, [group][16]. */
+static void ordered_to_floats(const struct kt_matrix *w, int64_t k0, int64_t n, const struct kt_tile *from, float *v) {
     const uint8_t *u = (const uint8_t *)from->data;
-    for (int64_t c = 0; c < n; c++, v += KT_TILE)
+    for (int64_t c = 0; c < n; c++, v += KT_TILE) {
+        const size_t at = (size_t)w->order[k0 + c] * KT_TILE;
         for (int r = 0; r < KT_TILE; r++) {
-            const int64_t group = w->order[k0 + c];
-            float scale = 0.0f;
-            if (r < rows) load_scales(w, w->traits->by_column ? group : first + r, w->traits->by_column ? first + r : group, 1, &scale);
-            int zero = w->zeros && r < rows ? zero_at(w, first + r, group) : w->zero;
-            v[r] = scale * (float)(u[c / 4 * 64 + r * 4 + c % 4] - zero);
+            const float code = (float)u[c / 4 * 64 + r * 4 + c % 4], zero = w->zeros ? from->mins[at + r] : (float)w->zero;
+            v[r] = from->scales[at + r] * (code - zero);
         }
+    }
 }
 
-/* A tile of fp32 from a format of another kind. */
+/* A tile of fp32 from a format of another kind. Where columns name their groups, s->scales and s->mins take those of all
+ * groups: an fp32 panel has no use for them. */
 static void fill_floats(const struct kt_kernels *k, const struct kt_matrix *w, int64_t first, int rows, int64_t k0,
                         int64_t n, const struct kt_scratch *s, float *v) {
     enum { PIECE = KT_BLOCK_COLS };
     _Alignas(64) uint32_t codes[PIECE / 4 * KT_TILE];
     _Alignas(64) float scales[PIECE / 16 * KT_TILE], mins[PIECE / 16 * KT_TILE];
-    const struct kt_tile piece = {codes, scales, mins};
+    const struct kt_tile piece = {codes, w->order ? s->scales : scales, w->order ? s->mins : mins};
+    if (w->order) k->beside(w, first, rows, 0, (w->cols + w->scale_cols - 1) / w->scale_cols, s->scales, w->zeros ? s->mins : NULL);
     for (int64_t c = 0; c < n; c += PIECE) {
         const int64_t m = kt_min(n - c, PIECE);
         fill_tile(k, w, first, rows, k0 + c, m, KT_KIND_Q8, s, &piece);
         if (w->order) {
-            ordered_to_floats(w, first, rows, k0 + c, m, &piece, v + c * KT_TILE);
+            ordered_to_floats(w, k0 + c, m, &piece, v + c * KT_TILE);
             continue;
         }
-        if (w->traits->beside) fill_beside(k, w, first, rows, k0 + c, m, s, scales, mins);
+        if (w->traits->beside) fill_beside(k, w, first, rows, k0 + c, m, scales, mins);
         codes_to_floats(w, m, &piece, v + c * KT_TILE);
     }
 }
@@ -235,7 +182,7 @@ static void fill_tile_of(const struct kt_kernels *k, const struct kt_matrix *w, 
     }
     fill_tile(k, w, first, rows, k0, n, p->kind, s, out);
     if (!w->traits->beside) return;
-    fill_beside(k, w, first, rows, k0, n, s, out->scales, out->mins);
+    fill_beside(k, w, first, rows, k0, n, out->scales, out->mins);
     if (p->kind != KT_KIND_F32) return;
     k->scale_tile((float *)out->data, n, w->group, out->scales);
 }

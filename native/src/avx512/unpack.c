@@ -1,6 +1,7 @@
 /* Unpacking for AVX-512: rows of 16-bit floats, and tiles of everything that has no grid. */
 #include "tile_vec.h"
 
+#include "../beside_impl.h"
 #include "../tile_k_impl.h"
 
 static void unpack_f16(const uint8_t *w, int64_t n, void *data, float *scales, float *mins) {
@@ -25,5 +26,6 @@ void kt_fill_unpack_avx512(struct kt_kernels *k) {
     k->unpack[KT_FMT_F16] = unpack_f16;
     k->unpack[KT_FMT_BF16] = unpack_bf16;
     k->interleave = interleave;
+    k->beside = beside;
     fill_tiles(k);
 }

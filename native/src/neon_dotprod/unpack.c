@@ -1,6 +1,7 @@
 /* Unpacking for NEON: rows of small floats, and tiles of everything that has no grid. */
 #include "tile_vec.h"
 
+#include "../beside_impl.h"
 #include "../tile_k_impl.h"
 
 static void unpack_f16(const uint8_t *w, int64_t n, void *data, float *scales, float *mins) {
@@ -40,5 +41,6 @@ void kt_fill_unpack_neon_dotprod(struct kt_kernels *k) {
     k->unpack[KT_FMT_BF16] = unpack_bf16;
     k->unpack[KT_FMT_F8_E4M3] = unpack_f8;
     k->interleave = interleave;
+    k->beside = beside;
     fill_tiles(k);
 }

@@ -1,6 +1,7 @@
-/* Unpacking in portable C of types whose scales lie beside the codes (panel.c reads those). */
+/* Unpacking in portable C of types whose scales lie beside the codes. */
 #include <string.h>
 
+#include "../beside_impl.h"
 #include "../kernels.h"
 #include "../quants.h"
 
@@ -40,6 +41,7 @@ static void scale_tile(float *v, int64_t n, int group, const float *scales) {
 }
 
 void kt_fill_unpack_beside_portable(struct kt_kernels *k) {
+    k->beside = beside;
     k->scale_tile = scale_tile;
     k->unpack[KT_FMT_F8_E4M3] = unpack_f8;
     k->unpack[KT_FMT_F4_E2M1] = unpack_f4;
