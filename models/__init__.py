@@ -16,6 +16,10 @@ DEFAULT_RULES = {
 }
 """config.model_type -> name of the packaged rule file that the chat program uses when none is given."""
 
+ONE_BY_ONE = frozenset({"jamba"})
+"""Model types whose state-space layers, in transformers, start anew when several tokens come after others. Behind a
+first piece of the prompt, their tokens are computed one by one."""
+
 
 def embedded_model() -> Path:
     """Folder of the small chat model that ships with the package (config, tokenizer, safetensors, GGUF)."""
