@@ -5,6 +5,7 @@ the weights large enough that every part of a layer matters to the logits.
 """
 
 import copy
+import re
 from pathlib import Path
 
 import torch
@@ -72,13 +73,23 @@ def tiny_model(family: str, seed: int = 0, **overrides):
     model = AutoModelForCausalLM.from_config(
         tiny_config(family, **overrides), attn_implementation="eager", experts_implementation="eager"
     ).eval()
+    return randomize(model)
+
+
+FORMULAS = re.compile(r"_decay$|slope_rate$")
+"""Saved tensors that are tables of a formula (MiniMax's): other numbers would contradict each other."""
+
+
+def randomize(model):
+    """Fill everything that a checkpoint holds with numbers that keep activations near 1 through every layer."""
+    saved = model.state_dict().keys()
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name not in saved or not tensor.is_floating_point() or FORMULAS.search(name):
+                continue
             if tensor.dim() >= 2:
-                tensor.normal_(
-                    0, 1.2 * tensor.shape[-1] ** -0.5
-                )  # keeps activations near 1 through every layer
-            elif "inv_freq" not in name:
+                tensor.normal_(0, 1.2 * tensor.shape[-1] ** -0.5)
+            else:
                 tensor.uniform_(0.5, 1.5) if "norm" in name else tensor.normal_(0, 0.1)
     return model
 
