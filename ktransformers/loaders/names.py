@@ -318,6 +318,10 @@ def _extra_layers(config) -> range:
 # --- safetensors ------------------------------------------------------------------------------------------
 
 
+OTHER_MODALITIES = r"^(model\.)?(visual|vision|audio|multi_modal_projector|mm_projector)[a-z_]*\."
+"""Parts of a multimodal checkpoint that a model of its text alone leaves aside."""
+
+
 def _bind_safetensors(files: WeightFiles, model, shapes: Shapes, binding: _Binding) -> None:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -348,6 +352,8 @@ def _bind_safetensors(files: WeightFiles, model, shapes: Shapes, binding: _Bindi
         else:
             _add_converted(files, target, converter, parts, model, binding)
     binding.ignored += [r"rotary_emb\.inv_freq$", companions.IGNORED]
+    if model.config is model.config.get_text_config():
+        binding.ignored.append(OTHER_MODALITIES)
     binding.ignored += [rf"^(model\.)?layers\.{n}\." for n in _extra_layers(model.config)]
 
 

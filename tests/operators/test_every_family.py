@@ -5,11 +5,13 @@ does not pass here.
 """
 
 import functools
+import re
 from dataclasses import replace
 
 import families
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import meta_model, random_ids, randomize, relative_error, save
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -101,3 +103,35 @@ def test_experts_of_another_form_are_refused(model_type):
     model = meta_model(families.config_of(model_type))
     with pytest.raises(RuleError, match=r"1 problem.*\n.*trait 'experts' matches 0"):
         plan(model, "Default", devices=CPU)
+
+
+PUBLISHED_WHOLE = {
+    # how the checkpoint of a multimodal model names its text part, and tensors of its other parts
+    "llama4_text": ("language_model.", ["vision_model.class_embedding", "multi_modal_projector.linear_1.weight"]),
+    "qwen3_5_moe_text": ("", ["model.visual.pos_embed.weight", "mtp.fc.weight"]),
+}
+
+
+@pytest.mark.parametrize("model_type", PUBLISHED_WHOLE)
+def test_the_text_part_of_a_multimodal_checkpoint(model_type, tmp_path):
+    """A causal LM takes its part of the whole file, as it does in transformers."""
+    truth, (prefix, others) = reference(model_type), PUBLISHED_WHOLE[model_type]
+    tensors = load_file(save(truth, tmp_path) / "model.safetensors")
+    inner = (lambda name: prefix + name) if prefix else (lambda name: re.sub(r"^model\.", "model.language_model.", name))
+    tensors = {inner(name): tensor for name, tensor in tensors.items()} | {name: torch.ones(2) for name in others}
+    save_file(tensors, tmp_path / "model.safetensors")
+    model = optimize_and_load(meta_model(truth.config), "Default", tmp_path, devices=CPU, progress=False)
+    with torch.no_grad():
+        assert relative_error(model(PROMPT).logits, truth(PROMPT).logits) < 1e-4
+
+
+def test_experts_that_pass_their_input_on_have_no_weights_in_the_file(tmp_path):
+    """transformers writes rows for them that nothing reads; LongCat-Flash is published without."""
+    truth = reference("longcat_flash")
+    tensors = load_file(save(truth, tmp_path) / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if not re.search(r"\.experts\.(8|9|10|11)\.", name)}
+    assert len(kept) < len(tensors)
+    save_file(kept, tmp_path / "model.safetensors")
+    model = optimize_and_load(meta_model(truth.config), "Default", tmp_path, devices=CPU, progress=False)
+    with torch.no_grad():
+        assert relative_error(model(PROMPT).logits, truth(PROMPT).logits) < 1e-4
