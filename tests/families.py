@@ -146,6 +146,9 @@ WITHOUT = {
 }
 """Model types with experts that are not the module of transformers' contract -> why nothing here takes them."""
 
+ABSENT = {"smallthinker": "no model of transformers; its repository brings code, which is not run"}
+"""Model types that users may ask for and transformers lacks -> what is so."""
+
 _WITHOUT_SIZES = {"dbrx": {"d_model": 64, "n_heads": 4, "n_layers": 2, "attn_config": {"rope_theta": 10000.0}}}
 
 PIECES_DIFFER = {"jamba": "its scan starts anew with every piece of more than one token"}

@@ -23,6 +23,7 @@ from ktransformers.generate import Sampling, generate
 from ktransformers.models import ONE_BY_ONE
 from ktransformers.operators.experts import KTransformersExperts
 from ktransformers.rules import load_rules
+from tests import support
 
 CPU = {"cuda": "cpu"}
 PROMPT = random_ids(1, 11)
@@ -83,6 +84,11 @@ def test_every_type_with_experts_is_in_a_table():
         f"transformers has experts in {', '.join(unknown)}: found in no table of tests/families.py. Add each to FAMILIES, "
         "with what SIZES does not shrink, and run this file; or to WITHOUT, with the reason."
     )
+
+
+def test_the_readme_says_what_is_tested_here():
+    text = support.README.read_text(encoding="utf-8")
+    assert support.rewritten(text) == text, "README.md is out of date. Run `make support`."
 
 
 def test_no_table_names_a_type_without_experts():
