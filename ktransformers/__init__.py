@@ -18,6 +18,7 @@ if (_root := Path(__file__).resolve().parent.parent).joinpath("optimize_rules", 
 _PUBLIC = {
     "optimize_and_load": "ktransformers.optimize",
     "optimize_and_load_gguf": "ktransformers.optimize",
+    "KTConfig": "ktransformers.from_pretrained",
     "plan": "ktransformers.rules",
     "load_rules": "ktransformers.rules",
     "open_weights": "ktransformers.loaders",
@@ -27,6 +28,7 @@ __all__ = [*_PUBLIC, "__version__"]
 
 if TYPE_CHECKING:
     from ktransformers.errors import KTransformersError
+    from ktransformers.from_pretrained import KTConfig
     from ktransformers.loaders import open_weights
     from ktransformers.optimize import optimize_and_load, optimize_and_load_gguf
     from ktransformers.rules import load_rules, plan

@@ -18,7 +18,7 @@ LEVELS = [
     {"report"},
     {"optimize"},
     {"generate"},
-    {"local_chat"},
+    {"local_chat", "from_pretrained"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
