@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ktransformers import gguf_metadata
+from ktransformers import gguf_config, gguf_tokenizer
 from ktransformers.encode import quantize as encode
 from ktransformers.errors import KTransformersError, UnsupportedError, WeightError, did_you_mean, join_errors
 from ktransformers.loaders import ModelWeights, bind, gguf_names, open_weights
@@ -206,8 +206,8 @@ def write_gguf(
             writer.add_name(source.resolve().name)
             writer.add_file_type(FILE_TYPES[mix])
             writer.add_quantization_version(2)
-            gguf_metadata.add_config(writer, arch, config)
-            no_tokenizer = gguf_metadata.add_tokenizer(writer, source, config)
+            gguf_config.add_config(writer, arch, config)
+            no_tokenizer = gguf_tokenizer.add_tokenizer(writer, source, config)
             _write_tensors(writer, outputs, progress)
         finally:
             writer.close()

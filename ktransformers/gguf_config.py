@@ -5,12 +5,8 @@ meanings follow https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and ll
 It writes no tensors.
 """
 
-import json
-from pathlib import Path
-
 from ktransformers.errors import WeightError
 
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # gguf.TokenType
 _SOFTMAX, _SIGMOID = 1, 2  # gguf.ExpertGatingFuncType
 
 
@@ -123,64 +119,3 @@ def add_config(writer, arch: str, config) -> None:
             str: writer.add_string,
         }[type(value)]
         add(f"{arch}.{key}", value)
-
-
-def add_tokenizer(writer, folder: Path, config) -> str | None:
-    """Write the byte-level BPE tokenizer of a model folder. Returns None, or why there is none in the file.
-
-    A file without it serves KTransformers, which has the tokenizer of the model folder, but not llama.cpp.
-    """
-    source = folder / "tokenizer.json"
-    if not source.is_file():
-        return f"no tokenizer.json in {folder}"
-    described = json.loads(source.read_text("utf-8"))
-    model = described.get("model", {})
-    if model.get("type") != "BPE" or "ByteLevel" not in json.dumps(described.get("pre_tokenizer")):
-        return f"{source} is not a byte-level BPE tokenizer"
-    tokens, kinds = _tokens(described, config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(_pre_tokenizer(described["pre_tokenizer"]))
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in model.get("merges", [])])
-    _add_special(writer, folder, config)
-    return None
-
-
-def _tokens(described: dict, size: int) -> tuple[list[str], list[int]]:
-    """Token texts and kinds by id; ids that the vocabulary leaves out, up to its stated size, are unused."""
-    tokens, kinds = [f"[PAD{i}]" for i in range(size)], [_UNUSED] * size
-    vocabulary = [(text, i, _NORMAL) for text, i in described["model"]["vocab"].items()]
-    added = described.get("added_tokens", [])
-    vocabulary += [(t["content"], t["id"], _CONTROL if t.get("special") else _USER_DEFINED) for t in added]
-    for text, i, kind in vocabulary:
-        if not 0 <= i < size:
-            raise WeightError(
-                f"Token {text!r} has id {i}, the model's vocabulary has {size}. Check tokenizer.json."
-            )
-        tokens[i], kinds[i] = text, kind
-    return tokens, kinds
-
-
-def _pre_tokenizer(pre: dict) -> str:
-    """llama.cpp's name for the split before BPE: GPT-2's own when that is what tokenizer.json asks for."""
-    alone = pre.get("type") == "ByteLevel" and pre.get("use_regex", True) and not pre.get("add_prefix_space")
-    return "gpt-2" if alone else "default"
-
-
-def _add_special(writer, folder: Path, config) -> None:
-    settings = {}
-    if (folder / "tokenizer_config.json").is_file():
-        settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
-    for kind in ("bos", "eos", "pad"):
-        number = getattr(config, f"{kind}_token_id", None)
-        number = number[0] if isinstance(number, list) and number else number
-        if isinstance(number, int) and 0 <= number < config.vocab_size:
-            getattr(writer, f"add_{kind}_token_id")(number)
-    for kind in ("bos", "eos"):
-        if isinstance(settings.get(f"add_{kind}_token"), bool):
-            getattr(writer, f"add_add_{kind}_token")(settings[f"add_{kind}_token"])
-    template = folder / "chat_template.jinja"
-    text = template.read_text("utf-8") if template.is_file() else settings.get("chat_template")
-    if isinstance(text, str):
-        writer.add_chat_template(text)
