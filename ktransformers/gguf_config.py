@@ -1,39 +1,113 @@
-"""What a GGUF file says about its model besides the weights: config and tokenizer as GGUF metadata.
+"""A config as GGUF metadata, and back: `add_config` writes what `config_from_gguf` reads.
 
-Written so that llama.cpp finds every key it needs for the families of loaders/gguf_names.py; keys and their
-meanings follow https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and llama.cpp's own converter.
-It writes no tensors.
+Written so that llama.cpp finds the keys it needs; keys and their meanings follow
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and llama.cpp's own converter. Most keys are one field of the
+config, told by FIELDS in both directions; what is more than that stands with its family below.
+It knows no tensors but their names: some settings are told only by a tensor that is there or is not.
 """
 
-from ktransformers.errors import WeightError
+import re
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ktransformers.errors import UnsupportedError, WeightError
+from ktransformers.loaders import open_weights
+from ktransformers.loaders.base import WeightFiles
 
 _SOFTMAX, _SIGMOID = 1, 2  # gguf.ExpertGatingFuncType
+_SPECIAL = ("bos", "eos", "eot", "eom", "padding")
+_NEEDED = object()
+
+FIELDS: tuple[tuple[str, tuple[str, ...], Any], ...] = (
+    ("context_length", ("max_position_embeddings",), _NEEDED),
+    ("embedding_length", ("hidden_size",), _NEEDED),
+    ("block_count", ("num_hidden_layers",), _NEEDED),
+    ("feed_forward_length", ("intermediate_size_mlp", "intermediate_size"), None),
+    ("vocab_size", ("vocab_size",), None),
+    ("attention.head_count", ("num_attention_heads",), _NEEDED),
+    ("attention.head_count_kv", ("num_key_value_heads",), None),
+    ("attention.layer_norm_rms_epsilon", ("rms_norm_eps", "norm_eps", "layernorm_epsilon", "layer_norm_epsilon"), None),
+    ("attention.sliding_window", ("sliding_window",), None),
+    ("attention.q_lora_rank", ("q_lora_rank",), None),
+    ("attention.kv_lora_rank", ("kv_lora_rank",), None),
+    ("expert_count", ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts"), _NEEDED),
+    ("expert_used_count", ("num_experts_per_tok", "moe_k", "moe_topk"), _NEEDED),
+    ("expert_feed_forward_length", ("moe_intermediate_size",), None),
+    ("expert_shared_feed_forward_length", ("shared_expert_intermediate_size", "shared_intermediate_size"), 0),
+    ("expert_shared_count", ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 0),
+    ("leading_dense_block_count", ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"), 0),
+    ("expert_weights_scale", ("routed_scaling_factor", "route_scale"), 1.0),
+    ("expert_weights_norm", ("norm_topk_prob", "route_norm"), False),
+    ("expert_group_count", ("n_group",), 1),
+    ("expert_group_used_count", ("topk_group",), 1),
+    ("full_attention_interval", ("full_attention_interval",), 4),
+    ("ssm.conv_kernel", ("linear_conv_kernel_dim",), None),
+    ("ssm.state_size", ("linear_key_head_dim",), None),
+    ("ssm.group_count", ("linear_num_key_heads",), None),
+    ("ssm.time_step_rank", ("linear_num_value_heads",), None),
+    ("shortconv.l_cache", ("conv_L_cache",), None),
+    ("logit_scale", ("logits_scaling",), None),
+    ("residual_scale", ("residual_multiplier",), None),
+    ("embedding_scale", ("embedding_multiplier",), None),
+    ("attention.scale", ("attention_multiplier",), None),
+)
+"""Key (after the architecture), the config's names for it (a family has one of them), and what a file without it means:
+None is the config class's own default for a number that tensors' shapes would contradict, or that few files change."""
+
+_FLOATS = {
+    "attention.layer_norm_rms_epsilon", "expert_weights_scale", "logit_scale", "residual_scale", "embedding_scale",
+    "attention.scale",
+}  # fmt: skip
+"""Keys whose value is a float whatever the config writes."""
 
 
-def _config_numbers(config) -> dict[str, int | float | bool | None]:
-    """Keys that any family may have, without the architecture; None is left out."""
-
-    def get(*names: str):
-        return next((v for n in names if (v := getattr(config, n, None)) is not None), None)
-
+def _rope(config) -> dict:
+    """The RoPE settings, those of full attention where kinds of layers differ."""
     rope = getattr(config, "rope_parameters", None) or {}
+    return rope.get("full_attention", rope)
+
+
+def _head(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+# --- writing ----------------------------------------------------------------------------------------------
+
+
+def add_config(writer, arch: str, config) -> None:
+    """Write the architecture's keys. `writer` is a gguf.GGUFWriter made for `arch`.
+
+    Raises WeightError for a RoPE that GGUF has no words for.
+    """
+    values = {key: next((v for n in names if (v := getattr(config, n, None)) is not None), None) for key, names, _ in FIELDS}
+    values |= _numbers(config) | _rope_scaling(config)
+    if arch in _FAMILIES:
+        values |= _FAMILIES[arch][0](config)
+    for key, value in values.items():
+        value = _float(value) if key in _FLOATS else value
+        kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        if type(value) in kinds:
+            kinds[type(value)](f"{arch}.{key}", value)
+
+
+def _numbers(config) -> dict[str, Any]:
+    """Keys of any family that are not one field."""
+    rope, head = _rope(config), _head(config)
+    values = getattr(config, "linear_value_head_dim", 0) * getattr(config, "linear_num_value_heads", 0)
     return {
-        "context_length": get("max_position_embeddings"),
-        "embedding_length": config.hidden_size,
-        "block_count": config.num_hidden_layers,
-        "feed_forward_length": get("intermediate_size"),
-        "vocab_size": config.vocab_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": get("num_key_value_heads", "num_attention_heads"),
-        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        "rope.freq_base": float(rope["rope_theta"]) if "rope_theta" in rope else None,
-        "expert_count": get("n_routed_experts", "num_local_experts", "num_experts"),
-        "expert_used_count": get("num_experts_per_tok"),
+        "attention.head_count_kv": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        "attention.key_length": head,
+        "attention.value_length": getattr(config, "v_head_dim", None) or head,
+        "rope.dimension_count": int(head * (rope.get("partial_rotary_factor") or 1.0)),
+        "rope.freq_base": _float(rope.get("rope_theta")),
+        "ssm.inner_size": values or None,
     }
 
 
 def _rope_scaling(config) -> dict[str, str | int | float | None]:
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope = _rope(config)
     kind = rope.get("rope_type", "default")
     if kind == "default":
         return {}
@@ -55,30 +129,155 @@ def _float(value) -> float | None:
     return None if value is None else float(value)
 
 
-def _deepseek2(config) -> dict[str, int | float | bool | None]:
+# --- reading ----------------------------------------------------------------------------------------------
+
+
+def config_from_gguf(path: str | Path) -> Any:
+    """The transformers config of the model in a GGUF file (or in a split set, by its first file).
+
+    Raises:
+        UnsupportedError: an architecture whose config cannot be told from its metadata.
+        WeightError: no GGUF file, or one that lacks a number every model has.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    with open_weights(path) as files:
+        if files.format != "gguf":
+            raise WeightError(f"{path}: not a GGUF file, so there is no config in it. Give the path of a .gguf.")
+        arch = files.metadata.get("general.architecture")
+        if arch not in _FAMILIES:
+            raise UnsupportedError(
+                f"{path}: the config of a GGUF file of architecture {arch!r} cannot be told from its metadata (it can of "
+                f"{', '.join(_FAMILIES)}). Give the folder with the model's config.json and tokenizer (--model_path)."
+            )
+        read = _Read(files, arch)
+        model_type, special = _FAMILIES[arch][1](read)
+        config = AutoConfig.for_model(model_type)
+        special |= {"architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]}
+        try:
+            return AutoConfig.for_model(model_type, **read.fields(config) | special)
+        except Exception as error:  # transformers and what it validates with raise many kinds
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise WeightError(f"{path}: its metadata make no {model_type} config: {reason}. Download it again.") from error
+
+
+class _Read:
+    """A file's metadata and tensor names."""
+
+    def __init__(self, files: WeightFiles, arch: str) -> None:
+        self.files, self.arch = files, arch
+        stored = 1 + max((int(n[1]) for n in map(re.compile(r"blk\.(\d{1,6})\.").match, files.names()) if n), default=-1)
+        layers, predicting = self("block_count"), self("nextn_predict_layers", 0)
+        if not 0 < layers - predicting <= stored:
+            raise WeightError(
+                f"{files.paths[0]}: {arch}.block_count is {layers}, the tensors are of {stored} layers. Download it again."
+            )
+
+    def __call__(self, key: str, absent: Any = _NEEDED) -> Any:
+        """A number of the architecture, or `absent`."""
+        value = self.files.metadata.get(f"{self.arch}.{key}", absent)
+        if value is _NEEDED or value is not absent and not isinstance(value, (int, float, str, bool)):
+            found = "missing" if value is _NEEDED else f"{value!r}, expected one number"
+            raise WeightError(f"{self.files.paths[0]}: {self.arch}.{key} is {found}. Download it again.")
+        return _shortest(value) if isinstance(value, float) else value
+
+    def has(self, pattern: str) -> bool:
+        return any(re.search(pattern, name) for name in self.files.names())
+
+    def dense_layers(self) -> list[int]:
+        """Layers without routed experts."""
+        return [n for n in range(self("block_count")) if f"blk.{n}.ffn_gate_inp.weight" not in self.files]
+
+    def fields(self, config: Any) -> dict[str, Any]:
+        """What every family has, under the names that this one's config has."""
+        found: dict[str, Any] = {}
+        for key, names, absent in FIELDS:
+            name = next((n for n in names if hasattr(config, n)), None)
+            if name is not None and (value := self(key, absent)) is not None:
+                found[name] = value
+        predicting = self("nextn_predict_layers", 0)  # layers that the file counts and transformers does not build
+        found["num_hidden_layers"] -= predicting
+        if hasattr(config, "num_nextn_predict_layers"):
+            found["num_nextn_predict_layers"] = predicting
+        found.setdefault("num_key_value_heads", found["num_attention_heads"])
+        # Models look for it whether their config class has it or not.
+        found["head_dim"] = self("attention.key_length", found["hidden_size"] // found["num_attention_heads"])
+        found["rope_parameters"] = self.rope(found["head_dim"])
+        found["tie_word_embeddings"] = "output.weight" not in self.files
+        found["vocab_size"] = self.files.info("token_embd.weight").shape[0]
+        if hasattr(config, "attention_bias"):
+            found["attention_bias"] = self.has(r"\.attn_q\.bias$")
+        found |= self.special_tokens()
+        found["dtype"] = "float32" if self._is_float32() else "bfloat16"
+        return found
+
+    def special_tokens(self) -> dict[str, Any]:
+        """Ids of the tokens that begin, end and fill; what ends a turn ends an answer as well."""
+        ids = {name: self.files.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in _SPECIAL}
+        ids = {name: number if isinstance(number, int) else None for name, number in ids.items()}
+        ends = list(dict.fromkeys(n for n in (ids["eos"], ids["eot"], ids["eom"]) if n is not None))
+        return {
+            "bos_token_id": ids["bos"],
+            "eos_token_id": ends if len(ends) > 1 else ids["eos"],
+            "pad_token_id": ids["padding"],
+        }
+
+    def _is_float32(self) -> bool:
+        """Whether every matrix is stored in full; else half precision computes what is not computed packed."""
+        return all(self.files.info(n).type.name == "F32" for n in self.files.names() if len(self.files.info(n).shape) > 1)
+
+    def rope(self, head: int | None) -> dict[str, Any]:
+        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": self("rope.freq_base", 10000.0)}
+        turned = self("rope.dimension_count", None)
+        if turned and head and turned != head:
+            rope["partial_rotary_factor"] = turned / head
+        kind = self("rope.scaling.type", "none")
+        if kind not in ("none", ""):
+            if kind not in ("linear", "yarn"):
+                raise UnsupportedError(
+                    f"{self.files.paths[0]}: RoPE scaling of type {kind!r} is not read yet (linear and yarn are). Give the "
+                    "folder with the model's config.json (--model_path)."
+                )
+            names = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow", "yarn_attn_factor": "attention_factor",
+                     "original_context_length": "original_max_position_embeddings"}  # fmt: skip
+            stated = {name: self(f"rope.scaling.{key}", None) for key, name in names.items()}
+            rope |= {"rope_type": kind, "factor": self("rope.scaling.factor", 1.0)}
+            rope |= {name: value for name, value in stated.items() if value is not None}
+        return rope
+
+
+def _shortest(value: float) -> float:
+    """The decimal that a float32 of the file was made from: 1e-06, not 9.999999974752427e-07."""
+    return next(short for digits in range(6, 18) if _float32(short := float(f"{value:.{digits}g}")) == _float32(value))
+
+
+def _float32(value: float) -> bytes:
+    return struct.pack("<f", value) if abs(value) < 3e38 else struct.pack("<d", value)
+
+
+# --- families: keys that are more than one field, (to write, to read) each ------------------------------------
+
+Writer = Callable[[Any], dict[str, Any]]
+Reader = Callable[[_Read], tuple[str, dict[str, Any]]]
+
+
+def _write_deepseek2(config) -> dict[str, Any]:
     """MLA is described as llama.cpp computes it, absorbed: one key-value head of the latent's size."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    latent = config.kv_lora_rank
-    sigmoid = config.model_type == "deepseek_v3"
+    rope, latent = _rope(config), config.kv_lora_rank
+    sigmoid = config.model_type != "deepseek_v2"
     # A greedy deepseek_v2 has groups in its config and does not use them; llama.cpp would.
     grouped = sigmoid or config.topk_method != "greedy"
     return {
         "attention.head_count_kv": 1,
-        "attention.q_lora_rank": config.q_lora_rank,
-        "attention.kv_lora_rank": latent,
         "attention.key_length": latent + config.qk_rope_head_dim,
         "attention.value_length": latent,
         "attention.key_length_mla": config.qk_nope_head_dim + config.qk_rope_head_dim,
         "attention.value_length_mla": config.v_head_dim,
         "rope.dimension_count": config.qk_rope_head_dim,
         # A tenth of the config's number is what llama.cpp's own converter writes for this family.
-        "rope.scaling.yarn_log_multiplier": 0.1 * rope["mscale_all_dim"]
-        if "mscale_all_dim" in rope
-        else None,
-        "leading_dense_block_count": config.first_k_dense_replace,
-        "expert_feed_forward_length": config.moe_intermediate_size,
+        "rope.scaling.yarn_log_multiplier": 0.1 * rope["mscale_all_dim"] if "mscale_all_dim" in rope else None,
         "expert_shared_count": config.n_shared_experts or 0,
-        "expert_weights_scale": float(config.routed_scaling_factor),
         "expert_weights_norm": bool(config.norm_topk_prob) if sigmoid else False,
         "expert_gating_func": _SIGMOID if sigmoid else _SOFTMAX,
         "expert_group_count": config.n_group if grouped else None,
@@ -86,36 +285,90 @@ def _deepseek2(config) -> dict[str, int | float | bool | None]:
     }
 
 
-def _qwen(config) -> dict[str, int | bool | None]:
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return {
-        "attention.key_length": head,
-        "attention.value_length": head,
-        "rope.dimension_count": head,
-        "expert_feed_forward_length": config.moe_intermediate_size,
-        "expert_shared_feed_forward_length": getattr(config, "shared_expert_intermediate_size", None),
-        "expert_weights_norm": bool(config.norm_topk_prob),
+def _read_deepseek2(read: _Read) -> tuple[str, dict[str, Any]]:
+    sigmoid = read("expert_gating_func", _SOFTMAX) == _SIGMOID
+    turned = read("rope.dimension_count")
+    whole, rope = read("attention.key_length_mla", None) or read("attention.key_length"), read.rope(None)
+    if (multiplier := read("rope.scaling.yarn_log_multiplier", None)) is not None:
+        rope["mscale_all_dim"] = rope["mscale"] = _shortest(multiplier * 10)
+    found = {
+        "num_key_value_heads": read("attention.head_count"),
+        "q_lora_rank": read("attention.q_lora_rank", None),
+        "qk_rope_head_dim": turned,
+        "head_dim": turned,  # what transformers' rotary embedding reads
+        "qk_nope_head_dim": whole - turned,
+        "v_head_dim": read("attention.value_length_mla", None) or read("attention.value_length"),
+        "rope_parameters": rope,
     }
+    if not sigmoid:
+        grouped = read("expert_group_count", 0) > 1
+        found["topk_method"] = "group_limited_greedy" if grouped else "greedy"
+    return "deepseek_v3" if sigmoid else "deepseek_v2", found
 
 
-def _llama(config) -> dict[str, int | None]:
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return {"attention.key_length": head, "attention.value_length": head, "rope.dimension_count": head}
+def _read_qwen2moe(read: _Read) -> tuple[str, dict[str, Any]]:
+    norm = read("expert_weights_norm", False)
+    return "qwen2_moe", {"mlp_only_layers": read.dense_layers(), "qkv_bias": read.has(r"\.attn_q\.bias$"),
+                         "norm_topk_prob": norm}  # fmt: skip
 
 
-_ARCHITECTURES = {"deepseek2": _deepseek2, "qwen2moe": _qwen, "qwen3moe": _qwen, "llama": _llama}
+def _read_qwen3moe(read: _Read) -> tuple[str, dict[str, Any]]:
+    # llama.cpp normalizes whatever the file says, and its converter does not say it.
+    return "qwen3_moe", {"mlp_only_layers": read.dense_layers(), "norm_topk_prob": read("expert_weights_norm", True)}
 
 
-def add_config(writer, arch: str, config) -> None:
-    """Write the architecture's keys. `writer` is a gguf.GGUFWriter made for `arch`."""
-    values = _config_numbers(config) | _rope_scaling(config) | _ARCHITECTURES[arch](config)
-    for key, value in values.items():
-        if value is None:
-            continue
-        add = {
-            bool: writer.add_bool,
-            int: writer.add_uint32,
-            float: writer.add_float32,
-            str: writer.add_string,
-        }[type(value)]
-        add(f"{arch}.{key}", value)
+def _read_mixtral(read: _Read) -> tuple[str, dict[str, Any]]:
+    return "mixtral", {}
+
+
+def _read_glm4moe(read: _Read) -> tuple[str, dict[str, Any]]:
+    return "glm4_moe", {"use_qk_norm": read.has(r"\.attn_q_norm\.")}
+
+
+def _read_gpt_oss(read: _Read) -> tuple[str, dict[str, Any]]:
+    rope = read.rope(None) | {"truncate": False}  # the family's YaRN has no whole-numbered borders
+    return "gpt_oss", {"intermediate_size": read("expert_feed_forward_length"), "rope_parameters": rope}
+
+
+def _read_minimax_m2(read: _Read) -> tuple[str, dict[str, Any]]:
+    return "minimax_m2", {"intermediate_size": read("expert_feed_forward_length")}
+
+
+def _write_moe_width(config) -> dict[str, Any]:
+    return {"expert_feed_forward_length": config.intermediate_size}
+
+
+def _read_next(model_type: str) -> Reader:
+    def read_next(read: _Read) -> tuple[str, dict[str, Any]]:
+        values = read("ssm.inner_size") // max(read("ssm.time_step_rank"), 1)
+        dense = {"mlp_only_layers": read.dense_layers()} if model_type == "qwen3_next" else {}
+        return model_type, {"linear_value_head_dim": values, **dense}
+
+    return read_next
+
+
+def _read_plain(model_type: str) -> Reader:
+    return lambda read: (model_type, {})
+
+
+def _nothing(config) -> dict[str, Any]:
+    return {}
+
+
+def _write_sigmoid(config) -> dict[str, Any]:
+    return {"expert_gating_func": _SIGMOID}
+
+
+_FAMILIES: dict[str, tuple[Writer, Reader]] = {
+    "deepseek2": (_write_deepseek2, _read_deepseek2),
+    "qwen2moe": (_nothing, _read_qwen2moe),
+    "qwen3moe": (_nothing, _read_qwen3moe),
+    "qwen3next": (_nothing, _read_next("qwen3_next")),
+    "qwen35moe": (_nothing, _read_next("qwen3_5_moe_text")),
+    "llama": (_nothing, _read_mixtral),
+    "glm4moe": (_write_sigmoid, _read_glm4moe),
+    "gpt-oss": (_write_moe_width, _read_gpt_oss),
+    "minimax-m2": (_write_moe_width, _read_minimax_m2),
+    "olmoe": (_nothing, _read_plain("olmoe")),
+    "dots1": (_write_sigmoid, _read_plain("dots1")),
+}
