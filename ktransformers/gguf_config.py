@@ -33,7 +33,7 @@ FIELDS: tuple[tuple[str, tuple[str, ...], Any], ...] = (
     ("attention.q_lora_rank", ("q_lora_rank",), None),
     ("attention.kv_lora_rank", ("kv_lora_rank",), None),
     ("expert_count", ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts"), _NEEDED),
-    ("expert_used_count", ("num_experts_per_tok", "moe_k", "moe_topk"), _NEEDED),
+    ("expert_used_count", ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk"), _NEEDED),
     ("expert_feed_forward_length", ("moe_intermediate_size",), None),
     ("expert_shared_feed_forward_length", ("shared_expert_intermediate_size", "shared_intermediate_size"), 0),
     ("expert_shared_count", ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 0),
@@ -83,20 +83,25 @@ def add_config(writer, arch: str, config) -> None:
     """
     values = {key: next((v for n in names if (v := getattr(config, n, None)) is not None), None) for key, names, _ in FIELDS}
     values |= _numbers(config) | _rope_scaling(config)
-    if arch in _FAMILIES:
-        values |= _FAMILIES[arch][0](config)
+    values |= _WRITERS.get(arch, _nothing)(config)
     for key, value in values.items():
         value = _float(value) if key in _FLOATS else value
         kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         if type(value) in kinds:
             kinds[type(value)](f"{arch}.{key}", value)
+        elif isinstance(value, list):  # one number for each layer
+            writer.add_array(f"{arch}.{key}", value)
 
 
 def _numbers(config) -> dict[str, Any]:
     """Keys of any family that are not one field."""
     rope, head = _rope(config), _head(config)
     values = getattr(config, "linear_value_head_dim", 0) * getattr(config, "linear_num_value_heads", 0)
+    dense = getattr(config, "first_k_dense_replace", None)
+    if (kinds := getattr(config, "mlp_layer_types", None)) is not None:
+        dense = next((n for n, kind in enumerate(kinds) if kind != "dense"), len(kinds))
     return {
+        **({"leading_dense_block_count": dense} if dense is not None else {}),
         "attention.head_count_kv": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         "attention.key_length": head,
         "attention.value_length": getattr(config, "v_head_dim", None) or head,
@@ -146,13 +151,13 @@ def config_from_gguf(path: str | Path) -> Any:
         if files.format != "gguf":
             raise WeightError(f"{path}: not a GGUF file, so there is no config in it. Give the path of a .gguf.")
         arch = files.metadata.get("general.architecture")
-        if arch not in _FAMILIES:
+        if arch not in READERS:
             raise UnsupportedError(
                 f"{path}: the config of a GGUF file of architecture {arch!r} cannot be told from its metadata (it can of "
-                f"{', '.join(_FAMILIES)}). Give the folder with the model's config.json and tokenizer (--model_path)."
+                f"{', '.join(READERS)}). Give the folder with the model's config.json and tokenizer (--model_path)."
             )
         read = _Read(files, arch)
-        model_type, special = _FAMILIES[arch][1](read)
+        model_type, special = READERS[arch](read)
         config = AutoConfig.for_model(model_type)
         special |= {"architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]}
         try:
@@ -262,12 +267,9 @@ Writer = Callable[[Any], dict[str, Any]]
 Reader = Callable[[_Read], tuple[str, dict[str, Any]]]
 
 
-def _write_deepseek2(config) -> dict[str, Any]:
+def _mla(config) -> dict[str, Any]:
     """MLA is described as llama.cpp computes it, absorbed: one key-value head of the latent's size."""
-    rope, latent = _rope(config), config.kv_lora_rank
-    sigmoid = config.model_type != "deepseek_v2"
-    # A greedy deepseek_v2 has groups in its config and does not use them; llama.cpp would.
-    grouped = sigmoid or config.topk_method != "greedy"
+    latent = config.kv_lora_rank
     return {
         "attention.head_count_kv": 1,
         "attention.key_length": latent + config.qk_rope_head_dim,
@@ -275,6 +277,16 @@ def _write_deepseek2(config) -> dict[str, Any]:
         "attention.key_length_mla": config.qk_nope_head_dim + config.qk_rope_head_dim,
         "attention.value_length_mla": config.v_head_dim,
         "rope.dimension_count": config.qk_rope_head_dim,
+    }
+
+
+def _write_deepseek2(config) -> dict[str, Any]:
+    rope = _rope(config)
+    sigmoid = config.model_type != "deepseek_v2"
+    # A greedy deepseek_v2 has groups in its config and does not use them; llama.cpp would.
+    grouped = sigmoid or config.topk_method != "greedy"
+    return {
+        **_mla(config),
         # A tenth of the config's number is what llama.cpp's own converter writes for this family.
         "rope.scaling.yarn_log_multiplier": 0.1 * rope["mscale_all_dim"] if "mscale_all_dim" in rope else None,
         "expert_shared_count": config.n_shared_experts or 0,
@@ -317,10 +329,6 @@ def _read_qwen3moe(read: _Read) -> tuple[str, dict[str, Any]]:
     return "qwen3_moe", {"mlp_only_layers": read.dense_layers(), "norm_topk_prob": read("expert_weights_norm", True)}
 
 
-def _read_mixtral(read: _Read) -> tuple[str, dict[str, Any]]:
-    return "mixtral", {}
-
-
 def _read_glm4moe(read: _Read) -> tuple[str, dict[str, Any]]:
     return "glm4_moe", {"use_qk_norm": read.has(r"\.attn_q_norm\.")}
 
@@ -359,16 +367,143 @@ def _write_sigmoid(config) -> dict[str, Any]:
     return {"expert_gating_func": _SIGMOID}
 
 
-_FAMILIES: dict[str, tuple[Writer, Reader]] = {
-    "deepseek2": (_write_deepseek2, _read_deepseek2),
-    "qwen2moe": (_nothing, _read_qwen2moe),
-    "qwen3moe": (_nothing, _read_qwen3moe),
-    "qwen3next": (_nothing, _read_next("qwen3_next")),
-    "qwen35moe": (_nothing, _read_next("qwen3_5_moe_text")),
-    "llama": (_nothing, _read_mixtral),
-    "glm4moe": (_write_sigmoid, _read_glm4moe),
-    "gpt-oss": (_write_moe_width, _read_gpt_oss),
-    "minimax-m2": (_write_moe_width, _read_minimax_m2),
-    "olmoe": (_nothing, _read_plain("olmoe")),
-    "dots1": (_write_sigmoid, _read_plain("dots1")),
+def _sliding(config) -> list[bool]:
+    return [kind == "sliding_attention" for kind in config.layer_types]
+
+
+def _kv_heads(kinds: list[str], config) -> list[int]:
+    """Key-value heads of each layer; none where the layer is no attention."""
+    return [config.num_key_value_heads if "attention" in k and "linear" not in k else 0 for k in kinds]
+
+
+def _write_glm_dsa(config) -> dict[str, Any]:
+    indexer = {"indexer.head_count": config.index_n_heads, "indexer.key_length": config.index_head_dim,
+               "indexer.top_k": config.index_topk}  # fmt: skip
+    return {f"attention.{key}": value for key, value in indexer.items()} | _write_deepseek2(config)
+
+
+def _write_llama4(config) -> dict[str, Any]:
+    return {"expert_feed_forward_length": config.intermediate_size,
+            "interleave_moe_layer_step": config.interleave_moe_layer_step}  # fmt: skip
+
+
+def _write_qwen35(config) -> dict[str, Any]:
+    sections = [*_rope(config).get("mrope_section", [11, 11, 10]), 0, 0, 0, 0]
+    return {"rope.dimension_sections": sections[:4]}
+
+
+def _write_ernie(config) -> dict[str, Any]:
+    shared = config.moe_intermediate_size * (config.moe_num_shared_experts or 0)
+    return {"interleave_moe_layer_step": getattr(config, "moe_layer_interval", None) or 1,
+            "expert_shared_feed_forward_length": shared}  # fmt: skip
+
+
+def _write_hunyuan(config) -> dict[str, Any]:
+    used = config.moe_topk if isinstance(config.moe_topk, int) else config.moe_topk[0]
+    return {"expert_feed_forward_length": config.intermediate_size, "expert_used_count": used,
+            "expert_shared_feed_forward_length": config.intermediate_size, "expert_shared_count": 1}  # fmt: skip
+
+
+def _write_exaone(config) -> dict[str, Any]:
+    shared = config.moe_intermediate_size * config.num_shared_experts
+    return _write_sigmoid(config) | {"attention.sliding_window_pattern": _sliding(config),
+                                     "expert_shared_feed_forward_length": shared}  # fmt: skip
+
+
+def _write_lfm2(config) -> dict[str, Any]:
+    return _write_sigmoid(config) | {"attention.head_count_kv": _kv_heads(config.layer_types, config)}
+
+
+def _write_mimo2(config) -> dict[str, Any]:
+    pattern = _sliding(config)
+    heads = [config.num_key_value_heads * (2 if slides else 1) for slides in pattern]
+    swa = (getattr(config, "rope_parameters", None) or {}).get("sliding_attention", {})
+    return _write_sigmoid(config) | {
+        "attention.head_count_kv": heads,
+        "attention.sliding_window": config.sliding_window - 1,  # transformers counts the token itself
+        "attention.sliding_window_pattern": pattern,
+        "rope.freq_base_swa": _float(swa.get("rope_theta")),
+        "attention.value_scale": _float(getattr(config, "attention_value_scale", None)),
+    }
+
+
+def _write_kimi(config) -> dict[str, Any]:
+    mla = {key: value for key, value in _mla(config).items() if key != "attention.head_count_kv"}
+    heads = [1 if kind == "full_attention" else 0 for kind in config.layer_types]
+    return mla | _write_sigmoid(config) | {
+        "attention.head_count_kv": heads,
+        "kda.head_dim": config.linear_head_dim,
+        "expert_weights_norm": bool(config.moe_renormalize),
+    }  # fmt: skip
+
+
+def _mamba(config, conv: int, state: int, inner: int, ranks: int, groups: int | None = None) -> dict[str, Any]:
+    return {"ssm.conv_kernel": conv, "ssm.state_size": state, "ssm.inner_size": inner, "ssm.time_step_rank": ranks,
+            "ssm.group_count": groups}  # fmt: skip
+
+
+def _write_granite_hybrid(config) -> dict[str, Any]:
+    inner = config.mamba_expand * config.hidden_size
+    sizes = (config.mamba_d_conv, config.mamba_d_state, inner, config.mamba_n_heads, config.mamba_n_groups)
+    turned = getattr(config, "position_embedding_type", None) == "rope"
+    return _mamba(config, *sizes) | {"attention.head_count_kv": _kv_heads(config.layer_types, config),
+                                     "rope.scaling.finetuned": turned}  # fmt: skip
+
+
+def _write_jamba(config) -> dict[str, Any]:
+    sizes = (config.mamba_d_conv, config.mamba_d_state, config.mamba_expand * config.hidden_size, config.mamba_dt_rank)
+    kinds = ["attention" if n % config.attn_layer_period == config.attn_layer_offset else "mamba"
+             for n in range(config.num_hidden_layers)]  # fmt: skip
+    return _mamba(config, *sizes) | {"attention.head_count_kv": _kv_heads(kinds, config)}
+
+
+def _write_nemotron(config) -> dict[str, Any]:
+    inner = config.mamba_num_heads * config.mamba_head_dim
+    sizes = (config.conv_kernel, config.ssm_state_size, inner, config.mamba_num_heads, config.n_groups)
+    kinds = config.layers_block_type
+    widths = {"mlp": config.intermediate_size, "moe": config.moe_intermediate_size}
+    return _mamba(config, *sizes) | _write_sigmoid(config) | {
+        "attention.head_count_kv": _kv_heads(kinds, config),
+        "feed_forward_length": [widths.get(kind, 0) for kind in kinds],
+        "expert_shared_feed_forward_length": config.moe_shared_expert_intermediate_size,
+        "expert_shared_count": config.n_shared_experts,
+        "attention.layer_norm_epsilon": float(config.layer_norm_epsilon),
+    }  # fmt: skip
+
+
+_WRITERS: dict[str, Writer] = {
+    "deepseek2": _write_deepseek2,
+    "glm-dsa": _write_glm_dsa,
+    "glm4moe": _write_sigmoid,
+    "qwen35moe": _write_qwen35,
+    "llama4": _write_llama4,
+    "dots1": _write_sigmoid,
+    "ernie4_5-moe": _write_ernie,
+    "hunyuan-moe": _write_hunyuan,
+    "exaone-moe": _write_exaone,
+    "afmoe": lambda config: _write_sigmoid(config) | {"expert_weights_norm": True},
+    "lfm2moe": _write_lfm2,
+    "minimax-m2": lambda config: _write_sigmoid(config) | _write_moe_width(config),
+    "mimo2": _write_mimo2,
+    "gpt-oss": _write_moe_width,
+    "kimi-linear": _write_kimi,
+    "granitehybrid": _write_granite_hybrid,
+    "jamba": _write_jamba,
+    "nemotron_h_moe": _write_nemotron,
 }
+"""What an architecture's files say beyond FIELDS."""
+
+READERS: dict[str, Reader] = {
+    "deepseek2": _read_deepseek2,
+    "qwen2moe": _read_qwen2moe,
+    "qwen3moe": _read_qwen3moe,
+    "qwen3next": _read_next("qwen3_next"),
+    "qwen35moe": _read_next("qwen3_5_moe_text"),
+    "llama": _read_plain("mixtral"),
+    "glm4moe": _read_glm4moe,
+    "gpt-oss": _read_gpt_oss,
+    "minimax-m2": _read_minimax_m2,
+    "olmoe": _read_plain("olmoe"),
+    "dots1": _read_plain("dots1"),
+}
+"""Architectures whose files say enough to build the config."""

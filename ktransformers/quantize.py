@@ -100,15 +100,14 @@ def _pieces(weights: ModelWeights, family, config, name: str, shape: tuple[int, 
         out_shape = _as_llama_cpp_has_it(name, shape)
         yield stored, out_shape, lambda: iter([weights.tensor(name).view(out_shape)])
         return
-    for part, (part_name, out_shape) in enumerate(
-        zip(gguf_names.part_names(stored, how), how.shapes(shape, config), strict=True)
-    ):
+    shapes = [size if how.parts else _as_llama_cpp_has_it(name, size) for size in how.shapes(shape, config)]
+    for part, (part_name, out_shape) in enumerate(zip(gguf_names.part_names(stored, how), shapes, strict=True)):
 
-        def parts(part: int = part, size: tuple[int, ...] = _as_llama_cpp_has_it(name, out_shape)) -> Iterator[Tensor]:
+        def parts(part: int = part, size: tuple[int, ...] = out_shape) -> Iterator[Tensor]:
             tensor = weights.tensor(name, dtype=None if how.exact else torch.float32)
             yield how.store(tensor, config)[part].reshape(size)
 
-        yield part_name, _as_llama_cpp_has_it(name, out_shape), parts
+        yield part_name, out_shape, parts
 
 
 def _as_llama_cpp_has_it(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -76,15 +76,15 @@ FAMILIES: dict[str, Family] = {
     )
 }
 
-_LAYOUTS: dict[str, Layout | None] = {
+_LAYOUTS: dict[str, Layout] = {
     r"\.attn_kv_b\.": layouts.KV_B,
     r"\.ssm_a$": layouts.MINUS_EXP,
     r"\.ffn_gate_up_shexp\.": layouts.GATE_AND_UP_SHARED,
     r"\.ssm_conv1d_qkv\.": layouts.QKV_CONVOLUTIONS,
 }
-"""Layouts of any family."""
+"""Layouts of any family that has none of its own."""
 
-_BIASES: dict[bool, dict[str, Layout | None]] = {
+_BIASES: dict[bool, dict[str, Layout]] = {
     in_turn: {r"\.ffn_gate_up_exps\.bias$": how}
     for in_turn, how in ((False, layouts.EXPERT_BIASES), (True, layouts.EXPERT_BIASES_IN_TURN))
 }
@@ -176,8 +176,8 @@ def gguf_name(family: Family, layers: int, name: str) -> str | None:
 
 def layout(family: Family, stored: str) -> Layout | None:
     """How a file of the family holds the tensor of that name; None for as it is."""
-    known = {**family.layouts, **_LAYOUTS, **_BIASES[family.in_turn]}
-    return next((how for pattern, how in known.items() if re.search(pattern, stored)), None)
+    known = (*family.layouts.items(), *_LAYOUTS.items(), *_BIASES[family.in_turn].items())
+    return next((how for pattern, how in known if re.search(pattern, stored)), None)
 
 
 def part_names(stored: str, how: Layout) -> list[str]:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ktransformers import config_from_gguf, optimize_and_load
 from ktransformers.errors import UnsupportedError, WeightError
-from ktransformers.gguf_config import _FAMILIES as CONFIGS_TOLD
+from ktransformers.gguf_config import READERS
 from ktransformers.loaders import bind, open_weights
 from ktransformers.loaders.gguf_names import FAMILIES
 from ktransformers.quantize import quantize_folder
@@ -31,7 +31,7 @@ _MLA = _MOE | dict(
 )  # fmt: skip
 _LINEAR = _MOE | dict(
     num_experts=4, shared_expert_intermediate_size=32, num_hidden_layers=4, linear_num_key_heads=2,
-    linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=12, linear_conv_kernel_dim=4,
+    linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8, linear_conv_kernel_dim=4,
 )  # fmt: skip
 _SIGMOID = dict(n_routed_experts=4, n_shared_experts=1, n_group=1, topk_group=1, first_k_dense_replace=1)
 _MAMBA2 = dict(mamba_n_heads=4, mamba_d_head=32, mamba_d_state=16, mamba_n_groups=2, mamba_d_conv=4, mamba_expand=2)
@@ -40,32 +40,35 @@ CONFIGS: dict[str, dict] = {
     "deepseek_v2": _MLA | dict(topk_method="group_limited_greedy"),
     "deepseek_v3": _MLA,
     "glm4_moe_lite": _MLA,
-    "glm_moe_dsa": _MLA | dict(index_n_heads=2, index_head_dim=16, index_topk=8, num_hidden_layers=2,
-                               indexer_types=["full", "full"], mlp_layer_types=["dense", "sparse"]),
+    "glm_moe_dsa": _MLA | dict(index_n_heads=4, index_head_dim=64, index_topk=8, num_hidden_layers=2,
+                               qk_rope_head_dim=16, head_dim=16, indexer_types=["full", "full"], mlp_layer_types=["dense", "sparse"]),
     "glm4_moe": _MOE | _SIGMOID | dict(use_qk_norm=True, attention_bias=True),
     "qwen2_moe": _MOE | dict(num_experts=4, shared_expert_intermediate_size=48, mlp_only_layers=[1]),
     "qwen3_moe": _MOE | dict(num_experts=4, norm_topk_prob=True),
     "qwen3_next": _LINEAR,
-    "qwen3_5_moe_text": _LINEAR,
+    "qwen3_5_moe_text": _LINEAR | dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.25,
+                                                            mrope_section=[1, 1, 0], mrope_interleaved=True)),
     "mixtral": _BASE | dict(num_local_experts=4),
     "llama4_text": _BASE | dict(num_local_experts=4, intermediate_size_mlp=80, num_hidden_layers=4, interleave_moe_layer_step=2),
     "phimoe": _BASE | dict(num_local_experts=4, attention_bias=True, lm_head_bias=True),
-    "olmoe": _BASE | dict(num_experts=4),
+    "olmoe": _BASE | dict(num_experts=4, num_key_value_heads=4),
     "granitemoe": _BASE | dict(num_local_experts=4, logits_scaling=2.0, residual_multiplier=0.5),
     "granitemoeshared": _BASE | dict(num_local_experts=4, shared_intermediate_size=40),
     "granitemoehybrid": _BASE | _MAMBA2 | dict(num_local_experts=4, shared_intermediate_size=40,
                                                layer_types=["mamba", "attention", "mamba"]),
-    "dots1": _MOE | _SIGMOID | dict(layer_types=["full_attention"] * 3),
+    "dots1": _MOE | _SIGMOID | dict(num_key_value_heads=4, layer_types=["full_attention"] * 3),
     "ernie4_5_moe": _MOE | dict(moe_num_experts=4, moe_k=2, moe_num_shared_experts=1, moe_layer_start_index=1),
     "hunyuan_v1_moe": _BASE | dict(num_experts=4, moe_topk=2),
     "exaone_moe": _MOE | dict(num_experts=4, num_shared_experts=1, n_group=1, topk_group=1, sliding_window=16,
                               first_k_dense_replace=1, layer_types=["sliding_attention", "full_attention", "full_attention"]),
-    "afmoe": _MOE | dict(num_experts=4, num_shared_experts=1, num_dense_layers=1, sliding_window=16,
-                         layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+    "afmoe": _MOE | dict(num_experts=4, num_shared_experts=1, num_dense_layers=1, sliding_window=16, num_hidden_layers=4,
+                         mup_enabled=True, layer_types=["sliding_attention"] * 3 + ["full_attention"]),
     "lfm2_moe": _MOE | dict(num_experts=4, num_dense_layers=1, layer_types=["conv", "full_attention", "conv"],
                             tie_word_embeddings=True),
     "minimax_m2": _BASE | dict(num_local_experts=4),
-    "mimo_v2_flash": _MOE | dict(n_routed_experts=4, n_group=1, topk_group=1, v_head_dim=12, swa_num_key_value_heads=2,
+    "mimo_v2_flash": _MOE | dict(n_routed_experts=4, n_group=1, topk_group=1, v_head_dim=12,
+                                 rope_parameters={kind: dict(rope_type="default", rope_theta=theta, partial_rotary_factor=0.5)
+                                                  for kind, theta in (("full_attention", 1e5), ("sliding_attention", 1e4))},
                                  layer_types=["full_attention", "sliding_attention", "sliding_attention"]),
     "gpt_oss": _BASE | dict(num_local_experts=4, sliding_window=16),
     "kimi_linear": _MLA | dict(num_experts=4, linear_head_dim=16, linear_num_heads=4, num_experts_per_token=2, q_lora_rank=None,
@@ -79,9 +82,10 @@ CONFIGS: dict[str, dict] = {
 }  # fmt: skip
 
 
-def model_of(model_type):
+def model_of(model_type, **changes):
+    """A random model in eval mode with eager attention and experts."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **CONFIGS[model_type])
+    config = AutoConfig.for_model(model_type, **CONFIGS[model_type] | changes)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager").eval()
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
@@ -90,6 +94,12 @@ def model_of(model_type):
             elif tensor.is_floating_point():
                 tensor.uniform_(0.5, 1.5) if "norm" in name else tensor.normal_(0, 0.1)
     return model
+
+
+def save(model, folder):
+    model.save_pretrained(folder)
+    if model.config.model_type == "kimi_linear":  # its convolutions are published apart, which only GGUF has a source for
+        save_file(model.state_dict(), folder / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +111,7 @@ def written(tmp_path_factory):
         if model_type not in made:
             folder = tmp_path_factory.mktemp(model_type)
             model = model_of(model_type)
-            model.save_pretrained(folder / "hf")
-            if model_type == "kimi_linear":  # its convolutions are published apart, which only GGUF has a source for
-                save_file(model.state_dict(), folder / "hf" / "model.safetensors")
+            save(model, folder / "hf")
             made[model_type] = model, folder
         model, folder = made[model_type]
         if (kind, split) not in paths[model_type]:
@@ -177,7 +185,7 @@ def test_an_architecture_that_is_not_mapped_is_one_error(written, tmp_path):
 # --- the config from the file's metadata ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arch", CONFIGS_TOLD)
+@pytest.mark.parametrize("arch", READERS)
 def test_the_config_comes_back(written, arch):
     """A model built from the file alone computes what the original does."""
     for model_type in FAMILIES[arch].model_types:
@@ -190,7 +198,7 @@ def test_the_config_comes_back(written, arch):
 
 
 def test_configs_that_are_not_told_are_one_error(written, tmp_path):
-    untold = next(f.model_types[0] for f in FAMILIES.values() if f.arch not in CONFIGS_TOLD)
+    untold = next(f.model_types[0] for f in FAMILIES.values() if f.arch not in READERS)
     with pytest.raises(UnsupportedError, match=r"cannot be told from its metadata.*--model_path"):
         config_from_gguf(written(untold)[1])
 
