@@ -219,7 +219,7 @@ class KTransformersExperts(StagedOperator):
             device = kwargs.get(f"{stage}_device") or fallback[stage]
             if problem := op_problem(f"{stage}_op", name, device, EXPERTS_MAP):
                 problems.append(problem)
-            elif name is not None and final_name(name) == "KExpertsCPU":
+            elif name is not None and final_name(name, device) == "KExpertsCPU":
                 if problem := KExpertsCPU.problem(key, orig_module, weights):
                     problems.append(f"{stage}_op: {problem}")
         for word in ("backend", "method"):

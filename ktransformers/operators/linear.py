@@ -1,7 +1,7 @@
 """Linear layers: the wrapper that a rule names, its inner operators, and the base for authors.
 
 `KTransformersLinear` holds inner operators, each of which knows one way of computing. Packed GPU kernels
-(Marlin, FP8) are not built; see inner_ops.py.
+(Marlin, FP8) are not built: another operator stands in for them, see inner_ops.py.
 Letters: N output features, K input features.
 """
 
