@@ -4,7 +4,8 @@
 holds no modelling code of its own.
 """
 
-from importlib import resources
+import inspect
+from importlib import import_module, resources
 from pathlib import Path
 
 DEFAULT_RULES = {
@@ -15,6 +16,13 @@ DEFAULT_RULES = {
     "mixtral": "Mixtral",
 }
 """config.model_type -> name of the packaged rule file that the chat program uses when none is given."""
+
+
+def family_classes(family: str) -> dict[str, type]:
+    """Every class that transformers defines for `family`, such as ``qwen3_moe``, by name."""
+    module = import_module(f"transformers.models.{family}.modeling_{family}")
+    own = vars(module).items()
+    return {name: cls for name, cls in own if inspect.isclass(cls) and cls.__module__ == module.__name__}
 
 
 def embedded_model() -> Path:

@@ -5,9 +5,6 @@ the names below, which published rule files tell apart by checkpoint, are one an
 Loading computes on the CPU and then moves, so that every device holds the same bits.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from torch import nn
 
 from ktransformers.operators.base_operator import FamilyOperator
@@ -19,14 +16,11 @@ class RotaryEmbedding(FamilyOperator):
     The class names end in ``RotaryEmbedding`` because transformers finds rotary modules by that.
     """
 
+    replaces = "a rotary embedding (a module with inv_freq)"
+
     @classmethod
-    def check(
-        cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None
-    ) -> list[str]:
-        if "inv_freq" in orig_module._buffers and hasattr(orig_module, "config"):
-            return []
-        found = type(orig_module).__name__
-        return [f"{cls.__name__} replaces a rotary embedding (a module with inv_freq), found {found}"]
+    def fits(cls, module: nn.Module) -> bool:
+        return "inv_freq" in module._buffers and hasattr(module, "config")
 
     def load(self) -> None:
         fresh = type(self.orig_module)(self.orig_module.config)
@@ -59,3 +53,15 @@ class YarnRotaryEmbeddingV3(YarnRotaryEmbedding):
 
 class DynamicNTKScalingRotaryEmbedding(RotaryEmbedding):
     """`RotaryEmbedding`, under the name of rule files for dynamic NTK scaling."""
+
+
+class KQwen3MoeRotaryEmbedding(RotaryEmbedding):
+    """`RotaryEmbedding`, under the name of Qwen3-MoE's rule files."""
+
+
+class KGlm4MoeRotaryEmbedding(RotaryEmbedding):
+    """`RotaryEmbedding`, under the name of GLM-4-MoE's rule files."""
+
+
+class KSmallthinkerRotaryEmbedding(RotaryEmbedding):
+    """`RotaryEmbedding`, under the name of SmallThinker's rule files."""

@@ -32,9 +32,15 @@ from ktransformers.operators.inner_ops import (
 from ktransformers.operators.moe import (  # noqa: F401  rule files name the blocks as operators.experts.*
     KDeepseekV2MoE,
     KDeepseekV3MoE,
+    KDeepseekV3MoEV2,
+    KGlm4MoeMoE,
     KMistralSparseMoEBlock,
     KQwen2MoeSparseMoeBlock,
+    KQwen2MoeSparseMoeBlockV2,
     KQwen3MoeSparseMoeBlock,
+    KQwen3MoeSparseMoeBlockV2,
+    KQwen3NextSparseMoeBlockV2,
+    KSmallthinkerMoeBlock,
 )
 
 BACKENDS = ("llamafile", "AMXBF16", "AMXInt8")
@@ -233,6 +239,18 @@ class KTransformersExperts(StagedOperator):
 
     def extra_repr(self) -> str:
         return f"{type(self.active).__name__} on {self.generate_device}"
+
+
+class KTransformersExpertsV2(KTransformersExperts):
+    """`KTransformersExperts`, under the name of server rule files."""
+
+
+class KGlm4Experts(KTransformersExperts):
+    """`KTransformersExperts`, under the name of GLM-4-MoE's rule files."""
+
+
+class KSmallthinkerExperts(KTransformersExperts):
+    """`KTransformersExperts`, under the name of SmallThinker's rule files."""
 
 
 def _method_problem(name: Any, key: str, weights: Any) -> str:
