@@ -20,6 +20,7 @@ OBSOLETE_OPS = {
     "QuantizedLinearMarlin": "KLinearMarlin",
     "CPUInferOp": "KLinearCPUInfer",
     "KSFTExpertsCPU": "KExpertsCPU",
+    "KSFTRouteExpertsCPU": "KExpertsCPU",
 }
 """Names that older rule files and tutorials use -> today's."""
 
