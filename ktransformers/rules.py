@@ -21,6 +21,7 @@ from ktransformers import devices as device_names
 from ktransformers import resolve
 from ktransformers.errors import RuleError, did_you_mean, join_errors
 from ktransformers.former import former_names
+from ktransformers.optimize_rules import NAMES
 from ktransformers.traits import TRAITS
 
 RULE_KEYS = ("match", "replace", "recursive")
@@ -116,9 +117,9 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_marked)
 
 
 def packaged_rules() -> list[str]:
-    """Names of the rule files that ship with the package, such as ``DeepSeek-V3``."""
+    """Names of the rules that ship with the package: of models, such as ``DeepSeek-V3``, and of the files for them."""
     folder = resources.files("ktransformers.optimize_rules")
-    return sorted(path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.endswith(".yaml"))
+    return sorted({*NAMES, *(path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.endswith(".yaml"))})
 
 
 def load_rules(rule: RulesLike) -> list[Rule]:
@@ -170,7 +171,7 @@ def _read_file(rule: str | Path) -> tuple[str, Any]:
                 f"rule file {str(rule)!r}: no such file and no packaged rule{did_you_mean(stem, packaged)}. "
                 f"Packaged: {', '.join(packaged)}"
             )
-        path = Path(str(resources.files("ktransformers.optimize_rules") / f"{stem}.yaml"))
+        path = Path(str(resources.files("ktransformers.optimize_rules") / f"{NAMES.get(stem, stem)}.yaml"))
     try:
         return path.name, yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:

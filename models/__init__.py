@@ -11,11 +11,23 @@ from pathlib import Path
 DEFAULT_RULES = {
     "deepseek_v2": "DeepSeek-V2",
     "deepseek_v3": "DeepSeek-V3",
-    "qwen2_moe": "Qwen2-MoE",
-    "qwen3_moe": "Qwen3-MoE",
+    "deepseek_v32": "DeepSeek-V3.2",
+    "deepseek_v4": "DeepSeek-V4",
+    "glm4_moe": "GLM-4",
+    "glm4_moe_lite": "GLM-4.7-Flash",
+    "glm_moe_dsa": "GLM-5",
+    "gpt_oss": "gpt-oss",
+    "llama4": "Llama-4",
+    "llama4_text": "Llama-4",
+    "minimax_m2": "MiniMax-M2",
     "mixtral": "Mixtral",
+    "qwen2_moe": "Qwen2-MoE",
+    "qwen3_5_moe": "Qwen3.5-MoE",
+    "qwen3_5_moe_text": "Qwen3.5-MoE",
+    "qwen3_moe": "Qwen3-MoE",
+    "qwen3_next": "Qwen3-Next",
 }
-"""config.model_type -> name of the packaged rule file that the chat program uses when none is given."""
+"""config.model_type -> name of the packaged rules that the chat program uses when none is given."""
 
 
 def family_classes(family: str) -> dict[str, type]:

@@ -16,15 +16,18 @@ class RotaryEmbedding(FamilyOperator):
     The class names end in ``RotaryEmbedding`` because transformers finds rotary modules by that.
     """
 
-    replaces = "a rotary embedding (a module with inv_freq)"
+    replaces = "a rotary embedding (a module with inv_freq and its config)"
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
-        return "inv_freq" in module._buffers and hasattr(module, "config")
+        return any(name.endswith("inv_freq") for name in module._buffers) and hasattr(module, "config")
 
     def load(self) -> None:
         fresh = type(self.orig_module)(self.orig_module.config)
-        self.orig_module.attention_scaling = self.attention_scaling = fresh.attention_scaling
+        for name, value in vars(fresh).items():
+            if isinstance(value, float):  # attention_scaling, or one per kind of layer
+                setattr(self.orig_module, name, value)
+                setattr(self, name, value)
         for name, buffer in fresh._buffers.items():
             buffer = buffer.to(self.device)
             buffer._is_hf_initialized = True

@@ -25,6 +25,7 @@ from ktransformers.operators.inner_ops import (
     resolve_op,
     stored_problem,
 )
+from ktransformers.traits import is_linear
 
 Weight = dict | nn.Parameter | tuple | None
 """What `load(w=...)` takes: nothing (read the checkpoint), the weight [N, K], or (weight, bias)."""
@@ -250,7 +251,7 @@ class KTransformersLinear(StagedOperator):
 
 def _not_linear(module: nn.Module) -> str:
     """Say that `module` is no linear layer, or more than one (routers may subclass it), or return ``""``."""
-    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+    if is_linear(module):
         return ""
     more = ", which computes more than that" if isinstance(module, nn.Linear) else ""
     return f"replaces torch.nn.Linear, found {type(module).__name__}{more}"
