@@ -252,7 +252,7 @@ class Chat:
         stop = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         sampling = Sampling.from_config(model.generation_config, stop)
         self.sampling = Sampling(stop_ids=sampling.stop_ids) if greedy else sampling
-        self.cache = PrefixCache(model.config)
+        self.cache = PrefixCache()
         self.messages: list[dict[str, str]] = []
 
     def run(self, messages: Iterator[str] | list[str]) -> int:

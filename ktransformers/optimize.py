@@ -283,6 +283,8 @@ def _fill_buffers(model: nn.Module, devices: Mapping[str, str]) -> None:
     fresh = {id(b) for m in model.modules() for k, b in m._buffers.items() if k in m._non_persistent_buffers_set}
     for _, tensor in _named_tensors(model):
         tensor._is_hf_initialized = id(tensor) not in fresh
+    for module in model.modules():  # some families write to loaded tensors without asking for the flag
+        module._is_hf_initialized = all(id(buffer) not in fresh for buffer in module.buffers())
     with torch.no_grad():
         model.initialize_weights()
 

@@ -36,6 +36,10 @@ def family_classes(family: str) -> dict[str, type]:
     own = vars(module).items()
     return {name: cls for name, cls in own if inspect.isclass(cls) and cls.__module__ == module.__name__}
 
+ONE_BY_ONE = frozenset({"jamba"})
+"""Model types whose state-space layers, in transformers, start anew when several tokens come after others. Behind a
+first piece of the prompt, their tokens are computed one by one."""
+
 
 def embedded_model() -> Path:
     """Folder of the small chat model that ships with the package (config, tokenizer, safetensors, GGUF)."""

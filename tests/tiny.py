@@ -1,12 +1,14 @@
-"""Tiny random models of the five families, built the way transformers builds them: truth for the tests.
+"""Tiny random models of five families, and of any other by families.py, built the way transformers builds them: truth for the tests.
 
 Sizes are small enough that a forward takes milliseconds, odd enough that swapped dimensions do not fit, and
 the weights large enough that every part of a layer matters to the logits.
 """
 
 import copy
+import re
 from pathlib import Path
 
+import families
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -49,26 +51,6 @@ FAMILIES: dict[str, dict] = {
     "mixtral": {**_GQA, "num_local_experts": 8, "num_experts_per_tok": 2},
 }
 
-_DSA = {**_MLA, "index_head_dim": 16, "index_n_heads": 2, "index_topk": 64}
-_DELTA_NET = {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
-_SPARSE = {**_GQA, "num_local_experts": 8, "num_experts_per_tok": 2}
-
-MORE: dict[str, dict] = {
-    "llama": _GQA,
-    "deepseek_v32": _DSA,
-    "deepseek_v4": {**_SPARSE, "moe_intermediate_size": 32, "q_lora_rank": 24, "qk_rope_head_dim": 8, "index_head_dim": 16,
-                    "index_n_heads": 2, "index_topk": 64, "o_groups": 2, "o_lora_rank": 16, "n_routed_experts": 8},
-    "glm4_moe": {**_GQA, **_EXPERTS, "n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
-    "glm4_moe_lite": _MLA,
-    "glm_moe_dsa": _DSA,
-    "gpt_oss": {**_SPARSE, "intermediate_size": 32},
-    "llama4_text": {**_SPARSE, "intermediate_size_mlp": 96, "num_experts_per_tok": 1},
-    "minimax_m2": _SPARSE,
-    "qwen3_5_moe_text": {**_GQA, **_EXPERTS, **_DELTA_NET, "num_hidden_layers": 4, "shared_expert_intermediate_size": 48},
-    "qwen3_next": {**_GQA, **_EXPERTS, **_DELTA_NET, "num_hidden_layers": 4, "shared_expert_intermediate_size": 48},
-}  # fmt: skip
-"""Families of packaged and published rule files beside the five that every test goes through."""
-
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
@@ -82,8 +64,10 @@ YARN = {
 
 
 def tiny_config(family: str, **overrides):
-    """The configuration of a tiny `family` model; `overrides` are config fields."""
-    return AutoConfig.for_model(family, **{**_COMMON, **{**FAMILIES, **MORE}[family], **overrides})
+    """The configuration of a tiny model of any family; `overrides` are config fields."""
+    if family not in FAMILIES:
+        return families.config_of(family, **overrides)
+    return AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family], **overrides})
 
 
 def tiny_model(family: str, seed: int = 0, **overrides):
@@ -92,15 +76,23 @@ def tiny_model(family: str, seed: int = 0, **overrides):
     model = AutoModelForCausalLM.from_config(
         tiny_config(family, **overrides), attn_implementation="eager", experts_implementation="eager"
     ).eval()
+    return randomize(model)
+
+
+FORMULAS = re.compile(r"_decay$|slope_rate$")
+"""Saved tensors that are tables of a formula (MiniMax's): other numbers would contradict each other."""
+
+
+def randomize(model):
+    """Fill everything that a checkpoint holds with numbers that keep activations near 1 through every layer."""
+    saved = model.state_dict().keys()
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if not tensor.is_floating_point():
+            if name not in saved or not tensor.is_floating_point() or FORMULAS.search(name):
                 continue
             if tensor.dim() >= 2:
-                tensor.normal_(
-                    0, 1.2 * tensor.shape[-1] ** -0.5
-                )  # keeps activations near 1 through every layer
-            elif "inv_freq" not in name:
+                tensor.normal_(0, 1.2 * tensor.shape[-1] ** -0.5)
+            else:
                 tensor.uniform_(0.5, 1.5) if "norm" in name else tensor.normal_(0, 0.1)
     return model
 

@@ -3,6 +3,7 @@ transformers where it can."""
 
 import json
 import re
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,8 +14,9 @@ from tiny import meta_model, random_ids, relative_error
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ktransformers import native, optimize_and_load
-from ktransformers.errors import NativeError, RuleError, WeightError
+from ktransformers.errors import NativeError, RuleError
 from ktransformers.loaders import bind, open_weights
+from ktransformers.operators import base_operator
 from ktransformers.operators.inner_ops import stored_problem
 from ktransformers.quantize import quantize_folder
 from tests.loaders import published
@@ -130,18 +132,21 @@ def test_gpt_oss_experts_are_views_of_the_blocks(tmp_path):
     assert torch.equal(experts.down_bias, module.down_proj_bias)
 
 
-def test_gpt_oss_dequantized_has_no_rows_to_pack(tmp_path):
-    """Its bf16 form stores columns: the torch operator computes it, the C library's operator says why not."""
-    truth = random_model(gpt_oss_config()).to(torch.bfloat16)
-    folder = write(tmp_path, truth.state_dict())
-    meta = meta_model(gpt_oss_config()).to(torch.bfloat16)
-    weights = bind(open_weights(folder), meta)
-    assert "stored with rows and columns exchanged" in weights.experts_problem("model.layers.0.mlp.experts")
-    with pytest.raises(WeightError, match="rows and columns exchanged.*Use tensor"):
-        weights.experts("model.layers.0.mlp.experts")
-    loaded = optimize_and_load(meta, rules(), folder, progress=False)
-    ids = random_ids(1, 5, vocab=80)
-    assert relative_error(logits(loaded, ids), logits(truth, ids)) < 0.05
+@BOTH
+def test_gpt_oss_dequantized(op, tmp_path, exact):
+    """Its bf16 form stores columns, so that rows of it are a copy; that is said once."""
+    truth = random_model(gpt_oss_config())
+    folder = write(tmp_path, {name: tensor.bfloat16() for name, tensor in truth.state_dict().items()})
+    truth.load_state_dict({name: tensor.bfloat16().float() for name, tensor in truth.state_dict().items()})
+    weights = bind(open_weights(folder), meta_model(gpt_oss_config()))
+    key = "model.layers.0.mlp.experts"
+    assert weights.experts(key).copied and weights.experts_problem(key) == "" and not weights.can_pack(f"{key}.down_proj")
+    base_operator._told.clear()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        loaded = optimize_and_load(meta_model(gpt_oss_config()), rules(op), folder, progress=False)
+    assert sum("a copy in memory" in str(warning.message) for warning in told) == (op == "KExpertsCPU")
+    same_logits(loaded, truth)
 
 
 # --- DeepSeek-V4: names of its own, FP8 with powers of two, FP4 experts ----------------------------------------------------
