@@ -47,13 +47,18 @@ def _is_attention(module: nn.Module) -> bool:
     return hasattr(module, "o_proj") and (hasattr(module, "k_proj") or _is_mla(module))
 
 
+def is_linear(module: nn.Module) -> bool:
+    """A linear layer and no more: a router may subclass it (Llama-4), and so may grouped projections (DeepSeek-V4)."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
 TRAITS: dict[str, Callable[[nn.Module], bool]] = {
     "experts": _is_experts,
     "moe": _is_moe,
     "router": _is_router,
     "mla": _is_mla,
     "attention": _is_attention,
-    "linear": lambda module: isinstance(module, nn.Linear),
+    "linear": is_linear,
     "rotary": lambda module: "RotaryEmbedding" in type(module).__name__,
     "norm": lambda module: type(module).__name__.endswith("Norm"),
     "embedding": lambda module: isinstance(module, nn.Embedding),

@@ -189,12 +189,12 @@ def types_with_experts() -> list[str]:
     return found
 
 
-def config_of(model_type: str):
-    """The tiny configuration of a family."""
+def config_of(model_type: str, **overrides):
+    """The tiny configuration of a family; `overrides` are config fields."""
     fields = AutoConfig.for_model(model_type).to_dict()
     if "text_config" in fields:
         return AutoConfig.for_model(model_type, text_config=config_of(f"{model_type}_text").to_dict(), **FAMILIES[model_type])
     shrunk = {name: value for name, value in SIZES.items() if name in fields}
     if "kv_lora_rank" in fields:  # latent attention has as many keys as queries
         shrunk["num_key_value_heads"] = shrunk["num_attention_heads"]
-    return AutoConfig.for_model(model_type, **{**shrunk, **FAMILIES.get(model_type, {}), **_WITHOUT_SIZES.get(model_type, {})})
+    return AutoConfig.for_model(model_type, **{**shrunk, **FAMILIES.get(model_type, {}), **_WITHOUT_SIZES.get(model_type, {}), **overrides})

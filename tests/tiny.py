@@ -1,4 +1,4 @@
-"""Tiny random models of the five families, built the way transformers builds them: truth for the tests.
+"""Tiny random models of five families, and of any other by families.py, built the way transformers builds them: truth for the tests.
 
 Sizes are small enough that a forward takes milliseconds, odd enough that swapped dimensions do not fit, and
 the weights large enough that every part of a layer matters to the logits.
@@ -8,6 +8,7 @@ import copy
 import re
 from pathlib import Path
 
+import families
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -63,7 +64,9 @@ YARN = {
 
 
 def tiny_config(family: str, **overrides):
-    """The configuration of a tiny `family` model; `overrides` are config fields."""
+    """The configuration of a tiny model of any family; `overrides` are config fields."""
+    if family not in FAMILIES:
+        return families.config_of(family, **overrides)
     return AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family], **overrides})
 
 

@@ -33,9 +33,15 @@ from ktransformers.operators.inner_ops import (
 from ktransformers.operators.moe import (  # noqa: F401  rule files name the blocks as operators.experts.*
     KDeepseekV2MoE,
     KDeepseekV3MoE,
+    KDeepseekV3MoEV2,
+    KGlm4MoeMoE,
     KMistralSparseMoEBlock,
     KQwen2MoeSparseMoeBlock,
+    KQwen2MoeSparseMoeBlockV2,
     KQwen3MoeSparseMoeBlock,
+    KQwen3MoeSparseMoeBlockV2,
+    KQwen3NextSparseMoeBlockV2,
+    KSmallthinkerMoeBlock,
 )
 from ktransformers.traits import idle_experts, is_transposed
 
@@ -224,7 +230,7 @@ class KTransformersExperts(StagedOperator):
             device = kwargs.get(f"{stage}_device") or fallback[stage]
             if problem := op_problem(f"{stage}_op", name, device, EXPERTS_MAP):
                 problems.append(problem)
-            elif name is not None and final_name(name) == "KExpertsCPU":
+            elif name is not None and final_name(name, device) == "KExpertsCPU":
                 if problem := KExpertsCPU.problem(key, orig_module, weights):
                     problems.append(f"{stage}_op: {problem}")
         for word in ("backend", "method"):
@@ -253,6 +259,18 @@ class KTransformersExperts(StagedOperator):
 
     def extra_repr(self) -> str:
         return f"{type(self.active).__name__} on {self.generate_device}"
+
+
+class KTransformersExpertsV2(KTransformersExperts):
+    """`KTransformersExperts`, under the name of server rule files."""
+
+
+class KGlm4Experts(KTransformersExperts):
+    """`KTransformersExperts`, under the name of GLM-4-MoE's rule files."""
+
+
+class KSmallthinkerExperts(KTransformersExperts):
+    """`KTransformersExperts`, under the name of SmallThinker's rule files."""
 
 
 def _method_problem(name: Any, key: str, weights: Any) -> str:

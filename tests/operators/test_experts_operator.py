@@ -150,7 +150,7 @@ def test_check_lists_what_does_not_fit(monkeypatch):
     problems = check(generate_op="KExpertsCPUU", prefill_op="KExpertTorch", backend="llamafil")
     assert len(problems) == 3 and all("did you mean" in problem for problem in problems)
     assert "set generate_device: cpu" in check(generate_op="KExpertsCPU", generate_device="cuda:0")[0]
-    assert "not built yet" in check(generate_op="MLPCUDAExperts", generate_device="cuda:0")[0]
+    assert check(generate_op="MLPCUDAExperts", generate_device="cuda:0") == []  # computed by torch there
     assert "found Linear" in check(nn.Linear(2, 2))[0]
     monkeypatch.setattr(experts.native, "SUPPORTED_TYPES", frozenset({"Q4_K"}))
     assert check()[0].startswith("generate_op: the C library does not compute F32")
