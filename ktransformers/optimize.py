@@ -24,6 +24,7 @@ from ktransformers.errors import (
     join_errors,
 )
 from ktransformers.loaders import bind, open_weights
+from ktransformers.models import kimi_k2  # noqa: F401  teaches transformers this model type
 from ktransformers.operators.base_operator import BaseInjectedModule, device_of, load_weights
 from ktransformers.rules import Replacement, RulesLike
 

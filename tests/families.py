@@ -12,6 +12,8 @@ from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+import ktransformers.optimize  # noqa: F401  adds model types to transformers
+
 SIZES = {
     "vocab_size": 128,
     "hidden_size": 64,
@@ -104,6 +106,7 @@ FAMILIES: dict[str, dict] = {
     "inkling_text": {},
     "jamba": {**_HYBRID, "attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {**_HYBRID, "num_hidden_layers": 5},
+    "kimi_k2": {},
     "kolibri1": {},
     "laguna": {},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
@@ -131,6 +134,9 @@ FAMILIES: dict[str, dict] = {
 }
 
 
+ADDED = ["kimi_k2"]
+"""Model types that transformers lacks and ktransformers.models adds."""
+
 TORCH_ONLY = {"inkling2_text": "caps gate and up softly (tanh)"}
 """Families whose experts the C library does not compute -> what it lacks. KExpertsTorch computes them."""
 
@@ -140,15 +146,31 @@ WITHOUT = {
 }
 """Model types with experts that are not the module of transformers' contract -> why nothing here takes them."""
 
+ABSENT = {"smallthinker": "no model of transformers; its repository brings code, which is not run"}
+"""Model types that users may ask for and transformers lacks -> what is so."""
+
 _WITHOUT_SIZES = {"dbrx": {"d_model": 64, "n_heads": 4, "n_layers": 2, "attn_config": {"rope_theta": 10000.0}}}
 
 PIECES_DIFFER = {"jamba": "its scan starts anew with every piece of more than one token"}
 """Families whose prefill in pieces is not the one-shot prefill in transformers itself -> why."""
 
 
+PUBLISHED = {
+    "deepseek_v3": ["fp8_block"],
+    "deepseek_v32": ["fp8_block"],
+    "glm4_moe": ["fp8_channel"],
+    "kimi_k2": ["fp8_block", "int4_packed"],
+    "minimax_m2": ["fp8_block"],
+    "mixtral": ["awq4", "gptq4"],
+    "qwen3_next": ["fp8_block"],
+}
+"""Family -> the quantized formats (of tests/loaders/published.py) that its publishers use. Three families have tests of
+their own, which are named in tests/support.py: qwen3_moe in every format, gpt-oss and DeepSeek-V4 in MXFP4."""
+
+
 def known_here() -> list[str]:
     """The families that the installed transformers has."""
-    return [model_type for model_type in FAMILIES if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
+    return [name for name in FAMILIES if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or name in ADDED]
 
 
 def operator_of(model_type: str) -> str:

@@ -12,13 +12,14 @@ LEVELS = [
     {"errors", "env", "iq_grids"},
     {"quants", "devices", "traits", "former", "scaled"},
     {"loaders", "native", "encode", "cache"},
-    {"operators", "gguf_metadata"},
+    {"operators", "gguf_config", "gguf_splits"},
+    {"gguf_tokenizer"},
     {"resolve"},
     {"rules", "quantize"},
     {"report"},
     {"optimize"},
     {"generate"},
-    {"local_chat"},
+    {"local_chat", "from_pretrained"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

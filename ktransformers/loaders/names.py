@@ -22,12 +22,12 @@ from ktransformers.loaders.sources import (
     Converted,
     Exchanged,
     ExpertWeights,
-    JoinedKVB,
+    Laid,
     Plain,
     Source,
     Stacked,
+    StackedColumns,
     Transposed,
-    Unpermuted,
     WholeNumbers,
     split_down,
     split_gate_up,
@@ -318,6 +318,10 @@ def _extra_layers(config) -> range:
 # --- safetensors ------------------------------------------------------------------------------------------
 
 
+OTHER_MODALITIES = r"^(model\.)?(visual|vision|audio|multi_modal_projector|mm_projector)[a-z_]*\."
+"""Parts of a multimodal checkpoint that a model of its text alone leaves aside."""
+
+
 def _bind_safetensors(files: WeightFiles, model, shapes: Shapes, binding: _Binding) -> None:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -348,6 +352,8 @@ def _bind_safetensors(files: WeightFiles, model, shapes: Shapes, binding: _Bindi
         else:
             _add_converted(files, target, converter, parts, model, binding)
     binding.ignored += [r"rotary_emb\.inv_freq$", companions.IGNORED]
+    if model.config is model.config.get_text_config():
+        binding.ignored.append(OTHER_MODALITIES)
     binding.ignored += [rf"^(model\.)?layers\.{n}\." for n in _extra_layers(model.config)]
 
 
@@ -450,6 +456,8 @@ def _bind_gguf(files: WeightFiles, model, shapes: Shapes, binding: _Binding) -> 
     config = model.config
     family = gguf_names.family_of(files.metadata.get("general.architecture"), config.model_type)
     binding.notes += _metadata_mismatches(files.metadata, family.arch, config)
+    if family.in_turn:
+        binding.interleaved.update(name for name in shapes if name.endswith(".experts.gate_up_proj"))
     for name, shape in shapes.items():
         source, looked_for = _gguf_source(files, family, config, name, shape)
         if source is not None:
@@ -470,33 +478,29 @@ def _gguf_source(
     files: WeightFiles, family, config, name: str, shape: tuple[int, ...]
 ) -> tuple[Source | None, str]:
     """The source of one model tensor, and the GGUF name or names that were looked for."""
-    expert = re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up|down)_proj", name)
-    if expert:
-        return _gguf_experts(files, expert[1], expert[2], shape)
+    expert = gguf_names.expert(name)
+    if expert and not expert["bias"]:
+        return _gguf_experts(files, family, expert["layer"], expert["which"], shape)
     stored = gguf_names.gguf_name(family, config.num_hidden_layers, name)
     if stored is None:
         return None, "no name: GGUF has none for it"
-    if stored in files:
-        permuted = family.permuted and re.search(r"\.self_attn\.([qk])_proj\.(weight|bias)$", name)
-        if permuted:
-            heads = config.num_attention_heads if permuted[1] == "q" else config.num_key_value_heads
-            return Unpermuted(files, stored, heads), stored
+    how = gguf_names.layout(family, stored)
+    names = gguf_names.part_names(stored, how) if how else [stored]
+    if how and all(part in files for part in names):
+        if not how.parts or stored not in files:
+            return Laid(files, names, how, shape, config), stored
+    if stored in files and (how is None or how.parts):
         return Plain(files, stored, shape), stored
-    if stored.endswith("attn_kv_b.weight"):
-        k_b, v_b = (stored.replace("attn_kv_b", part) for part in ("attn_k_b", "attn_v_b"))
-        if k_b in files and v_b in files:
-            return JoinedKVB(files, k_b, v_b, config.num_attention_heads), stored
-        return None, f"{stored}, or {k_b} and {v_b}"
-    return None, stored
+    return None, stored if names == [stored] else f"{stored}, or {' and '.join(names)}"
 
 
 def _gguf_experts(
-    files: WeightFiles, layer: str, which: str, shape: tuple[int, ...]
+    files: WeightFiles, family, layer: str, which: str, shape: tuple[int, ...]
 ) -> tuple[Source | None, str]:
     fused = f"blk.{layer}.ffn_{which}_exps.weight"
-    if fused in files:
+    if fused in files and which == "gate_up" and not family.columns:
         return Stacked(files, [fused]), fused
-    kinds = ("gate", "up") if which == "gate_up" else ("down",)
+    kinds = ("gate", "up") if which == "gate_up" else (which,)
     parts, looked_for = [], []
     for kind in kinds:
         stacked, single = gguf_names.expert_names(layer, kind, shape[0])
@@ -507,7 +511,10 @@ def _gguf_experts(
             parts.append(single)
         elif single[0] in files:
             looked_for[-1] = next(name for name in single if name not in files)
-    return (Stacked(files, parts) if len(parts) == len(kinds) else None), " and ".join(looked_for)
+    if len(parts) < len(kinds):
+        return None, " and ".join(looked_for)
+    source = StackedColumns(files, parts, family.in_turn) if family.columns else Stacked(files, parts)
+    return source, " and ".join(looked_for)
 
 
 def _metadata_mismatches(metadata: dict, arch: str, config) -> list[str]:

@@ -6,17 +6,19 @@ import re
 import warnings
 from types import SimpleNamespace
 
+import families
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import meta_model, random_ids, relative_error
+from tiny import meta_model, random_ids, randomize, relative_error
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ktransformers import native, optimize_and_load
 from ktransformers.errors import NativeError, RuleError
 from ktransformers.loaders import bind, open_weights
 from ktransformers.operators import base_operator
+from ktransformers.operators.experts import KTransformersExperts
 from ktransformers.operators.inner_ops import stored_problem
 from ktransformers.quantize import quantize_folder
 from tests.loaders import published
@@ -30,7 +32,7 @@ def rules(op="KExpertsTorch", **more):
     """Experts by `op`, linear layers by the C library where it computes their type."""
     return [
         {"match": {"trait": "experts"}, "replace": {"class": EXPERTS, "kwargs": {"generate_op": op, **CPU, **more}}},
-        {"match": {"name": r"(?<!o_a_proj)$", "class": "torch.nn.Linear"}, "replace": {"class": LINEAR, "kwargs": CPU}},
+        {"match": {"name": r"(?<!o_a_proj)(?<!weights_proj)$", "class": "torch.nn.Linear"}, "replace": {"class": LINEAR, "kwargs": CPU}},
     ]
 
 
@@ -225,6 +227,45 @@ def test_every_format_runs(form, tmp_path, exact):
     method = published.FORMATS[form][2]
     for rule in (rules("KExpertsTorch", method=method), rules("KExpertsCPU", method=method), NO_OPERATORS):
         same_logits(optimize_and_load(meta_model(qwen3_moe_config()), rule, folder, progress=False), truth)
+
+
+# --- families in the formats that their publishers use --------------------------------------------------------------------
+
+QUANTIZED = re.compile(r"\.layers\.\d+\..*((?<!weights)_proj|_proj_with_mqa|\.w[123])\.weight$")
+
+
+def published_family(model_type, form, folder):
+    """(folder, model with the numbers that the format's definition says): experts and projections in a format."""
+    torch.manual_seed(0)
+    model, rng = AutoModelForCausalLM.from_config(families.config_of(model_type)).eval(), np.random.default_rng(0)
+    make, _, _, config = published.FORMATS[form]
+    randomize(model).save_pretrained(folder / "hf")
+    tensors, plain = {}, {}
+    for name, tensor in load_file(folder / "hf" / "model.safetensors").items():
+        whole = tensor.dim() == 2 and all(size % 32 == 0 for size in tensor.shape)
+        if QUANTIZED.search(name) and whole:
+            parts, values = make(*tensor.shape, rng)
+            tensors |= {name.removesuffix("weight") + part: t for part, t in parts.items()}
+            plain[name] = torch.from_numpy(np.ascontiguousarray(values)).float()
+        else:
+            tensors[name] = plain[name] = tensor
+    truth = optimize_and_load(meta_model(model.config), NO_OPERATORS, write(folder / "plain", plain), progress=False)
+    return write(folder, tensors, config), truth
+
+
+FORMS = [(family, form) for family, forms in families.PUBLISHED.items() for form in forms]
+
+
+@pytest.mark.parametrize(("model_type", "form"), FORMS)
+def test_a_family_as_it_is_published(model_type, form, tmp_path, exact):
+    """Under the default rules, and with the linear layers packed too."""
+    folder, truth = published_family(model_type, form, tmp_path)
+    packed = rules("KExpertsCPU", method=published.FORMATS[form][2])
+    for rule in ("Default", packed):
+        loaded = optimize_and_load(meta_model(truth.config), rule, folder, devices={"cuda": "cpu"}, progress=False)
+        same_logits(loaded, truth)
+        layer = next(module for module in loaded.modules() if isinstance(module, KTransformersExperts))
+        assert loaded.gguf_loader.quant_type(f"{layer.key}.down_proj") == published.FORMATS[form][1]
 
 
 ROUNDED = [form for form in published.FORMATS if "fp8" not in form]
