@@ -154,12 +154,7 @@ def _load(model_path: str, weights: str, rule: str, devices: dict[str, str], qui
     model_path, weights = model_path or weights, weights or model_path
     config, tokenizer = _read_config(model_path)
     if not rule:
-        if config.model_type not in DEFAULT_RULES:
-            raise KTransformersError(
-                f"{model_path}: no packaged rule file for model_type {config.model_type!r} (there are some for "
-                f"{', '.join(DEFAULT_RULES)}). Pass --optimize_config_path."
-            )
-        rule = DEFAULT_RULES[config.model_type]
+        rule = DEFAULT_RULES.get(config.model_type, "Default")
         if not torch.cuda.is_available() and not devices:
             devices = {"cuda": "cpu"}
             err.print(f"[dim]no GPU here: rules {rule} run with --devices cuda=cpu[/dim]")
