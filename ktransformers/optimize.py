@@ -90,6 +90,7 @@ def _checked_optimize_and_load(model, rule, weights, config, default_device, dev
         _check_operators(model, replacements, source)
         if env.debug():
             report.print_plan(model, replacements, source)
+        named = set(model.state_dict())
         with _restored_on_failure(model):
             _keep_in_fp32(model)
             inject(model, replacements, source, config)
@@ -100,7 +101,7 @@ def _checked_optimize_and_load(model, rule, weights, config, default_device, dev
     model.gguf_loader = source  # upstream's name; also keeps the mapped files open while operators point into them
     model.hf_device_map = _device_map(model, replacements)
     model.generation_config = generation_config or model.generation_config
-    _refuse_saving(model, source)
+    _refuse_saving(model, source, named)
     return model.eval()
 
 
@@ -318,18 +319,17 @@ def _generation_config(config: Any) -> Any:
         raise WeightError(f"{path}: cannot be read: {reason}. Correct it, or delete it to use the defaults.") from error
 
 
-def _refuse_saving(model: nn.Module, source: Any) -> None:
-    """Make save_pretrained an error: operators hold weights that no state dict has, so the copy would lack them."""
-    held = sum(
-        isinstance(module, BaseInjectedModule) and not getattr(module, "adopts", True) for module in model.modules()
-    )
+def _refuse_saving(model: nn.Module, source: Any, named: set[str]) -> None:
+    """Make save_pretrained an error where operators hold tensors that the state dict had: the copy would lack them."""
+    held = len(named - set(model.state_dict()))
     if not held:
         return
 
     def save_pretrained(*args: Any, **kwargs: Any) -> None:
         raise UnsupportedError(
-            f"save_pretrained: {held} operators compute from the bytes of {source.path} and have no weights to save. "
-            "Copy that checkpoint, or write another with `python -m ktransformers.quantize`."
+            f"save_pretrained: operators compute {held} of {len(named)} tensors from the bytes of {source.path} and have "
+            "no weights to save. Copy that checkpoint, or write another with `python -m ktransformers.quantize`. An "
+            "adapter (PEFT) is saved by its own save_pretrained."
         )
 
     model.save_pretrained = save_pretrained

@@ -40,7 +40,7 @@ FRAMEWORK_PARAMETERS = {"self", "key", "gguf_loader", "config", "orig_module", "
 
 def find_class(dotted: str) -> tuple[type | None, str]:
     """Find the class that `dotted` names. Returns ``(class, "")``, or ``(None, what is wrong)``."""
-    dotted = next((new + dotted.removeprefix(old) for old, new in RENAMED.items() if dotted.startswith(old)), dotted)
+    dotted = _todays_name(dotted)
     module_name, _, class_name = dotted.rpartition(".")
     if not module_name or not all(part.isidentifier() for part in dotted.split(".")):
         return None, f"class {dotted!r}: expected a dotted path such as 'torch.nn.Linear'"
@@ -55,6 +55,17 @@ def find_class(dotted: str) -> tuple[type | None, str]:
         hint = did_you_mean(class_name, classes)
         return None, f"class {dotted!r} not found: module {module_name!r} has no class {class_name!r}{hint}"
     return found, ""
+
+
+def _todays_name(dotted: str) -> str:
+    from ktransformers.operators.base_operator import tell_once
+
+    for old, new in RENAMED.items():
+        if dotted.startswith(old):
+            today = new + dotted.removeprefix(old)
+            tell_once(f"class {dotted!r} is an older name, today's is {today!r}; the rule works as it is")
+            return today
+    return dotted
 
 
 def _instances_can_be_tested(cls: type) -> bool:

@@ -6,6 +6,7 @@ together mean and, `recursive: False` stops the walk below a match, the class "d
 every problem of a file is found and listed at once, with file and line, before anything is touched.
 """
 
+import functools
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -410,13 +411,15 @@ class _Walk:
             report = _Reporter(rule.where, rule.number, found)
             for problem in device_names.kwargs_problems(device_names.map_kwargs(rule.kwargs, self.devices)):
                 report(problem)
-            if rule in self._unmatched() and not self._is_forgiven(rule, model):
+            if rule in self.unmatched and not self._is_forgiven(rule, model):
                 report(_why_no_match(rule, model, self))
         return found
 
-    def _unmatched(self) -> list[Rule]:
-        matched = [self.wins, self.of_other_layers]
-        return [r for r in self.rules if not self.losses[r.number] and not any(m.get(r.number) for m in matched)]
+    @functools.cached_property
+    def unmatched(self) -> list[Rule]:
+        """Rules that hold for no module, whoever takes it. Ask after the walk."""
+        matched = [self.wins, self.losses, self.of_other_layers]
+        return [rule for rule in self.rules if not any(table.get(rule.number) for table in matched)]
 
     def _is_forgiven(self, rule: Rule, model: nn.Module) -> bool:
         """Whether a rule without a match is only told of.
@@ -424,13 +427,13 @@ class _Walk:
         So in a file of upstream's published style that is for this family: such files have rules that never matched
         (a class of another family; a layer's name with a class that no layer is), and upstream said nothing.
         """
-        its_file_fits = any(other.published and other not in self._unmatched() for other in self.rules)
+        its_file_fits = any(other.published and other not in self.unmatched for other in self.rules)
         names = [name for name, _ in model.named_modules() if name]
         return its_file_fits and rule.cls is not None and (rule.name is None or any(map(rule.name.search, names)))
 
     def idle(self, model: nn.Module) -> list[str]:
         """What to say of rules that decide nothing, and yet are no mistake."""
-        unmatched = [f"{r.where}: rule {r.number} {_why_no_match(r, model, self)}" for r in self._unmatched()]
+        unmatched = [f"{r.where}: rule {r.number} {_why_no_match(r, model, self)}" for r in self.unmatched]
         shared = [
             f"{rule.where}: rule {rule.number} places nothing: all layers share {self.of_other_layers[rule.number]} now, "
             "and the rule for the first layer's has it. The file works as it is."

@@ -30,16 +30,16 @@ DEFAULT_RULES = {
 }
 """config.model_type -> name of the packaged rules that the chat program uses when none is given."""
 
+ONE_BY_ONE = frozenset({"jamba"})
+"""Model types whose state-space layers, in transformers, start anew when several tokens come after others. Behind a
+first piece of the prompt, their tokens are computed one by one."""
+
 
 def family_classes(family: str) -> dict[str, type]:
     """Every class that transformers defines for `family`, such as ``qwen3_moe``, by name."""
     module = import_module(f"transformers.models.{family}.modeling_{family}")
     own = vars(module).items()
     return {name: cls for name, cls in own if inspect.isclass(cls) and cls.__module__ == module.__name__}
-
-ONE_BY_ONE = frozenset({"jamba"})
-"""Model types whose state-space layers, in transformers, start anew when several tokens come after others. Behind a
-first piece of the prompt, their tokens are computed one by one."""
 
 
 def embedded_model() -> Path:

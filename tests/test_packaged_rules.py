@@ -21,7 +21,7 @@ MODELS = {
     "GLM-4.7-Flash": ("glm4_moe_lite", {}),
     "GLM-5": ("glm_moe_dsa", {}),
     "gpt-oss": ("gpt_oss", {}),
-    "Kimi-K2": ("deepseek_v3", {"n_group": 1, "topk_group": 1}),
+    "Kimi-K2": ("kimi_k2", {"n_group": 1, "topk_group": 1}),
     "Llama-4": ("llama4_text", {}),
     "MiniMax-M2": ("minimax_m2", {}),
     "Mixtral": ("mixtral", {}),

@@ -299,7 +299,7 @@ class _ForwardOnly(torch.autograd.Function):
     def backward(ctx, *grads: Tensor):
         raise UnsupportedError(
             f"{ctx.what} has no backward yet, so no gradient can flow through it. Run under torch.no_grad(), "
-            "or let a rule name the torch operator (KLinearTorch) for modules that gradients must pass."
+            "or let a rule name the torch operator (KLinearTorch, KExpertsTorch) for modules that gradients must pass."
         )
 
 

@@ -164,12 +164,12 @@ LINEAR_MAP: dict[str, type] = {"KLinearTorch": KLinearTorch, "KLinearCPUInfer": 
 """Names a rule may give as `generate_op` and `prefill_op`; authors may add theirs."""
 
 
-class KTransformersLinear(StagedOperator):
+class KTransformersLinear(StagedOperator, nn.Linear):
     """A linear layer that computes with the inner operator a rule names (see `StagedOperator`).
 
     Without a name the device decides: on the CPU `KLinearCPUInfer` for weights that the C library computes,
     else `KLinearTorch`. The input may be on any device; the result is on `out_device`, or
-    where the input was.
+    where the input was. It is an `nn.Linear`, for that is what PEFT puts adapters on.
     """
 
     def __init__(
