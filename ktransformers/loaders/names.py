@@ -351,7 +351,7 @@ def _find_layouts(model, binding: _Binding) -> None:
 
 
 def _is_transposed(module: torch.nn.Module) -> bool:
-    """Whether experts are [E, K, N]: what the module says, or its shapes where it is an older kind that says nothing."""
+    """Whether experts are [E, K, N]: what the module says, or its shapes where it says nothing."""
     if hasattr(module, "is_transposed"):
         return module.is_transposed is True
     found = [module._parameters.get(name) for name in ("gate_up_proj", "down_proj")]

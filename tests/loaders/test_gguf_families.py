@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ktransformers import config_from_gguf, optimize_and_load
 from ktransformers.errors import UnsupportedError, WeightError
-from ktransformers.gguf_config import READERS
+from ktransformers.gguf_families import READERS
 from ktransformers.loaders import bind, open_weights
 from ktransformers.loaders.gguf_names import FAMILIES
 from ktransformers.quantize import quantize_folder
@@ -98,7 +98,9 @@ def model_of(model_type, **changes):
 
 def save(model, folder):
     model.save_pretrained(folder)
-    if model.config.model_type == "kimi_linear":  # its convolutions are published apart, which only GGUF has a source for
+    if (
+        model.config.model_type == "kimi_linear"
+    ):  # its convolutions are published apart, which only GGUF has a source for
         save_file(model.state_dict(), folder / "model.safetensors")
 
 
