@@ -162,7 +162,7 @@ def _load(model_path: str, weights: str, rule: str, devices: dict[str, str], qui
         rule = DEFAULT_RULES[config.model_type]
         if not torch.cuda.is_available() and not devices:
             devices = {"cuda": "cpu"}
-            err.print(f"[dim]no GPU here: {rule}.yaml runs with --devices cuda=cpu[/dim]")
+            err.print(f"[dim]no GPU here: rules {rule} run with --devices cuda=cpu[/dim]")
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
@@ -269,7 +269,7 @@ class Chat:
         stop = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         sampling = Sampling.from_config(model.generation_config, stop)
         self.sampling = Sampling(stop_ids=sampling.stop_ids) if greedy else sampling
-        self.cache = PrefixCache(model.config)
+        self.cache = PrefixCache()
         self.messages: list[dict[str, str]] = []
 
     def run(self, messages: Iterator[str] | list[str]) -> int:

@@ -24,6 +24,7 @@ from ktransformers.errors import (
     join_errors,
 )
 from ktransformers.loaders import bind, open_weights
+from ktransformers.models import kimi_k2  # noqa: F401  teaches transformers this model type
 from ktransformers.operators.base_operator import BaseInjectedModule, device_of, load_weights
 from ktransformers.rules import Replacement, RulesLike
 
@@ -283,6 +284,8 @@ def _fill_buffers(model: nn.Module, devices: Mapping[str, str]) -> None:
     fresh = {id(b) for m in model.modules() for k, b in m._buffers.items() if k in m._non_persistent_buffers_set}
     for _, tensor in _named_tensors(model):
         tensor._is_hf_initialized = id(tensor) not in fresh
+    for module in model.modules():  # some families write to loaded tensors without asking for the flag
+        module._is_hf_initialized = all(id(buffer) not in fresh for buffer in module.buffers())
     with torch.no_grad():
         model.initialize_weights()
 

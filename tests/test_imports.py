@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ktransformers"
 # Lowest first. A file may import from its own level or from lower ones.
 LEVELS = [
     {"errors", "env", "iq_grids"},
-    {"quants", "devices", "traits", "scaled"},
+    {"quants", "devices", "traits", "former", "scaled"},
     {"loaders", "native", "encode", "cache"},
     {"operators", "gguf_families", "gguf_splits"},
     {"gguf_config", "gguf_tokenizer"},

@@ -529,4 +529,4 @@ def test_importing_starts_nothing():
 
 
 def test_the_families_of_the_tests_have_packaged_rules():
-    assert set(FAMILIES) == set(DEFAULT_RULES) and callable(optimize.inject)
+    assert set(FAMILIES) < set(DEFAULT_RULES) and callable(optimize.inject)

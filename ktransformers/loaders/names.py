@@ -19,6 +19,8 @@ from ktransformers.loaders.base import TensorInfo, WeightFiles
 from ktransformers.loaders.report import Problem, grouped
 from ktransformers.loaders.sources import (
     WHOLE_NUMBERS,
+    Converted,
+    Exchanged,
     ExpertWeights,
     Laid,
     Plain,
@@ -33,6 +35,7 @@ from ktransformers.loaders.sources import (
 )
 from ktransformers.quants import Packed
 from ktransformers.scaled import ScaledType, ScaledWeight
+from ktransformers.traits import TRAITS, idle_experts, is_interleaved, is_transposed
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -146,15 +149,19 @@ class ModelWeights:
         """Say why `experts(prefix)` cannot deliver packed rows, or return ``""``."""
         for name in (f"{prefix}.{self._first(prefix)}", f"{prefix}.down_proj"):
             source = self._source(name)
-            if name in self._binding.transposed and not isinstance(source, Transposed):
-                return f"{name} is stored with rows and columns exchanged, so there are no packed rows of it"
-            rows = source.shape[-1 if isinstance(source, Transposed) else 1] if len(source.shape) == 3 else 1
+            exchanged = isinstance(source, (Transposed, Exchanged))
+            if isinstance(source, Converted) or exchanged != (name in self._binding.transposed):
+                return f"{name} is stored in another form than its rows, so there are no packed rows of it"
+            rows = source.shape[-1 if exchanged else 1] if len(source.shape) == 3 else 1
             if len(source.shape) != 3 or (name.endswith("gate_up_proj") and rows % 2):
                 return f"{name} is no stack of matrices: {_shapes(source)}"
         return ""
 
     def experts(self, prefix: str) -> ExpertWeights:
-        """The routed experts of the module `prefix` (`model.layers.3.mlp.experts`), packed; no copies but of biases."""
+        """The routed experts of the module `prefix` (`model.layers.3.mlp.experts`), packed.
+
+        Copied are biases, and matrices where the file has no rows, only columns.
+        """
         first = self._first(prefix)
         gate_up, down = self._deliver(f"{prefix}.{first}"), self._deliver(f"{prefix}.down_proj")
         if problem := self.experts_problem(prefix):
@@ -166,7 +173,8 @@ class ModelWeights:
         if self.has(name := f"{prefix}.down_proj_bias"):
             down_bias = self.tensor(name, dtype=torch.float32)
         gate, up = split_gate_up(gate_up, interleaved) if first == "gate_up_proj" else (None, split_down(gate_up))
-        return ExpertWeights(gate, up, split_down(down), gate_bias, up_bias, down_bias)
+        copied = isinstance(down, Exchanged)
+        return ExpertWeights(gate, up, split_down(down), gate_bias, up_bias, down_bias, copied)
 
     def problems(self, expected: Shapes, ignore_unexpected: Iterable[str] = ()) -> list[str]:
         """Every missing, misshapen, uncomputable and unused tensor; equal ones of many layers are one line.
@@ -200,6 +208,7 @@ class ModelWeights:
             more = f" (and {len(faults) - 1} more of its tensors)" if len(faults) > 1 else ""
             where = f"{faults[0].name}: " if faults[0].name != name else ""
             return [Problem(name, f"{where}{faults[0].fault}{more}")]
+        shape = (self._binding.experts.get(name, shape[0]), *shape[1:]) if shape else shape
         if source.shape != shape or source.broken:
             text = f"has shape {_shapes(source)} in the checkpoint, the model expects {list(shape)}"
             found.append(Problem(name, text))
@@ -255,6 +264,7 @@ class _Binding:
         self.harmless: set[str] = set()  # checkpoint names that are neither used nor a problem
         self.ignored: list[str] = []  # regular expressions of such names
         self.transposed: set[str] = set()  # expert weights that the model holds as [E, K, N]
+        self.experts: dict[str, int] = {}  # expert weights of more experts than are computed -> how many are
         self.interleaved: set[str] = set()  # those whose rows are gate and up in turn
         self.notes: list[str] = []  # problems with no tensor of their own
 
@@ -300,11 +310,16 @@ def _share_tied(model: torch.nn.Module, binding: _Binding) -> None:
 
 def _extra_layers(config) -> range:
     """Layers after the model's own: multi-token prediction, which transformers does not build."""
+    config = config.get_text_config()
     layers = config.num_hidden_layers
     return range(layers, layers + (getattr(config, "num_nextn_predict_layers", 0) or 0))
 
 
 # --- safetensors ------------------------------------------------------------------------------------------
+
+
+OTHER_MODALITIES = r"^(model\.)?(visual|vision|audio|multi_modal_projector|mm_projector)[a-z_]*\."
+"""Parts of a multimodal checkpoint that a model of its text alone leaves aside."""
 
 
 def _bind_safetensors(files: WeightFiles, model, shapes: Shapes, binding: _Binding) -> None:
@@ -316,7 +331,7 @@ def _bind_safetensors(files: WeightFiles, model, shapes: Shapes, binding: _Bindi
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    collected: dict[str, dict[str, dict[int, str]]] = defaultdict(lambda: defaultdict(dict))
+    collected: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     _find_layouts(model, binding)
     for key in sorted(files.names(), key=_natural):
         target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, shapes)
@@ -329,36 +344,31 @@ def _bind_safetensors(files: WeightFiles, model, shapes: Shapes, binding: _Bindi
         if pattern is None:
             _add_plain(files, key, target, shapes, binding)
         else:
-            _require_expert_merge(by_pattern[pattern], key)
-            collected[target][pattern][_expert_index(key, pattern)] = key
+            collected[target][pattern].append(key)
     for target, parts in collected.items():
         converter = by_pattern[next(iter(parts))]
-        _add_stacked(
-            files, target, [(p, parts.get(p, {})) for p in converter.source_patterns], shapes, binding
-        )
+        if _merges_experts(converter):
+            _add_stacked(files, target, converter, parts, shapes, binding)
+        else:
+            _add_converted(files, target, converter, parts, model, binding)
     binding.ignored += [r"rotary_emb\.inv_freq$", companions.IGNORED]
+    if model.config is model.config.get_text_config():
+        binding.ignored.append(OTHER_MODALITIES)
     binding.ignored += [rf"^(model\.)?layers\.{n}\." for n in _extra_layers(model.config)]
 
 
 def _find_layouts(model, binding: _Binding) -> None:
-    """Note which experts have other layouts than [E, N, K] with gate before up: transformers says so on the module."""
+    """Note which experts have other layouts than [E, N, K] of all experts with gate before up."""
     for prefix, module in model.named_modules():
+        if not TRAITS["experts"](module):
+            continue
         names = [f"{prefix}.{name}" for name in ("gate_up_proj", "down_proj")]
-        if _is_transposed(module):
+        if is_transposed(module):
             binding.transposed.update(names)
-        if getattr(module, "is_concatenated", True) is False:
+        if is_interleaved(module):
             binding.interleaved.add(names[0])
-
-
-def _is_transposed(module: torch.nn.Module) -> bool:
-    """Whether experts are [E, K, N]: what the module says, or its shapes where it says nothing."""
-    if hasattr(module, "is_transposed"):
-        return module.is_transposed is True
-    found = [module._parameters.get(name) for name in ("gate_up_proj", "down_proj")]
-    if any(tensor is None for tensor in found):
-        return False
-    first, down = (tuple(tensor.shape) for tensor in found)
-    return len(first) == len(down) == 3 and first[1:] == (down[2], 2 * down[1]) != (2 * down[2], down[1])
+        if idle_experts(module):
+            binding.experts[names[0]] = len(module.down_proj)
 
 
 def _is_idle_bias(files: WeightFiles, key: str) -> bool:
@@ -380,8 +390,8 @@ def _add_plain(files: WeightFiles, key: str, target: str, shapes: Shapes, bindin
             f"{target}: both {binding.sources[target].names[0]} and {key} in the checkpoint name it"
         )
         binding.harmless.add(key)
-    elif target in binding.transposed and _is_stack_of_rows(files.info(key)):
-        binding.sources[target] = Transposed(files, key)
+    elif target in binding.transposed:
+        binding.sources[target] = (Transposed if _is_stack_of_rows(files.info(key)) else Exchanged)(files, key)
     else:
         binding.sources[target] = Plain(files, key, shapes[target])
 
@@ -390,19 +400,20 @@ def _is_stack_of_rows(info: TensorInfo) -> bool:
     return isinstance(info.type, ScaledType) and len(info.shape) == 3
 
 
-def _require_expert_merge(converter, key: str) -> None:
-    """Accept only "stack the experts, then perhaps put gate on top of up"; name anything else."""
+def _merges_experts(converter) -> bool:
+    """Whether a conversion stacks the experts, then perhaps puts gate on top of up. Such weights stay packed."""
     steps = [(type(op).__name__, getattr(op, "dim", None)) for op in converter.operations]
-    one_target = len(converter.target_patterns) == 1
-    if not one_target or steps not in (
-        [("MergeModulelist", 0)],
-        [("MergeModulelist", 0), ("Concatenate", 1)],
-    ):
-        what = ", ".join(f"{name}(dim={dim})" if dim is not None else name for name, dim in steps)
-        raise UnsupportedError(
-            f"{key}: transformers converts this tensor by {what} to {converter.target_patterns}, which "
-            "this version does not do. Use a GGUF file of the model, or another model."
-        )
+    merges = steps in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
+    return merges and len(converter.target_patterns) == 1
+
+
+def _add_converted(
+    files: WeightFiles, target: str, converter, parts: dict[str, list[str]], model, binding: _Binding
+) -> None:
+    """Bind every result of a conversion that only transformers knows; `target` is the name of one of them."""
+    found = next(pattern for pattern in converter.target_patterns if pattern in target)
+    for pattern in converter.target_patterns:
+        binding.sources[target.replace(found, pattern)] = Converted(files, parts, converter, pattern, model)
 
 
 def _expert_index(key: str, pattern: str) -> int:
@@ -415,10 +426,13 @@ def _expert_index(key: str, pattern: str) -> int:
 
 
 def _add_stacked(
-    files: WeightFiles, target: str, parts: list[tuple[str, dict[int, str]]], shapes: Shapes, binding
+    files: WeightFiles, target: str, converter, keys: dict[str, list[str]], shapes: Shapes, binding: _Binding
 ) -> None:
     """Bind per-expert matrices to a stacked parameter; note which of the E that it needs are missing."""
-    count = shapes[target][0]
+    parts = [(p, {_expert_index(key, p): key for key in keys.get(p, ())}) for p in converter.source_patterns]
+    if target in binding.experts:  # those of idle experts may be there too
+        binding.harmless.update(key for found in keys.values() for key in found)
+    count = binding.experts.get(target, shapes[target][0])
     missing = [
         pattern.replace("*", str(e)) for pattern, found in parts for e in range(count) if e not in found
     ]

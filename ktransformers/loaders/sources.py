@@ -8,6 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,6 +84,18 @@ class Plain(Source):
         return self.packed().dequantize(dtype, device)
 
 
+class Exchanged(Plain):
+    """Experts stored in floats as the model holds them, [E, K, N], as aria and Llama-4 have them."""
+
+    can_pack = False  # there are no rows in it, only columns
+
+    def matrices(self, rows: slice) -> "Matrices":
+        """`rows` of the E matrices [N, K]: a copy, as rows of a column-wise file are bytes far apart."""
+        stack, kind = self.packed(), self.infos[0].type
+        cut = (stack.expert(e).dequantize(kind.torch_dtype).T[rows].contiguous() for e in range(self.shape[0]))
+        return [Packed(matrix.view(-1).view(torch.uint8), kind, tuple(matrix.shape)) for matrix in cut]
+
+
 class Transposed(Source):
     """Experts that the model holds as [E, K, N] and the file as packed rows [E, N, K], as gpt-oss' MXFP4 has them."""
 
@@ -125,6 +138,39 @@ class WholeNumbers(Plain):
     def tensor(self, device: Device, dtype: torch.dtype) -> Tensor:
         stored = self.packed().data.clone().view(self.native_dtype)  # cloned: the file's address may be odd
         return stored.view(self.shape).to(device, dtype)
+
+
+class Converted(Source):
+    """A tensor that transformers makes from others by operations of its own, which run here as they run there.
+
+    `parts`: checkpoint names by transformers' pattern. `target`: which of the converter's results this one is.
+    """
+
+    def __init__(self, files: WeightFiles, parts: dict[str, list[str]], converter: Any, target: str, model: Any):
+        self.files, self.parts, self.converter, self.target, self.model = files, parts, converter, target, model
+        self.names = tuple(name for names in parts.values() for name in names)
+        self.broken, self.shape = False, ()
+        try:
+            self.shape = tuple(self._convert("meta", torch.float32).shape)
+        except (RuntimeError, ValueError, KeyError, IndexError):  # sizes that do not fit together, a part that lacks
+            self.broken = True
+
+    def _convert(self, device: Device, dtype: torch.dtype) -> Tensor:
+        def read(name: str) -> Tensor:
+            if str(device) == "meta":
+                return torch.empty(self.files.info(name).shape, device="meta")
+            return self.files.tensor(name, device, dtype)
+
+        tensors = {pattern: [read(name) for name in names] for pattern, names in self.parts.items()}
+        told = {"full_layer_name": self.target, "model": self.model, "config": self.model.config}
+        sources, targets = self.converter.source_patterns, self.converter.target_patterns
+        for operation in self.converter.operations:
+            tensors = operation.convert(tensors, source_patterns=sources, target_patterns=targets, **told)
+        made = tensors[self.target]
+        return made[0] if isinstance(made, list) else made
+
+    def tensor(self, device: Device, dtype: torch.dtype) -> Tensor:
+        return self._convert(device, dtype)
 
 
 class Laid(Source):
@@ -256,6 +302,7 @@ class ExpertWeights:
     gate_bias: Tensor | None = None
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
+    copied: bool = False  # the matrices are in memory of their own, not views of the file
 
 
 def split_gate_up(source: Source, interleaved: bool = False) -> tuple[Matrices, Matrices]:
@@ -263,6 +310,10 @@ def split_gate_up(source: Source, interleaved: bool = False) -> tuple[Matrices, 
     and odd rows where they are `interleaved`."""
     if isinstance(source, Stacked) and len(source.parts) == 2:
         return source.matrices(0), source.matrices(1)
+    if isinstance(source, Exchanged):
+        rows = source.shape[2] // 2
+        halves = (slice(0, None, 2), slice(1, None, 2)) if interleaved else (slice(rows), slice(rows, None))
+        return source.matrices(halves[0]), source.matrices(halves[1])
     fused = source.stored() if isinstance(source, Transposed) else source.packed()
     rows = fused.shape[1] // 2
     experts = [fused.expert(e) for e in range(fused.shape[0])]
@@ -281,5 +332,7 @@ def split_down(source: Source) -> Matrices:
     """The matrices behind a `down_proj` source, or behind an `up_proj` without a gate."""
     if isinstance(source, Stacked):
         return source.matrices(0)
+    if isinstance(source, Exchanged):
+        return source.matrices(slice(None))
     packed = source.stored() if isinstance(source, Transposed) else source.packed()
     return [packed.expert(e) for e in range(packed.shape[0])]
