@@ -16,7 +16,8 @@ from ktransformers.gguf_families import READERS, WRITERS, as_float, rope_of, sho
 from ktransformers.loaders import open_weights
 from ktransformers.loaders.base import WeightFiles
 
-_BY_LAYER = {"lfm2moe.attention.head_count_kv"}
+_HYBRIDS = ("lfm2moe", "jamba", "granitehybrid", "nemotron_h_moe", "kimi-linear", "mimo2")
+_BY_LAYER = {*(f"{arch}.attention.head_count_kv" for arch in _HYBRIDS), "nemotron_h_moe.feed_forward_length"}
 """Keys of FIELDS that an architecture has one number a layer for."""
 
 _SPECIAL = ("bos", "eos", "eot", "eom", "padding")
@@ -182,6 +183,9 @@ class Metadata:
             found = "missing" if value is _NEEDED else f"{value!r}, expected one number"
             raise WeightError(f"{self.files.paths[0]}: {self.arch}.{key} is {found}. Download it again.")
         return shortest(value) if isinstance(value, float) else value
+
+    def says(self, key: str) -> bool:
+        return f"{self.arch}.{key}" in self.files.metadata
 
     def layers(self, key: str) -> list[int]:
         """One number for each layer that transformers builds."""

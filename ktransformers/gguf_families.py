@@ -66,21 +66,24 @@ def _write_deepseek2(config) -> dict[str, Any]:
     }
 
 
-def _read_deepseek2(read: Metadata) -> tuple[str, dict[str, Any]]:
-    sigmoid = read("expert_gating_func", _SOFTMAX) == _SIGMOID
+def _read_mla(read: Metadata) -> dict[str, Any]:
     turned = read("rope.dimension_count")
-    whole, rope = read("attention.key_length_mla", None) or read("attention.key_length"), read.rope(None)
-    if (multiplier := read("rope.scaling.yarn_log_multiplier", None)) is not None:
-        rope["mscale_all_dim"] = rope["mscale"] = shortest(multiplier * 10)
-    found = {
+    return {
         "num_key_value_heads": read("attention.head_count"),
         "q_lora_rank": read("attention.q_lora_rank", None),
         "qk_rope_head_dim": turned,
         "head_dim": turned,  # what transformers' rotary embedding reads
-        "qk_nope_head_dim": whole - turned,
+        "qk_nope_head_dim": (read("attention.key_length_mla", None) or read("attention.key_length")) - turned,
         "v_head_dim": read("attention.value_length_mla", None) or read("attention.value_length"),
-        "rope_parameters": rope,
+        "rope_parameters": read.rope(None),
     }
+
+
+def _read_deepseek2(read: Metadata) -> tuple[str, dict[str, Any]]:
+    sigmoid, found = read("expert_gating_func", _SOFTMAX) == _SIGMOID, _read_mla(read)
+    if (multiplier := read("rope.scaling.yarn_log_multiplier", None)) is not None:
+        scale = shortest(multiplier * 10)
+        found["rope_parameters"] |= {"mscale": scale, "mscale_all_dim": scale}
     if not sigmoid:
         grouped = read("expert_group_count", 0) > 1
         found["topk_method"] = "group_limited_greedy" if grouped else "greedy"
@@ -148,6 +151,90 @@ def _read_lfm2(read: Metadata) -> tuple[str, dict[str, Any]]:
                         "use_expert_bias": read.has(r"\.exp_probs_b\.")}  # fmt: skip
 
 
+def _mlp_kinds(read: Metadata) -> list[str]:
+    dense = set(read.dense_layers())
+    return ["dense" if n in dense else "sparse" for n in range(read("block_count") - read("nextn_predict_layers", 0))]
+
+
+def _read_glm_dsa(read: Metadata) -> tuple[str, dict[str, Any]]:
+    kinds = _mlp_kinds(read)
+    full = read.layers("attention.indexer.types") if read.says("attention.indexer.types") else [1] * len(kinds)
+    return "glm_moe_dsa", _read_mla(read) | {
+        "index_n_heads": read("attention.indexer.head_count"),
+        "index_head_dim": read("attention.indexer.key_length"),
+        "index_topk": read("attention.indexer.top_k"),
+        "indexer_types": ["full" if one else "shared" for one in full],
+        "mlp_layer_types": kinds,
+    }
+
+
+def _read_afmoe(read: Metadata) -> tuple[str, dict[str, Any]]:
+    return "afmoe", {"mup_enabled": True}  # as llama.cpp computes it, whatever the file says
+
+
+def _read_kimi(read: Metadata) -> tuple[str, dict[str, Any]]:
+    heads = read.layers("attention.head_count_kv")
+    return "kimi_linear", _read_mla(read) | {
+        "layer_types": ["full_attention" if count else "linear_attention" for count in heads],
+        "mlp_layer_types": _mlp_kinds(read),
+        "linear_head_dim": read("kda.head_dim"),
+        "linear_num_heads": read("attention.head_count"),
+        "moe_renormalize": read("expert_weights_norm", True),
+    }
+
+
+def _read_mimo2(read: Metadata) -> tuple[str, dict[str, Any]]:
+    kinds = ("full_attention", "sliding_attention")
+    rope = read.rope(read("attention.key_length"))
+    slides = {"rope_theta": read("rope.freq_base_swa", rope["rope_theta"])}
+    return "mimo_v2_flash", {
+        "layer_types": [kinds[bool(one)] for one in read.layers("attention.sliding_window_pattern")],
+        "mlp_layer_types": _mlp_kinds(read),
+        "num_key_value_heads": min(read.layers("attention.head_count_kv")),
+        "v_head_dim": read("attention.value_length"),
+        "sliding_window": read("attention.sliding_window") + 1,
+        "attention_value_scale": read("attention.value_scale", 1.0),
+        "norm_topk_prob": True,
+        "rope_parameters": dict(zip(kinds, (rope, rope | slides), strict=True)),
+    }
+
+
+def _every(layers: list[int], count: int) -> dict[str, int]:
+    """Layers at equal distances, as (period, offset)."""
+    period = layers[1] - layers[0] if len(layers) > 1 else count
+    return {"period": period, "offset": layers[0] if layers else count}
+
+
+def _read_jamba(read: Metadata) -> tuple[str, dict[str, Any]]:
+    heads, kinds = read.layers("attention.head_count_kv"), _mlp_kinds(read)
+    attention = _every([n for n, count in enumerate(heads) if count], len(heads))
+    experts = _every([n for n, kind in enumerate(kinds) if kind == "sparse"], len(heads))
+    return "jamba", {
+        "num_key_value_heads": max(heads),
+        **{f"attn_layer_{key}": value for key, value in attention.items()},
+        **{f"expert_layer_{key}": value for key, value in experts.items()},
+        "mamba_d_conv": read("ssm.conv_kernel"),
+        "mamba_d_state": read("ssm.state_size"),
+        "mamba_expand": read("ssm.inner_size") // read("embedding_length"),
+        "mamba_dt_rank": read("ssm.time_step_rank"),
+    }
+
+
+def _read_granite_hybrid(read: Metadata) -> tuple[str, dict[str, Any]]:
+    heads = read.layers("attention.head_count_kv")
+    return "granitemoehybrid", {
+        "num_key_value_heads": max(heads),
+        "layer_types": ["attention" if count else "mamba" for count in heads],
+        "mamba_d_conv": read("ssm.conv_kernel"),
+        "mamba_d_state": read("ssm.state_size"),
+        "mamba_n_groups": read("ssm.group_count"),
+        "mamba_n_heads": read("ssm.time_step_rank"),
+        "mamba_d_head": read("ssm.inner_size") // max(read("ssm.time_step_rank"), 1),
+        "mamba_expand": read("ssm.inner_size") // read("embedding_length"),
+        "position_embedding_type": "rope" if read("rope.scaling.finetuned", True) else "nope",
+    }
+
+
 def _read_plain(model_type: str) -> Reader:
     return lambda read: (model_type, {})
 
@@ -166,9 +253,13 @@ def _kv_heads(kinds: list[str], config) -> list[int]:
 
 
 def _write_glm_dsa(config) -> dict[str, Any]:
-    indexer = {"indexer.head_count": config.index_n_heads, "indexer.key_length": config.index_head_dim,
-               "indexer.top_k": config.index_topk}  # fmt: skip
-    return {f"attention.{key}": value for key, value in indexer.items()} | _write_deepseek2(config)
+    full = [kind == "full" for kind in config.indexer_types or []]
+    return _write_deepseek2(config) | {
+        "attention.indexer.head_count": config.index_n_heads,
+        "attention.indexer.key_length": config.index_head_dim,
+        "attention.indexer.top_k": config.index_topk,
+        "attention.indexer.types": None if all(full) else full,
+    }
 
 
 def _write_llama4(config) -> dict[str, Any]:
@@ -299,5 +390,11 @@ READERS: dict[str, Reader] = {
     "hunyuan-moe": _read_plain("hunyuan_v1_moe"),
     "exaone-moe": _read_exaone,
     "lfm2moe": _read_lfm2,
+    "glm-dsa": _read_glm_dsa,
+    "afmoe": _read_afmoe,
+    "kimi-linear": _read_kimi,
+    "mimo2": _read_mimo2,
+    "jamba": _read_jamba,
+    "granitehybrid": _read_granite_hybrid,
 }
 """Architectures whose files say enough to build the config."""
