@@ -186,6 +186,27 @@ def test_every_architecture_of_the_package_is_here_or_refused_on_purpose():
     assert {t for family in FAMILIES.values() for t in family.model_types} == set(CONFIGS)
 
 
+def test_layers_that_predict_more_tokens_are_left_alone(written, tmp_path):
+    """mimo2's files count them and hold them; the config that transformers has does not know them."""
+    model, path = written("mimo_v2_flash")
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "mimo2")
+    for key, held in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            value = 4 if key == "mimo2.block_count" else held.contents()
+            writer.add_key_value(key, value, held.types[0], held.types[1] if len(held.types) > 1 else None)
+    writer.add_nextn_predict_layers(1)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.add_tensor("blk.3.nextn.eh_proj.weight", reader.tensors[0].data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert error(load(model.config, tmp_path / "x.gguf"), model) < 1e-4
+    assert config_from_gguf(tmp_path / "x.gguf").num_hidden_layers == 3
+
+
 def test_an_architecture_that_is_not_mapped_is_one_error(written, tmp_path):
     from tests.loaders.tiny import edit_gguf
 
