@@ -154,12 +154,7 @@ def _load(model_path: str, weights: str, rule: str, devices: dict[str, str], qui
     model_path, weights = model_path or weights, weights or model_path
     config, tokenizer = _read_config(model_path)
     if not rule:
-        if config.model_type not in DEFAULT_RULES:
-            raise KTransformersError(
-                f"{model_path}: no packaged rule file for model_type {config.model_type!r} (there are some for "
-                f"{', '.join(DEFAULT_RULES)}). Pass --optimize_config_path."
-            )
-        rule = DEFAULT_RULES[config.model_type]
+        rule = DEFAULT_RULES.get(config.model_type, "Default")
         if not torch.cuda.is_available() and not devices:
             devices = {"cuda": "cpu"}
             err.print(f"[dim]no GPU here: rules {rule} run with --devices cuda=cpu[/dim]")
@@ -203,9 +198,16 @@ def _read_folder(model_path: str, folder: Path) -> tuple[Any, Any]:
     if not folder.joinpath("config.json").is_file():
         raise KTransformersError(f"{model_path}: has no config.json; expected a Hugging Face model folder.")
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        return config, AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # False, not left out: transformers would ask on the terminal whether to run the folder's code.
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return config, AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises its own kinds for damaged files, none with a common root
+        if "trust_remote_code" in str(error):
+            raise KTransformersError(
+                f"{model_path}: transformers does not know this model or its tokenizer, and code from a model folder is "
+                "not run. Use a release of transformers that has the model, or build config, model and tokenizer with "
+                "trust_remote_code=True in a program of your own and call optimize_and_load."
+            ) from error
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise KTransformersError(f"{model_path}: config or tokenizer cannot be read: {' '.join(lines[:2])}") from error
 

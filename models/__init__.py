@@ -17,6 +17,7 @@ DEFAULT_RULES = {
     "glm4_moe_lite": "GLM-4.7-Flash",
     "glm_moe_dsa": "GLM-5",
     "gpt_oss": "gpt-oss",
+    "kimi_k2": "Kimi-K2",
     "llama4": "Llama-4",
     "llama4_text": "Llama-4",
     "minimax_m2": "MiniMax-M2",

@@ -43,7 +43,7 @@ def rows() -> dict[tuple[str, ...], list[str]]:
     """(checkpoint formats, operator, rule file) -> the model types that they are the same for."""
     found: dict[tuple[str, ...], list[str]] = {}
     for model_type in families.FAMILIES:
-        rule = f"`{DEFAULT_RULES.get(model_type, 'Default')}`"
+        rule = f"`{DEFAULT_RULES.get(model_type, 'Default')}`" + (" with that operator" if model_type in families.TORCH_ONLY else "")
         found.setdefault((formats(model_type), f"`{families.operator_of(model_type)}`", rule), []).append(model_type)
     return dict(sorted(found.items(), key=lambda row: (row[0][2] == "`Default`", len(row[1]), row[1])))
 
