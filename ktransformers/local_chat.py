@@ -34,7 +34,7 @@ def main(
         typer.Option(
             "--model_path",
             "--model-path",
-            help="Folder with config and tokenizer; default: what the .gguf says of itself, without one the embedded model.",
+            help="Folder with config and tokenizer; default: what the .gguf says, without one the embedded model.",
         ),
     ] = "",
     gguf_path: Annotated[
