@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 NATIVE := $(shell find native setup.py -name '*.[ch]' -o -name '*.py' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup chat test bench bench-peers sanitize bench-model bench-open native train wheel clean
+.PHONY: help setup chat test support bench bench-peers sanitize bench-model bench-open native train wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ sanitize: ## the C library under AddressSanitizer and UBSan
 	$(MAKE) -C native sanitize
 
 native: setup ## rebuild the C library
+
+support: setup ## README's table of families, from the tables that the tests run over
+	$(PY) -m tests.support
 
 train: setup ## train the embedded model again (under two hours on a CPU)
 	$(PY) models/training/train.py $(ARGS)

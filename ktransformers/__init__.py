@@ -18,15 +18,21 @@ if (_root := Path(__file__).resolve().parent.parent).joinpath("optimize_rules", 
 _PUBLIC = {
     "optimize_and_load": "ktransformers.optimize",
     "optimize_and_load_gguf": "ktransformers.optimize",
+    "KTConfig": "ktransformers.from_pretrained",
     "plan": "ktransformers.rules",
     "load_rules": "ktransformers.rules",
     "open_weights": "ktransformers.loaders",
+    "config_from_gguf": "ktransformers.gguf_config",
+    "tokenizer_from_gguf": "ktransformers.gguf_tokenizer",
     "KTransformersError": "ktransformers.errors",
 }
 __all__ = [*_PUBLIC, "__version__"]
 
 if TYPE_CHECKING:
     from ktransformers.errors import KTransformersError
+    from ktransformers.from_pretrained import KTConfig
+    from ktransformers.gguf_config import config_from_gguf
+    from ktransformers.gguf_tokenizer import tokenizer_from_gguf
     from ktransformers.loaders import open_weights
     from ktransformers.optimize import optimize_and_load, optimize_and_load_gguf
     from ktransformers.rules import load_rules, plan

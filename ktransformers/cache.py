@@ -1,27 +1,27 @@
 """The KV cache of one conversation, and which tokens it holds, so that a next turn prefills only what is new.
 
-The tensors are transformers' own `DynamicCache`; this file only keeps it in step with a list of token ids.
+The tensors are transformers' own, in the cache that the model makes itself, as some families have one of their own;
+this file only keeps it in step with a list of token ids.
 """
 
 from collections.abc import Sequence
 
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 
 class PrefixCache:
-    """A `DynamicCache` together with the ids of the tokens in it.
+    """A model's cache together with the ids of the tokens in it; `cache` is None until a forward pass returns one.
 
     `ids` is extended only after a forward pass has finished, so an interrupted pass (Ctrl-C between two layers) leaves
     at worst surplus entries in some layers, which the next `reuse` cuts off.
     """
 
-    def __init__(self, config):
-        self.config = config
+    def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
         """Forget everything."""
-        self.cache = DynamicCache(config=self.config)
+        self.cache: Cache | None = None
         self.ids: list[int] = []
 
     def reuse(self, ids: Sequence[int]) -> int:
@@ -42,7 +42,7 @@ class PrefixCache:
 
     def _crop(self, length: int) -> bool:
         """Cut every layer to `length` tokens. False when a layer cannot forget single tokens (linear attention)."""
-        if length == 0:
+        if length == 0 or type(self.cache) is not DynamicCache:  # a family's own cache may hold more than its layers
             return False
         for layer in self.cache.layers:
             if not layer.is_initialized or not hasattr(layer, "crop"):

@@ -18,6 +18,7 @@ from transformers.generation import (
 
 from ktransformers.cache import PrefixCache
 from ktransformers.errors import KTransformersError
+from ktransformers.models import ONE_BY_ONE
 
 
 @dataclass
@@ -116,7 +117,7 @@ def generate(
         if value < 1:
             raise KTransformersError(f"{name}: found {value}, expected at least 1.")
     sampling = sampling or Sampling.from_config(model.generation_config)
-    cache = cache or PrefixCache(model.config)
+    cache = cache or PrefixCache()
     timing = timing if timing is not None else Timing()
     processors = sampling.processors()
 
@@ -145,9 +146,10 @@ def generate(
 def _prefill(model: nn.Module, ids: Sequence[int], cache: PrefixCache, chunk_size: int) -> torch.Tensor:
     """Run the part of `ids` that the cache lacks, in chunks; returns the logits [vocab] after the last token."""
     logits = None
+    later = 1 if getattr(model.config, "model_type", None) in ONE_BY_ONE else chunk_size
     while len(cache.ids) < len(ids):
         begin = len(cache.ids)
-        logits = _forward(model, ids[begin : begin + chunk_size], cache)
+        logits = _forward(model, ids[begin : begin + (later if begin else chunk_size)], cache)
     return logits
 
 
@@ -156,6 +158,7 @@ def _forward(model: nn.Module, ids: Sequence[int], cache: PrefixCache) -> torch.
     """One forward pass over `ids` [T] that extends the cache; returns float32 logits [vocab] of the last position."""
     input_ids = torch.tensor([list(ids)], device=model.device)
     output = model(input_ids=input_ids, past_key_values=cache.cache, use_cache=True, logits_to_keep=1)
+    cache.cache = output.past_key_values
     cache.ids.extend(ids)
     return output.logits[0, -1].float()
 

@@ -32,7 +32,9 @@ def main(
     model_path: Annotated[
         str,
         typer.Option(
-            "--model_path", "--model-path", help="Folder with config and tokenizer; default: the embedded model."
+            "--model_path",
+            "--model-path",
+            help="Folder with config and tokenizer; default: what the .gguf says, without one the embedded model.",
         ),
     ] = "",
     gguf_path: Annotated[
@@ -147,19 +149,15 @@ def _load(model_path: str, weights: str, rule: str, devices: dict[str, str], qui
     from ktransformers.optimize import optimize_and_load
 
     logging.set_verbosity_error()
-    if not model_path:
-        model_path, weights = str(embedded_model()), weights or str(next(embedded_model().glob("*.gguf"), ""))
+    if not model_path and not weights:
+        model_path, weights = str(embedded_model()), str(next(embedded_model().glob("*.gguf"), ""))
+    model_path, weights = model_path or weights, weights or model_path
     config, tokenizer = _read_config(model_path)
     if not rule:
-        if config.model_type not in DEFAULT_RULES:
-            raise KTransformersError(
-                f"{model_path}: no packaged rule file for model_type {config.model_type!r} (there are some for "
-                f"{', '.join(DEFAULT_RULES)}). Pass --optimize_config_path."
-            )
-        rule = DEFAULT_RULES[config.model_type]
+        rule = DEFAULT_RULES.get(config.model_type, "Default")
         if not torch.cuda.is_available() and not devices:
             devices = {"cuda": "cpu"}
-            err.print(f"[dim]no GPU here: {rule}.yaml runs with --devices cuda=cpu[/dim]")
+            err.print(f"[dim]no GPU here: rules {rule} run with --devices cuda=cpu[/dim]")
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
@@ -168,29 +166,50 @@ def _load(model_path: str, weights: str, rule: str, devices: dict[str, str], qui
     with warnings.catch_warnings():
         if not sys.warnoptions:  # a person wants the sentence, not where in our source it was said
             warnings.showwarning = lambda message, *_, **__: err.print(f"[yellow]note:[/yellow] {escape(str(message))}")
-        return optimize_and_load(model, rule, weights or None, devices=devices, progress=not quiet), tokenizer
+        return optimize_and_load(model, rule, weights, devices=devices, progress=not quiet), tokenizer
 
 
 def _read_config(model_path: str) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoTokenizer
+    """Config and tokenizer of a model folder, or of a GGUF file."""
+    path = Path(model_path).expanduser()
+    if path.suffix == ".gguf" and not path.is_dir():
+        from ktransformers import config_from_gguf, tokenizer_from_gguf
 
-    folder = Path(model_path).expanduser()
-    if not folder.is_dir():
-        raise KTransformersError(f"--model_path {model_path}: no such folder; expected a Hugging Face model folder.")
-    if not folder.joinpath("config.json").is_file():
-        raise KTransformersError(f"{model_path}: has no config.json; expected a Hugging Face model folder.")
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises its own kinds for damaged files, none with a common root
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise KTransformersError(f"{model_path}: config or tokenizer cannot be read: {' '.join(lines[:2])}") from error
+        config, tokenizer = config_from_gguf(path), tokenizer_from_gguf(path)
+        step = "or give a folder with chat_template.jinja as --model_path"
+    else:
+        config, tokenizer = _read_folder(model_path, path)
+        step = "or add chat_template.jinja to the folder"
     if not getattr(tokenizer, "chat_template", None):
         raise KTransformersError(
             f"{model_path}: the tokenizer has no chat template, so messages cannot be told apart. "
-            "Use an instruction-tuned model, or add chat_template.jinja to the folder."
+            f"Use an instruction-tuned model, {step}."
         )
     return config, tokenizer
+
+
+def _read_folder(model_path: str, folder: Path) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoTokenizer
+
+    if not folder.is_dir():
+        raise KTransformersError(
+            f"--model_path {model_path}: no such folder; expected a Hugging Face model folder, or a .gguf file."
+        )
+    if not folder.joinpath("config.json").is_file():
+        raise KTransformersError(f"{model_path}: has no config.json; expected a Hugging Face model folder.")
+    try:
+        # False, not left out: transformers would ask on the terminal whether to run the folder's code.
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return config, AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises its own kinds for damaged files, none with a common root
+        if "trust_remote_code" in str(error):
+            raise KTransformersError(
+                f"{model_path}: transformers does not know this model or its tokenizer, and code from a model folder is "
+                "not run. Use a release of transformers that has the model, or build config, model and tokenizer with "
+                "trust_remote_code=True in a program of your own and call optimize_and_load."
+            ) from error
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise KTransformersError(f"{model_path}: config or tokenizer cannot be read: {' '.join(lines[:2])}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,7 +271,7 @@ class Chat:
         stop = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         sampling = Sampling.from_config(model.generation_config, stop)
         self.sampling = Sampling(stop_ids=sampling.stop_ids) if greedy else sampling
-        self.cache = PrefixCache(model.config)
+        self.cache = PrefixCache()
         self.messages: list[dict[str, str]] = []
 
     def run(self, messages: Iterator[str] | list[str]) -> int:

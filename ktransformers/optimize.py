@@ -24,6 +24,7 @@ from ktransformers.errors import (
     join_errors,
 )
 from ktransformers.loaders import bind, open_weights
+from ktransformers.models import kimi_k2  # noqa: F401  teaches transformers this model type
 from ktransformers.operators.base_operator import BaseInjectedModule, device_of, load_weights
 from ktransformers.rules import Replacement, RulesLike
 
@@ -89,6 +90,7 @@ def _checked_optimize_and_load(model, rule, weights, config, default_device, dev
         _check_operators(model, replacements, source)
         if env.debug():
             report.print_plan(model, replacements, source)
+        named = set(model.state_dict())
         with _restored_on_failure(model):
             _keep_in_fp32(model)
             inject(model, replacements, source, config)
@@ -99,7 +101,7 @@ def _checked_optimize_and_load(model, rule, weights, config, default_device, dev
     model.gguf_loader = source  # upstream's name; also keeps the mapped files open while operators point into them
     model.hf_device_map = _device_map(model, replacements)
     model.generation_config = generation_config or model.generation_config
-    _refuse_saving(model, source)
+    _refuse_saving(model, source, named)
     return model.eval()
 
 
@@ -283,6 +285,8 @@ def _fill_buffers(model: nn.Module, devices: Mapping[str, str]) -> None:
     fresh = {id(b) for m in model.modules() for k, b in m._buffers.items() if k in m._non_persistent_buffers_set}
     for _, tensor in _named_tensors(model):
         tensor._is_hf_initialized = id(tensor) not in fresh
+    for module in model.modules():  # some families write to loaded tensors without asking for the flag
+        module._is_hf_initialized = all(id(buffer) not in fresh for buffer in module.buffers())
     with torch.no_grad():
         model.initialize_weights()
 
@@ -315,18 +319,17 @@ def _generation_config(config: Any) -> Any:
         raise WeightError(f"{path}: cannot be read: {reason}. Correct it, or delete it to use the defaults.") from error
 
 
-def _refuse_saving(model: nn.Module, source: Any) -> None:
-    """Make save_pretrained an error: operators hold weights that no state dict has, so the copy would lack them."""
-    held = sum(
-        isinstance(module, BaseInjectedModule) and not getattr(module, "adopts", True) for module in model.modules()
-    )
+def _refuse_saving(model: nn.Module, source: Any, named: set[str]) -> None:
+    """Make save_pretrained an error where operators hold tensors that the state dict had: the copy would lack them."""
+    held = len(named - set(model.state_dict()))
     if not held:
         return
 
     def save_pretrained(*args: Any, **kwargs: Any) -> None:
         raise UnsupportedError(
-            f"save_pretrained: {held} operators compute from the bytes of {source.path} and have no weights to save. "
-            "Copy that checkpoint, or write another with `python -m ktransformers.quantize`."
+            f"save_pretrained: operators compute {held} of {len(named)} tensors from the bytes of {source.path} and have "
+            "no weights to save. Copy that checkpoint, or write another with `python -m ktransformers.quantize`. An "
+            "adapter (PEFT) is saved by its own save_pretrained."
         )
 
     model.save_pretrained = save_pretrained

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ktransformers import gguf_metadata
+from ktransformers import gguf_config, gguf_tokenizer
 from ktransformers.encode import quantize as encode
 from ktransformers.errors import KTransformersError, UnsupportedError, WeightError, did_you_mean, join_errors
 from ktransformers.loaders import ModelWeights, bind, gguf_names, open_weights
@@ -44,13 +44,17 @@ class Output:
 # --- what to write ----------------------------------------------------------------------------------------
 
 
+_IN_FULL = re.compile(r"\.(ffn_gate_inp|ssm_a$|ssm_d$|ssm_conv1d|shortconv\.conv\.|\w+_norm\.)")
+
+
 def choose_type(name: str, shape: tuple[int, ...], mix: str, layers: int, tied: bool) -> QuantType:
     """The type of the GGUF tensor `name` under `mix`; mixes follow what published files of that name hold.
 
-    Vectors and routers stay F32. In Q4_K_M and Q5_K_M the output matrix, and the value and down projections
-    of half the layers, get Q6_K. Rows that are no multiple of 256 fall back to Q8_0, of 32 to F16.
+    Vectors, routers and what belongs to a state space or a short convolution stay F32. In Q4_K_M and
+    Q5_K_M the output matrix, and the value and down projections of half the layers, get Q6_K. Rows that
+    are no multiple of 256 fall back to Q8_0, of 32 to F16.
     """
-    if len(shape) == 1 or ".ffn_gate_inp" in name:
+    if len(shape) == 1 or _IN_FULL.search(name):
         return QUANT_TYPES["F32"]
     kind = QUANT_TYPES[mix.removesuffix("_M")]
     if mix.endswith("_M"):
@@ -85,53 +89,50 @@ def plan(weights: ModelWeights, config, shapes: dict[str, tuple[int, ...]], mix:
 
 def _pieces(weights: ModelWeights, family, config, name: str, shape: tuple[int, ...]):
     """The GGUF tensors that one tensor of the model becomes: (name, shape, parts) each."""
-    expert = re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up|down)_proj", name)
-    if expert:
-        yield from _expert_pieces(weights, name.rpartition(".")[0], expert[1], expert[2], shape)
+    expert = gguf_names.expert(name)
+    if expert and not expert["bias"]:
+        yield from _expert_pieces(weights, family, name, expert["layer"], expert["which"], shape)
         return
     stored = gguf_names.gguf_name(family, config.num_hidden_layers, name)
     if stored is None:
         raise UnsupportedError(f"{name}: GGUF has no name for this tensor in architecture {family.arch}.")
-    if stored.endswith(".attn_kv_b.weight"):
-        yield from _kv_b_pieces(weights, config, name, stored)
+    how = gguf_names.layout(family, stored)
+    if how is None:
+        out_shape = _as_llama_cpp_has_it(name, shape)
+        yield stored, out_shape, lambda: iter([weights.tensor(name).view(out_shape)])
         return
-    permuted = family.permuted and re.search(r"\.self_attn\.([qk])_proj\.", name)
-    heads = (
-        (config.num_attention_heads if permuted[1] == "q" else config.num_key_value_heads) if permuted else 0
-    )
+    shapes = [size if how.parts else _as_llama_cpp_has_it(name, size) for size in how.shapes(shape, config)]
+    for part, (part_name, out_shape) in enumerate(zip(gguf_names.part_names(stored, how), shapes, strict=True)):
 
-    def parts() -> Iterator[Tensor]:
-        tensor = weights.tensor(name)
-        if permuted:  # (head, half, pair) to (head, pair, half); sources.Unpermuted is the way back
-            tensor = tensor.view(heads, 2, shape[0] // heads // 2, -1).transpose(1, 2)
-        yield tensor.reshape(out_shape)
+        def parts(part: int = part, size: tuple[int, ...] = out_shape) -> Iterator[Tensor]:
+            tensor = weights.tensor(name, dtype=None if how.exact else torch.float32)
+            yield how.store(tensor, config)[part].reshape(size)
 
-    out_shape = shape[1:] if name.endswith("shared_expert_gate.weight") else shape
-    yield stored, out_shape, parts
+        yield part_name, out_shape, parts
 
 
-def _expert_pieces(weights: ModelWeights, prefix: str, layer: str, which: str, shape: tuple[int, ...]):
-    count, rows, columns = shape
-    for kind in ("gate", "up") if which == "gate_up" else ("down",):
-
-        def parts(kind: str = kind) -> Iterator[Tensor]:
-            for matrix in getattr(weights.experts(prefix), kind):
-                yield matrix.dequantize().unsqueeze(0)
-
-        out_rows = rows // 2 if which == "gate_up" else rows
-        yield f"blk.{layer}.ffn_{kind}_exps.weight", (count, out_rows, columns), parts
+def _as_llama_cpp_has_it(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Without the dimensions of size one of gates and convolutions."""
+    if name.endswith("shared_expert_gate.weight") or "e_score_correction_bias" in name:
+        return shape[-1:]
+    return (shape[0], shape[2]) if len(shape) == 3 and shape[1] == 1 and ".conv" in name else shape
 
 
-def _kv_b_pieces(weights: ModelWeights, config, name: str, stored: str):
-    """`kv_b_proj` [h (nope + v), lora] split for absorbed attention; see sources.JoinedKVB."""
-    heads, nope, value = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
-    lora = config.kv_lora_rank
+def _expert_pieces(weights: ModelWeights, family, name: str, layer: str, which: str, shape: tuple[int, ...]):
+    count, rows, columns = (shape[0], shape[2], shape[1]) if family.columns else shape
+    prefix = name.rpartition(".")[0]
+    kinds = ("gate", "up") if which == "gate_up" else (which,)
+    for number, kind in enumerate(kinds):
 
-    def split() -> list[Tensor]:
-        return list(weights.tensor(name).view(heads, nope + value, lora).split([nope, value], 1))
+        def parts(number: int = number, kind: str = kind) -> Iterator[Tensor]:
+            if not weights.experts_problem(prefix):
+                yield from (matrix.dequantize().unsqueeze(0) for matrix in getattr(weights.experts(prefix), kind))
+                return
+            for matrix in weights.tensor(name):  # [columns, rows]: there are no rows to use as they are
+                whole = matrix.T[number :: len(kinds)] if family.in_turn else matrix.T.chunk(len(kinds))[number]
+                yield whole.contiguous().unsqueeze(0)
 
-    yield stored.replace("kv_b", "k_b"), (heads, lora, nope), lambda: iter([split()[0].transpose(1, 2)])
-    yield stored.replace("kv_b", "v_b"), (heads, value, lora), lambda: iter([split()[1]])
+        yield f"blk.{layer}.ffn_{kind}_exps.weight", (count, rows // len(kinds), columns), parts
 
 
 # --- writing ----------------------------------------------------------------------------------------------
@@ -206,8 +207,8 @@ def write_gguf(
             writer.add_name(source.resolve().name)
             writer.add_file_type(FILE_TYPES[mix])
             writer.add_quantization_version(2)
-            gguf_metadata.add_config(writer, arch, config)
-            no_tokenizer = gguf_metadata.add_tokenizer(writer, source, config)
+            gguf_config.add_config(writer, arch, config)
+            no_tokenizer = gguf_tokenizer.add_tokenizer(writer, source, config)
             _write_tensors(writer, outputs, progress)
         finally:
             writer.close()

@@ -7,6 +7,7 @@ imported, plus what the user's program has imported already, plus the modules li
 import importlib
 import inspect
 import pkgutil
+import re
 import sys
 import types
 import typing
@@ -16,15 +17,35 @@ from ktransformers import env
 from ktransformers.errors import did_you_mean
 
 ROOTS = ("torch", "transformers", "ktransformers")
+REFUSED = {
+    r"^ktransformers\.operators\.ascend\b": "Ascend NPUs are not supported; name the class for the same part that has no "
+    "W8A8 in its name, such as ktransformers.operators.linear.KTransformersLinear",
+    r"IPEXLLM\w*$": "Intel's IPEX-LLM is not supported; name the class without IPEXLLM, such as KMoEGate, RMSNorm or "
+    "KQwen3MoeAttention",
+    r"^ktransformers\.models\.modeling_smallthinker\b": "transformers has no SmallThinker model that rules could match; "
+    "use a family that it has, such as qwen3_moe",
+}
+"""Classes of published rule files that no rule can mean here: a regular expression -> why, and what to do instead."""
+RENAMED = {
+    "ktransformers.models.modeling_deepseekv3.": "ktransformers.models.modeling_deepseek_v3.",
+    "ktransformers.operators.layer_wise_prefill.": "ktransformers.operators.models.",
+    "ktransformers.operators.attention.KDeepseekV3Attention": "ktransformers.operators.attention.KDeepseekV2Attention",
+    "ktransformers.operators.attention.flashinfer_attn": "ktransformers.operators.balance_serve_attention.flashinfer_attn",
+    "ktransformers.operators.gate.KMoEGateDeepSeekV3": "ktransformers.operators.gate.KMoEGate",
+}
+"""How names of older published rule files begin -> today's."""
 FRAMEWORK_PARAMETERS = {"self", "key", "gguf_loader", "config", "orig_module", "args", "kwargs"}
 """Constructor parameters that the framework fills in; a rule never gives them."""
 
 
 def find_class(dotted: str) -> tuple[type | None, str]:
     """Find the class that `dotted` names. Returns ``(class, "")``, or ``(None, what is wrong)``."""
+    dotted = _todays_name(dotted)
     module_name, _, class_name = dotted.rpartition(".")
     if not module_name or not all(part.isidentifier() for part in dotted.split(".")):
         return None, f"class {dotted!r}: expected a dotted path such as 'torch.nn.Linear'"
+    if reason := next((reason for pattern, reason in REFUSED.items() if re.search(pattern, dotted)), ""):
+        return None, f"class {dotted!r}: {reason}"
     module, problem = _find_module(module_name)
     if module is None:
         return None, f"class {dotted!r}: {problem}"
@@ -34,6 +55,17 @@ def find_class(dotted: str) -> tuple[type | None, str]:
         hint = did_you_mean(class_name, classes)
         return None, f"class {dotted!r} not found: module {module_name!r} has no class {class_name!r}{hint}"
     return found, ""
+
+
+def _todays_name(dotted: str) -> str:
+    from ktransformers.operators.base_operator import tell_once
+
+    for old, new in RENAMED.items():
+        if dotted.startswith(old):
+            today = new + dotted.removeprefix(old)
+            tell_once(f"class {dotted!r} is an older name, today's is {today!r}; the rule works as it is")
+            return today
+    return dotted
 
 
 def _instances_can_be_tested(cls: type) -> bool:

@@ -6,6 +6,7 @@ together mean and, `recursive: False` stops the walk below a match, the class "d
 every problem of a file is found and listed at once, with file and line, before anything is touched.
 """
 
+import functools
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,8 @@ from torch import nn
 from ktransformers import devices as device_names
 from ktransformers import resolve
 from ktransformers.errors import RuleError, did_you_mean, join_errors
+from ktransformers.former import former_names
+from ktransformers.optimize_rules import NAMES
 from ktransformers.traits import TRAITS
 
 RULE_KEYS = ("match", "replace", "recursive")
@@ -40,13 +43,18 @@ class Rule:
     operator: type | None = None
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     recursive: bool = True
+    published: bool = False
+    """Whether it matches on one of upstream's class names, as the rule files do that upstream published."""
     matchable: bool = True
     """False when the match part could not be understood; such a rule takes part in nothing but the list of problems."""
 
-    def failed_conditions(self, name: str, module: nn.Module) -> list[str]:
-        """Return the match keys that do not hold for the module, so an empty list is a match."""
+    def failed_conditions(self, name: str, module: nn.Module, former: Sequence[str] = ()) -> list[str]:
+        """Return the match keys that do not hold for the module, so an empty list is a match.
+
+        `former`: names the module had (`ktransformers.former`); the rule may mean any of them.
+        """
         failed = []
-        if self.name is not None and not self.name.search(name):
+        if self.name is not None and not any(self.name.search(known) for known in (name, *former)):
             failed.append("name")
         if self.cls is not None and not isinstance(module, self.cls):
             failed.append("class")
@@ -110,9 +118,9 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_marked)
 
 
 def packaged_rules() -> list[str]:
-    """Names of the rule files that ship with the package, such as ``DeepSeek-V3``."""
+    """Names of the rules that ship with the package: of models, such as ``DeepSeek-V3``, and of the files for them."""
     folder = resources.files("ktransformers.optimize_rules")
-    return sorted(path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.endswith(".yaml"))
+    return sorted({*NAMES, *(path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.endswith(".yaml"))})
 
 
 def load_rules(rule: RulesLike) -> list[Rule]:
@@ -164,7 +172,7 @@ def _read_file(rule: str | Path) -> tuple[str, Any]:
                 f"rule file {str(rule)!r}: no such file and no packaged rule{did_you_mean(stem, packaged)}. "
                 f"Packaged: {', '.join(packaged)}"
             )
-        path = Path(str(resources.files("ktransformers.optimize_rules") / f"{stem}.yaml"))
+        path = Path(str(resources.files("ktransformers.optimize_rules") / f"{NAMES.get(stem, stem)}.yaml"))
     try:
         return path.name, yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
@@ -210,6 +218,7 @@ def _parse_rule(item: Any, number: int, label: str, problems: list[str]) -> Rule
         number=number,
         where=where,
         **conditions,
+        published=str(match.get("class")).startswith("ktransformers.models."),
         matchable=matchable,
         operator=report.operator(becomes.get("class", "default"), kwargs),
         kwargs=kwargs,
@@ -329,7 +338,7 @@ def plan(
     """
     label, parsed, problems = _read_rules(rules)
     default_device = device_names.map_device(default_device or device_names.default_device(), devices)
-    walk = _Walk([rule for rule in parsed if rule.matchable], str(default_device), devices)
+    walk = _Walk([rule for rule in parsed if rule.matchable], str(default_device), devices, former_names(model))
     walk.visit("", model)
     problems += walk.problems(model)
     problems += operator_problems(model, walk.plan, weights)
@@ -338,7 +347,7 @@ def plan(
     if problems:
         headline = f"{label} for {type(model).__name__}: {_count(problems)}, nothing was changed:"
         raise join_errors(RuleError, headline, problems)
-    for text in walk.shadowed():
+    for text in walk.idle(model):
         warnings.warn(text, stacklevel=2)
     return walk.plan
 
@@ -346,14 +355,21 @@ def plan(
 class _Walk:
     """The depth-first walk: `plan` in the order of visiting, and which conditions of which rule held where."""
 
-    def __init__(self, rules: list[Rule], default_device: str, devices: Mapping[str, str] | None):
-        self.rules, self.default_device, self.devices = rules, default_device, devices
+    def __init__(
+        self,
+        rules: list[Rule],
+        default_device: str,
+        devices: Mapping[str, str] | None,
+        former: Mapping[str, Sequence[str]],
+    ):
+        self.rules, self.default_device, self.devices, self.former = rules, default_device, devices, former
         self.plan: dict[str, Replacement] = {}
         self.wins = {rule.number: 0 for rule in rules}
         self.losses: dict[int, list[int]] = {rule.number: [] for rule in rules}
+        self.of_other_layers: dict[int, str] = {}
 
     def visit(self, name: str, module: nn.Module) -> None:
-        matching = [rule for rule in self.rules if not rule.failed_conditions(name, module)]
+        matching = self._matching(name, module)
         first = matching[0] if matching else None
         if name:
             self.plan[name] = self._replacement(name, first)
@@ -367,6 +383,14 @@ class _Walk:
             return  # the operator keeps none of the module's children, so there is nothing below it to replace
         for child_name, child in module.named_children():
             self.visit(f"{name}.{child_name}" if name else child_name, child)
+
+    def _matching(self, name: str, module: nn.Module) -> list[Rule]:
+        """The rules that match, best first. Of a module that many layers had a copy of, the first layer's decide."""
+        former = self.former.get(name, ())
+        matching = [rule for rule in self.rules if not rule.failed_conditions(name, module, former[:1])]
+        others = [rule for rule in self.rules if not rule.failed_conditions(name, module, former[1:])] if former else []
+        self.of_other_layers.update((rule.number, name) for rule in others if matching and rule not in matching)
+        return matching or others
 
     def _replacement(self, name: str, rule: Rule | None) -> Replacement:
         kwargs = device_names.map_kwargs(rule.kwargs, self.devices) if rule else {}
@@ -387,12 +411,36 @@ class _Walk:
             report = _Reporter(rule.where, rule.number, found)
             for problem in device_names.kwargs_problems(device_names.map_kwargs(rule.kwargs, self.devices)):
                 report(problem)
-            if not self.wins[rule.number] and not self.losses[rule.number]:
-                report(_why_no_match(rule, model, self.plan))
+            if rule in self.unmatched and not self._is_forgiven(rule, model):
+                report(_why_no_match(rule, model, self))
         return found
 
-    def shadowed(self) -> list[str]:
-        return [
+    @functools.cached_property
+    def unmatched(self) -> list[Rule]:
+        """Rules that hold for no module, whoever takes it. Ask after the walk."""
+        matched = [self.wins, self.losses, self.of_other_layers]
+        return [rule for rule in self.rules if not any(table.get(rule.number) for table in matched)]
+
+    def _is_forgiven(self, rule: Rule, model: nn.Module) -> bool:
+        """Whether a rule without a match is only told of.
+
+        So in a file of upstream's published style that is for this family: such files have rules that never matched
+        (a class of another family; a layer's name with a class that no layer is), and upstream said nothing.
+        """
+        its_file_fits = any(other.published and other not in self.unmatched for other in self.rules)
+        names = [name for name, _ in model.named_modules() if name]
+        return its_file_fits and rule.cls is not None and (rule.name is None or any(map(rule.name.search, names)))
+
+    def idle(self, model: nn.Module) -> list[str]:
+        """What to say of rules that decide nothing, and yet are no mistake."""
+        unmatched = [f"{r.where}: rule {r.number} {_why_no_match(r, model, self)}" for r in self.unmatched]
+        shared = [
+            f"{rule.where}: rule {rule.number} places nothing: all layers share {self.of_other_layers[rule.number]} now, "
+            "and the rule for the first layer's has it. The file works as it is."
+            for rule in self.rules
+            if rule.number in self.of_other_layers and not self.wins[rule.number] and not self.losses[rule.number]
+        ]
+        return unmatched + shared + [
             f"{rule.where}: rule {rule.number} never wins: all {len(self.losses[rule.number])} modules it matches are "
             f"taken by earlier rules ({', '.join(str(n) for n in sorted(set(self.losses[rule.number])))}). "
             "Move it up, or delete it."
@@ -401,7 +449,7 @@ class _Walk:
         ]
 
 
-def _why_no_match(rule: Rule, model: nn.Module, reached: Mapping[str, Replacement]) -> str:
+def _why_no_match(rule: Rule, model: nn.Module, walk: _Walk) -> str:
     """Explain a rule without matches by how far each of its conditions gets alone."""
     conditions = {
         "name": rule.name and f"name {rule.name.pattern!r}",
@@ -413,8 +461,8 @@ def _why_no_match(rule: Rule, model: nn.Module, reached: Mapping[str, Replacemen
     for name, module in model.named_modules():
         if name == "":
             continue
-        failed = rule.failed_conditions(name, module)
-        hidden += not failed and name not in reached
+        failed = rule.failed_conditions(name, module, walk.former.get(name, ()))
+        hidden += not failed and name not in walk.plan
         for key in counts:
             counts[key] += key not in failed
     if not rule.recursive and not rule.failed_conditions("", model):

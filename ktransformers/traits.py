@@ -2,13 +2,33 @@
 
 from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def _is_experts(module: nn.Module) -> bool:
     """Stacked 3-D expert weights, the one form that transformers 5 gives every MoE family."""
     stacks = {name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3}
-    return "down_proj" in stacks and ("gate_up_proj" in stacks or "up_proj" in stacks)
+    ungated = "up_proj" in stacks and "gate_proj" not in stacks  # with both they are shared experts, never routed
+    return "down_proj" in stacks and ("gate_up_proj" in stacks or ungated)
+
+
+def is_transposed(experts: nn.Module) -> bool:
+    """Whether an experts module multiplies from the left: gate_up_proj [E, H, 2I] and down_proj [E, I, H]."""
+    first = getattr(experts, "gate_up_proj", None)
+    down = getattr(experts, "down_proj", None)
+    if not (isinstance(first, Tensor) and isinstance(down, Tensor) and first.dim() == down.dim() == 3):
+        return getattr(experts, "is_transposed", False) is True
+    return first.shape[1:] == (down.shape[2], 2 * down.shape[1])
+
+
+def idle_experts(experts: nn.Module) -> int:
+    """How many experts pass their input on as it is; they come last, and nothing of theirs is ever multiplied."""
+    return len(experts.gate_up_proj) - len(experts.down_proj) if hasattr(experts, "gate_up_proj") else 0
+
+
+def is_interleaved(experts: nn.Module) -> bool:
+    """Whether gate and up take turns in the rows of `gate_up_proj`, instead of gate first."""
+    return getattr(experts, "is_concatenated", True) is False
 
 
 def _is_moe(module: nn.Module) -> bool:
@@ -27,13 +47,18 @@ def _is_attention(module: nn.Module) -> bool:
     return hasattr(module, "o_proj") and (hasattr(module, "k_proj") or _is_mla(module))
 
 
+def is_linear(module: nn.Module) -> bool:
+    """A linear layer and no more: a router may subclass it (Llama-4), and so may grouped projections (DeepSeek-V4)."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
 TRAITS: dict[str, Callable[[nn.Module], bool]] = {
     "experts": _is_experts,
     "moe": _is_moe,
     "router": _is_router,
     "mla": _is_mla,
     "attention": _is_attention,
-    "linear": lambda module: isinstance(module, nn.Linear),
+    "linear": is_linear,
     "rotary": lambda module: "RotaryEmbedding" in type(module).__name__,
     "norm": lambda module: type(module).__name__.endswith("Norm"),
     "embedding": lambda module: isinstance(module, nn.Embedding),

@@ -4,17 +4,42 @@
 holds no modelling code of its own.
 """
 
-from importlib import resources
+import inspect
+from importlib import import_module, resources
 from pathlib import Path
 
 DEFAULT_RULES = {
     "deepseek_v2": "DeepSeek-V2",
     "deepseek_v3": "DeepSeek-V3",
-    "qwen2_moe": "Qwen2-MoE",
-    "qwen3_moe": "Qwen3-MoE",
+    "deepseek_v32": "DeepSeek-V3.2",
+    "deepseek_v4": "DeepSeek-V4",
+    "glm4_moe": "GLM-4",
+    "glm4_moe_lite": "GLM-4.7-Flash",
+    "glm_moe_dsa": "GLM-5",
+    "gpt_oss": "gpt-oss",
+    "kimi_k2": "Kimi-K2",
+    "llama4": "Llama-4",
+    "llama4_text": "Llama-4",
+    "minimax_m2": "MiniMax-M2",
     "mixtral": "Mixtral",
+    "qwen2_moe": "Qwen2-MoE",
+    "qwen3_5_moe": "Qwen3.5-MoE",
+    "qwen3_5_moe_text": "Qwen3.5-MoE",
+    "qwen3_moe": "Qwen3-MoE",
+    "qwen3_next": "Qwen3-Next",
 }
-"""config.model_type -> name of the packaged rule file that the chat program uses when none is given."""
+"""config.model_type -> name of the packaged rules that the chat program uses when none is given."""
+
+ONE_BY_ONE = frozenset({"jamba"})
+"""Model types whose state-space layers, in transformers, start anew when several tokens come after others. Behind a
+first piece of the prompt, their tokens are computed one by one."""
+
+
+def family_classes(family: str) -> dict[str, type]:
+    """Every class that transformers defines for `family`, such as ``qwen3_moe``, by name."""
+    module = import_module(f"transformers.models.{family}.modeling_{family}")
+    own = vars(module).items()
+    return {name: cls for name, cls in own if inspect.isclass(cls) and cls.__module__ == module.__name__}
 
 
 def embedded_model() -> Path:

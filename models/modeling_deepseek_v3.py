@@ -1,33 +1,12 @@
-"""Class names that published DeepSeek-V3 rule files match on, re-exported from transformers."""
+"""Class names that published DeepSeek-V3 rule files match on: transformers' own classes."""
 
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
-    DeepseekV3Attention,
-    DeepseekV3DecoderLayer,
-    DeepseekV3Experts,
-    DeepseekV3ForCausalLM,
-    DeepseekV3MLP,
-    DeepseekV3Model,
-    DeepseekV3MoE,
-    DeepseekV3RMSNorm,
-    DeepseekV3RotaryEmbedding,
-    DeepseekV3TopkRouter,
-)
+from ktransformers.models import family_classes
 
+classes = family_classes("deepseek_v3")
 # The names of the original modeling_deepseek.py; transformers has one class where that file had several.
-DeepseekV3YarnRotaryEmbedding = DeepseekV3RotaryEmbedding
-MoEGate = DeepseekV3TopkRouter
-
-__all__ = [
-    "DeepseekV3Attention",
-    "DeepseekV3DecoderLayer",
-    "DeepseekV3Experts",
-    "DeepseekV3ForCausalLM",
-    "DeepseekV3MLP",
-    "DeepseekV3MoE",
-    "DeepseekV3Model",
-    "DeepseekV3RMSNorm",
-    "DeepseekV3RotaryEmbedding",
-    "DeepseekV3TopkRouter",
-    "DeepseekV3YarnRotaryEmbedding",
-    "MoEGate",
-]
+rotary = [f"DeepseekV3{kind}RotaryEmbedding" for kind in ("Yarn", "LinearScaling", "DynamicNTKScaling")]
+globals().update(
+    classes,
+    **dict.fromkeys(rotary, classes["DeepseekV3RotaryEmbedding"]),
+    MoEGate=classes["DeepseekV3TopkRouter"],
+)

@@ -1,25 +1,5 @@
-"""Class names that published Mixtral rule files match on, re-exported from transformers."""
+"""Class names that published Mixtral rule files match on: transformers' own classes."""
 
-from transformers.models.mixtral.modeling_mixtral import (
-    MixtralAttention,
-    MixtralDecoderLayer,
-    MixtralExperts,
-    MixtralForCausalLM,
-    MixtralModel,
-    MixtralRMSNorm,
-    MixtralRotaryEmbedding,
-    MixtralSparseMoeBlock,
-    MixtralTopKRouter,
-)
+from ktransformers.models import family_classes
 
-__all__ = [
-    "MixtralAttention",
-    "MixtralDecoderLayer",
-    "MixtralExperts",
-    "MixtralForCausalLM",
-    "MixtralModel",
-    "MixtralRMSNorm",
-    "MixtralRotaryEmbedding",
-    "MixtralSparseMoeBlock",
-    "MixtralTopKRouter",
-]
+globals().update(family_classes("mixtral"))

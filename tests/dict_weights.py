@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import torch
 
 from ktransformers.errors import WeightError
+from ktransformers.loaders import ExpertWeights
 from ktransformers.quants import QUANT_TYPES, Packed, quant_type
 
 
@@ -66,11 +67,8 @@ class DictWeights:
     def experts(self, prefix):
         gate_up, down = self.packed(f"{prefix}.gate_up_proj"), self.packed(f"{prefix}.down_proj")
         count, half = gate_up.shape[0], gate_up.shape[1] // 2
-        return SimpleNamespace(
+        return ExpertWeights(
             gate=[gate_up.expert(e).rows(0, half) for e in range(count)],
             up=[gate_up.expert(e).rows(half, 2 * half) for e in range(count)],
             down=[down.expert(e) for e in range(count)],
-            gate_bias=None,
-            up_bias=None,
-            down_bias=None,
         )

@@ -42,7 +42,7 @@ def test_chunked_prefill_equals_one_shot(model, chunk_size):
 
 
 def test_a_second_turn_computes_only_what_is_new(model):
-    cache = PrefixCache(model.config)
+    cache = PrefixCache()
     first = ours(model, PROMPT, 5, cache=cache)
     longer = [*PROMPT, *first, 4, 4, 2]
     timing = Timing()
@@ -51,7 +51,7 @@ def test_a_second_turn_computes_only_what_is_new(model):
 
 
 def test_a_changed_history_is_computed_again_from_where_it_differs(model):
-    cache = PrefixCache(model.config)
+    cache = PrefixCache()
     ours(model, PROMPT, 5, cache=cache)
     changed = [*PROMPT[:6], 60, *PROMPT[7:]]
     assert ours(model, changed, cache=cache) == ours(model, changed)
@@ -59,7 +59,7 @@ def test_a_changed_history_is_computed_again_from_where_it_differs(model):
 
 
 def test_an_interrupted_pass_leaves_a_usable_cache(model, monkeypatch):
-    cache = PrefixCache(model.config)
+    cache = PrefixCache()
     ours(model, PROMPT, 3, cache=cache)
     with monkeypatch.context() as patch:
         patch.setattr(model.model.layers[1], "forward", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))

@@ -10,15 +10,16 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ktransformers"
 # Lowest first. A file may import from its own level or from lower ones.
 LEVELS = [
     {"errors", "env", "iq_grids"},
-    {"quants", "devices", "traits", "scaled"},
+    {"quants", "devices", "traits", "former", "scaled"},
     {"loaders", "native", "encode", "cache"},
-    {"operators", "gguf_metadata"},
+    {"operators", "gguf_families", "gguf_splits"},
+    {"gguf_config", "gguf_tokenizer"},
     {"resolve"},
     {"rules", "quantize"},
     {"report"},
     {"optimize"},
     {"generate"},
-    {"local_chat"},
+    {"local_chat", "from_pretrained"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -1,12 +1,14 @@
-"""Tiny random models of the five families, built the way transformers builds them: truth for the tests.
+"""Tiny random models of five families, and of any other by families.py, built the way transformers builds them: truth for the tests.
 
 Sizes are small enough that a forward takes milliseconds, odd enough that swapped dimensions do not fit, and
 the weights large enough that every part of a layer matters to the logits.
 """
 
 import copy
+import re
 from pathlib import Path
 
+import families
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -62,7 +64,9 @@ YARN = {
 
 
 def tiny_config(family: str, **overrides):
-    """The configuration of a tiny `family` model; `overrides` are config fields."""
+    """The configuration of a tiny model of any family; `overrides` are config fields."""
+    if family not in FAMILIES:
+        return families.config_of(family, **overrides)
     return AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family], **overrides})
 
 
@@ -72,13 +76,23 @@ def tiny_model(family: str, seed: int = 0, **overrides):
     model = AutoModelForCausalLM.from_config(
         tiny_config(family, **overrides), attn_implementation="eager", experts_implementation="eager"
     ).eval()
+    return randomize(model)
+
+
+FORMULAS = re.compile(r"_decay$|slope_rate$")
+"""Saved tensors that are tables of a formula (MiniMax's): other numbers would contradict each other."""
+
+
+def randomize(model):
+    """Fill everything that a checkpoint holds with numbers that keep activations near 1 through every layer."""
+    saved = model.state_dict().keys()
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name not in saved or not tensor.is_floating_point() or FORMULAS.search(name):
+                continue
             if tensor.dim() >= 2:
-                tensor.normal_(
-                    0, 1.2 * tensor.shape[-1] ** -0.5
-                )  # keeps activations near 1 through every layer
-            elif "inv_freq" not in name:
+                tensor.normal_(0, 1.2 * tensor.shape[-1] ** -0.5)
+            else:
                 tensor.uniform_(0.5, 1.5) if "norm" in name else tensor.normal_(0, 0.1)
     return model
 

@@ -19,13 +19,15 @@ from ktransformers.loaders.base import TensorInfo, WeightFiles
 from ktransformers.loaders.report import Problem, grouped
 from ktransformers.loaders.sources import (
     WHOLE_NUMBERS,
+    Converted,
+    Exchanged,
     ExpertWeights,
-    JoinedKVB,
+    Laid,
     Plain,
     Source,
     Stacked,
+    StackedColumns,
     Transposed,
-    Unpermuted,
     WholeNumbers,
     split_down,
     split_gate_up,
@@ -33,6 +35,7 @@ from ktransformers.loaders.sources import (
 )
 from ktransformers.quants import Packed
 from ktransformers.scaled import ScaledType, ScaledWeight
+from ktransformers.traits import TRAITS, idle_experts, is_interleaved, is_transposed
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -146,15 +149,19 @@ class ModelWeights:
         """Say why `experts(prefix)` cannot deliver packed rows, or return ``""``."""
         for name in (f"{prefix}.{self._first(prefix)}", f"{prefix}.down_proj"):
             source = self._source(name)
-            if name in self._binding.transposed and not isinstance(source, Transposed):
-                return f"{name} is stored with rows and columns exchanged, so there are no packed rows of it"
-            rows = source.shape[-1 if isinstance(source, Transposed) else 1] if len(source.shape) == 3 else 1
+            exchanged = isinstance(source, (Transposed, Exchanged))
+            if isinstance(source, Converted) or exchanged != (name in self._binding.transposed):
+                return f"{name} is stored in another form than its rows, so there are no packed rows of it"
+            rows = source.shape[-1 if exchanged else 1] if len(source.shape) == 3 else 1
             if len(source.shape) != 3 or (name.endswith("gate_up_proj") and rows % 2):
                 return f"{name} is no stack of matrices: {_shapes(source)}"
         return ""
 
     def experts(self, prefix: str) -> ExpertWeights:
-        """The routed experts of the module `prefix` (`model.layers.3.mlp.experts`), packed; no copies but of biases."""
+        """The routed experts of the module `prefix` (`model.layers.3.mlp.experts`), packed.
+
+        Copied are biases, and matrices where the file has no rows, only columns.
+        """
         first = self._first(prefix)
         gate_up, down = self._deliver(f"{prefix}.{first}"), self._deliver(f"{prefix}.down_proj")
         if problem := self.experts_problem(prefix):
@@ -166,7 +173,8 @@ class ModelWeights:
         if self.has(name := f"{prefix}.down_proj_bias"):
             down_bias = self.tensor(name, dtype=torch.float32)
         gate, up = split_gate_up(gate_up, interleaved) if first == "gate_up_proj" else (None, split_down(gate_up))
-        return ExpertWeights(gate, up, split_down(down), gate_bias, up_bias, down_bias)
+        copied = isinstance(down, Exchanged)
+        return ExpertWeights(gate, up, split_down(down), gate_bias, up_bias, down_bias, copied)
 
     def problems(self, expected: Shapes, ignore_unexpected: Iterable[str] = ()) -> list[str]:
         """Every missing, misshapen, uncomputable and unused tensor; equal ones of many layers are one line.
@@ -200,6 +208,7 @@ class ModelWeights:
             more = f" (and {len(faults) - 1} more of its tensors)" if len(faults) > 1 else ""
             where = f"{faults[0].name}: " if faults[0].name != name else ""
             return [Problem(name, f"{where}{faults[0].fault}{more}")]
+        shape = (self._binding.experts.get(name, shape[0]), *shape[1:]) if shape else shape
         if source.shape != shape or source.broken:
             text = f"has shape {_shapes(source)} in the checkpoint, the model expects {list(shape)}"
             found.append(Problem(name, text))
@@ -255,6 +264,7 @@ class _Binding:
         self.harmless: set[str] = set()  # checkpoint names that are neither used nor a problem
         self.ignored: list[str] = []  # regular expressions of such names
         self.transposed: set[str] = set()  # expert weights that the model holds as [E, K, N]
+        self.experts: dict[str, int] = {}  # expert weights of more experts than are computed -> how many are
         self.interleaved: set[str] = set()  # those whose rows are gate and up in turn
         self.notes: list[str] = []  # problems with no tensor of their own
 
@@ -298,13 +308,20 @@ def _share_tied(model: torch.nn.Module, binding: _Binding) -> None:
                 binding.absent.pop(name, None)
 
 
-def _extra_layers(config) -> range:
-    """Layers after the model's own: multi-token prediction, which transformers does not build."""
-    layers = config.num_hidden_layers
-    return range(layers, layers + (getattr(config, "num_nextn_predict_layers", 0) or 0))
+def _extra_layers(config, stated: object = None) -> range:
+    """Layers after the model's own: multi-token prediction, which transformers does not build. `stated`: how many a
+    file says it has."""
+    config = config.get_text_config()
+    layers, known = config.num_hidden_layers, getattr(config, "num_nextn_predict_layers", 0) or 0
+    more = min(stated, 1000) if type(stated) is int else 0
+    return range(layers, layers + max(known, more))
 
 
 # --- safetensors ------------------------------------------------------------------------------------------
+
+
+OTHER_MODALITIES = r"^(model\.)?(visual|vision|audio|multi_modal_projector|mm_projector)[a-z_]*\."
+"""Parts of a multimodal checkpoint that a model of its text alone leaves aside."""
 
 
 def _bind_safetensors(files: WeightFiles, model, shapes: Shapes, binding: _Binding) -> None:
@@ -316,7 +333,7 @@ def _bind_safetensors(files: WeightFiles, model, shapes: Shapes, binding: _Bindi
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    collected: dict[str, dict[str, dict[int, str]]] = defaultdict(lambda: defaultdict(dict))
+    collected: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     _find_layouts(model, binding)
     for key in sorted(files.names(), key=_natural):
         target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, shapes)
@@ -329,25 +346,31 @@ def _bind_safetensors(files: WeightFiles, model, shapes: Shapes, binding: _Bindi
         if pattern is None:
             _add_plain(files, key, target, shapes, binding)
         else:
-            _require_expert_merge(by_pattern[pattern], key)
-            collected[target][pattern][_expert_index(key, pattern)] = key
+            collected[target][pattern].append(key)
     for target, parts in collected.items():
         converter = by_pattern[next(iter(parts))]
-        _add_stacked(
-            files, target, [(p, parts.get(p, {})) for p in converter.source_patterns], shapes, binding
-        )
+        if _merges_experts(converter):
+            _add_stacked(files, target, converter, parts, shapes, binding)
+        else:
+            _add_converted(files, target, converter, parts, model, binding)
     binding.ignored += [r"rotary_emb\.inv_freq$", companions.IGNORED]
+    if model.config is model.config.get_text_config():
+        binding.ignored.append(OTHER_MODALITIES)
     binding.ignored += [rf"^(model\.)?layers\.{n}\." for n in _extra_layers(model.config)]
 
 
 def _find_layouts(model, binding: _Binding) -> None:
-    """Note which experts have other layouts than [E, N, K] with gate before up: transformers says so on the module."""
+    """Note which experts have other layouts than [E, N, K] of all experts with gate before up."""
     for prefix, module in model.named_modules():
+        if not TRAITS["experts"](module):
+            continue
         names = [f"{prefix}.{name}" for name in ("gate_up_proj", "down_proj")]
-        if getattr(module, "is_transposed", False) is True:
+        if is_transposed(module):
             binding.transposed.update(names)
-        if getattr(module, "is_concatenated", True) is False:
+        if is_interleaved(module):
             binding.interleaved.add(names[0])
+        if idle_experts(module):
+            binding.experts[names[0]] = len(module.down_proj)
 
 
 def _is_idle_bias(files: WeightFiles, key: str) -> bool:
@@ -369,8 +392,8 @@ def _add_plain(files: WeightFiles, key: str, target: str, shapes: Shapes, bindin
             f"{target}: both {binding.sources[target].names[0]} and {key} in the checkpoint name it"
         )
         binding.harmless.add(key)
-    elif target in binding.transposed and _is_stack_of_rows(files.info(key)):
-        binding.sources[target] = Transposed(files, key)
+    elif target in binding.transposed:
+        binding.sources[target] = (Transposed if _is_stack_of_rows(files.info(key)) else Exchanged)(files, key)
     else:
         binding.sources[target] = Plain(files, key, shapes[target])
 
@@ -379,19 +402,20 @@ def _is_stack_of_rows(info: TensorInfo) -> bool:
     return isinstance(info.type, ScaledType) and len(info.shape) == 3
 
 
-def _require_expert_merge(converter, key: str) -> None:
-    """Accept only "stack the experts, then perhaps put gate on top of up"; name anything else."""
+def _merges_experts(converter) -> bool:
+    """Whether a conversion stacks the experts, then perhaps puts gate on top of up. Such weights stay packed."""
     steps = [(type(op).__name__, getattr(op, "dim", None)) for op in converter.operations]
-    one_target = len(converter.target_patterns) == 1
-    if not one_target or steps not in (
-        [("MergeModulelist", 0)],
-        [("MergeModulelist", 0), ("Concatenate", 1)],
-    ):
-        what = ", ".join(f"{name}(dim={dim})" if dim is not None else name for name, dim in steps)
-        raise UnsupportedError(
-            f"{key}: transformers converts this tensor by {what} to {converter.target_patterns}, which "
-            "this version does not do. Use a GGUF file of the model, or another model."
-        )
+    merges = steps in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
+    return merges and len(converter.target_patterns) == 1
+
+
+def _add_converted(
+    files: WeightFiles, target: str, converter, parts: dict[str, list[str]], model, binding: _Binding
+) -> None:
+    """Bind every result of a conversion that only transformers knows; `target` is the name of one of them."""
+    found = next(pattern for pattern in converter.target_patterns if pattern in target)
+    for pattern in converter.target_patterns:
+        binding.sources[target.replace(found, pattern)] = Converted(files, parts, converter, pattern, model)
 
 
 def _expert_index(key: str, pattern: str) -> int:
@@ -404,10 +428,13 @@ def _expert_index(key: str, pattern: str) -> int:
 
 
 def _add_stacked(
-    files: WeightFiles, target: str, parts: list[tuple[str, dict[int, str]]], shapes: Shapes, binding
+    files: WeightFiles, target: str, converter, keys: dict[str, list[str]], shapes: Shapes, binding: _Binding
 ) -> None:
     """Bind per-expert matrices to a stacked parameter; note which of the E that it needs are missing."""
-    count = shapes[target][0]
+    parts = [(p, {_expert_index(key, p): key for key in keys.get(p, ())}) for p in converter.source_patterns]
+    if target in binding.experts:  # those of idle experts may be there too
+        binding.harmless.update(key for found in keys.values() for key in found)
+    count = binding.experts.get(target, shapes[target][0])
     missing = [
         pattern.replace("*", str(e)) for pattern, found in parts for e in range(count) if e not in found
     ]
@@ -431,6 +458,8 @@ def _bind_gguf(files: WeightFiles, model, shapes: Shapes, binding: _Binding) -> 
     config = model.config
     family = gguf_names.family_of(files.metadata.get("general.architecture"), config.model_type)
     binding.notes += _metadata_mismatches(files.metadata, family.arch, config)
+    if family.in_turn:
+        binding.interleaved.update(name for name in shapes if name.endswith(".experts.gate_up_proj"))
     for name, shape in shapes.items():
         source, looked_for = _gguf_source(files, family, config, name, shape)
         if source is not None:
@@ -438,7 +467,8 @@ def _bind_gguf(files: WeightFiles, model, shapes: Shapes, binding: _Binding) -> 
         else:
             binding.absent[name] = f"missing in the checkpoint, looked for {looked_for}"
     binding.ignored.append(gguf_names.IGNORED.pattern)
-    binding.ignored += [rf"^blk\.{n}\." for n in _extra_layers(config)]
+    predicting = files.metadata.get(f"{family.arch}.nextn_predict_layers")
+    binding.ignored += [rf"^blk\.{n}\." for n in _extra_layers(config, predicting)]
     # Some files hold kv_b whole and split; the whole one is used.
     binding.harmless.update(
         n
@@ -451,33 +481,29 @@ def _gguf_source(
     files: WeightFiles, family, config, name: str, shape: tuple[int, ...]
 ) -> tuple[Source | None, str]:
     """The source of one model tensor, and the GGUF name or names that were looked for."""
-    expert = re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up|down)_proj", name)
-    if expert:
-        return _gguf_experts(files, expert[1], expert[2], shape)
+    expert = gguf_names.expert(name)
+    if expert and not expert["bias"]:
+        return _gguf_experts(files, family, expert["layer"], expert["which"], shape)
     stored = gguf_names.gguf_name(family, config.num_hidden_layers, name)
     if stored is None:
         return None, "no name: GGUF has none for it"
-    if stored in files:
-        permuted = family.permuted and re.search(r"\.self_attn\.([qk])_proj\.(weight|bias)$", name)
-        if permuted:
-            heads = config.num_attention_heads if permuted[1] == "q" else config.num_key_value_heads
-            return Unpermuted(files, stored, heads), stored
+    how = gguf_names.layout(family, stored)
+    names = gguf_names.part_names(stored, how) if how else [stored]
+    if how and all(part in files for part in names):
+        if not how.parts or stored not in files:
+            return Laid(files, names, how, shape, config), stored
+    if stored in files and (how is None or how.parts):
         return Plain(files, stored, shape), stored
-    if stored.endswith("attn_kv_b.weight"):
-        k_b, v_b = (stored.replace("attn_kv_b", part) for part in ("attn_k_b", "attn_v_b"))
-        if k_b in files and v_b in files:
-            return JoinedKVB(files, k_b, v_b, config.num_attention_heads), stored
-        return None, f"{stored}, or {k_b} and {v_b}"
-    return None, stored
+    return None, stored if names == [stored] else f"{stored}, or {' and '.join(names)}"
 
 
 def _gguf_experts(
-    files: WeightFiles, layer: str, which: str, shape: tuple[int, ...]
+    files: WeightFiles, family, layer: str, which: str, shape: tuple[int, ...]
 ) -> tuple[Source | None, str]:
     fused = f"blk.{layer}.ffn_{which}_exps.weight"
-    if fused in files:
+    if fused in files and which == "gate_up" and not family.columns:
         return Stacked(files, [fused]), fused
-    kinds = ("gate", "up") if which == "gate_up" else ("down",)
+    kinds = ("gate", "up") if which == "gate_up" else (which,)
     parts, looked_for = [], []
     for kind in kinds:
         stacked, single = gguf_names.expert_names(layer, kind, shape[0])
@@ -488,7 +514,10 @@ def _gguf_experts(
             parts.append(single)
         elif single[0] in files:
             looked_for[-1] = next(name for name in single if name not in files)
-    return (Stacked(files, parts) if len(parts) == len(kinds) else None), " and ".join(looked_for)
+    if len(parts) < len(kinds):
+        return None, " and ".join(looked_for)
+    source = StackedColumns(files, parts, family.in_turn) if family.columns else Stacked(files, parts)
+    return source, " and ".join(looked_for)
 
 
 def _metadata_mismatches(metadata: dict, arch: str, config) -> list[str]:
@@ -500,7 +529,8 @@ def _metadata_mismatches(metadata: dict, arch: str, config) -> list[str]:
         if type(stored) is int and stored != wanted and stored not in also:
             notes.append(f"{arch}.{key} is {stored} in the GGUF file, the config has {attribute} {wanted}")
 
-    extra = len(_extra_layers(config))  # files may count the prediction layers that they leave out, or not
+    stated = metadata.get(f"{arch}.nextn_predict_layers")
+    extra = len(_extra_layers(config, stated))  # files may count the prediction layers that they leave out, or not
     layers = config.num_hidden_layers
     compare("block_count", metadata.get(f"{arch}.block_count"), "num_hidden_layers", layers + extra)
     for key, attributes in gguf_names.CHECKS:

@@ -4,15 +4,18 @@ A source knows shapes and names without reading data. Most are one tensor as it 
 converter did. Letters: E experts, H hidden, I expert intermediate; h heads.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ktransformers.errors import WeightError
 from ktransformers.loaders.base import TensorInfo, WeightFiles
+from ktransformers.loaders.gguf_layouts import Layout
 from ktransformers.quants import Packed, QuantType
 from ktransformers.scaled import ScaledType, ScaledWeight
 
@@ -68,11 +71,10 @@ class Plain(Source):
 
     def __init__(self, files: WeightFiles, name: str, shape: tuple[int, ...] | None = None) -> None:
         stored = files.info(name).shape
-        fits = (
-            shape is not None and _without_ones(shape) == _without_ones(stored) and shape[-1:] == stored[-1:]
-        )
+        kind = files.info(name).type
+        fits = shape is not None and not isinstance(kind, ScaledType) and _without_ones(shape) == _without_ones(stored)
         self.files, self.names = files, (name,)
-        self.shape = shape if fits and not isinstance(files.info(name).type, ScaledType) else stored
+        self.shape = shape if fits and (shape[-1:] == stored[-1:] or kind.block == 1) else stored
 
     def packed(self) -> Packed | ScaledWeight:
         packed = self.files.packed(self.names[0])
@@ -80,6 +82,18 @@ class Plain(Source):
 
     def tensor(self, device: Device, dtype: torch.dtype) -> Tensor:
         return self.packed().dequantize(dtype, device)
+
+
+class Exchanged(Plain):
+    """Experts stored in floats as the model holds them, [E, K, N], as aria and Llama-4 have them."""
+
+    can_pack = False  # there are no rows in it, only columns
+
+    def matrices(self, rows: slice) -> "Matrices":
+        """`rows` of the E matrices [N, K]: a copy, as rows of a column-wise file are bytes far apart."""
+        stack, kind = self.packed(), self.infos[0].type
+        cut = (stack.expert(e).dequantize(kind.torch_dtype).T[rows].contiguous() for e in range(self.shape[0]))
+        return [Packed(matrix.view(-1).view(torch.uint8), kind, tuple(matrix.shape)) for matrix in cut]
 
 
 class Transposed(Source):
@@ -126,60 +140,80 @@ class WholeNumbers(Plain):
         return stored.view(self.shape).to(device, dtype)
 
 
-class Unpermuted(Source):
-    """A q or k projection (or its bias) whose rows a llama-type GGUF holds in the order of interleaved RoPE.
+class Converted(Source):
+    """A tensor that transformers makes from others by operations of its own, which run here as they run there.
 
-    The file's row (head, pair, half) is the model's row (head, half, pair). Whole rows move, so packed bytes
-    can be reordered as they are, at the price of one copy of this tensor.
+    `parts`: checkpoint names by transformers' pattern. `target`: which of the converter's results this one is.
     """
 
-    can_pack = True
+    def __init__(self, files: WeightFiles, parts: dict[str, list[str]], converter: Any, target: str, model: Any):
+        self.files, self.parts, self.converter, self.target, self.model = files, parts, converter, target, model
+        self.names = tuple(name for names in parts.values() for name in names)
+        self.broken, self.shape = False, ()
+        try:
+            self.shape = tuple(self._convert("meta", torch.float32).shape)
+        except (RuntimeError, ValueError, KeyError, IndexError):  # sizes that do not fit together, a part that lacks
+            self.broken = True
 
-    def __init__(self, files: WeightFiles, name: str, heads: int) -> None:
-        self.files, self.names, self.heads = files, (name,), heads
-        self.shape = files.info(name).shape
-        self.broken = self.shape[0] % (2 * heads) != 0
+    def _convert(self, device: Device, dtype: torch.dtype) -> Tensor:
+        def read(name: str) -> Tensor:
+            if str(device) == "meta":
+                return torch.empty(self.files.info(name).shape, device="meta")
+            return self.files.tensor(name, device, dtype)
 
-    def _reorder(self, rows: Tensor) -> Tensor:
-        pairs = rows.shape[0] // self.heads // 2
-        return rows.view(self.heads, pairs, 2, -1).transpose(1, 2).reshape(rows.shape)
+        tensors = {pattern: [read(name) for name in names] for pattern, names in self.parts.items()}
+        told = {"full_layer_name": self.target, "model": self.model, "config": self.model.config}
+        sources, targets = self.converter.source_patterns, self.converter.target_patterns
+        for operation in self.converter.operations:
+            tensors = operation.convert(tensors, source_patterns=sources, target_patterns=targets, **told)
+        made = tensors[self.target]
+        return made[0] if isinstance(made, list) else made
+
+    def tensor(self, device: Device, dtype: torch.dtype) -> Tensor:
+        return self._convert(device, dtype)
+
+
+class Laid(Source):
+    """A tensor that a GGUF file holds in another layout, in one part or several (see gguf_layouts.py).
+
+    Where only whole rows move, packed bytes can be put in order as they are, at the price of one copy of this tensor.
+    """
+
+    def __init__(
+        self, files: WeightFiles, names: Sequence[str], layout: Layout, shape: tuple[int, ...], config
+    ) -> None:
+        self.files, self.names, self.layout, self.config = files, tuple(names), layout, config
+        try:
+            self._stored = layout.shapes(shape, config)
+        except (ValueError, RuntimeError, ZeroDivisionError):  # the config's heads do not divide the shape
+            self._stored = []
+        self.broken = not self._stored or not all(map(_holds, self.infos, self._stored))
+        self.shape = () if self.broken else shape
+        self.can_pack = layout.rows is not None
 
     def packed(self) -> Packed:
+        if not self.can_pack:
+            return super().packed()
         packed = self.files.packed(self.names[0])
-        rows = packed.data.view(self.shape[0], -1)
         if packed.type.block > 1 and len(self.shape) == 1:
             raise WeightError(f"a vector of {packed.type.name} blocks has no rows to reorder. Use tensor().")
-        return Packed(self._reorder(rows).view(-1), packed.type, self.shape)
+        rows, order = packed.data.view(self.shape[0], -1), self.layout.rows(self.shape, self.config)
+        out = torch.empty_like(rows)
+        out[order] = rows
+        return Packed(out.view(-1), packed.type, self.shape)
 
     def tensor(self, device: Device, dtype: torch.dtype) -> Tensor:
-        return self._reorder(self.files.tensor(self.names[0], device, dtype))
+        made = dtype if self.layout.exact else torch.float32
+        parts = [self.files.tensor(name, "cpu", made).view(s) for name, s in zip(self.names, self._stored, strict=True)]
+        return self.layout.load(parts, self.shape, self.config).to(device, dtype)
 
 
-class JoinedKVB(Source):
-    """`kv_b_proj` [h (nope + v), lora] from a GGUF's attn_k_b [h, lora, nope] and attn_v_b [h, v, lora].
-
-    llama.cpp splits it to absorb attention and stores k_b transposed. Older files flatten the first two
-    dimensions.
-    """
-
-    def __init__(self, files: WeightFiles, k_b: str, v_b: str, heads: int) -> None:
-        self.files, self.names, self.heads = files, (k_b, v_b), heads
-        k_shape, v_shape = (self._per_head(files.info(name).shape) for name in self.names)
-        self.nope, self.value, self.lora = k_shape[2], v_shape[1], v_shape[2]
-        self.broken = not (k_shape[0] == v_shape[0] == heads and k_shape[1] == self.lora)
-        self.shape = () if self.broken else (heads * (self.nope + self.value), self.lora)
-
-    def _per_head(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        if len(shape) == 2 and shape[0] % self.heads == 0:
-            return (self.heads, shape[0] // self.heads, shape[1])
-        return shape if len(shape) == 3 else (0, 0, 0)
-
-    def tensor(self, device: Device, dtype: torch.dtype) -> Tensor:
-        out = torch.empty(self.heads, self.nope + self.value, self.lora, dtype=dtype, device=device)
-        k_b, v_b = (self.files.tensor(name, device, dtype) for name in self.names)
-        out[:, : self.nope] = k_b.view(self.heads, self.lora, self.nope).transpose(1, 2)
-        out[:, self.nope :] = v_b.view(self.heads, self.value, self.lora)
-        return out.view(self.shape)
+def _holds(info: TensorInfo, shape: tuple[int, ...]) -> bool:
+    """Whether a stored tensor is one of `shape`, dimensions flattened or not; blocks stay within rows."""
+    same_rows = info.shape[-1:] == shape[-1:]
+    return math.prod(info.shape) == math.prod(shape) and (
+        same_rows or (info.type.block == 1 and _without_ones(info.shape) == _without_ones(shape))
+    )
 
 
 class Stacked(Source):
@@ -231,6 +265,27 @@ class Stacked(Source):
         return out
 
 
+class StackedColumns(Stacked):
+    """The same for a model that holds experts as [E, columns, rows]; `in_turn`: the rows of two parts alternate."""
+
+    def __init__(self, files: WeightFiles, parts: Sequence[str | tuple[str, ...]], in_turn: bool) -> None:
+        super().__init__(files, parts)
+        self.in_turn = in_turn and len(self.parts) == 2
+        if not self.broken:
+            experts, rows, columns = self.shape
+            self.shape = (experts, columns, rows)
+        self.can_pack = False
+
+    def tensor(self, device: Device, dtype: torch.dtype) -> Tensor:
+        out = torch.empty(self.shape, dtype=dtype, device=device)
+        rows, n = out.transpose(1, 2), len(self.parts)
+        for part in range(n):
+            target = rows[:, part::n] if self.in_turn else rows.chunk(n, 1)[part]
+            for e, matrix in enumerate(self.matrices(part)):
+                target[e] = matrix.dequantize(dtype, device)
+        return out
+
+
 Matrices = list[Packed | ScaledWeight]
 
 
@@ -247,6 +302,7 @@ class ExpertWeights:
     gate_bias: Tensor | None = None
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
+    copied: bool = False  # the matrices are in memory of their own, not views of the file
 
 
 def split_gate_up(source: Source, interleaved: bool = False) -> tuple[Matrices, Matrices]:
@@ -254,6 +310,10 @@ def split_gate_up(source: Source, interleaved: bool = False) -> tuple[Matrices, 
     and odd rows where they are `interleaved`."""
     if isinstance(source, Stacked) and len(source.parts) == 2:
         return source.matrices(0), source.matrices(1)
+    if isinstance(source, Exchanged):
+        rows = source.shape[2] // 2
+        halves = (slice(0, None, 2), slice(1, None, 2)) if interleaved else (slice(rows), slice(rows, None))
+        return source.matrices(halves[0]), source.matrices(halves[1])
     fused = source.stored() if isinstance(source, Transposed) else source.packed()
     rows = fused.shape[1] // 2
     experts = [fused.expert(e) for e in range(fused.shape[0])]
@@ -272,5 +332,7 @@ def split_down(source: Source) -> Matrices:
     """The matrices behind a `down_proj` source, or behind an `up_proj` without a gate."""
     if isinstance(source, Stacked):
         return source.matrices(0)
+    if isinstance(source, Exchanged):
+        return source.matrices(slice(None))
     packed = source.stored() if isinstance(source, Transposed) else source.packed()
     return [packed.expert(e) for e in range(packed.shape[0])]

@@ -5,9 +5,6 @@ the names below, which published rule files tell apart by checkpoint, are one an
 Loading computes on the CPU and then moves, so that every device holds the same bits.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from torch import nn
 
 from ktransformers.operators.base_operator import FamilyOperator
@@ -19,18 +16,18 @@ class RotaryEmbedding(FamilyOperator):
     The class names end in ``RotaryEmbedding`` because transformers finds rotary modules by that.
     """
 
+    replaces = "a rotary embedding (a module with inv_freq and its config)"
+
     @classmethod
-    def check(
-        cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None
-    ) -> list[str]:
-        if "inv_freq" in orig_module._buffers and hasattr(orig_module, "config"):
-            return []
-        found = type(orig_module).__name__
-        return [f"{cls.__name__} replaces a rotary embedding (a module with inv_freq), found {found}"]
+    def fits(cls, module: nn.Module) -> bool:
+        return any(name.endswith("inv_freq") for name in module._buffers) and hasattr(module, "config")
 
     def load(self) -> None:
         fresh = type(self.orig_module)(self.orig_module.config)
-        self.orig_module.attention_scaling = self.attention_scaling = fresh.attention_scaling
+        for name, value in vars(fresh).items():
+            if isinstance(value, float):  # attention_scaling, or one per kind of layer
+                setattr(self.orig_module, name, value)
+                setattr(self, name, value)
         for name, buffer in fresh._buffers.items():
             buffer = buffer.to(self.device)
             buffer._is_hf_initialized = True
@@ -59,3 +56,15 @@ class YarnRotaryEmbeddingV3(YarnRotaryEmbedding):
 
 class DynamicNTKScalingRotaryEmbedding(RotaryEmbedding):
     """`RotaryEmbedding`, under the name of rule files for dynamic NTK scaling."""
+
+
+class KQwen3MoeRotaryEmbedding(RotaryEmbedding):
+    """`RotaryEmbedding`, under the name of Qwen3-MoE's rule files."""
+
+
+class KGlm4MoeRotaryEmbedding(RotaryEmbedding):
+    """`RotaryEmbedding`, under the name of GLM-4-MoE's rule files."""
+
+
+class KSmallthinkerRotaryEmbedding(RotaryEmbedding):
+    """`RotaryEmbedding`, under the name of SmallThinker's rule files."""

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ktransformers.errors import UnsupportedError
 from ktransformers.operators.base_operator import FamilyOperator
+from ktransformers.operators.gqa import KLlamaAttention, KQwen3MoeAttention  # noqa: F401  rule files name them here
 
 _NEEDED = (
     *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "scaling"),

@@ -122,7 +122,28 @@ class FamilyOperator(BaseInjectedModule):
     transformers finds modules by class: to record attentions and router logits, to initialize, to nest
     models. So an instance gets a class of its own, made from the operator's and the replaced module's, and a
     copy of the replaced module's plain attributes, which the family's methods read.
+
+    Without a forward of its own it computes what the family computes, where the rule puts it. Then a subclass
+    only says what it replaces (`replaces`, `fits`), and what it does not do of what its name promises (`notice`).
     """
+
+    replaces: ClassVar[str] = "any module"
+    """What `fits` accepts, in the words of an error message."""
+    notice: ClassVar[str] = ""
+    """Said once, when the first one is built."""
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        """Whether this operator can take the place of `module`, told from its structure."""
+        return True
+
+    @classmethod
+    def check(
+        cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None
+    ) -> list[str]:
+        if cls.fits(orig_module):
+            return []
+        return [f"{cls.__name__} replaces {cls.replaces}, found {type(orig_module).__name__}"]
 
     def __new__(
         cls,
@@ -148,6 +169,8 @@ class FamilyOperator(BaseInjectedModule):
         **kwargs: Any,
     ):
         super().__init__(key, gguf_loader, config, orig_module, prefill_device, generate_device, **kwargs)
+        if self.notice:
+            tell_once(self.notice)
         if orig_module is not None:
             mine = self.__dict__.keys() - {"config"}  # the module's own config may be a part of the model's
             self.__dict__.update({k: v for k, v in vars(orig_module).items() if k not in mine})
@@ -276,7 +299,7 @@ class _ForwardOnly(torch.autograd.Function):
     def backward(ctx, *grads: Tensor):
         raise UnsupportedError(
             f"{ctx.what} has no backward yet, so no gradient can flow through it. Run under torch.no_grad(), "
-            "or let a rule name the torch operator (KLinearTorch) for modules that gradients must pass."
+            "or let a rule name the torch operator (KLinearTorch, KExpertsTorch) for modules that gradients must pass."
         )
 
 

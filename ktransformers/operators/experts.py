@@ -3,8 +3,9 @@
 The contract is that of transformers 5: experts(hidden [T, H], top_k_index [T, K], top_k_weights [T, K]) gives
 [T, H]. An index outside 0..E-1 is skipped (expert parallelism marks experts of other ranks so), and an expert
 that a row names twice counts twice.
-Families that store weights transposed or interleaved, that have biases, gate in their own way, or have no gate
-(gpt-oss, DeepSeek-V4, Nemotron-H) are computed too; gating.py knows the ways of gating.
+Families that store weights transposed or interleaved, that have biases, gate in their own way, have no gate, or
+experts that pass their input on (gpt-oss, DeepSeek-V4, Nemotron-H, LongCat-Flash) are computed too; gating.py knows the
+ways of gating.
 Letters: T tokens, H hidden, I intermediate, E experts, K experts per token.
 """
 
@@ -32,10 +33,17 @@ from ktransformers.operators.inner_ops import (
 from ktransformers.operators.moe import (  # noqa: F401  rule files name the blocks as operators.experts.*
     KDeepseekV2MoE,
     KDeepseekV3MoE,
+    KDeepseekV3MoEV2,
+    KGlm4MoeMoE,
     KMistralSparseMoEBlock,
     KQwen2MoeSparseMoeBlock,
+    KQwen2MoeSparseMoeBlockV2,
     KQwen3MoeSparseMoeBlock,
+    KQwen3MoeSparseMoeBlockV2,
+    KQwen3NextSparseMoeBlockV2,
+    KSmallthinkerMoeBlock,
 )
+from ktransformers.traits import idle_experts, is_transposed
 
 BACKENDS = ("llamafile", "AMXBF16", "AMXInt8")
 """What older rule files name as `backend` of the CPU experts. All mean the C library of this package."""
@@ -92,6 +100,8 @@ class KExpertsCPU(KExpertsBase):
 
     def load(self, w: Any = None, device: Any = None) -> None:
         packed, gating = self.gguf_loader.experts(self.key), gating_of(self.orig_module)
+        if packed.copied:
+            tell_once("experts are stored by columns: KExpertsCPU computes from a copy in memory, not from the file")
         biases = {"gate_bias": packed.gate_bias, "up_bias": packed.up_bias, "down_bias": packed.down_bias}
         more = {name: bias for name, bias in biases.items() if bias is not None} | _numbers(gating)
         self.experts = native.Experts(packed.gate, packed.up, packed.down, gating.activation, name=self.key, **more)
@@ -127,7 +137,7 @@ class KExpertsTorch(KExpertsBase):
             return self.gguf_loader.tensor(f"{key}.{name}", device=device, dtype=dtype)
 
         self.gate_up, self.down = read(first), read("down_proj")
-        if getattr(experts, "is_transposed", False):
+        if is_transposed(experts):
             self.gate_up, self.down = self.gate_up.transpose(1, 2), self.down.transpose(1, 2)
         if getattr(experts, "has_bias", False):
             self.gate_up_bias, self.down_bias = read(f"{first}_bias"), read("down_proj_bias")
@@ -192,6 +202,7 @@ class KTransformersExperts(StagedOperator):
     ):
         super().__init__(key, gguf_loader, config, orig_module, prefill_device, generate_device)
         self.out_device = out_device
+        self.n_experts, self.idle = len(orig_module.down_proj), idle_experts(orig_module)
         if backend in BACKENDS[1:]:
             tell_once(
                 f"backend {backend!r}: the C library picks kernels for this CPU, and converts no weights"
@@ -219,7 +230,7 @@ class KTransformersExperts(StagedOperator):
             device = kwargs.get(f"{stage}_device") or fallback[stage]
             if problem := op_problem(f"{stage}_op", name, device, EXPERTS_MAP):
                 problems.append(problem)
-            elif name is not None and final_name(name) == "KExpertsCPU":
+            elif name is not None and final_name(name, device) == "KExpertsCPU":
                 if problem := KExpertsCPU.problem(key, orig_module, weights):
                     problems.append(f"{stage}_op: {problem}")
         for word in ("backend", "method"):
@@ -227,12 +238,39 @@ class KTransformersExperts(StagedOperator):
                 problems.append(f"{word}: {problem}")
         return problems
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
+        """The contract; or Llama-4's, whose block passes [E*T, H] alone: T rows for each expert, zeros where it was
+        not chosen."""
+        if top_k_index is None:
+            return self._by_expert(hidden_states)
         out = self.active.forward(hidden_states, top_k_index, top_k_weights)
+        if self.idle:
+            passed = (top_k_weights * (top_k_index >= self.n_experts)).sum(-1, keepdim=True).to(out.dtype)
+            out = out + hidden_states.to(out.device) * passed.to(out.device)
         return out if self.out_device is None else out.to(self.out_device)
+
+    def _by_expert(self, hidden: Tensor) -> Tensor:
+        chosen = hidden.any(dim=1).nonzero().squeeze(1)  # an expert without biases makes zeros of zeros
+        ids = chosen // (len(hidden) // self.n_experts)
+        rows = self.forward(hidden[chosen], ids.unsqueeze(1), torch.ones(len(ids), 1, device=ids.device))
+        return rows.new_zeros(hidden.shape).index_copy_(0, chosen.to(rows.device), rows)
 
     def extra_repr(self) -> str:
         return f"{type(self.active).__name__} on {self.generate_device}"
+
+
+class KTransformersExpertsV2(KTransformersExperts):
+    """`KTransformersExperts`, under the name of server rule files."""
+
+
+class KGlm4Experts(KTransformersExperts):
+    """`KTransformersExperts`, under the name of GLM-4-MoE's rule files."""
+
+
+class KSmallthinkerExperts(KTransformersExperts):
+    """`KTransformersExperts`, under the name of SmallThinker's rule files."""
 
 
 def _method_problem(name: Any, key: str, weights: Any) -> str:
@@ -290,9 +328,9 @@ def _oddity(experts: nn.Module, gate_up: Tensor, down: Tensor) -> str:
     """The first thing about `experts` that no inner operator computes, or ``""``."""
     if getattr(experts, "has_post_expert_norm", False):
         return "has_post_expert_norm = True"
-    if getattr(experts, "is_transposed", False):
+    if is_transposed(experts):
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
     wide = 2 if getattr(experts, "has_gate", True) else 1
-    if gate_up.shape != (down.shape[0], wide * down.shape[2], down.shape[1]):
+    if len(gate_up) < len(down) or gate_up.shape[1:] != (wide * down.shape[2], down.shape[1]):
         return f"{first_projection(experts)} {list(gate_up.shape)} with down_proj {list(down.shape)}"
     return "" if hasattr(experts, "act_fn") or hasattr(experts, "_apply_gate") else "no act_fn"

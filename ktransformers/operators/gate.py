@@ -1,8 +1,5 @@
 """Routers as operators. The choice of experts stays the family's own code; only placement is ours."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from torch import Tensor, nn
 
 from ktransformers.operators.base_operator import FamilyOperator
@@ -14,13 +11,14 @@ class KMoEGate(FamilyOperator):
     It stays an instance of the router's class, so ``output_router_logits=True`` and what trains with it work.
     """
 
+    replaces = "a router (weight [E, H] and top_k)"
+
     @classmethod
-    def check(
-        cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None
-    ) -> list[str]:
-        weight = getattr(orig_module, "weight", None)
-        routes = isinstance(weight, Tensor) and weight.dim() == 2 and hasattr(orig_module, "top_k")
-        if routes and not isinstance(orig_module, nn.Linear):
-            return []
-        found = type(orig_module).__name__
-        return [f"{cls.__name__} replaces a router (weight [E, H] and top_k), found {found}"]
+    def fits(cls, module: nn.Module) -> bool:
+        weight = getattr(module, "weight", None)
+        routes = isinstance(weight, Tensor) and weight.dim() == 2 and hasattr(module, "top_k")
+        return routes and not isinstance(module, nn.Linear)
+
+
+class KMoEGateQwen2Moe(KMoEGate):
+    """`KMoEGate`, under the name of Qwen2-MoE's rule files."""

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from ktransformers.traits import is_interleaved
+
 
 @dataclass(frozen=True)
 class Gating:
@@ -35,11 +37,6 @@ class Gating:
         if self.activation == "swigluoai":
             return (up + 1) * (gate * torch.sigmoid(gate * self.alpha))
         return ACT2FN[self.activation](gate) * up
-
-
-def is_interleaved(experts: nn.Module) -> bool:
-    """Whether gate and up take turns in the rows of `gate_up_proj`, instead of gate first."""
-    return getattr(experts, "is_concatenated", True) is False
 
 
 def gating_of(experts: nn.Module) -> Gating | None:

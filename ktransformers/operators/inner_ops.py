@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ktransformers import native
-from ktransformers.errors import UnsupportedError, did_you_mean
+from ktransformers.errors import did_you_mean
 from ktransformers.loaders.companions import ScaledInfo
 from ktransformers.operators.base_operator import BaseInjectedModule, InferenceState, tell_once
 
@@ -19,23 +19,22 @@ OBSOLETE_OPS = {
     "MLPCUDAExperts": "KExpertsMarlin",
     "QuantizedLinearMarlin": "KLinearMarlin",
     "CPUInferOp": "KLinearCPUInfer",
+    "KSFTExpertsCPU": "KExpertsCPU",
+    "KSFTRouteExpertsCPU": "KExpertsCPU",
 }
 """Names that older rule files and tutorials use -> today's."""
 
-CPU_COUNTERPART = {
-    "KLinearMarlin": "KLinearCPUInfer",
-    "VLinearMarlin": "KLinearCPUInfer",
-    "KLinearFP8": "KLinearCPUInfer",
-    "KLinearQ8": "KLinearCPUInfer",
-    "KLinearIPEXLLM": "KLinearCPUInfer",
-    "KExpertsMarlin": "KExpertsCPU",
+_LINEAR, _EXPERTS = ("KLinearCPUInfer", "KLinearTorch"), ("KExpertsCPU", "KExpertsTorch")
+STAND_INS = {
+    **dict.fromkeys(("KLinearMarlin", "VLinearMarlin", "KLinearFP8", "KLinearQ8", "KLinearIPEXLLM"), _LINEAR),
+    "KExpertsMarlin": _EXPERTS,
 }
-"""Operators with GPU kernels, none of them built yet -> what takes their place on the CPU."""
+"""Operators with GPU kernels, none of them built yet -> what takes their place on the CPU, and elsewhere."""
 
 
 def is_cpu(device: Any) -> bool:
-    """Whether a device name means the CPU."""
-    return torch.device(device).type == "cpu"
+    """Whether a device name means the CPU. A name that is none is not: whoever checks devices says so."""
+    return str(device).partition(":")[0] == "cpu"
 
 
 def given(name: Any) -> str | None:
@@ -43,39 +42,34 @@ def given(name: Any) -> str | None:
     return None if name in (None, "None") else name
 
 
-def final_name(name: str | None) -> str | None:
-    """What `name` comes to on the CPU: today's name, or the counterpart of a GPU operator. Tells nobody."""
+def final_name(name: str | None, device: Any) -> str | None:
+    """What `name` comes to on `device`: today's name, or the stand-in of a GPU operator. Tells nobody."""
     today = OBSOLETE_OPS.get(name, name)
-    return CPU_COUNTERPART.get(today, today)
+    return STAND_INS[today][0 if is_cpu(device) else 1] if today in STAND_INS else today
 
 
 def resolve_op(name: str, device: Any) -> str:
-    """Today's name of operator `name` on `device`. Warns once per obsolete or replaced name.
-
-    Raises:
-        UnsupportedError: the operator needs a GPU kernel that is not built, and `device` is no CPU.
-    """
-    today = OBSOLETE_OPS.get(name, name)
+    """`final_name`, with one warning per obsolete or replaced name."""
+    today, final = OBSOLETE_OPS.get(name, name), final_name(name, device)
     if today != name:
         tell_once(f"operator name {name!r} is obsolete, today's is {today!r}; the rule works as it is")
-    if today not in CPU_COUNTERPART:
-        return today
-    if not is_cpu(device):
-        raise UnsupportedError(_not_built(today, device))
-    counterpart = CPU_COUNTERPART[today]
-    tell_once(f"{today} runs on GPUs only; on {device} {counterpart} takes its place")
-    return counterpart
+    if final != today and is_cpu(device):
+        tell_once(f"{today} runs on GPUs only; on {device} {final} takes its place")
+    elif final != today:
+        tell_once(
+            f"{today}: its GPU kernel is not built yet; {final} takes its place, with dense weights in the model's "
+            "dtype: mind the memory"
+        )
+    return final
 
 
 def op_problem(kwarg: str, name: Any, device: Any, table: Mapping[str, type]) -> str:
     """Say why a rule's `kwarg: name` cannot run on `device`, or return ``""``. Warns of nothing."""
     if given(name) is None:
         return ""
-    today = OBSOLETE_OPS.get(name, name)
-    if today in CPU_COUNTERPART and CPU_COUNTERPART[today] in table:
-        return "" if is_cpu(device) else f"{kwarg}: {_not_built(today, device)}"
+    today = final_name(name, device)
     if today not in table:
-        known = [*table, *(op for op, cpu in CPU_COUNTERPART.items() if cpu in table)]
+        known = [*table, *(op for op, (cpu, _) in STAND_INS.items() if cpu in table)]
         return f"{kwarg}: {name!r} unknown{did_you_mean(str(name), known)}; known: {', '.join(known)}"
     if getattr(table[today], "cpu_only", False) and not is_cpu(device):
         device_kwarg = kwarg.replace("_op", "_device")
@@ -113,11 +107,6 @@ def _in_groups(info: ScaledInfo) -> bool:
         return whole or info.scale_cols % 32 == 0
     unit = 32 if info.zeros is not None else 16
     return info.shape[-1] % 32 == 0 and (whole or info.scale_cols % unit == 0)
-
-
-def _not_built(name: str, device: Any) -> str:
-    torch_op = "KExpertsTorch" if "Experts" in name else "KLinearTorch"
-    return f"{name} on {device} is not built yet; use {torch_op} there, or {CPU_COUNTERPART[name]} on cpu"
 
 
 class StagedOperator(BaseInjectedModule):

@@ -1,7 +1,7 @@
 """Linear layers: the wrapper that a rule names, its inner operators, and the base for authors.
 
 `KTransformersLinear` holds inner operators, each of which knows one way of computing. Packed GPU kernels
-(Marlin, FP8) are not built; see inner_ops.py.
+(Marlin, FP8) are not built: another operator stands in for them, see inner_ops.py.
 Letters: N output features, K input features.
 """
 
@@ -25,6 +25,7 @@ from ktransformers.operators.inner_ops import (
     resolve_op,
     stored_problem,
 )
+from ktransformers.traits import is_linear
 
 Weight = dict | nn.Parameter | tuple | None
 """What `load(w=...)` takes: nothing (read the checkpoint), the weight [N, K], or (weight, bias)."""
@@ -163,12 +164,12 @@ LINEAR_MAP: dict[str, type] = {"KLinearTorch": KLinearTorch, "KLinearCPUInfer": 
 """Names a rule may give as `generate_op` and `prefill_op`; authors may add theirs."""
 
 
-class KTransformersLinear(StagedOperator):
+class KTransformersLinear(StagedOperator, nn.Linear):
     """A linear layer that computes with the inner operator a rule names (see `StagedOperator`).
 
     Without a name the device decides: on the CPU `KLinearCPUInfer` for weights that the C library computes,
     else `KLinearTorch`. The input may be on any device; the result is on `out_device`, or
-    where the input was.
+    where the input was. It is an `nn.Linear`, for that is what PEFT puts adapters on.
     """
 
     def __init__(
@@ -250,7 +251,7 @@ class KTransformersLinear(StagedOperator):
 
 def _not_linear(module: nn.Module) -> str:
     """Say that `module` is no linear layer, or more than one (routers may subclass it), or return ``""``."""
-    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+    if is_linear(module):
         return ""
     more = ", which computes more than that" if isinstance(module, nn.Linear) else ""
     return f"replaces torch.nn.Linear, found {type(module).__name__}{more}"

@@ -164,6 +164,18 @@ class KQwen3MoeModel(DecoderModel):
     """Qwen3-MoE."""
 
 
+class KQwen3NextModel(DecoderModel):
+    """Qwen3-Next."""
+
+
+class KGlm4MoeModel(DecoderModel):
+    """GLM-4-MoE."""
+
+
+class KSmallThinkerModel(DecoderModel):
+    """SmallThinker."""
+
+
 class KMixtralModel(DecoderModel):
     """Mixtral."""
 

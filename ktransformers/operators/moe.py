@@ -67,6 +67,14 @@ class KDeepseekV3MoE(KDeepseekV2MoE):
     """DeepSeek-V3 and R1: as V2; what differs, the router, is the family's own."""
 
 
+class KDeepseekV3MoEV2(KDeepseekV3MoE):
+    """`KDeepseekV3MoE`, under the name of server rule files."""
+
+
+class KGlm4MoeMoE(KDeepseekV3MoE):
+    """GLM-4-MoE: as DeepSeek-V3."""
+
+
 class KQwen2MoeSparseMoeBlock(SparseMoEBlock):
     """Qwen2-MoE: the shared expert is weighted by a sigmoid gate of its own."""
 
@@ -76,8 +84,24 @@ class KQwen2MoeSparseMoeBlock(SparseMoEBlock):
         return F.sigmoid(self.shared_expert_gate(tokens)) * self.shared_expert(tokens)
 
 
+class KQwen2MoeSparseMoeBlockV2(KQwen2MoeSparseMoeBlock):
+    """`KQwen2MoeSparseMoeBlock`, under the name of server rule files."""
+
+
+class KQwen3NextSparseMoeBlockV2(KQwen2MoeSparseMoeBlock):
+    """Qwen3-Next: as Qwen2-MoE."""
+
+
 class KQwen3MoeSparseMoeBlock(SparseMoEBlock):
     """Qwen3-MoE: no shared experts."""
+
+
+class KQwen3MoeSparseMoeBlockV2(KQwen3MoeSparseMoeBlock):
+    """`KQwen3MoeSparseMoeBlock`, under the name of server rule files."""
+
+
+class KSmallthinkerMoeBlock(SparseMoEBlock):
+    """SmallThinker, under the name of its rule files: no shared experts."""
 
 
 class KMistralSparseMoEBlock(SparseMoEBlock):

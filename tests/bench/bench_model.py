@@ -28,7 +28,7 @@ def write_synthetic(folder: Path) -> Path:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from ktransformers import gguf_metadata
+    from ktransformers import gguf_config
     from ktransformers.loaders import gguf_names
     from ktransformers.quants import QUANT_TYPES
 
@@ -39,7 +39,7 @@ def write_synthetic(folder: Path) -> Path:
     family, random = gguf_names.FAMILIES["qwen3moe"], np.random.default_rng(0)
     path = folder / "synthetic-Q4_K_M.gguf"
     writer = gguf.GGUFWriter(path, family.arch)
-    gguf_metadata.add_config(writer, family.arch, config)
+    gguf_config.add_config(writer, family.arch, config)
 
     def add(name: str, shape: tuple[int, ...]) -> None:
         kind = (

@@ -11,7 +11,8 @@ from transformers.activations import ACT2FN
 
 from ktransformers.loaders import ExpertWeights
 from ktransformers.operators.experts import KExpertsCPU, KTransformersExperts
-from ktransformers.operators.gating import Gating, gating_of, is_interleaved
+from ktransformers.operators.gating import Gating, gating_of
+from ktransformers.traits import is_interleaved
 from ktransformers.quants import QUANT_TYPES, Packed
 
 CPU = {"generate_device": "cpu", "prefill_device": "cpu"}

@@ -144,14 +144,13 @@ def test_an_obsolete_name_is_accepted_with_a_warning_naming_todays(fresh_notices
         KTransformersLinear(KEY, weights, None, meta, "cpu", "QuantizedLinearMarlin", "cpu")
 
 
-def test_a_gpu_operator_on_a_gpu_says_that_it_is_not_built():
+@pytest.mark.parametrize("name", ["KLinearMarlin", "VLinearMarlin", "KLinearFP8", "KLinearQ8"])
+def test_a_gpu_operator_on_a_gpu_is_computed_by_torch_and_says_so(name, fresh_notices):
     _, meta, weights = pair()
-    with pytest.raises(UnsupportedError, match="KLinearMarlin on cuda is not built yet; use KLinearTorch"):
-        KTransformersLinear(KEY, weights, None, meta, "cuda", "KLinearMarlin")
-    problems = KTransformersLinear.check(
-        KEY, meta, {"generate_op": "KLinearMarlin", "generate_device": "cuda"}, weights
-    )
-    assert len(problems) == 1 and "not built yet" in problems[0]
+    assert KTransformersLinear.check(KEY, meta, {"generate_op": name, "generate_device": "cuda"}, weights) == []
+    with pytest.warns(UserWarning, match=f"{name}: its GPU kernel is not built yet; KLinearTorch takes its place"):
+        module = KTransformersLinear(KEY, weights, None, meta, "cuda", name)
+    assert isinstance(module.active, KLinearTorch) and str(module.active.device) == "cuda"
 
 
 def test_check_lists_what_does_not_fit():

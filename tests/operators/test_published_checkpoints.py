@@ -3,18 +3,22 @@ transformers where it can."""
 
 import json
 import re
+import warnings
 from types import SimpleNamespace
 
+import families
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import meta_model, random_ids, relative_error
+from tiny import meta_model, random_ids, randomize, relative_error
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ktransformers import native, optimize_and_load
-from ktransformers.errors import NativeError, RuleError, WeightError
+from ktransformers.errors import NativeError, RuleError
 from ktransformers.loaders import bind, open_weights
+from ktransformers.operators import base_operator
+from ktransformers.operators.experts import KTransformersExperts
 from ktransformers.operators.inner_ops import stored_problem
 from ktransformers.quantize import quantize_folder
 from tests.loaders import published
@@ -28,7 +32,7 @@ def rules(op="KExpertsTorch", **more):
     """Experts by `op`, linear layers by the C library where it computes their type."""
     return [
         {"match": {"trait": "experts"}, "replace": {"class": EXPERTS, "kwargs": {"generate_op": op, **CPU, **more}}},
-        {"match": {"name": r"(?<!o_a_proj)$", "class": "torch.nn.Linear"}, "replace": {"class": LINEAR, "kwargs": CPU}},
+        {"match": {"name": r"(?<!o_a_proj)(?<!weights_proj)$", "class": "torch.nn.Linear"}, "replace": {"class": LINEAR, "kwargs": CPU}},
     ]
 
 
@@ -36,14 +40,6 @@ NO_OPERATORS = [{"match": {"name": "^model$"}, "replace": {"class": "default", "
 
 
 BOTH = pytest.mark.parametrize("op", ["KExpertsTorch", "KExpertsCPU"])
-
-
-@pytest.fixture
-def exact():
-    """The C library in fp32 throughout, so that any difference is a fault and not rounding."""
-    native.set_exact(True)
-    yield
-    native.set_exact(False)
 
 
 def write(folder, tensors, config=None):
@@ -130,18 +126,21 @@ def test_gpt_oss_experts_are_views_of_the_blocks(tmp_path):
     assert torch.equal(experts.down_bias, module.down_proj_bias)
 
 
-def test_gpt_oss_dequantized_has_no_rows_to_pack(tmp_path):
-    """Its bf16 form stores columns: the torch operator computes it, the C library's operator says why not."""
-    truth = random_model(gpt_oss_config()).to(torch.bfloat16)
-    folder = write(tmp_path, truth.state_dict())
-    meta = meta_model(gpt_oss_config()).to(torch.bfloat16)
-    weights = bind(open_weights(folder), meta)
-    assert "stored with rows and columns exchanged" in weights.experts_problem("model.layers.0.mlp.experts")
-    with pytest.raises(WeightError, match="rows and columns exchanged.*Use tensor"):
-        weights.experts("model.layers.0.mlp.experts")
-    loaded = optimize_and_load(meta, rules(), folder, progress=False)
-    ids = random_ids(1, 5, vocab=80)
-    assert relative_error(logits(loaded, ids), logits(truth, ids)) < 0.05
+@BOTH
+def test_gpt_oss_dequantized(op, tmp_path, exact):
+    """Its bf16 form stores columns, so that rows of it are a copy; that is said once."""
+    truth = random_model(gpt_oss_config())
+    folder = write(tmp_path, {name: tensor.bfloat16() for name, tensor in truth.state_dict().items()})
+    truth.load_state_dict({name: tensor.bfloat16().float() for name, tensor in truth.state_dict().items()})
+    weights = bind(open_weights(folder), meta_model(gpt_oss_config()))
+    key = "model.layers.0.mlp.experts"
+    assert weights.experts(key).copied and weights.experts_problem(key) == "" and not weights.can_pack(f"{key}.down_proj")
+    base_operator._told.clear()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        loaded = optimize_and_load(meta_model(gpt_oss_config()), rules(op), folder, progress=False)
+    assert sum("a copy in memory" in str(warning.message) for warning in told) == (op == "KExpertsCPU")
+    same_logits(loaded, truth)
 
 
 # --- DeepSeek-V4: names of its own, FP8 with powers of two, FP4 experts ----------------------------------------------------
@@ -220,6 +219,45 @@ def test_every_format_runs(form, tmp_path, exact):
     method = published.FORMATS[form][2]
     for rule in (rules("KExpertsTorch", method=method), rules("KExpertsCPU", method=method), NO_OPERATORS):
         same_logits(optimize_and_load(meta_model(qwen3_moe_config()), rule, folder, progress=False), truth)
+
+
+# --- families in the formats that their publishers use --------------------------------------------------------------------
+
+QUANTIZED = re.compile(r"\.layers\.\d+\..*((?<!weights)_proj|_proj_with_mqa|\.w[123])\.weight$")
+
+
+def published_family(model_type, form, folder):
+    """(folder, model with the numbers that the format's definition says): experts and projections in a format."""
+    torch.manual_seed(0)
+    model, rng = AutoModelForCausalLM.from_config(families.config_of(model_type)).eval(), np.random.default_rng(0)
+    make, _, _, config = published.FORMATS[form]
+    randomize(model).save_pretrained(folder / "hf")
+    tensors, plain = {}, {}
+    for name, tensor in load_file(folder / "hf" / "model.safetensors").items():
+        whole = tensor.dim() == 2 and all(size % 32 == 0 for size in tensor.shape)
+        if QUANTIZED.search(name) and whole:
+            parts, values = make(*tensor.shape, rng)
+            tensors |= {name.removesuffix("weight") + part: t for part, t in parts.items()}
+            plain[name] = torch.from_numpy(np.ascontiguousarray(values)).float()
+        else:
+            tensors[name] = plain[name] = tensor
+    truth = optimize_and_load(meta_model(model.config), NO_OPERATORS, write(folder / "plain", plain), progress=False)
+    return write(folder, tensors, config), truth
+
+
+FORMS = [(family, form) for family, forms in families.PUBLISHED.items() for form in forms]
+
+
+@pytest.mark.parametrize(("model_type", "form"), FORMS)
+def test_a_family_as_it_is_published(model_type, form, tmp_path, exact):
+    """Under the default rules, and with the linear layers packed too."""
+    folder, truth = published_family(model_type, form, tmp_path)
+    packed = rules("KExpertsCPU", method=published.FORMATS[form][2])
+    for rule in ("Default", packed):
+        loaded = optimize_and_load(meta_model(truth.config), rule, folder, devices={"cuda": "cpu"}, progress=False)
+        same_logits(loaded, truth)
+        layer = next(module for module in loaded.modules() if isinstance(module, KTransformersExperts))
+        assert loaded.gguf_loader.quant_type(f"{layer.key}.down_proj") == published.FORMATS[form][1]
 
 
 ROUNDED = [form for form in published.FORMATS if "fp8" not in form]

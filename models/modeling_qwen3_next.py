@@ -1,0 +1,5 @@
+"""Class names that published Qwen3-Next rule files match on: transformers' own classes."""
+
+from ktransformers.models import family_classes
+
+globals().update(family_classes("qwen3_next"))

@@ -1,0 +1,83 @@
+"""README's table of families, made from the tables that the tests run over, so that it claims what they check.
+
+`python -m tests.support` (`make support`) rewrites the section between two marks; a test fails when it is out of date.
+Nothing is measured here.
+"""
+
+from pathlib import Path
+
+from ktransformers.loaders import gguf_names
+from ktransformers.models import DEFAULT_RULES
+from ktransformers.optimize_rules import NAMES
+from tests import families
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+BEGIN, END = "<!-- families: made by `make support` -->", "<!-- end of families -->"
+
+LABELS = {
+    "fp8_block": "FP8 in 128x128 blocks",
+    "fp8_channel": "FP8 per channel",
+    "int4_packed": "compressed-tensors INT4",
+    "gptq4": "GPTQ INT4",
+    "awq4": "AWQ INT4",
+}
+"""Format of tests/loaders/published.py -> words for it."""
+
+OF_THEIR_OWN = {
+    "deepseek_v4": ["FP8 in 128x128 blocks with MXFP4 experts"],
+    "gpt_oss": ["MXFP4"],
+    "qwen3_moe": ["every format of the table below"],
+}
+"""Families with tests of their own in test_published_checkpoints.py -> the formats checked there."""
+
+
+def formats(model_type: str) -> str:
+    """The checkpoint formats that a family is checked in."""
+    found = ["F32, BF16, F16"]
+    found += OF_THEIR_OWN.get(model_type, []) + [LABELS[form] for form in families.PUBLISHED.get(model_type, [])]
+    if any(model_type in family.model_types for family in gguf_names.FAMILIES.values()):
+        found.append("GGUF")
+    return "; ".join(found)
+
+
+def rows() -> dict[tuple[str, ...], list[str]]:
+    """(checkpoint formats, operator, rule file) -> the model types that they are the same for."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for model_type in families.FAMILIES:
+        name = DEFAULT_RULES.get(model_type, "Default")
+        rule = f"`{NAMES.get(name, name)}`" + (" with that operator" if model_type in families.TORCH_ONLY else "")
+        found.setdefault((formats(model_type), f"`{families.operator_of(model_type)}`", rule), []).append(model_type)
+    return dict(sorted(found.items(), key=lambda row: ("`Default`" in row[0][2], len(row[1]), row[1])))
+
+
+def section() -> str:
+    """What stands in README between the marks, both included."""
+    lines = [
+        BEGIN,
+        "",
+        "| model types | checkpoints | experts by | on | rule file of `optimize_and_load` |",
+        "|---|---|---|---|---|",
+    ]
+    for (checkpoints, operator, rule), types in rows().items():
+        lines.append(f"| {', '.join(f'`{name}`' for name in types)} | {checkpoints} | {operator} | CPU | {rule} |")
+    lines += ["", "Not, or not in C:", ""]
+    refused = {
+        **{name: f"{why}: name `KExpertsTorch`, with which it runs" for name, why in families.TORCH_ONLY.items()},
+        **families.WITHOUT,
+        **families.ABSENT,
+    }
+    lines += [f"- `{name}`: {why}" for name, why in refused.items()]
+    return "\n".join([*lines, "", END])
+
+
+def rewritten(text: str) -> str:
+    """README's text with the section as it should be."""
+    before, mark, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (mark and end):
+        raise SystemExit(f"{README}: found no section from {BEGIN!r} to {END!r}. Put both lines where it should stand.")
+    return before + section() + after
+
+
+if __name__ == "__main__":
+    README.write_text(rewritten(README.read_text(encoding="utf-8")), encoding="utf-8")

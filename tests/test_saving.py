@@ -1,0 +1,98 @@
+"""What can be saved of a model with operators, and PEFT on one: it works, or says what to do."""
+
+import pytest
+import torch
+from tiny import meta_model, random_ids, relative_error
+from transformers import AutoModelForCausalLM
+
+from ktransformers import optimize_and_load
+from ktransformers.errors import UnsupportedError
+
+IDS = random_ids(1, 9)
+
+
+def rule(trait, operator, **kwargs):
+    kwargs = {"generate_device": "cpu", **kwargs}
+    return {"match": {"trait": trait}, "replace": {"class": f"ktransformers.operators.{operator}", "kwargs": kwargs}}
+
+
+PLACED = [
+    rule("norm", "layernorm.RMSNorm"),
+    rule("rotary", "RoPE.RotaryEmbedding"),
+    rule("attention", "attention.KQwen3MoeAttention"),
+    rule("router", "gate.KMoEGate"),
+]
+DENSE = rule("linear", "linear.KTransformersLinear", generate_op="KLinearTorch")
+PACKED = rule("linear", "linear.KTransformersLinear", generate_op="KLinearCPUInfer")
+EXPERTS = {op: rule("experts", "experts.KTransformersExperts", generate_op=op) for op in ("KExpertsTorch", "KExpertsCPU")}
+
+
+@pytest.fixture
+def build(checkpoint):
+    """Call with rules: the tiny model with them."""
+    reference, folder = checkpoint("qwen3_moe")
+
+    def make(*rules):
+        return optimize_and_load(meta_model(reference.config), list(rules), folder, default_device="cpu", progress=False)
+
+    make.reference = reference
+    return make
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.mark.parametrize("rules", [PLACED, [*PLACED, DENSE]], ids=["placed", "dense"])
+def test_a_model_whose_weights_are_all_dense_is_saved_as_any_other(build, rules, tmp_path):
+    build(*rules).save_pretrained(tmp_path)
+    assert relative_error(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(build.reference)) < 1e-5
+
+
+@pytest.mark.parametrize("one", [PACKED, *EXPERTS.values()], ids=["linear", *EXPERTS])
+def test_a_model_that_computes_from_the_checkpoint_says_what_to_copy(build, one, tmp_path):
+    with pytest.raises(UnsupportedError, match=r"tensors from the bytes of .* Copy that checkpoint"):
+        build(*PLACED, one).save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def lora():
+    """Call with a model: PEFT's model of it, adapters on the query and output projections."""
+    peft = pytest.importorskip("peft")
+
+    def make(model):
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM")
+        return peft.get_peft_model(model, config)
+
+    return make
+
+
+@pytest.mark.parametrize("rules", [PLACED, [*PLACED, DENSE, EXPERTS["KExpertsTorch"]]], ids=["placed", "torch"])
+def test_peft_trains_saves_loads_and_merges(build, lora, rules, tmp_path):
+    import peft
+
+    model = lora(build(*rules))
+    assert relative_error(logits(model), logits(build.reference)) < 1e-4
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len(trained) == 12 and all(parameter.grad is not None for parameter in trained)
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.normal_(0, 0.1)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(build(*rules), tmp_path)
+    assert relative_error(logits(again), logits(model)) < 1e-6
+    assert relative_error(logits(again.merge_and_unload()), logits(model)) < 1e-4
+
+
+def test_peft_on_packed_weights_says_which_operator_to_name(build, lora):
+    with pytest.raises(AttributeError, match=r"q_proj: computes from packed bytes .*; name KLinearTorch for it in the rule"):
+        lora(build(PACKED))
+
+
+def test_gradients_that_meet_packed_experts_say_which_operator_to_name(build, lora):
+    model = lora(build(EXPERTS["KExpertsCPU"]))
+    with pytest.raises(UnsupportedError, match="KExpertsCPU.* has no backward yet.*KExpertsTorch"):
+        model(input_ids=IDS, labels=IDS).loss.backward()
