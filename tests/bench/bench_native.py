@@ -138,11 +138,11 @@ def multiplier(name: str) -> str:
 
 
 def error(layer: Layer, tokens: int, kind: str) -> float:
-    """Mean over calls: one token's error alone says little."""
+    """Over several calls together: one token's error alone says little."""
     generator = torch.Generator().manual_seed(tokens)
     calls = max(1, ERROR_CALL_TOKENS // tokens)
     tokens = min(tokens, ERROR_TOKENS)
-    found_errors = []
+    wrong = right = 0.0
     for _ in range(calls):
         hidden = torch.randn(tokens, layer.hidden, generator=generator).to(layer.dtype)
         call = (hidden.float(), *routing(layer, tokens, kind, generator))
@@ -150,8 +150,8 @@ def error(layer: Layer, tokens: int, kind: str) -> float:
         truth = layer.experts(*call).double()
         native.set_exact(False)
         found = layer.experts(hidden, *call[1:]).double()
-        found_errors.append(((found - truth).abs().mean() / truth.abs().mean()).item())
-    return statistics.mean(found_errors)
+        wrong, right = wrong + (found - truth).abs().mean().item(), right + truth.abs().mean().item()
+    return wrong / right
 
 
 def measure(layer: Layer, name: str, shape: str, tokens: int, kind: str, slices: int, budget: float) -> Row:
