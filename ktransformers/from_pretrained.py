@@ -1,4 +1,4 @@
-"""transformers' own door: `AutoModelForCausalLM.from_pretrained(path, quantization_config=KTConfig(rule="DeepSeek-V3"))`.
+"""transformers' own door: `AutoModelForCausalLM.from_pretrained(path, quantization_config=KTConfig(rule="..."))`.
 
 The model it returns is the one that `optimize_and_load` makes; there is no second engine here. transformers builds the
 model on the meta device and then finds nothing in it to load, initialize or tie, because its modules are set aside
@@ -20,7 +20,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ktransformers.errors import DeviceError, KTransformersError, RuleError, UnsupportedError, WeightError
+from ktransformers.errors import DeviceError, RuleError, UnsupportedError, WeightError
 from ktransformers.optimize import optimize_and_load
 from ktransformers.rules import RulesLike, load_rules
 
@@ -35,13 +35,13 @@ class KTConfig(QuantizationConfigMixin):
     Args:
         rule: a path, the name of a packaged rule file, or the parsed list of rules.
         weights: a folder, a ``.safetensors`` or a ``.gguf`` file; None is the folder that `from_pretrained` is given.
-        default_device: of modules that no rule names; None is the device of `device_map`, else ``cuda:0`` where there is
-            a GPU, else ``cpu``.
+        default_device: of modules that no rule names; None is the device of `device_map`, else ``cuda:0`` where there
+            is a GPU, else ``cpu``.
         devices: renames devices in the rules: ``{"cuda": "cpu"}`` runs a GPU's rules on a machine without one.
         progress: show a progress bar on standard error while loading, when that is a terminal.
 
-    Of the arguments of `from_pretrained`, `dtype` is the type of what is computed unpacked, and `device_map` may name one
-    device; "auto" and kin leave the placing to the rules (transformers wants accelerate for either). Refused are a
+    Of the arguments of `from_pretrained`, `dtype` is the type of what is computed unpacked, and `device_map` may name
+    one device; "auto" and kin leave the placing to the rules (transformers wants accelerate for either). Refused are a
     `device_map` of several entries, `tp_plan` and `distributed_config`, `key_mapping`, `use_kernels`; `max_memory` and
     `offload_folder` have no meaning.
 
@@ -61,7 +61,7 @@ class KTConfig(QuantizationConfigMixin):
     ) -> None:
         if rule is None:
             raise RuleError(
-                "KTConfig: no rule given. Pass rule=<path of a YAML file, the name of a packaged one, or a list of rules>."
+                "KTConfig: no rule given. Pass rule=<path of a YAML file, name of a packaged one, or list of rules>."
             )
         load_rules(rule)
         self.quant_method = quant_method
@@ -88,8 +88,8 @@ class KTQuantizer(HfQuantizer):
         """The first look at the config: let folders pass that hold a GGUF, or nothing but a config."""
         if getattr(config, "distributed_config", None) is not None:
             raise UnsupportedError(
-                "KTConfig: found tp_plan or distributed_config; rules place the modules. Leave it out, and name several "
-                "devices in the rule file."
+                "KTConfig: found tp_plan or distributed_config; rules place the modules. Leave it out, and name "
+                "several devices in the rule file."
             )
         folder = Path(str(getattr(config, "_name_or_path", "") or ""))
         if folder.is_dir() and not any(folder.glob("*.safetensors*")):
@@ -103,8 +103,8 @@ class KTQuantizer(HfQuantizer):
             raise UnsupportedError("KTConfig: found use_kernels; rules name the operators that compute. Leave it out.")
         if len(weight_conversions) > len(get_model_conversion_mapping(model)):
             raise UnsupportedError(
-                "KTConfig: found key_mapping; names of checkpoints are matched by transformers' own mapping. Rename the "
-                "tensors in the file, or register the mapping with transformers."
+                "KTConfig: found key_mapping; names of checkpoints are matched by transformers' own mapping. Rename "
+                "the tensors in the file, or register the mapping with transformers."
             )
         return []
 
@@ -120,7 +120,7 @@ class KTQuantizer(HfQuantizer):
             empty = Path(self._nothing.name) / "nothing.safetensors"
             save_file({}, empty)
             checkpoint_files[:] = [str(empty)]  # transformers opens what this list names
-        if logging.is_progress_bar_enabled():  # no bar for loading no tensors; back at the latest with this object's end
+        if logging.is_progress_bar_enabled():  # no bar for no tensors; on again at the latest when this object ends
             logging.disable_progress_bar()
             self._show_bars = weakref.finalize(self, logging.enable_progress_bar)
 

@@ -1,9 +1,9 @@
 """A tokenizer as GGUF metadata, and back: `add_tokenizer` writes what `tokenizer_from_gguf` reads.
 
-The file's own tokenizer.json (`tokenizer.huggingface.json`, which we write) is taken as it is. Files without one, such as
-llama.cpp's, name a vocabulary and how text is split; from these the same tokenizer is built for byte-level BPE ("gpt2")
-and for SentencePiece's BPE ("llama"). What a name of a split means stands in gguf_splits.py. Nothing is guessed: a
-tokenizer that cannot be built right is an error, as wrong tokens look like a bad model.
+The file's own tokenizer.json (`tokenizer.huggingface.json`, which we write) is taken as it is. Files without one, such
+as llama.cpp's, name a vocabulary and how text is split; from these the same tokenizer is built for byte-level BPE
+("gpt2") and for SentencePiece's BPE ("llama"). What a name of a split means stands in gguf_splits.py. Nothing is
+guessed: a tokenizer that cannot be built right is an error, as wrong tokens look like a bad model.
 """
 
 import json
@@ -103,7 +103,8 @@ class _Source:
             raise WeightError(f"{self.path}: has no tokenizer in it. {_INSTEAD}.")
         if kind not in _BUILDERS:
             raise UnsupportedError(
-                f"{self.path}: tokenizer.ggml.model is {kind!r}; built are {', '.join(map(repr, _BUILDERS))}. {_INSTEAD}."
+                f"{self.path}: tokenizer.ggml.model is {kind!r}; built are {', '.join(map(repr, _BUILDERS))}. "
+                f"{_INSTEAD}."
             )
         types = self.items("token_type", (int,), len(tokens)) or [_NORMAL] * len(tokens)
         backend = _BUILDERS[kind](self, tokens, types)
@@ -237,9 +238,7 @@ def _tokens(described: dict, size: int) -> tuple[list[str], list[int]]:
     vocabulary += [(t["content"], t["id"], _CONTROL if t.get("special") else _USER_DEFINED) for t in added]
     for text, i, kind in vocabulary:
         if not 0 <= i < size:
-            raise WeightError(
-                f"Token {text!r} has id {i}, the model's vocabulary has {size}. Check tokenizer.json."
-            )
+            raise WeightError(f"Token {text!r} has id {i}, the model's vocabulary has {size}. Check tokenizer.json.")
         tokens[i], kinds[i] = text, kind
     return tokens, kinds
 

@@ -34,7 +34,7 @@ def main(
         typer.Option(
             "--model_path",
             "--model-path",
-            help="Folder with config and tokenizer; default: what the .gguf says of itself, without one the embedded model.",
+            help="Folder with config and tokenizer; default: what the .gguf says, without one the embedded model.",
         ),
     ] = "",
     gguf_path: Annotated[
@@ -198,9 +198,16 @@ def _read_folder(model_path: str, folder: Path) -> tuple[Any, Any]:
     if not folder.joinpath("config.json").is_file():
         raise KTransformersError(f"{model_path}: has no config.json; expected a Hugging Face model folder.")
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        return config, AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # False, not left out: transformers would ask on the terminal whether to run the folder's code.
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return config, AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises its own kinds for damaged files, none with a common root
+        if "trust_remote_code" in str(error):
+            raise KTransformersError(
+                f"{model_path}: transformers does not know this model or its tokenizer, and code from a model folder is "
+                "not run. Use a release of transformers that has the model, or build config, model and tokenizer with "
+                "trust_remote_code=True in a program of your own and call optimize_and_load."
+            ) from error
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise KTransformersError(f"{model_path}: config or tokenizer cannot be read: {' '.join(lines[:2])}") from error
 

@@ -50,8 +50,9 @@ _IN_FULL = re.compile(r"\.(ffn_gate_inp|ssm_a$|ssm_d$|ssm_conv1d|shortconv\.conv
 def choose_type(name: str, shape: tuple[int, ...], mix: str, layers: int, tied: bool) -> QuantType:
     """The type of the GGUF tensor `name` under `mix`; mixes follow what published files of that name hold.
 
-    Vectors, routers and what belongs to a state space or a short convolution stay F32. In Q4_K_M and Q5_K_M the output matrix, and the value and down projections
-    of half the layers, get Q6_K. Rows that are no multiple of 256 fall back to Q8_0, of 32 to F16.
+    Vectors, routers and what belongs to a state space or a short convolution stay F32. In Q4_K_M and
+    Q5_K_M the output matrix, and the value and down projections of half the layers, get Q6_K. Rows that
+    are no multiple of 256 fall back to Q8_0, of 32 to F16.
     """
     if len(shape) == 1 or _IN_FULL.search(name):
         return QUANT_TYPES["F32"]

@@ -4,6 +4,8 @@ import pytest
 import torch
 from tiny import FAMILIES, save, tiny_model
 
+from ktransformers import native
+
 torch.set_num_threads(1)  # at these sizes threads cost more than they give
 
 
@@ -20,6 +22,14 @@ def checkpoint(tmp_path_factory):
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def exact():
+    """The C library in fp32 throughout, so that any difference is a fault and not rounding."""
+    native.set_exact(True)
+    yield
+    native.set_exact(False)
 
 
 @pytest.fixture(params=list(FAMILIES))

@@ -46,9 +46,9 @@ def rows() -> dict[tuple[str, ...], list[str]]:
     found: dict[tuple[str, ...], list[str]] = {}
     for model_type in families.FAMILIES:
         name = DEFAULT_RULES.get(model_type, "Default")
-        rule = f"`{NAMES.get(name, name)}`"
+        rule = f"`{NAMES.get(name, name)}`" + (" with that operator" if model_type in families.TORCH_ONLY else "")
         found.setdefault((formats(model_type), f"`{families.operator_of(model_type)}`", rule), []).append(model_type)
-    return dict(sorted(found.items(), key=lambda row: (row[0][2] == "`Default`", len(row[1]), row[1])))
+    return dict(sorted(found.items(), key=lambda row: ("`Default`" in row[0][2], len(row[1]), row[1])))
 
 
 def section() -> str:

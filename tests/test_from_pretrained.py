@@ -17,6 +17,7 @@ from ktransformers.errors import DeviceError, KTransformersError, RuleError, Uns
 from ktransformers.operators.base_operator import BaseInjectedModule
 from ktransformers.quantize import quantize_folder
 from tests.loaders import published
+from tests.loaders.test_gguf_families import model_of
 
 CPU = {"cuda": "cpu"}
 
@@ -55,6 +56,18 @@ def test_every_family(checkpoint, family):
     # Nothing of the detour is left on the model.
     assert not hasattr(found, "hf_quantizer") and not found.is_quantized
     assert not hasattr(found.config, "quantization_config")
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "glm4_moe", "qwen3_next", "lfm2_moe", "llama4_text"])
+def test_other_families(model_type, tmp_path):
+    """Transposed experts with biases, short convolutions, linear attention, tied embeddings: from safetensors and GGUF."""
+    folder = save(model_of(model_type), tmp_path / "hf")
+    same(through_the_door(folder, "Default"), by_hand(folder, "Default"))
+    quantize_folder(folder, tmp_path / "m.gguf", "F16")
+    expected = by_hand(folder, "Default", tmp_path / "m.gguf")
+    same(through_the_door(folder, "Default", tmp_path / "m.gguf"), expected)
+    config = AutoConfig.from_pretrained(folder)
+    same(through_the_door(folder, "Default", tmp_path / "m.gguf", config=config), expected)
 
 
 @pytest.fixture

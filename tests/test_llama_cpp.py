@@ -13,7 +13,7 @@ import torch
 
 from ktransformers.quantize import quantize_folder
 from tests.loaders import tiny
-from tests.loaders.test_gguf_families import CONFIGS, model_of, save
+from tests.loaders.test_gguf_families import CONFIGS, model_of
 from tests.test_quantize import byte_tokenizer
 
 pytest.importorskip("xllamacpp")
@@ -86,7 +86,7 @@ def test_same_probabilities_in_other_families(model_type, tmp_path):
 
 @torch.no_grad()
 def agree(model, tmp_path):
-    save(model, tmp_path / "hf")
+    model.save_pretrained(tmp_path / "hf")
     byte_tokenizer()[1].save(str(tmp_path / "hf" / "tokenizer.json"))
     quantize_folder(tmp_path / "hf", tmp_path / "m.gguf", "F32")
     prompt, ours = readable_prompt(model)

@@ -1,7 +1,7 @@
 """What llama.cpp's converter does to tensors, each step with its way back: the loader undoes what the writer does.
 
-A layout says in how many parts and in which order a GGUF file holds one tensor of the model. Which tensor of which family
-has one is told by gguf_names.py; reading and writing files is the business of names.py and quantize.py.
+A layout says in how many parts and in which order a GGUF file holds one tensor of the model. Which tensor of which
+family has one is told by gguf_names.py; reading and writing files is the business of names.py and quantize.py.
 Letters: h heads, k key heads, v value heads for one of them, d size of a head.
 """
 
@@ -174,8 +174,8 @@ def _load_kv_b(parts: list[Tensor], shape: Shape, config: Config) -> Tensor:
 
 
 KV_B = Layout(_store_kv_b, _load_kv_b, ("attn_k_b", "attn_v_b"))
-"""`kv_b_proj` [h (nope + value), lora], split to absorb attention: k_b [h, lora, nope] and v_b [h, value, lora]. Older files
-hold it whole, or flatten the first two dimensions of the parts."""
+"""`kv_b_proj` [h (nope + value), lora], split to absorb attention: k_b [h, lora, nope] and v_b [h, value, lora]. Older
+files hold it whole, or flatten the first two dimensions of the parts."""
 
 
 def _qkvz_sizes(config: Config) -> tuple[int, list[int]]:

@@ -1,8 +1,8 @@
 """GGUF's names and layouts, family by family: what the gguf package's name map does not say.
 
-The map turns `model.layers.3.self_attn.q_proj` into `blk.3.attn_q`. Exceptions stand here, once, and are read by the loader
-(names.py) and by the writer (quantize.py). A new family is a row in FAMILIES; what its converter in llama.cpp does to
-tensors on the way is a layout (gguf_layouts.py).
+The map turns `model.layers.3.self_attn.q_proj` into `blk.3.attn_q`. Exceptions stand here, once, and are read by the
+loader (names.py) and by the writer (quantize.py). A new family is a row in FAMILIES; what its converter in llama.cpp
+does to tensors on the way is a layout (gguf_layouts.py).
 """
 
 import re
@@ -18,7 +18,7 @@ from ktransformers.loaders.gguf_layouts import Layout
 class Family:
     """One GGUF architecture. `model_types` are the transformers models whose weights such files hold.
 
-    `layouts`: what a tensor whose GGUF name a regular expression finds looks like in the file; the first that does counts.
+    `layouts`: what a tensor looks like in the file, by a regular expression that finds its GGUF name; the first counts.
     `in_map`: how the gguf package's map spells the beginning of module names.
     `columns`: the model holds experts as [E, K, N], the file as [E, N, K]; `in_turn`: and its gate and up rows in turn.
     """
@@ -89,9 +89,7 @@ _BIASES: dict[bool, dict[str, Layout]] = {
     for in_turn, how in ((False, layouts.EXPERT_BIASES), (True, layouts.EXPERT_BIASES_IN_TURN))
 }
 
-IGNORED = re.compile(
-    r"^rope_freqs\.weight$|^rope_factors_(long|short)\.weight$|\.attn_rot_embd$|\.rope_freqs\.weight$"
-)
+IGNORED = re.compile(r"^rope_freqs\.weight$|^rope_factors_(long|short)\.weight$|\.attn_rot_embd$|\.rope_freqs\.weight$")
 """Tensors that repeat what the config says about RoPE; transformers computes them itself."""
 
 _EXCEPTIONS = {
@@ -108,8 +106,8 @@ _EXCEPTIONS = {
     r"self_attn\.conv1d\.weight": "ssm_conv1d_qkv.weight",
     r"self_attn\.forget_gate\.f_(a|b)_proj\.weight": r"ssm_f_\1.weight",
 }
-"""Module names (after `model.layers.N.`) that the package's map lacks or gives another suffix. Where the name they get is
-not GGUF's either, a layout splits the tensor into parts that have names."""
+"""Module names (after `model.layers.N.`) that the package's map lacks or gives another suffix. Where the name they get
+is not GGUF's either, a layout splits the tensor into parts that have names."""
 
 CHECKS = (
     ("embedding_length", ("hidden_size",)),
@@ -181,9 +179,8 @@ def layout(family: Family, stored: str) -> Layout | None:
 
 
 def part_names(stored: str, how: Layout) -> list[str]:
-    """The names of a layout's parts: `blk.3.attn_kv_b.weight` in two is blk.3.attn_k_b.weight and blk.3.attn_v_b.weight."""
-    block, whole, suffix = re.fullmatch(r"(blk\.\d+)\.([^.]+)(.*)", stored).groups() if how.parts else ("", "", "")
-    return [f"{block}.{part}{suffix}" for part in how.parts] or [stored]
+    """The names of a layout's parts: of blk.3.attn_kv_b.weight, blk.3.attn_k_b.weight and blk.3.attn_v_b.weight."""
+    return [re.sub(r"(?<=\.)[^.]+(?=\.\w+$)", part, stored) for part in how.parts] or [stored]
 
 
 _EXPERT = re.compile(r"model\.layers\.(?P<layer>\d+)\.\w+\.experts\.(?P<which>gate_up|up|down)_proj(?P<bias>_bias)?")

@@ -308,11 +308,13 @@ def _share_tied(model: torch.nn.Module, binding: _Binding) -> None:
                 binding.absent.pop(name, None)
 
 
-def _extra_layers(config) -> range:
-    """Layers after the model's own: multi-token prediction, which transformers does not build."""
+def _extra_layers(config, stated: object = None) -> range:
+    """Layers after the model's own: multi-token prediction, which transformers does not build. `stated`: how many a
+    file says it has."""
     config = config.get_text_config()
-    layers = config.num_hidden_layers
-    return range(layers, layers + (getattr(config, "num_nextn_predict_layers", 0) or 0))
+    layers, known = config.num_hidden_layers, getattr(config, "num_nextn_predict_layers", 0) or 0
+    more = min(stated, 1000) if type(stated) is int else 0
+    return range(layers, layers + max(known, more))
 
 
 # --- safetensors ------------------------------------------------------------------------------------------
@@ -465,7 +467,8 @@ def _bind_gguf(files: WeightFiles, model, shapes: Shapes, binding: _Binding) -> 
         else:
             binding.absent[name] = f"missing in the checkpoint, looked for {looked_for}"
     binding.ignored.append(gguf_names.IGNORED.pattern)
-    binding.ignored += [rf"^blk\.{n}\." for n in _extra_layers(config)]
+    predicting = files.metadata.get(f"{family.arch}.nextn_predict_layers")
+    binding.ignored += [rf"^blk\.{n}\." for n in _extra_layers(config, predicting)]
     # Some files hold kv_b whole and split; the whole one is used.
     binding.harmless.update(
         n
@@ -526,7 +529,8 @@ def _metadata_mismatches(metadata: dict, arch: str, config) -> list[str]:
         if type(stored) is int and stored != wanted and stored not in also:
             notes.append(f"{arch}.{key} is {stored} in the GGUF file, the config has {attribute} {wanted}")
 
-    extra = len(_extra_layers(config))  # files may count the prediction layers that they leave out, or not
+    stated = metadata.get(f"{arch}.nextn_predict_layers")
+    extra = len(_extra_layers(config, stated))  # files may count the prediction layers that they leave out, or not
     layers = config.num_hidden_layers
     compare("block_count", metadata.get(f"{arch}.block_count"), "num_hidden_layers", layers + extra)
     for key, attributes in gguf_names.CHECKS:

@@ -179,7 +179,9 @@ class Laid(Source):
     Where only whole rows move, packed bytes can be put in order as they are, at the price of one copy of this tensor.
     """
 
-    def __init__(self, files: WeightFiles, names: Sequence[str], layout: Layout, shape: tuple[int, ...], config) -> None:
+    def __init__(
+        self, files: WeightFiles, names: Sequence[str], layout: Layout, shape: tuple[int, ...], config
+    ) -> None:
         self.files, self.names, self.layout, self.config = files, tuple(names), layout, config
         try:
             self._stored = layout.shapes(shape, config)
@@ -264,7 +266,7 @@ class Stacked(Source):
 
 
 class StackedColumns(Stacked):
-    """The same for a model that holds experts as [E, columns, rows]; of two parts, rows `in_turn` or one after the other."""
+    """The same for a model that holds experts as [E, columns, rows]; `in_turn`: the rows of two parts alternate."""
 
     def __init__(self, files: WeightFiles, parts: Sequence[str | tuple[str, ...]], in_turn: bool) -> None:
         super().__init__(files, parts)

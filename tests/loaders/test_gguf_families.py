@@ -8,15 +8,15 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from safetensors.torch import save_file
 from tiny import meta_model, random_ids, relative_error
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ktransformers import config_from_gguf, optimize_and_load
+from ktransformers import config_from_gguf, native, optimize_and_load
 from ktransformers.errors import UnsupportedError, WeightError
-from ktransformers.gguf_config import READERS
+from ktransformers.gguf_families import READERS
 from ktransformers.loaders import bind, open_weights
 from ktransformers.loaders.gguf_names import FAMILIES
+from ktransformers.operators.experts import KTransformersExperts
 from ktransformers.quantize import quantize_folder
 
 _BASE = dict(
@@ -96,12 +96,6 @@ def model_of(model_type, **changes):
     return model
 
 
-def save(model, folder):
-    model.save_pretrained(folder)
-    if model.config.model_type == "kimi_linear":  # its convolutions are published apart, which only GGUF has a source for
-        save_file(model.state_dict(), folder / "model.safetensors")
-
-
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """Per model type: transformers' model, and the folder with its files by type."""
@@ -111,7 +105,7 @@ def written(tmp_path_factory):
         if model_type not in made:
             folder = tmp_path_factory.mktemp(model_type)
             model = model_of(model_type)
-            save(model, folder / "hf")
+            model.save_pretrained(folder / "hf")
             made[model_type] = model, folder
         model, folder = made[model_type]
         if (kind, split) not in paths[model_type]:
@@ -159,6 +153,24 @@ def test_half_quantized_and_split(written, model_type):
         assert relative_error(tensor, model.state_dict()[name]) < 0.02, name
 
 
+@pytest.fixture
+def exact():
+    """The C library in fp32 throughout: rounded activations make other choices of experts in models this small."""
+    native.set_exact(True)
+    yield
+    native.set_exact(False)
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_experts_compute_from_the_files_bytes(written, exact, model_type):
+    """With the rule file that fits any family, in C, from F32 and from Q8_0."""
+    for kind in ("F32", "Q8_0"):
+        model, path = written(model_type, kind)
+        loaded = optimize_and_load(meta_model(model.config), "Default", path, devices={"cuda": "cpu"}, progress=False)
+        assert any(isinstance(module, KTransformersExperts) for module in loaded.modules())
+        assert error(loaded, load(model.config, path)) < 1e-4
+
+
 def test_every_architecture_of_the_package_is_here_or_refused_on_purpose():
     """What the gguf package knows with experts in it, and what is not read, each with the reason."""
     tensors = {gguf.MODEL_TENSOR.FFN_UP_EXP, gguf.MODEL_TENSOR.FFN_DOWN_EXP, gguf.MODEL_TENSOR.FFN_GATE_UP_EXP}
@@ -172,6 +184,27 @@ def test_every_architecture_of_the_package_is_here_or_refused_on_purpose():
     }  # fmt: skip
     assert with_experts - refused == set(FAMILIES)
     assert {t for family in FAMILIES.values() for t in family.model_types} == set(CONFIGS)
+
+
+def test_layers_that_predict_more_tokens_are_left_alone(written, tmp_path):
+    """mimo2's files count them and hold them; the config that transformers has does not know them."""
+    model, path = written("mimo_v2_flash")
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "mimo2")
+    for key, held in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            value = 4 if key == "mimo2.block_count" else held.contents()
+            writer.add_key_value(key, value, held.types[0], held.types[1] if len(held.types) > 1 else None)
+    writer.add_nextn_predict_layers(1)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.add_tensor("blk.3.nextn.eh_proj.weight", reader.tensors[0].data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert error(load(model.config, tmp_path / "x.gguf"), model) < 1e-4
+    assert config_from_gguf(tmp_path / "x.gguf").num_hidden_layers == 3
 
 
 def test_an_architecture_that_is_not_mapped_is_one_error(written, tmp_path):

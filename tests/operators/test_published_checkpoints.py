@@ -43,14 +43,6 @@ NO_OPERATORS = [{"match": {"name": "^model$"}, "replace": {"class": "default", "
 BOTH = pytest.mark.parametrize("op", ["KExpertsTorch", "KExpertsCPU"])
 
 
-@pytest.fixture
-def exact():
-    """The C library in fp32 throughout, so that any difference is a fault and not rounding."""
-    native.set_exact(True)
-    yield
-    native.set_exact(False)
-
-
 def write(folder, tensors, config=None):
     folder.mkdir(exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
