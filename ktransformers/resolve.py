@@ -18,19 +18,19 @@ from ktransformers.errors import did_you_mean
 
 ROOTS = ("torch", "transformers", "ktransformers")
 REFUSED = {
-    r"^ktransformers\.operators\.ascend\b": "Ascend NPUs are not supported; name the class for the same part that has no "
-    "W8A8 in its name, such as ktransformers.operators.linear.KTransformersLinear",
+    r"^ktransformers\.operators\.ascend\b": "Ascend NPUs are not supported; name the class for the same part that has "
+    "no W8A8 in its name, such as ktransformers.operators.linear.KTransformersLinear",
     r"IPEXLLM\w*$": "Intel's IPEX-LLM is not supported; name the class without IPEXLLM, such as KMoEGate, RMSNorm or "
     "KQwen3MoeAttention",
-    r"^ktransformers\.models\.modeling_smallthinker\b": "transformers has no SmallThinker model that rules could match; "
-    "use a family that it has, such as qwen3_moe",
+    r"^ktransformers\.models\.modeling_smallthinker\b": "transformers has no SmallThinker model that rules could "
+    "match; use a family that it has, such as qwen3_moe",
 }
 """Classes of published rule files that no rule can mean here: a regular expression -> why, and what to do instead."""
 RENAMED = {
     "ktransformers.models.modeling_deepseekv3.": "ktransformers.models.modeling_deepseek_v3.",
     "ktransformers.operators.layer_wise_prefill.": "ktransformers.operators.models.",
     "ktransformers.operators.attention.KDeepseekV3Attention": "ktransformers.operators.attention.KDeepseekV2Attention",
-    "ktransformers.operators.attention.flashinfer_attn": "ktransformers.operators.balance_serve_attention.flashinfer_attn",
+    "ktransformers.operators.attention.flashinfer": "ktransformers.operators.balance_serve_attention.flashinfer",
     "ktransformers.operators.gate.KMoEGateDeepSeekV3": "ktransformers.operators.gate.KMoEGate",
 }
 """How names of older published rule files begin -> today's."""

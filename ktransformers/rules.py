@@ -120,7 +120,8 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_marked)
 def packaged_rules() -> list[str]:
     """Names of the rules that ship with the package: of models, such as ``DeepSeek-V3``, and of the files for them."""
     folder = resources.files("ktransformers.optimize_rules")
-    return sorted({*NAMES, *(path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.endswith(".yaml"))})
+    files = [path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.endswith(".yaml")]
+    return sorted({*NAMES, *files})
 
 
 def load_rules(rule: RulesLike) -> list[Rule]:
@@ -435,8 +436,8 @@ class _Walk:
         """What to say of rules that decide nothing, and yet are no mistake."""
         unmatched = [f"{r.where}: rule {r.number} {_why_no_match(r, model, self)}" for r in self.unmatched]
         shared = [
-            f"{rule.where}: rule {rule.number} places nothing: all layers share {self.of_other_layers[rule.number]} now, "
-            "and the rule for the first layer's has it. The file works as it is."
+            f"{rule.where}: rule {rule.number} places nothing: all layers share {self.of_other_layers[rule.number]} "
+            "now, and the rule for the first layer's has it. The file works as it is."
             for rule in self.rules
             if rule.number in self.of_other_layers and not self.wins[rule.number] and not self.losses[rule.number]
         ]

@@ -6,9 +6,10 @@ Nothing is measured here.
 
 from pathlib import Path
 
-from ktransformers.loaders import gguf_names
 from ktransformers.models import DEFAULT_RULES
 from ktransformers.optimize_rules import NAMES
+
+from ktransformers.loaders import gguf_names
 from tests import families
 
 README = Path(__file__).resolve().parent.parent / "README.md"

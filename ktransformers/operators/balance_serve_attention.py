@@ -1,4 +1,4 @@
-"""Attention under the names of rule files written for upstream's server. What it computes is in attention.py and gqa.py."""
+"""Attention under the names of rule files for upstream's server. What it computes is in attention.py and gqa.py."""
 
 from ktransformers.operators.attention import KDeepseekV2Attention
 from ktransformers.operators.gqa import (  # noqa: F401  rule files name them here
@@ -14,7 +14,7 @@ from ktransformers.operators.gqa import (  # noqa: F401  rule files name them he
 class flashinfer_attn(KDeepseekV2Attention):  # upstream's spelling
     """`KDeepseekV2Attention`, with the cache that transformers gives it."""
 
-    notice = "flashinfer_attn: flashinfer's kernels and paged cache are not built; KDeepseekV2Attention's torch computes"
+    notice = "flashinfer_attn: flashinfer's kernels and paged cache are not built; KDeepseekV2Attention computes"
 
 
 class deepseek_torch_attn(KDeepseekV2Attention):  # upstream's spelling

@@ -12,6 +12,7 @@ from dataclasses import replace
 import families
 import pytest
 import torch
+from ktransformers.models import DEFAULT_RULES, ONE_BY_ONE
 from safetensors.torch import load_file, save_file
 from tiny import meta_model, random_ids, randomize, relative_error, save
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -20,14 +21,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ktransformers import optimize_and_load, plan
 from ktransformers.errors import RuleError
 from ktransformers.generate import Sampling, generate
-from ktransformers.models import ONE_BY_ONE
 from ktransformers.operators.experts import KTransformersExperts
 from ktransformers.rules import load_rules
 from tests import support
 
 CPU = {"cuda": "cpu"}
 PROMPT = random_ids(1, 11)
-every_family = pytest.mark.parametrize("model_type", families.known_here())
 
 
 @functools.cache
@@ -57,11 +56,14 @@ def in_pieces(model, ids):
     return torch.cat(logits, 1)
 
 
-@every_family
-def test_a_family_computes_as_transformers_does(model_type, tmp_path):
+WALK = [(model_type, "Default") for model_type in families.known_here()] + list(DEFAULT_RULES.items())
+
+
+@pytest.mark.parametrize(("model_type", "rule"), WALK)
+def test_a_family_computes_as_transformers_does(model_type, rule, tmp_path):
     """Logits, a prefill in pieces by hand and by `generate`, and 32 greedy tokens."""
     truth, op = reference(model_type), families.operator_of(model_type)
-    rule = "Default" if op == "KExpertsCPU" else rules(op)
+    rule = rule if op == "KExpertsCPU" else rules(op)
     model = optimize_and_load(meta_model(truth.config), rule, save(truth, tmp_path), devices=CPU, progress=False)
     ours = [module for module in model.modules() if isinstance(module, KTransformersExperts)]
     assert ours and {type(module.active).__name__ for module in ours} == {op}

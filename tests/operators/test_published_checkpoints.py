@@ -10,6 +10,7 @@ import families
 import numpy as np
 import pytest
 import torch
+from ktransformers.models import DEFAULT_RULES
 from safetensors.torch import load_file, save_file
 from tiny import meta_model, random_ids, randomize, relative_error
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -250,10 +251,10 @@ FORMS = [(family, form) for family, forms in families.PUBLISHED.items() for form
 
 @pytest.mark.parametrize(("model_type", "form"), FORMS)
 def test_a_family_as_it_is_published(model_type, form, tmp_path, exact):
-    """Under the default rules, and with the linear layers packed too."""
+    """Under the default rules, under those that the chat takes, and with the linear layers packed too."""
     folder, truth = published_family(model_type, form, tmp_path)
     packed = rules("KExpertsCPU", method=published.FORMATS[form][2])
-    for rule in ("Default", packed):
+    for rule in ("Default", DEFAULT_RULES.get(model_type, "Default"), packed):
         loaded = optimize_and_load(meta_model(truth.config), rule, folder, devices={"cuda": "cpu"}, progress=False)
         same_logits(loaded, truth)
         layer = next(module for module in loaded.modules() if isinstance(module, KTransformersExperts))
