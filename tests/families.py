@@ -1,7 +1,7 @@
 """Every mixture-of-experts family of transformers at a tiny size: the table that the walk and the README come from.
 
 `SIZES` shrinks whatever a configuration has under the usual names; `FAMILIES` adds what one family needs beside that.
-A model type of transformers that has experts and is in neither table here fails `test_walk.py`.
+A model type of transformers that has experts and is in neither table here fails test_every_family.py.
 """
 
 import re

@@ -167,7 +167,7 @@ def test_other_layouts_are_refused_by_name():
 
 def test_experts_that_pass_their_input_on_cost_nothing_and_count():
     """LongCat-Flash: ids behind the last real expert."""
-    reference, meta, weights = parts()
+    _, meta, weights = parts()
     operator = loaded(meta, weights, "KExpertsCPU")
     operator.idle, (hidden, ids, w) = 2, routing()
     real = operator(hidden, ids, w)

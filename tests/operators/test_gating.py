@@ -12,8 +12,8 @@ from transformers.activations import ACT2FN
 from ktransformers.loaders import ExpertWeights
 from ktransformers.operators.experts import KExpertsCPU, KTransformersExperts
 from ktransformers.operators.gating import Gating, gating_of
-from ktransformers.traits import is_interleaved
 from ktransformers.quants import QUANT_TYPES, Packed
+from ktransformers.traits import is_interleaved
 
 CPU = {"generate_device": "cpu", "prefill_device": "cpu"}
 SIZES = dict(hidden_size=32, intermediate_size=24, moe_intermediate_size=24, num_local_experts=4, n_routed_experts=4,
