@@ -205,8 +205,8 @@ def _read_folder(model_path: str, folder: Path) -> tuple[Any, Any]:
         if "trust_remote_code" in str(error):
             raise KTransformersError(
                 f"{model_path}: transformers does not know this model or its tokenizer, and code from a model folder "
-                "is not run. Use a release of transformers that has the model, or build config, model and tokenizer with "
-                "trust_remote_code=True in a program of your own and call optimize_and_load."
+                "is not run. Use a release of transformers that has the model, or build config, model and tokenizer "
+                "with trust_remote_code=True in a program of your own and call optimize_and_load."
             ) from error
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise KTransformersError(f"{model_path}: config or tokenizer cannot be read: {' '.join(lines[:2])}") from error
