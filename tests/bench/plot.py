@@ -151,6 +151,7 @@ def main() -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    options.out.mkdir(parents=True, exist_ok=True)
     for path in options.files:
         rows = read(path)
         isas = ", ".join(dict.fromkeys(r.get("isa", "") for r in rows))
