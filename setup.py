@@ -1,9 +1,11 @@
 """Packages, the instruction-set table, and the cffi module. Everything else about the project is in pyproject.toml."""
 
+import os
 import platform
 import subprocess
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
@@ -16,8 +18,10 @@ BASE = [
     "-Wextra",
     "-ffp-contract=off",
     "-fno-math-errno",
+    "-g0",
 ]
-"""-ffp-contract=off: portable C and every instruction set must round alike; kernels ask for FMA by name."""
+"""-ffp-contract=off: portable C and every instruction set must round alike; kernels ask for FMA by name.
+-g0: Python's own flags ask for debug information, which is most of the file and a good part of the time to build it."""
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
@@ -83,6 +87,14 @@ def libraries(machine: str = platform.machine(), compiler: list[str] | None = No
 
 if __name__ == "__main__":  # native/sanitize.py reads the table above without setuptools
     from setuptools import find_packages, setup
+    from setuptools.command.build_clib import build_clib
+
+    class BuildLibraries(build_clib):
+        """All libraries at once, as many as there are cores: one after the other they take minutes."""
+
+        def build_libraries(self, libraries: list[tuple[str, dict]]) -> None:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(lambda library: super(BuildLibraries, self).build_libraries([library]), libraries))
 
     setup(
         packages=[
@@ -97,6 +109,7 @@ if __name__ == "__main__":  # native/sanitize.py reads the table above without s
             "ktransformers.models": ["embedded/*", "embedded/**/*"],
         },
         libraries=libraries(),
+        cmdclass={"build_clib": BuildLibraries},
         cffi_modules=["native/cffi_build.py:ffibuilder"],
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
         include_package_data=False,  # the lists above say it all; MANIFEST.in is for the sdist
