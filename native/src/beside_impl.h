@@ -26,30 +26,25 @@ static void load_scales(int type, const uint8_t *p, int64_t n, float factor, flo
     }
 }
 
-static int64_t scale_size(int type) { return type == KT_SCALE_F32 ? 4 : type == KT_SCALE_F16 || type == KT_SCALE_BF16 ? 2 : 1; }
-
 /* out[g][16] = in[16][stride], g < count. */
 static void turn(const float *in, int64_t stride, int64_t count, float *restrict out) {
     for (int64_t g = 0; g < count; g++)
         for (int r = 0; r < KT_TILE; r++) out[g * KT_TILE + r] = in[r * stride + g];
 }
 
-static int zero_bits(const struct kt_matrix *w) { return w->format == KT_FMT_U8 || w->format == KT_FMT_GPTQ8 ? 8 : 4; }
-
 /* Zero points of 16 rows of a group that are packed along rows: p is the group's line. */
 static void zeros_along_rows(const struct kt_matrix *w, const uint8_t *p, int64_t first, int rows, float *restrict out) {
-    static const uint8_t awq[8] = {0, 4, 1, 5, 2, 6, 3, 7}; /* the nibble that holds the zero of row 0, 1, ... */
-    const int bits = zero_bits(w), each = 32 / bits;
+    const int each = kt_zeros_per_dword(w->format), bits = 32 / each;
     for (int r = 0; r < rows; r++) {
         const int64_t row = first + r;
-        const int place = w->format == KT_FMT_AWQ4 ? awq[row % 8] : (int)(row % each);
+        const int place = w->format == KT_FMT_AWQ4 ? kt_awq_nibble[row % 8] : (int)(row % each);
         out[r] = (float)((int)(kt_load32(p + 4 * (row / each)) >> (bits * place) & ((1u << bits) - 1)) + w->zero_bias);
     }
 }
 
-/* Zero points of a row's groups, packed along rows as well: a dword holds eight or four rows of a group. */
+/* Zero points of a row's groups: a dword holds those of eight or four rows of a group. */
 static void zeros_of_row(const struct kt_matrix *w, int64_t row, int64_t from, int64_t count, float *restrict out) {
-    const int bits = zero_bits(w), each = 32 / bits, shift = bits * (int)(row % each), bias = w->zero_bias;
+    const int each = kt_zeros_per_dword(w->format), bits = 32 / each, shift = bits * (int)(row % each), bias = w->zero_bias;
     const uint8_t *p = w->zeros + (size_t)(row / each) * w->zero_stride + 4 * from;
     const uint32_t mask = (1u << bits) - 1;
     for (int64_t i = 0; i < count; i++) out[i] = (float)((int)(kt_load32(p + 4 * i) >> shift & mask) + bias);
@@ -58,7 +53,7 @@ static void zeros_of_row(const struct kt_matrix *w, int64_t row, int64_t from, i
 /* See kt_kernels.beside. */
 static void beside(const struct kt_matrix *w, int64_t first, int rows, int64_t from, int64_t count, float *restrict scales,
                    float *restrict zeros) {
-    const int64_t size = scale_size(w->scale_type);
+    const int64_t size = (int64_t)kt_scale_size(w->scale_type);
     if (w->traits->by_column) { /* a line of scales has all rows */
         for (int64_t g = 0; g < count; g++, scales += KT_TILE) {
             for (int r = rows; r < KT_TILE; r++) scales[r] = 0.0f;

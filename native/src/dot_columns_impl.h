@@ -111,6 +111,7 @@ INLINE void columns_dot(const struct kt_matrix *w, int64_t first, int rows, cons
 
 /* Sums of 128 rows are eight vectors: number 2v + h holds, in lane l, rows 32l + 8v + 0, 4, 1, 5 (low nibbles of bytes 4v ..
  * 4v + 3 of the lane) or, h = 1, 2, 6, 3, 7 (high nibbles). */
+_Static_assert(KT_DOT_ROWS == 128, "eight sums of sixteen rows");
 enum { AWQ_SUMS = 8, AWQ_TOKENS = 2 /* of a pass: sixteen sums */ };
 
 INLINE int awq_row(const int sum, const int i) {

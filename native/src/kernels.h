@@ -72,6 +72,33 @@ struct kt_matrix {
     int zero;             /* Q8 kind: z */
 };
 
+/* Bytes of a scale, 0 for an unknown type. */
+static inline size_t kt_scale_size(int type) {
+    switch (type) {
+    case KT_SCALE_F32: return 4;
+    case KT_SCALE_F16:
+    case KT_SCALE_BF16: return 2;
+    case KT_SCALE_E8M0:
+    case KT_SCALE_E4M3: return 1;
+    }
+    return 0;
+}
+
+/* Zero points in a dword, 0 for a type that has none. */
+static inline int kt_zeros_per_dword(int format) {
+    switch (format) {
+    case KT_FMT_I4:
+    case KT_FMT_GPTQ4:
+    case KT_FMT_AWQ4: return 8;
+    case KT_FMT_U8:
+    case KT_FMT_GPTQ8: return 4;
+    default: return 0;
+    }
+}
+
+/* The nibble of an AWQ dword that holds row 0, 1, ... of its eight. */
+static const uint8_t kt_awq_nibble[8] = {0, 4, 1, 5, 2, 6, 3, 7};
+
 /* Where the next weights lie: lines of memory that a GEMM fetches while it computes. Empty when rows is 0. */
 struct kt_ahead {
     const uint8_t *row;
@@ -121,13 +148,6 @@ struct kt_tile {
  * of a line to the next call's. */
 typedef void (*kt_dot_fn)(const struct kt_matrix *w, int64_t first, int rows, const struct kt_act *a, int tokens, size_t ahead,
                           float *out, int64_t ldc);
-
-/* dot_NAME, a token after the other, from one_NAME(w, first, rows, a, ahead, out). */
-#define KT_DOT_EACH(name)                                                                                            \
-    static void dot_##name(const struct kt_matrix *w, int64_t first, int rows, const struct kt_act *a, int tokens,    \
-                           size_t ahead, float *out, int64_t ldc) {                                                  \
-        for (int i = 0; i < tokens; i++) one_##name(w, first, rows, a + i, ahead, out + i * ldc);                    \
-    }
 
 /* Unpack n columns of one row from its block at `w` (n a multiple of the block, or anything for floats).
  * Q8 kind: data = n unsigned codes, scales [n / group], mins [n / min_group] (if the format has them).

@@ -7,17 +7,6 @@
 
 /* ---- scales beside the codes ------------------------------------------------------------------------- */
 
-static size_t scale_size(int type) {
-    switch (type) {
-    case KT_SCALE_F32: return 4;
-    case KT_SCALE_F16:
-    case KT_SCALE_BF16: return 2;
-    case KT_SCALE_E8M0:
-    case KT_SCALE_E4M3: return 1;
-    }
-    return 0;
-}
-
 /* Whether `lines` lines of `bytes` bytes, `stride` bytes apart (0: dense, and then set), end within `span` bytes. */
 static int fits(int64_t lines, size_t bytes, size_t *stride, size_t span) {
     size_t end;
@@ -28,20 +17,8 @@ static int fits(int64_t lines, size_t bytes, size_t *stride, size_t span) {
 
 static int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-/* Codes of a zero point in a dword, 0 for a type that has none. */
-static int zeros_per_dword(int format) {
-    switch (format) {
-    case KT_FMT_I4:
-    case KT_FMT_GPTQ4:
-    case KT_FMT_AWQ4: return 8;
-    case KT_FMT_U8:
-    case KT_FMT_GPTQ8: return 4;
-    default: return 0;
-    }
-}
-
 static int check_zeros(const kt_weight *w, struct kt_matrix *m) {
-    const int64_t packed = zeros_per_dword(m->format), groups = divide_up(m->cols, m->scale_cols);
+    const int64_t packed = kt_zeros_per_dword(m->format), groups = divide_up(m->cols, m->scale_cols);
     if (!w->zeros) return KT_OK;
     if (!packed || m->scale_rows != 1) return KT_ERR_SCALES;
     m->zeros = w->zeros;
@@ -65,7 +42,7 @@ static int check_order(const kt_weight *w, struct kt_matrix *m) {
 }
 
 static int check_scales(const kt_weight *w, struct kt_matrix *m) {
-    size_t size = scale_size(w->scale_type);
+    size_t size = kt_scale_size(w->scale_type);
     m->scales = w->scales;
     m->scale_type = w->scale_type;
     m->scale_rows = w->scale_rows;

@@ -99,7 +99,6 @@ static void tile_by_rows(const struct kt_kernels *k, const struct kt_matrix *w, 
 /* A type by columns, a code at a time: what a tile function equals, and what the last rows of a matrix take. */
 static void tile_by_columns(const struct kt_matrix *w, int64_t first, int rows, int64_t k0, int64_t n,
                             const struct kt_tile *out) {
-    static const int awq[8] = {0, 4, 1, 5, 2, 6, 3, 7};
     uint8_t *u = (uint8_t *)out->data;
     for (int64_t c = 0; c < n; c++)
         for (int r = 0; r < KT_TILE; r++) {
@@ -107,7 +106,7 @@ static void tile_by_columns(const struct kt_matrix *w, int64_t first, int rows, 
             if (r < rows) {
                 const int64_t column = k0 + c, row = first + r;
                 const uint8_t *line = w->data + (size_t)(column / w->traits->block) * w->stride;
-                if (w->format == KT_FMT_AWQ4) code = kt_load32(line + row / 8 * 4) >> (4 * awq[row % 8]) & 15;
+                if (w->format == KT_FMT_AWQ4) code = kt_load32(line + row / 8 * 4) >> (4 * kt_awq_nibble[row % 8]) & 15;
                 else if (w->format == KT_FMT_GPTQ4) code = kt_load32(line + row * 4) >> (4 * (column % 8)) & 15;
                 else code = kt_load32(line + row * 4) >> (8 * (column % 4)) & 255;
             }

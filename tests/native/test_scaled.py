@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ktransformers import native
+from ktransformers.errors import NativeError
 from ktransformers.scaled import SCALE_TYPES, SCALED_TYPES, ScaledWeight
 from tests.native.quantized import quantized
 from tests.native.scaled_blocks import KINDS, Kind, random_scaled
@@ -221,3 +222,13 @@ def test_extreme_codes(name):
                 native.set_panel_threshold(threshold)
                 found = native.Linear(weight)(x).double()
                 assert torch.allclose(found, expected, rtol=1e-6, atol=1e-3), f"{name} {code:#x} {isa} {threshold}"
+
+
+def test_columns_that_name_more_groups_than_c_has_room_for():
+    """1024 scattered groups compute; one more is refused."""
+    kind = Kind("GPTQ4", "F32", 1, 32, order=True)
+    most, more = (random_scaled(rng_for(), kind, 8, 32 * groups) for groups in (1024, 1025))
+    x = activations(rng_for(), 1, 32 * 1024, nasty=False)
+    assert relative(native.Linear(most)(x), x.double() @ most.dequantize().double().T) < 1e-5
+    with pytest.raises(NativeError, match="column order"):
+        native.Linear(more)(torch.ones(1, 32 * 1025))

@@ -21,15 +21,16 @@ static float dot_float_row(kt_unpack_fn unpack, int bytes, const uint8_t *w, int
 }
 
 #define DOT(name)                                                                                                    \
-    static void one_##name(const struct kt_matrix *w, int64_t first, int rows, const struct kt_act *a, size_t ahead, float *out) { \
+    static void dot_##name(const struct kt_matrix *w, int64_t first, int rows, const struct kt_act *a, int tokens,   \
+                           size_t ahead, float *out, int64_t ldc) {                                                  \
         struct kt_kernels k;                                                                                         \
         (void)ahead;                                                                                                 \
         kt_fill_unpack_portable(&k);                                                                                 \
-        for (int r = 0; r < rows; r++)                                                                               \
-            out[r] = dot_float_row(k.unpack[KT_FMT_##name], w->traits->bytes,                                        \
-                                   w->data + (size_t)(first + r) * w->stride, w->cols, a->f);                        \
-    }                                                                                                                          \
-    KT_DOT_EACH(name)
+        for (int i = 0; i < tokens; i++)                                                                             \
+            for (int r = 0; r < rows; r++)                                                                           \
+                out[i * ldc + r] = dot_float_row(k.unpack[KT_FMT_##name], w->traits->bytes,                          \
+                                                 w->data + (size_t)(first + r) * w->stride, w->cols, a[i].f);        \
+    }
 DOT(F32)
 DOT(F16)
 DOT(BF16)
