@@ -33,7 +33,7 @@ def main() -> int:
     os.chdir(ROOT)
     build = Path("build", "tsan" if races else "asan")
     compiler = (sysconfig.get_config_var("CC") or "cc").split()
-    # -g1: lines are enough for a report, and variables cost half of the minutes that the largest kernels take to compile.
+    # -g1: lines are enough for a report; variables cost half of the minutes that the largest kernels take to compile
     flags = [*(RACES if races else CHECKS), "-O1", "-g1", "-fno-omit-frame-pointer", "-Werror"]
     programs = PROGRAMS[races]
     tests = [(f"native/test/{name}.c", ["-std=gnu11", "-Wall", "-Wextra"], []) for name, *_ in programs]
