@@ -1,11 +1,14 @@
 """Kimi-K2's text checkpoints: DeepSeek-V3's architecture under a model type of their own, which transformers lacks.
 
 Their repositories bring code instead. Nothing here runs that: the model type is registered as what it is, so
-`AutoConfig` and `AutoModelForCausalLM` build transformers' own DeepSeek-V3. `ktransformers.optimize` imports this file.
+`AutoConfig` and `AutoModelForCausalLM` build transformers' own DeepSeek-V3. `ktransformers.optimize` imports this file;
+the model class waits in modeling_kimi_k2.py for the first config, as it brings seconds of imports.
 """
 
-from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from functools import cache
+from typing import Any
+
+from transformers import AutoConfig, DeepseekV3Config
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 
@@ -14,20 +17,20 @@ class KimiK2Config(DeepseekV3Config):
 
     model_type = "kimi_k2"
 
-
-class KimiK2ForCausalLM(DeepseekV3ForCausalLM):
-    """DeepSeek-V3 under Kimi-K2's configuration."""
-
-    config_class = KimiK2Config
+    def __new__(cls, *args: Any, **kwargs: Any) -> "KimiK2Config":
+        _register_model()
+        return super().__new__(cls)
 
 
-def register() -> None:
-    """Teach transformers the model type, unless it has learned it by itself."""
-    if "kimi_k2" in CONFIG_MAPPING:
-        return
-    AutoConfig.register("kimi_k2", KimiK2Config)
+@cache
+def _register_model() -> None:
+    from ktransformers.models.modeling_kimi_k2 import KimiK2ForCausalLM
+    from transformers import AutoModelForCausalLM, conversion_mapping
+
     AutoModelForCausalLM.register(KimiK2Config, KimiK2ForCausalLM)
-    register_checkpoint_conversion_mapping("kimi_k2", get_checkpoint_conversion_mapping("deepseek_v3"))
+    as_deepseek = conversion_mapping.get_checkpoint_conversion_mapping("deepseek_v3")
+    conversion_mapping.register_checkpoint_conversion_mapping("kimi_k2", as_deepseek)
 
 
-register()
+if "kimi_k2" not in CONFIG_MAPPING:  # or transformers has learned it by itself
+    AutoConfig.register("kimi_k2", KimiK2Config)
