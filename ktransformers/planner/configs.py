@@ -159,8 +159,7 @@ def _check_type(path: Path, fields: dict[str, Any], model_type: str) -> None:
     if fields.get("auto_map"):
         raise UnsupportedError(
             f"{path}: transformers does not know model type {model_type!r}, only code from the model's own repository "
-            "does (trust_remote_code), and that is not run. Use a release of transformers that has the model, or "
-            f"correct model_type{did_you_mean(model_type, CONFIG_MAPPING)}."
+            "does (trust_remote_code), and that is not run. Use a release of transformers that has the model."
         )
     raise UnsupportedError(
         f"{path}: transformers has no model of type {model_type!r}{did_you_mean(model_type, CONFIG_MAPPING)}. Correct "
