@@ -106,7 +106,7 @@ if __name__ == "__main__":  # native/sanitize.py reads the table above without s
         package_dir={"ktransformers.optimize_rules": "optimize_rules", "ktransformers.models": "models"},
         package_data={
             "ktransformers.optimize_rules": ["*.yaml", "README.md"],
-            "ktransformers.models": ["embedded/*", "embedded/**/*"],
+            "ktransformers.models": ["configs/*", "embedded/*", "embedded/**/*"],
         },
         libraries=libraries(),
         cmdclass={"build_clib": BuildLibraries},

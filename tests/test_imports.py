@@ -19,6 +19,7 @@ LEVELS = [
     {"report"},
     {"optimize"},
     {"generate"},
+    {"planner"},
     {"local_chat", "from_pretrained"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

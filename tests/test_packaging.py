@@ -12,11 +12,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PROBE = """
 import ktransformers, ktransformers.native as native
-from ktransformers.models import embedded_model
+from ktransformers.models import embedded_model, known
 from ktransformers.rules import load_rules, packaged_rules
 assert ktransformers.__file__.startswith({where!r}), ktransformers.__file__
 assert "DeepSeek-V3" in packaged_rules() and load_rules("DeepSeek-V3")
 assert embedded_model().joinpath("config.json").is_file() and list(embedded_model().glob("*.gguf"))
+assert known.known_config("deepseek-v3").num_hidden_layers == 61
 assert native.available() and "portable" in native.isas()
 """
 
