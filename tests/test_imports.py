@@ -19,7 +19,9 @@ LEVELS = [
     {"report"},
     {"optimize"},
     {"generate"},
-    {"local_chat", "from_pretrained"},
+    {"local_chat", "from_pretrained", "planner"},
+    {"cli"},
+    {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
