@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 NATIVE := $(shell find native setup.py -name '*.[ch]' -o -name '*.py' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup chat test support bench bench-peers sanitize bench-model bench-open native train wheel clean
+.PHONY: help setup chat doctor test support bench bench-peers sanitize bench-model bench-open native train wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ $(VENV)/.native: $(STAMP) $(NATIVE)
 
 chat: setup ## talk to the embedded model (or: make chat ARGS="--model_path ... --gguf_path ...")
 	@$(PY) -m ktransformers.local_chat $(ARGS)
+
+doctor: setup ## what this machine has, whether the kernels compute right on it, and what to fix
+	@$(PY) -m ktransformers doctor $(ARGS)
 
 test: setup ## every test
 	$(PY) -m pytest $(ARGS)

@@ -113,8 +113,8 @@ def _set_threads(count: int) -> None:
     cores = native.default_threads()
     if not 1 <= count <= cores:
         raise KTransformersError(
-            f"--cpu_infer {count}: expected 1 to {cores}, the cores this process may use (more threads than cores "
-            "wait for one another). Leave it out to use all."
+            f"{count} CPU threads: expected 1 to {cores}, the cores this process may use (more threads than cores "
+            "wait for one another). Leave the flag out to use all."
         )
     native.set_threads(count)
     torch.set_num_threads(count)
@@ -126,9 +126,9 @@ def _read_prompt_file(path: str) -> str:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise KTransformersError(f"--prompt_file {path}: cannot be read: {error}") from error
+        raise KTransformersError(f"prompt file {path}: cannot be read: {error}") from error
     if not text.strip():
-        raise KTransformersError(f"--prompt_file {path}: is empty, expected the text of a message.")
+        raise KTransformersError(f"prompt file {path}: is empty, expected the text of a message.")
     return text
 
 
@@ -176,7 +176,7 @@ def _read_config(model_path: str) -> tuple[Any, Any]:
         from ktransformers import config_from_gguf, tokenizer_from_gguf
 
         config, tokenizer = config_from_gguf(path), tokenizer_from_gguf(path)
-        step = "or give a folder with chat_template.jinja as --model_path"
+        step = "or give a folder with chat_template.jinja as the model and this file as its weights"
     else:
         config, tokenizer = _read_folder(model_path, path)
         step = "or add chat_template.jinja to the folder"
@@ -193,7 +193,7 @@ def _read_folder(model_path: str, folder: Path) -> tuple[Any, Any]:
 
     if not folder.is_dir():
         raise KTransformersError(
-            f"--model_path {model_path}: no such folder; expected a Hugging Face model folder, or a .gguf file."
+            f"model {model_path}: no such folder; expected a Hugging Face model folder, or a .gguf file."
         )
     if not folder.joinpath("config.json").is_file():
         raise KTransformersError(f"{model_path}: has no config.json; expected a Hugging Face model folder.")

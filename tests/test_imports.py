@@ -21,6 +21,8 @@ LEVELS = [
     {"generate"},
     {"planner"},
     {"local_chat", "from_pretrained"},
+    {"cli"},
+    {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -1,0 +1,67 @@
+"""The `kt` program: a table of commands. Each lives in a module of its own, which imports torch only when it runs.
+
+A new command is one line in COMMANDS, or in GROUPS for a command with commands of its own.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from ktransformers.cli import chat, config, doctor, version
+from ktransformers.cli.common import errors, out
+
+PLAN, RUN, LOOK = "Plan", "Run", "Look"
+"""Headings of `kt --help`, in its order."""
+
+COMMANDS: list[tuple[str, Callable[..., None]]] = [
+    (RUN, chat.chat),
+    (LOOK, doctor.doctor),
+    (LOOK, config.config),
+    (LOOK, version.version),
+]
+"""(heading, function); the function's name is the command's."""
+
+GROUPS: list[tuple[str, str, typer.Typer]] = []
+"""(heading, name, app)."""
+
+app = typer.Typer(
+    name="kt",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="KTransformers: run Hugging Face MoE models on the hardware you have, and know beforehand what fits.",
+    epilog="Commands that print results take --json. kt --install-completion teaches your shell.",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from ktransformers import __version__
+
+        out.print(f"ktransformers {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _start(
+    shown: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    # Before torch loads its OpenMP, as in local_chat: its waiting threads would hold the cores that ours need.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+for heading, function in COMMANDS:
+    app.command(rich_help_panel=heading)(errors(function))
+for heading, name, group in GROUPS:
+    for registered in group.registered_commands:
+        registered.callback = registered.callback and errors(registered.callback)
+    app.add_typer(group, name=name, rich_help_panel=heading)
+
+
+def main() -> None:
+    """The entry point `kt`."""
+    app(prog_name="kt")

@@ -1,0 +1,259 @@
+"""The `kt` program: help that reads, JSON that parses, one line for an error, no colour in a pipe, quick to start."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from ktransformers import __version__, cli, env
+from ktransformers.cli import common
+from ktransformers.errors import KTransformersError, NativeError
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+BARE = {k: v for k, v in os.environ.items() if not k.startswith("KT_") and k not in ("FORCE_COLOR", "PY_COLORS")}
+
+
+def kt(*arguments, stdin="", **environment):
+    """The program in a process of its own, as a shell runs it."""
+    return subprocess.run(
+        [sys.executable, "-m", "ktransformers.cli", *arguments],
+        input=stdin, capture_output=True, text=True, timeout=120, cwd=ROOT,
+        env={**BARE, "TERM": "xterm-256color", **environment},
+    )  # fmt: skip
+
+
+def invoke(*arguments, app=cli.app):
+    return CliRunner().invoke(app, arguments)
+
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith("KT_"):
+            monkeypatch.delenv(name)
+
+
+def commands():
+    return [function.__name__ for _, function in cli.COMMANDS] + [name for _, name, _ in cli.GROUPS]
+
+
+# ---- start and help ----------------------------------------------------------------------------------------
+
+
+def test_help_is_quick_plain_and_names_every_command_under_its_heading():
+    start = time.perf_counter()
+    ran = kt("--help")
+    took = time.perf_counter() - start
+    assert ran.returncode == 0 and ran.stderr == ""
+    headings = dict.fromkeys([heading for heading, *_ in [*cli.COMMANDS, *cli.GROUPS]])
+    at = [ran.stdout.index(f"─ {heading} ─") for heading in headings]
+    assert at == sorted(at)
+    for name in commands():
+        assert f"│ {name} " in ran.stdout
+    assert "\x1b" not in ran.stdout
+    assert took < 3, f"{took:.2f} s: 0.3 s on an idle machine; does a command module import torch?"
+
+
+def test_starting_imports_nothing_heavy():
+    code = (
+        "import sys, ktransformers.cli\n"
+        "print([m for m in ('torch', 'transformers', 'numpy', 'gguf', 'huggingface_hub') if m in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert ran.stdout.strip() == "[]", ran.stderr
+
+
+@pytest.mark.parametrize("name", commands())
+def test_each_command_says_what_it_does_and_takes_json(name):
+    ran = invoke(name, "--help")
+    assert ran.exit_code == 0 and len(ran.output.splitlines()) > 5
+    if name in [function.__name__ for _, function in cli.COMMANDS]:
+        assert "--json" in ran.output
+
+
+def test_no_command_shows_help_and_a_wrong_one_says_which_was_meant():
+    assert "Usage: kt" in invoke().output
+    ran = invoke("docter")
+    assert ran.exit_code == 2 and "doctor" in ran.stderr
+
+
+def test_the_package_runs_as_a_module_too():
+    ran = subprocess.run(
+        [sys.executable, "-m", "ktransformers", "--version"], capture_output=True, text=True, cwd=ROOT, timeout=60
+    )
+    assert ran.stdout.strip() == f"ktransformers {__version__}"
+
+
+def test_names_are_completed():
+    words = {"_KT_COMPLETE": "complete_bash", "COMP_WORDS": "kt chat --rule Deep", "COMP_CWORD": "3"}
+    ran = kt(**words)
+    assert {"DeepSeek-V2", "DeepSeek-V3"} <= set(ran.stdout.split()), ran
+    assert "MoE" in common.complete_rule("Mo") and common.complete_rule("no-such") == []
+    assert common.complete_card("a100") == ["a100-40g", "a100-80g"]
+
+
+# ---- errors and Ctrl-C -------------------------------------------------------------------------------------
+
+
+def app_of(command):
+    app = typer.Typer()
+    app.command()(common.errors(command))
+    return app
+
+
+def test_an_error_is_one_message_and_exit_code_1():
+    def broken(size: str = "24"):
+        """Docs stay."""
+        raise NativeError(f"[{size}] is [red]wrong[/red]. Say 24GiB.")
+
+    ran = invoke("--size", "3", app=app_of(broken))
+    assert ran.exit_code == 1 and ran.stdout == ""
+    assert ran.stderr == "error: [3] is [red]wrong[/red]. Say 24GiB.\n"
+    assert "Docs stay." in invoke("--help", app=app_of(broken)).output
+
+
+def test_a_long_error_is_not_wrapped_in_a_pipe():
+    def broken():
+        raise KTransformersError("word " * 60)
+
+    assert len(invoke(app=app_of(broken)).stderr.splitlines()) == 1
+
+
+def test_ctrl_c_is_exit_code_130():
+    def interrupted():
+        raise KeyboardInterrupt
+
+    ran = invoke(app=app_of(interrupted))
+    assert ran.exit_code == 130 and ran.stderr == "interrupted\n"
+
+
+def test_ctrl_c_ends_a_real_command():
+    """doctor waits in a kernel run that never ends, until a signal comes."""
+    code = (
+        "import time\nfrom ktransformers import cli\nfrom ktransformers.cli import doctor\n"
+        "def forever(quick, say):\n    print('ready', flush=True)\n    time.sleep(60)\n"
+        "doctor.examine = forever\ncli.app(['doctor'])"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in err and out == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_below_standard_output_is_one_error():
+    ran = subprocess.run(
+        ["bash", "-c", '"$@" > /dev/full', "bash", sys.executable, "-m", "ktransformers", "version", "--json"],
+        capture_output=True, text=True, cwd=ROOT, timeout=60,
+    )  # fmt: skip
+    assert ran.returncode == 1 and "cannot be written" in ran.stderr and "Traceback" not in ran.stderr
+
+
+def test_a_reader_that_leaves_is_no_error():
+    ran = subprocess.run(
+        ["bash", "-c", 'set -o pipefail; "$@" | true', "bash", sys.executable, "-m", "ktransformers", "config"],
+        capture_output=True, text=True, cwd=ROOT, timeout=60,
+    )  # fmt: skip
+    assert ran.stderr == ""
+
+
+# ---- show --------------------------------------------------------------------------------------------------
+
+
+def test_json_has_only_what_json_has():
+    found = common.plain({1: (1.5, float("nan"), float("inf")), "path": Path("a"), "none": None, "setting": SETTING})
+    assert found["1"] == [1.5, None, None] and found["path"] == "a" and found["setting"]["name"] == "KT_X"
+
+
+SETTING = cli.config.Setting("KT_X", "", "default", "meaning")
+
+
+def test_show_prints_json_or_tables_and_not_both(capsys):
+    common.show({"a": 1}, True, lambda: pytest.fail("tables are not made for JSON"))
+    assert json.loads(capsys.readouterr().out) == {"a": 1}
+    common.show({"a": 1}, False, lambda: ["one", "two"])
+    assert capsys.readouterr().out == "one\ntwo\n"
+
+
+# ---- version and config ------------------------------------------------------------------------------------
+
+
+def test_version_says_what_is_installed():
+    found = json.loads(invoke("version", "--json").output)
+    assert found["ktransformers"] == __version__ and found["torch"] and Path(found["path"]).is_dir()
+    assert __version__ in invoke("version").output
+
+
+def test_config_lists_every_variable_with_its_source(monkeypatch):
+    monkeypatch.setenv("KT_THREADS", "2")
+    ran = invoke("config", "--json")
+    found = {s["name"]: s for s in json.loads(ran.output)["settings"]}
+    assert ran.exit_code == 0 and list(found) == list(env.VARIABLES)
+    assert (found["KT_THREADS"]["value"], found["KT_THREADS"]["source"]) == ("2", "environment")
+    assert (found["KT_PIN"]["value"], found["KT_PIN"]["source"]) == ("1", "default")
+    table = invoke("config").output
+    assert all(name in table for name in env.VARIABLES) and max(map(len, table.splitlines())) <= 100
+
+
+BAD_VALUES = [
+    ("KT_ISA", "avx", "did you mean 'avx2'?"),
+    ("KT_THREADS", "many", "from 1 to 1024"),
+    ("KT_DEBUG", "yes", "from 0 to 1"),
+    ("KT_PIN", "2", "from 0 to 1"),
+    ("KT_HUGE_PAGES", "on", "from 0 to 1"),
+    ("KT_NUMA", "all", "lists of CPUs"),
+    ("KT_THREAD", "3", "did you mean 'KT_THREADS'?"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), BAD_VALUES)
+def test_config_says_what_is_wrong_with_a_value_and_shows_the_others(name, value, message, monkeypatch):
+    monkeypatch.setenv(name, value)
+    ran = invoke("config", "--json")
+    found = {s["name"]: s for s in json.loads(ran.output)["settings"]}
+    assert ran.exit_code == 1 and message in found[name]["problem"] and found[name]["value"] == value
+    assert [s["name"] for s in found.values() if s["problem"]] == [name]
+    assert message in " ".join(invoke("config").output.replace("│", " ").split())
+
+
+# ---- chat --------------------------------------------------------------------------------------------------
+
+
+def test_chat_answers_a_prompt_with_the_embedded_model(tmp_path):
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("What is a rule file?")
+    flags = ("--greedy", "--max-new-tokens", "40", "--devices", "cuda=cpu", "--prompt-file", str(prompt), "--json")
+    ran = kt("chat", *flags)
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout)
+    assert "YAML" in found["answer"] and found["question"] == "What is a rule file?"
+
+
+BAD_CHATS = [
+    (["/no/such/folder"], 1, "no such folder"),
+    (["--weights", "/no/such/file.gguf"], 1, "no such file"),
+    (["--rule", "DeepSek-V3"], 1, "did you mean 'DeepSeek-V3'"),
+    (["--prompt-file", "/no/such/prompt"], 1, "cannot be read"),
+    (["--threads", "100000"], 1, "the cores this process may use"),
+    (["--threads", "-1"], 2, "threads"),
+    (["--max-new-tokens", "0"], 2, "max-new-tokens"),
+    (["--devices", "cuda"], 1, "expected NAME=NAME"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), BAD_CHATS, ids=lambda value: str(value)[:40])
+def test_chat_names_its_own_flags_in_errors(arguments, code, message):
+    ran = invoke("chat", *arguments)
+    text = " ".join(ran.stderr.split())
+    assert ran.exit_code == code and message in text
+    assert "--cpu_infer" not in text and "--model_path" not in text and "--prompt_file" not in text
