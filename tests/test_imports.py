@@ -19,7 +19,9 @@ LEVELS = [
     {"report"},
     {"optimize"},
     {"generate"},
+    {"planner"},
     {"local_chat", "from_pretrained"},
+    {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
