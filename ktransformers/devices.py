@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-DEVICE_KWARGS = ("generate_device", "prefill_device", "out_device", "device")
+DEVICE_KWARGS = ("generate_device", "prefill_device", "out_device", "gpu_device", "device")
 """Rule kwargs whose value is a device name; `transfer_map` holds more of them as its values."""
 
 

@@ -5,12 +5,12 @@ The contract is that of transformers 5: experts(hidden [T, H], top_k_index [T, K
 that a row names twice counts twice.
 Families that store weights transposed or interleaved, that have biases, gate in their own way, have no gate, or
 experts that pass their input on (gpt-oss, DeepSeek-V4, Nemotron-H, LongCat-Flash) are computed too; gating.py knows the
-ways of gating.
+ways of gating. Some experts of a layer may be on a GPU and the others elsewhere: hot_experts.py.
 Letters: T tokens, H hidden, I intermediate, E experts, K experts per token.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ktransformers import native
-from ktransformers.errors import did_you_mean
-from ktransformers.operators.base_operator import forward_only, tell_once
+from ktransformers.errors import DeviceError, did_you_mean
+from ktransformers.operators import hot_experts
+from ktransformers.operators.base_operator import InferenceState, forward_only, tell_once
 from ktransformers.operators.gating import Gating, apply_gate, gating_of
 from ktransformers.operators.inner_ops import (
     StagedOperator,
@@ -56,6 +57,9 @@ METHODS = ("BF16", "FP8", "FP8_PERCHANNEL", "FP8_PERTENSOR", "MXFP8", "RAWINT4",
 
 class KExpertsBase:
     """An inner operator for the experts under `key`: `load` reads them, `unload` gives the memory back."""
+
+    ids: Sequence[int] | None = None
+    """The experts to hold, ascending; None is all. Those of others come as -1, or are skipped, and take no memory."""
 
     def __init__(self, key: str, gguf_loader: Any, config: Any, orig_module: nn.Module, device: Any = "cpu"):
         self.key, self.gguf_loader, self.config = key, gguf_loader, config
@@ -99,7 +103,11 @@ class KExpertsCPU(KExpertsBase):
         return stored_problem(weights, [f"{key}.{first}", f"{key}.down_proj"], "KExpertsTorch")
 
     def load(self, w: Any = None, device: Any = None) -> None:
+        if self.ids is not None and not self.ids:
+            return
         packed, gating = self.gguf_loader.experts(self.key), gating_of(self.orig_module)
+        if self.ids is not None:
+            packed = hot_experts.without(packed, self.ids)
         if packed.copied:
             tell_once("experts are stored by columns: KExpertsCPU computes from a copy in memory, not from the file")
         biases = {"gate_bias": packed.gate_bias, "up_bias": packed.up_bias, "down_bias": packed.down_bias}
@@ -122,14 +130,18 @@ class KExpertsTorch(KExpertsBase):
     Plain tensors in the model's dtype, not parameters: `.to()` does not drag them to another device.
     """
 
-    gate_up: Tensor | None = None  # [E, 2I, H], rows as the family orders them; [E, I, H] without a gate
-    down: Tensor | None = None  # [E, H, I]
-    gate_up_bias: Tensor | None = None  # [E, 2I]
-    down_bias: Tensor | None = None  # [E, H]
+    gate_up: Tensor | None = None  # [n, 2I, H], rows as the family orders them; [n, I, H] without a gate
+    down: Tensor | None = None  # [n, H, I]; n is E, or the length of `ids`
+    gate_up_bias: Tensor | None = None  # [n, 2I]
+    down_bias: Tensor | None = None  # [n, H]
+    slots: Tensor | None = None  # [E + 1], where each expert is in these, n for one that is not; None: in order
 
     def load(self, w: Any = None, device: Any = None) -> None:
         device = self.device if device is None else device
         experts, key = self.orig_module, self.key
+        if self.ids is not None:
+            self._load_some(device)
+            return
         dtype = experts.down_proj.dtype
         first = first_projection(experts)
 
@@ -142,15 +154,25 @@ class KExpertsTorch(KExpertsBase):
         if getattr(experts, "has_bias", False):
             self.gate_up_bias, self.down_bias = read(f"{first}_bias"), read("down_proj_bias")
 
+    def _load_some(self, device: Any) -> None:
+        n, packed = len(self.ids), self.gguf_loader.experts(self.key)
+        made = hot_experts.dense(packed, self.ids, self.orig_module, device)
+        self.gate_up, self.down, self.gate_up_bias, self.down_bias = made
+        self.slots = torch.full((len(self.orig_module.down_proj) + 1,), n, device="cpu")
+        self.slots[list(self.ids)] = torch.arange(n, device="cpu")
+        self.slots = self.slots.to(device)
+
     def unload(self) -> None:
-        self.gate_up = self.down = self.gate_up_bias = self.down_bias = None
+        self.gate_up = self.down = self.gate_up_bias = self.down_bias = self.slots = None
 
     def forward(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Sort the T*K pairs by expert, so that every expert sees its tokens as one matrix."""
         x, ids = hidden.to(self.down.device, self.down.dtype), ids.to(self.down.device)
-        n_experts = self.down.shape[0]
+        n_experts = len(self.down if self.slots is None else self.slots[1:])
         flat = ids.reshape(-1)  # pair p is slot p % K of token p // K
         flat = flat.where((flat >= 0) & (flat < n_experts), n_experts)  # what is to be skipped sorts last
+        if self.slots is not None:
+            flat, n_experts = self.slots[flat], len(self.down)
         order = flat.argsort(stable=True)
         counts = flat.bincount(minlength=n_experts + 1)[:n_experts].tolist()
         scale = weights.to(x.device).reshape(-1, 1)
@@ -184,6 +206,8 @@ class KTransformersExperts(StagedOperator):
 
     Their weights are neither parameters nor buffers. The result is on `out_device`, or where the input was.
     `backend` and `method` (upstream's old and new word for it) say how the weights are stored; see `METHODS`.
+    `gpu_experts` names experts (see `hot_experts.expert_ids`) that torch computes on `gpu_device` from dense weights;
+    that is `out_device` unless given, else "cuda". The inner operator computes all others.
     """
 
     def __init__(
@@ -199,6 +223,8 @@ class KTransformersExperts(StagedOperator):
         out_device: str | None = None,
         backend: str | None = None,
         method: str | None = None,
+        gpu_experts: hot_experts.GpuExperts = None,
+        gpu_device: str | None = None,
     ):
         super().__init__(key, gguf_loader, config, orig_module, prefill_device, generate_device)
         self.out_device = out_device
@@ -207,6 +233,12 @@ class KTransformersExperts(StagedOperator):
             tell_once(
                 f"backend {backend!r}: the C library picks kernels for this CPU, and converts no weights"
             )
+        self.split: hot_experts.Split | None = None
+        if ids := hot_experts.expert_ids(gpu_experts, hot_experts.layer_of(key), self.n_experts):
+            place = hot_experts.gpu_device({"gpu_device": gpu_device, "out_device": out_device})
+            hot = self._make(KExpertsTorch, torch.device(place))
+            hot.ids = ids
+            self.split = hot_experts.Split(hot, self.n_experts)
         generate = self._op(given(generate_op) or "KExpertsCPU", generate_device)
         self.hold(generate, self._op(prefill_op, prefill_device) if given(prefill_op) else None)
 
@@ -214,13 +246,20 @@ class KTransformersExperts(StagedOperator):
     def _op(name: str, device: str) -> tuple[type, torch.device]:
         return EXPERTS_MAP[resolve_op(name, device)], torch.device(device)
 
+    def _make(self, operator: type, device: Any) -> Any:
+        inner = super()._make(operator, device)
+        if self.split is not None:
+            inner.ids = self.split.rest_ids
+        return inner
+
     @classmethod
     def check(
         cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None
     ) -> list[str]:
         if problem := layout_problem(orig_module):
             return [problem]
-        problems = []
+        problems = hot_experts.problems(key, orig_module, kwargs, weights)
+        all_on_gpu = not problems and len(hot_experts.ids_of(key, orig_module, kwargs)) == len(orig_module.down_proj)
         named = {
             "generate": given(kwargs.get("generate_op")) or "KExpertsCPU",
             "prefill": given(kwargs.get("prefill_op")),
@@ -230,7 +269,7 @@ class KTransformersExperts(StagedOperator):
             device = kwargs.get(f"{stage}_device") or fallback[stage]
             if problem := op_problem(f"{stage}_op", name, device, EXPERTS_MAP):
                 problems.append(problem)
-            elif name is not None and final_name(name, device) == "KExpertsCPU":
+            elif name is not None and final_name(name, device) == "KExpertsCPU" and not all_on_gpu:
                 if problem := KExpertsCPU.problem(key, orig_module, weights):
                     problems.append(f"{stage}_op: {problem}")
         for word in ("backend", "method"):
@@ -245,7 +284,10 @@ class KTransformersExperts(StagedOperator):
         not chosen."""
         if top_k_index is None:
             return self._by_expert(hidden_states)
-        out = self.active.forward(hidden_states, top_k_index, top_k_weights)
+        if self.split is None:
+            out = self.active.forward(hidden_states, top_k_index, top_k_weights)
+        else:
+            out = self.split.forward(self.active, hidden_states, top_k_index, top_k_weights, self.out_device)
         if self.idle:
             passed = (top_k_weights * (top_k_index >= self.n_experts)).sum(-1, keepdim=True).to(out.dtype)
             out = out + hidden_states.to(out.device) * passed.to(out.device)
@@ -257,8 +299,27 @@ class KTransformersExperts(StagedOperator):
         rows = self.forward(hidden[chosen], ids.unsqueeze(1), torch.ones(len(ids), 1, device=ids.device))
         return rows.new_zeros(hidden.shape).index_copy_(0, chosen.to(rows.device), rows)
 
+    def load(self, w: Any = None, mode: InferenceState = InferenceState.GENERATE) -> None:
+        """As for any staged operator; the GPU's part stays as it is when the inner operator changes."""
+        super().load(w, mode)
+        if self.split is None or mode is InferenceState.UNLOAD or self.split.hot.down is not None:
+            return
+        try:
+            self.split.hot.load()
+        except torch.OutOfMemoryError as error:
+            n, device = len(self.split.hot.ids), self.split.hot.device
+            raise DeviceError(f"{self.key}: {n} experts do not fit on {device}. Name fewer in gpu_experts.") from error
+
+    def unload(self) -> None:
+        super().unload()
+        if self.split is not None:
+            self.split.hot.unload()
+
     def extra_repr(self) -> str:
-        return f"{type(self.active).__name__} on {self.generate_device}"
+        text = f"{type(self.active).__name__} on {self.generate_device}"
+        if self.split is None:
+            return text
+        return f"{text}, {len(self.split.hot.ids)} of {self.n_experts} experts on {self.split.hot.device}"
 
 
 class KTransformersExpertsV2(KTransformersExperts):
