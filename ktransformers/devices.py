@@ -1,6 +1,8 @@
 """Device names of rule files: map them to this machine's, and say which do not exist. Starts no device."""
 
-from collections.abc import Mapping
+import contextlib
+import contextvars
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -9,9 +11,31 @@ DEVICE_KWARGS = ("generate_device", "prefill_device", "out_device", "gpu_device"
 """Rule kwargs whose value is a device name; `transfer_map` holds more of them as its values."""
 
 
+_pretended: contextvars.ContextVar[int | None] = contextvars.ContextVar("gpus", default=None)
+
+
+@contextlib.contextmanager
+def pretended(gpus: int | None) -> Iterator[None]:
+    """Inside, this file answers for a machine with `gpus` GPUs; None changes nothing."""
+    token = _pretended.set(_pretended.get() if gpus is None else gpus)
+    try:
+        yield
+    finally:
+        _pretended.reset(token)
+
+
+def gpu_count(devices: Mapping[str, str] | None = None) -> int:
+    """How many GPUs there are, with those that `devices` renames: ``{"cuda:1": "cpu"}`` says that rules mean two."""
+    if (gpus := _pretended.get()) is not None:
+        return gpus
+    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    renamed = [name.partition(":") for name in devices or ()]
+    return max([here, *(int(n) + 1 for kind, _, n in renamed if kind == "cuda" and n.isdecimal() and len(n) < 4)])
+
+
 def default_device() -> str:
     """The device of modules that no rule names: upstream's ``cuda:0`` where there is a GPU, else ``cpu``."""
-    return "cuda:0" if torch.cuda.is_available() else "cpu"
+    return "cuda:0" if gpu_count() else "cpu"
 
 
 def map_device(name: Any, devices: Mapping[str, str] | None) -> Any:
@@ -35,6 +59,8 @@ def map_kwargs(kwargs: Mapping[str, Any], devices: Mapping[str, str] | None) -> 
 
 def device_problem(name: Any) -> str:
     """Say why `name` cannot be used on this machine, or return ``""``."""
+    if name == "layer":
+        return "'layer' means the device of the module's layer, and no `devices:` say where layers live; add them"
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError, ValueError):
@@ -43,6 +69,9 @@ def device_problem(name: Any) -> str:
         return "" if device.index in (None, 0) else f"{name!r} does not exist; the CPU is just 'cpu'"
     if device.type == "meta":
         return "'meta' holds no data, so nothing can run there; expected one like 'cpu' or 'cuda:0'"
+    if (gpus := _pretended.get()) is not None and device.type == "cuda":
+        there = f"GPUs are cuda:0 to cuda:{gpus - 1}" if gpus > 1 else f"there is {'only cuda:0' if gpus else 'no GPU'}"
+        return "" if (device.index or 0) < gpus else f"{name!r} does not exist on the machine planned for: {there}"
     backend = getattr(torch, device.type, None)
     count = backend.device_count() if backend is not None and hasattr(backend, "device_count") else 0
     if count == 0:
@@ -56,9 +85,14 @@ def device_problem(name: Any) -> str:
     return ""
 
 
+def problems_of(named: Mapping[str, Any]) -> list[str]:
+    """Say of every device in `named` (what it is for -> name) why it cannot be used."""
+    return [f"{what}: {problem}" for what, device in named.items() if (problem := device_problem(device))]
+
+
 def kwargs_problems(kwargs: Mapping[str, Any]) -> list[str]:
     """Say of every device name in a rule's kwargs why it cannot be used; null means "not given"."""
-    named = [(key, kwargs[key]) for key in DEVICE_KWARGS if kwargs.get(key) is not None]
+    named = {key: kwargs[key] for key in DEVICE_KWARGS if kwargs.get(key) is not None}
     if isinstance(kwargs.get("transfer_map"), Mapping):
-        named += [(f"transfer_map[{layer}]", device) for layer, device in kwargs["transfer_map"].items()]
-    return [f"{key}: {problem}" for key, device in named if (problem := device_problem(device))]
+        named |= {f"transfer_map[{layer}]": device for layer, device in kwargs["transfer_map"].items()}
+    return problems_of(named)

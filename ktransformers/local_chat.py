@@ -155,9 +155,6 @@ def _load(model_path: str, weights: str, rule: str, devices: dict[str, str], qui
     config, tokenizer = _read_config(model_path)
     if not rule:
         rule = DEFAULT_RULES.get(config.model_type, "Default")
-        if not torch.cuda.is_available() and not devices:
-            devices = {"cuda": "cpu"}
-            err.print(f"[dim]no GPU here: rules {rule} run with --devices cuda=cpu[/dim]")
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)

@@ -52,6 +52,12 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
+def _is_decoder(module: nn.Module) -> bool:
+    """The stack itself: an embedding and a list of layers behind one another."""
+    layers = getattr(module, "layers", None)
+    return isinstance(layers, nn.ModuleList) and any(isinstance(child, nn.Embedding) for child in module.children())
+
+
 TRAITS: dict[str, Callable[[nn.Module], bool]] = {
     "experts": _is_experts,
     "moe": _is_moe,
@@ -59,6 +65,7 @@ TRAITS: dict[str, Callable[[nn.Module], bool]] = {
     "mla": _is_mla,
     "attention": _is_attention,
     "linear": is_linear,
+    "decoder": _is_decoder,
     "rotary": lambda module: "RotaryEmbedding" in type(module).__name__,
     "norm": lambda module: type(module).__name__.endswith("Norm"),
     "embedding": lambda module: isinstance(module, nn.Embedding),

@@ -10,11 +10,13 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ktransformers"
 # Lowest first. A file may import from its own level or from lower ones.
 LEVELS = [
     {"errors", "env", "iq_grids"},
-    {"quants", "devices", "traits", "former", "scaled"},
+    {"quants", "devices", "traits", "scaled"},
+    {"former", "layers"},
     {"loaders", "native", "encode", "cache"},
     {"operators", "gguf_families", "gguf_splits"},
     {"gguf_config", "gguf_tokenizer"},
     {"resolve"},
+    {"rule_files"},
     {"rules", "quantize"},
     {"report"},
     {"optimize"},

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ktransformers.operators.base_operator import FamilyOperator, to_device
+from ktransformers.traits import TRAITS
 
 
 class DecoderModel(FamilyOperator):
@@ -54,9 +55,9 @@ class DecoderModel(FamilyOperator):
         cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None
     ) -> list[str]:
         layers = getattr(orig_module, "layers", None)
-        if not isinstance(layers, nn.ModuleList) or not hasattr(orig_module, "embed_tokens"):
+        if not TRAITS["decoder"](orig_module):
             found = type(orig_module).__name__
-            return [f"{cls.__name__} replaces a decoder model (embed_tokens and layers), found {found}"]
+            return [f"{cls.__name__} replaces a decoder model (an embedding and layers), found {found}"]
         problems = []
         if threshold := kwargs.get("per_layer_prefill_intput_threshold"):
             expected = f"found {threshold}, expected 0"
@@ -88,17 +89,19 @@ class DecoderModel(FamilyOperator):
         """(Re)install the hooks that move inputs, on the modules that are in place now."""
         for hook in self._hooks:
             hook.remove()
-        # The embedding may stay on the CPU; what is made of its output (masks, positions) is for the layers.
-        moved = self.embed_tokens.register_forward_hook(
-            lambda _, args, out: to_device(out, self.entry_device)
-        )
-        self._hooks = [self._watch(self.embed_tokens, None), moved]
-        device = None
+        self._hooks = []
+        device, behind = None, False
+        for child in self.children():
+            if isinstance(child, nn.Embedding):
+                # It may stay on the CPU; what is made of its output (masks, positions) is for the layers.
+                out = child.register_forward_hook(lambda _, args, out: to_device(out, self.entry_device))
+                self._hooks += [self._watch(child, None), out]
+            elif behind and not TRAITS["rotary"](child):
+                self._hooks.append(self._watch(child, None))
+            behind = behind or child is self.layers
         for number, layer in enumerate(self.layers):
             device = self.transfer_map.get(number, device)
             self._hooks.append(self._watch(layer, device))
-        if hasattr(self, "norm"):
-            self._hooks.append(self._watch(self.norm, None))
 
     @property
     def entry_device(self) -> Any:

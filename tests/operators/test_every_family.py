@@ -42,8 +42,9 @@ def reference(model_type):
 
 def rules(op):
     """The default rules with another operator for the experts."""
-    experts, rest = load_rules("Default")
-    return [replace(experts, kwargs={**experts.kwargs, "generate_op": op, "prefill_op": op}), rest]
+    file = load_rules("Default")
+    experts, *rest = file
+    return replace(file, rules=(replace(experts, kwargs={**experts.kwargs, "generate_op": op, "prefill_op": op}), *rest))
 
 
 def in_pieces(model, ids):
