@@ -86,7 +86,7 @@ def _checked_optimize_and_load(model, rule, weights, config, default_device, dev
     try:
         source = bind(files, model)
         generation_config = _generation_config(config)
-        _check_weights(model, source)
+        check_weights(model, source)
         _check_operators(model, replacements, source)
         if env.debug():
             report.print_plan(model, replacements, source)
@@ -140,7 +140,7 @@ def _checkpoint_of(config: Any) -> Path:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _check_weights(model: nn.Module, source: Any) -> None:
+def check_weights(model: nn.Module, source: Any) -> None:
     """Compare the checkpoint's names and shapes with the whole model's; reads no tensor data."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}

@@ -9,14 +9,16 @@ from typing import Annotated
 
 import typer
 
-from ktransformers.cli import chat, config, doctor, version
+from ktransformers.cli import chat, config, doctor, plan, profile, version
 from ktransformers.cli.common import errors, out
 
 PLAN, RUN, LOOK = "Plan", "Run", "Look"
 """Headings of `kt --help`, in its order."""
 
 COMMANDS: list[tuple[str, Callable[..., None]]] = [
+    (PLAN, plan.plan),
     (RUN, chat.chat),
+    (RUN, profile.profile),
     (LOOK, doctor.doctor),
     (LOOK, config.config),
     (LOOK, version.version),

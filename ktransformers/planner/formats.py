@@ -1,0 +1,164 @@
+"""How many bytes a weight takes in a checkpoint: as published, in another format, or by the checkpoint's own headers.
+
+A `Format` answers for one tensor of the model at a time, in module names. Nothing here reads tensors; what a format's
+bytes mean is in quants.py and scaled.py.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ktransformers.errors import KTransformersError, did_you_mean
+from ktransformers.quantize import choose_type
+from ktransformers.quants import QUANT_TYPES
+
+_SCALED = {
+    "FP8": ("F8_E4M3", 1 + 4 / (128 * 128)),  # an fp32 scale for 128 x 128
+    "FP8_PERCHANNEL": ("F8_E4M3", 1.0),  # and one a row, which is added below
+    "MXFP4": ("MXFP4", 17 / 32),  # an e8m0 byte for 32
+    "INT4": ("I4", 0.5 + 2 / 32),  # a bf16 scale for 32
+    "RAWINT4": ("I4", 0.5 + 2 / 32),
+    "GPTQ_INT4": ("GPTQ4", 0.5 + 2.5 / 128),  # fp16 scale and packed zero for 128
+    "AWQ_INT4": ("AWQ4", 0.5 + 2.5 / 128),
+    "NVFP4": ("F4_E2M1", 0.5 + 1 / 16),
+    "INT8": ("I8", 1.0),
+}
+"""Formats of safetensors: name -> (type as native.py calls it, bytes a weight)."""
+
+MIXES = ("Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q2_K_S")
+"""Names of published GGUF files that are no type: what `quantize` writes under them, others' mixes differ a little."""
+
+SMALLER = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K", "IQ2_XXS", "IQ1_S")
+"""Formats to propose when memory is short, largest first."""
+
+
+def format_names() -> list[str]:
+    """What `--format` takes beside "published"."""
+    computed = [name for name, kind in QUANT_TYPES.items() if kind.computed]
+    return [*dict.fromkeys([*computed, *MIXES, *_SCALED])]
+
+
+@dataclass(frozen=True)
+class Format:
+    """`stored(name, shape, dtype)` gives a tensor's type and bytes. `name` is what people call it."""
+
+    name: str
+    stored: Callable[[str, tuple[int, ...], Any], tuple[str, int]]
+
+
+def named_format(name: str, layers: int, tied: bool) -> Format:
+    """The format that `--format` names, for a model of so many layers.
+
+    Raises KTransformersError for a name that no format has.
+    """
+    found = next((known for known in format_names() if known.lower() == name.strip().lower()), None)
+    if found is None:
+        known, hint = ", ".join(format_names()), did_you_mean(name.upper(), format_names())
+        raise KTransformersError(f"--format {name!r}: unknown{hint}; known: published, {known}.")
+    if found in _SCALED and found not in QUANT_TYPES:
+        return Format(found, lambda tensor, shape, dtype: _scaled(found, tensor, shape, dtype))
+    mix = re.sub(r"_S$", "", found) if found.startswith("Q") else found
+    return Format(found, lambda tensor, shape, dtype: _gguf(mix, tensor, shape, dtype, layers, tied))
+
+
+def published_format(config: Any, layers: int, tied: bool) -> Format:
+    """As the model's publisher stores it, told from the config: its quantization_config, else its dtype."""
+    quantization = getattr(config, "quantization_config", None)
+    if not isinstance(quantization, dict):
+        text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+        quantization = getattr(text, "quantization_config", None)
+    if not isinstance(quantization, dict):
+        return Format("published", lambda tensor, shape, dtype: _plain(shape, dtype))
+    method = str(quantization.get("quant_method") or "").lower()
+    kinds = {"mxfp4": "MXFP4", "compressed-tensors": "INT4", "gptq": "GPTQ_INT4", "awq": "AWQ_INT4", "fp8": "FP8"}
+    kind = kinds.get(method)
+    if kind is None:
+        known = ", ".join(kinds)
+        raise KTransformersError(
+            f"config: its quant_method {method!r} has no size known here (known: {known}). Say --weights with the "
+            "checkpoint, or --format."
+        )
+    skip = _skipped(quantization)
+    experts_only = kind in ("MXFP4",)
+
+    def stored(tensor: str, shape: tuple[int, ...], dtype: Any) -> tuple[str, int]:
+        module = tensor.rpartition(".")[0]
+        if skip(module) or (experts_only and ".experts." not in tensor):
+            return _plain(shape, dtype)
+        return _scaled(kind, tensor, shape, dtype)
+
+    return Format(f"published ({kind})", stored)
+
+
+def weights_format(source: Any) -> Format:
+    """By the headers of an open checkpoint (`loaders.ModelWeights`)."""
+
+    def stored(tensor: str, shape: tuple[int, ...], dtype: Any) -> tuple[str, int]:
+        if not source.has(tensor):
+            return _plain(shape, dtype)
+        kinds = source.quant_type(tensor).split("+")
+        return kinds[-1], source.nbytes(tensor)
+
+    return Format(source.path.name, stored)
+
+
+def _skipped(quantization: dict[str, Any]) -> Callable[[str], bool]:
+    """Whether a quantization_config leaves a module in full precision."""
+    names = [
+        str(name)
+        for key in ("ignore", "modules_to_not_convert")
+        for name in (quantization.get(key) or [] if isinstance(quantization.get(key), list) else [])
+    ]
+    patterns = [re.compile(name[3:] if name.startswith("re:") else _glob(name)) for name in names]
+    return lambda module: any(pattern.match(module) for pattern in patterns)
+
+
+def _glob(name: str) -> str:
+    return re.escape(name).replace(r"\*", ".*") + r"(\.|$)"
+
+
+def _plain(shape: tuple[int, ...], dtype: Any) -> tuple[str, int]:
+    size = dtype.itemsize
+    return {2: "F16" if "float16" == str(dtype)[6:] else "BF16"}.get(size, "F32"), math.prod(shape) * size
+
+
+def is_vector_like(tensor: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor stays in full precision whatever the format: vectors, routers, convolutions, states."""
+    kept = r"(\.(gate|router|conv1d|conv|weights_proj|A_log|dt_bias)\.|e_score_correction_bias|sinks)"
+    return len(shape) < 2 or bool(re.search(kept, tensor)) and ".experts." not in tensor
+
+
+def _scaled(kind: str, tensor: str, shape: tuple[int, ...], dtype: Any) -> tuple[str, int]:
+    """Formats of safetensors leave embeddings, the head and small tensors as they are."""
+    outside = tensor.endswith(("embed_tokens.weight", "embeddings.weight")) or tensor.startswith("lm_head")
+    if is_vector_like(tensor, shape) or outside or "_bias" in tensor:
+        return _plain(shape, dtype)
+    name, each = _SCALED[kind]
+    extra = 4 * math.prod(shape[:-1]) if kind in ("FP8_PERCHANNEL", "INT8") else 0
+    return name, round(math.prod(shape) * each) + extra
+
+
+def _gguf(mix: str, tensor: str, shape: tuple[int, ...], dtype: Any, layers: int, tied: bool) -> tuple[str, int]:
+    """The type that `quantize` writes for a tensor under `mix`, and its bytes."""
+    if is_vector_like(tensor, shape) or "_bias" in tensor:
+        return "F32", 4 * math.prod(shape)
+    kind = choose_type(_gguf_like(tensor), shape, mix, layers, tied)
+    return kind.name, kind.packed_bytes(shape)
+
+
+_STANDS_FOR = {
+    r"lm_head\.weight$": "output.weight",
+    r"embed_tokens\.weight$": "token_embd.weight",
+    r"\.v_proj\.weight$": "attn_v.weight",
+    r"\.kv_b_proj\.weight$": "attn_kv_b.weight",
+    r"\.down_proj(\.weight)?$": "ffn_down.weight",
+}
+"""What a tensor is in the words that mixes go by."""
+
+
+def _gguf_like(tensor: str) -> str:
+    layer = re.search(r"\.(\d+)\.", tensor)
+    name = next((known for pattern, known in _STANDS_FOR.items() if re.search(pattern, tensor)), "other.weight")
+    return f"blk.{layer[1]}.{name}" if layer else name

@@ -1,0 +1,151 @@
+"""Where everything goes: layers on GPUs as far as they fit, then the experts that are used most, the rest in RAM.
+
+In order of value for a byte: attention, shared and dense matrices serve every token, so whole layers with their cache
+come first; of a layer's routed experts a token meets a few, so they get what is left. A `Placement` is devices and
+expert ids; `rule_content` writes it into a rule file. How much memory and time that takes is sizes.py's and speed.py's.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any
+
+import yaml
+
+from ktransformers.operators.hot_experts import ranges
+from ktransformers.optimize_rules import NAMES
+from ktransformers.planner import masks
+from ktransformers.planner.profile import RoutingProfile
+
+CPU = "cpu"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a layer takes on a GPU beside its routed experts, and one of those experts there; bytes."""
+
+    matrices: int
+    cache: int
+    experts: int = 0
+    expert: int = 0
+
+
+@dataclass(frozen=True)
+class Room:
+    """One device's memory for the model: `total` bytes, of which `reserved` are for work and not for weights."""
+
+    device: str
+    total: int
+    reserved: int
+
+    @property
+    def free(self) -> int:
+        return max(0, self.total - self.reserved)
+
+
+@dataclass
+class Placement:
+    """`layers`: device of each layer. `gpu_experts`: layer -> ids of the experts on its GPU."""
+
+    layers: list[str]
+    gpu_experts: dict[int, list[int]] = field(default_factory=dict)
+
+    def spans(self) -> dict[str, str]:
+        """Device -> its layers as ranges, devices in the order of the layers."""
+        devices = dict.fromkeys(self.layers)
+        return {device: ranges([i for i, on in enumerate(self.layers) if on == device]) for device in devices}
+
+
+def place_layers(layers: Sequence[Layer], rooms: Sequence[Room], first: int, last: int) -> list[str]:
+    """Give each layer a GPU while there is room, in order; the rest is on the CPU.
+
+    `first`, `last`: bytes that go where the first and the last layer go (embedding and norms; the head). When all fit,
+    GPUs are filled to like parts, so that each has room left for experts of its layers.
+    """
+    if not rooms:
+        return [CPU] * len(layers)
+    sizes = [layer.matrices + layer.cache for layer in layers]
+    if layers:
+        sizes[0] += first
+    whole = [*sizes[:-1], sizes[-1] + last] if sizes else []
+    for fill in (sum(whole) / max(1, sum(room.free for room in rooms)), 1.0):
+        devices = _fill(whole, rooms, min(1.0, fill))
+        if CPU not in devices:
+            return devices
+    return _fill(sizes, rooms, 1.0)  # the head goes with the last layer, to the CPU
+
+
+def _fill(sizes: Sequence[int], rooms: Sequence[Room], part: float) -> list[str]:
+    """Layers to devices in order, each GPU filled up to `part` of its room (to the layer that crosses it)."""
+    devices, place, used = [], 0, 0
+    for size in sizes:
+        while place < len(rooms) and (used + size > rooms[place].free or used >= part * rooms[place].free):
+            place, used = place + 1, 0
+        if place == len(rooms):
+            devices += [CPU] * (len(sizes) - len(devices))
+            break
+        used += size
+        devices.append(rooms[place].device)
+    return devices
+
+
+def place_experts(
+    layers: Sequence[Layer],
+    devices: Sequence[str],
+    rooms: Sequence[Room],
+    extra: Mapping[str, int],
+    strategy: str,
+    profile: RoutingProfile | None = None,
+) -> dict[int, list[int]]:
+    """Give each GPU the experts of its own layers that it still has room for, by `strategy` (masks.py).
+
+    `extra`: device -> bytes there beside its layers, such as the head.
+    """
+    chosen: dict[int, list[int]] = {}
+    for room in rooms:
+        mine = [i for i, device in enumerate(devices) if device == room.device]
+        routed = [i for i in mine if layers[i].experts]
+        if not routed:
+            continue
+        used = sum(layers[i].matrices + layers[i].cache for i in mine) + extra.get(room.device, 0)
+        each, count = max(layers[i].expert for i in routed), layers[routed[0]].experts
+        total = min((room.free - used) // each if each else 0, count * len(routed))
+        if total <= 0:
+            continue
+        seen = profile and RoutingProfile(profile.model_type, {i: profile.layers[i] for i in routed}, profile.tokens)
+        ids = masks.gpu_experts(strategy, routed, count, total, seen)
+        chosen.update({layer: found for layer, found in ids.items() if found})
+    return chosen
+
+
+def packaged_content(name: str) -> dict[str, Any]:
+    """A packaged rule file as YAML reads it: a mapping with devices and rules."""
+    path = resources.files("ktransformers.optimize_rules") / f"{NAMES.get(name, name)}.yaml"
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def rule_content(base: Mapping[str, Any], placement: Placement, chunk: int | None = None) -> dict[str, Any]:
+    """The rule file `base` with this placement. `chunk`: queries whose scores latent attention holds at a time."""
+    content = copy.deepcopy(dict(base))
+    content["devices"] = placement.spans()
+    for rule in content["rules"]:
+        kwargs = rule["replace"].setdefault("kwargs", {})
+        if rule["match"].get("trait") == "experts" and placement.gpu_experts:
+            kwargs["gpu_experts"] = _compact(placement.gpu_experts)
+            kwargs["gpu_device"] = "layer"
+        if rule["match"].get("trait") == "mla" and chunk:
+            kwargs["chunck_size"] = chunk
+        if not kwargs:
+            del rule["replace"]["kwargs"]
+    return content
+
+
+def _compact(gpu_experts: Mapping[int, Sequence[int]]) -> dict[int, str]:
+    return {layer: ranges(ids) for layer, ids in sorted(gpu_experts.items())}
+
+
+def rule_text(content: Mapping[str, Any], header: Sequence[str] = ()) -> str:
+    """The rule file as YAML, with `header` as comments above."""
+    body = yaml.safe_dump(dict(content), sort_keys=False, width=120, default_flow_style=False)
+    return "".join(f"# {line}\n" for line in header) + body

@@ -1,0 +1,340 @@
+"""From a config and a machine to memory, speed and a rule file; and, where a model does not fit, to what would.
+
+This ties the other files here together: formats and sizes say what a model takes, hardware what there is, placement who
+goes where, rules.plan what a rule file then does, speed how fast that is. Nothing is loaded or printed.
+"""
+
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ktransformers import optimize, rules
+from ktransformers.errors import KTransformersError
+from ktransformers.loaders import bind, open_weights
+from ktransformers.models import DEFAULT_RULES
+from ktransformers.operators.inner_ops import is_cpu
+from ktransformers.planner import formats, sizes, speed
+from ktransformers.planner import probes as torch_probes
+from ktransformers.planner.configs import meta_model, read_config, text_config
+from ktransformers.planner.hardware import Hardware
+from ktransformers.planner.placement import (
+    Layer,
+    Placement,
+    Room,
+    packaged_content,
+    place_experts,
+    place_layers,
+    rule_content,
+    rule_text,
+)
+from ktransformers.planner.profile import RoutingProfile
+from ktransformers.planner.units import GIB, format_bytes
+
+BASE_RAM = 360 << 20
+"""Bytes that Python, torch and transformers hold before a model is loaded, measured; and, per GPU, a CUDA context."""
+BASE_GPU = 600 << 20
+SCORES = 256 << 20
+"""Bytes of scores that latent attention may hold at a time on a GPU; the rule's chunck_size follows."""
+PROMPT = 1024
+"""Tokens of the prompt whose prefill is predicted, and that decoding follows, where the context is not shorter."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a plan is for: `context` tokens for each of `batch` sequences, prompts computed `chunk` tokens at a time."""
+
+    context: int = 8192
+    batch: int = 1
+    chunk: int = 8192
+    strategy: str = "uniform"
+    profile: RoutingProfile | None = None
+
+
+@dataclass
+class Memory:
+    """Bytes on one device. `mapped` is the part of `weights` that is pages of the checkpoint's file."""
+
+    limit: int
+    weights: int = 0
+    mapped: int = 0
+    cache: int = 0
+    work: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.work
+
+
+@dataclass
+class Plan:
+    """The answer. Sizes are bytes; `decode` follows a prompt of PROMPT tokens, `decode_full` a full context."""
+
+    model: str
+    family: str
+    format: str
+    parameters: int
+    active: int
+    wish: Wish
+    hardware: Hardware
+    placement: Placement
+    memory: dict[str, Memory]
+    prefill: speed.Pass
+    decode: speed.Pass
+    decode_full: speed.Pass
+    rule: str
+    problems: list[str] = field(default_factory=list)
+    changes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def fits(self) -> bool:
+        return not self.problems
+
+
+class Planner:
+    """One model, ready to be planned for many machines, formats and lengths; building it takes a second or two."""
+
+    def __init__(self, model: str, weights: str | Path | None = None, form: str | None = None):
+        """`model`: what `read_config` takes; `weights`: a checkpoint whose headers give types and sizes; `form`: a name
+        of `formats.format_names()`, None for the checkpoint's, or as published.
+
+        Raises KTransformersError, WeightError where headers disagree with the config.
+        """
+        self.name, self.config = model, read_config(model)
+        self.model: nn.Module = meta_model(self.config)
+        text = text_config(self.config)
+        self.hidden, self.layers = text.hidden_size, text.num_hidden_layers
+        self.tied = bool(getattr(text, "tie_word_embeddings", False))
+        self.base_name = DEFAULT_RULES.get(self.config.model_type, "Default")
+        self.base = packaged_content(self.base_name)
+        self.caches = sizes.caches(self.model)
+        self.form = self._format(weights, form)
+        self._plans: dict[str, Mapping[str, rules.Replacement]] = {}
+
+    def _format(self, weights: str | Path | None, form: str | None) -> formats.Format:
+        if weights is not None and form is not None:
+            raise KTransformersError("--format and --weights: give one; a checkpoint's headers say how it is stored.")
+        if weights is not None:
+            source = bind(open_weights(weights), self.model)
+            optimize.check_weights(self.model, source)
+            return formats.weights_format(source)
+        if form is not None and form.lower() != "published":
+            return formats.named_format(form, self.layers, self.tied)
+        return formats.published_format(self.config, self.layers, self.tied)
+
+    # ---- one plan ----
+
+    def plan(self, hardware: Hardware, wish: Wish = Wish(), probes: torch_probes.Probes | None = None) -> Plan:
+        """Place the model on `hardware` and predict it. What does not fit is in `problems`, ways out in `changes`."""
+        probes = probes or torch_probes.assumed(hardware.cpu.cores)
+        found = self.answer(hardware, wish, probes)
+        found.notes += self._notes(hardware, found)
+        if found.problems:
+            found.changes = self._changes(hardware, wish, probes, found)
+        elif more := self._more_gpu(hardware, wish, found):
+            found.notes.append(more)
+        return found
+
+    def answer(self, hardware: Hardware, wish: Wish, probes: torch_probes.Probes) -> Plan:
+        """The plan without ways out and notes, for who asks often."""
+        return self._place(hardware, wish, self.form, probes)
+
+    def _place(self, hardware: Hardware, wish: Wish, form: formats.Format, probes: torch_probes.Probes) -> Plan:
+        rooms = [
+            Room(f"cuda:{i}", gpu.memory, BASE_GPU + self._gpu_work(wish) + gpu.memory // 50)
+            for i, gpu in enumerate(hardware.gpus)
+        ]
+        layers, first, last = self._layers(wish)
+        devices = place_layers(layers, rooms, first, last) if rooms else ["cpu"] * self.layers
+        extra = {devices[0]: first, devices[-1]: last} if devices[0] != devices[-1] else {devices[0]: first + last}
+        experts = place_experts(layers, devices, rooms, extra, wish.strategy, wish.profile)
+        placement = Placement(devices, experts)
+        content = rule_content(self.base, placement, self._score_chunk(wish) if rooms else None)
+        plan = self._planned(content, len(rooms))
+        parts = sizes.parts(self.model, plan, form, _hits(wish.profile))
+        return self._answer(hardware, wish, form, probes, placement, content, parts)
+
+    def _planned(self, content: dict[str, Any], gpus: int) -> Mapping[str, rules.Replacement]:
+        key = repr((content, gpus))
+        if key not in self._plans:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the packaged file, whose author is not the one who plans
+                self._plans[key] = rules.plan(self.model, content, gpus=gpus)
+        return self._plans[key]
+
+    def _layers(self, wish: Wish) -> tuple[list[Layer], int, int]:
+        """What each layer would take on a GPU, and what goes with the first and the last."""
+        content = rule_content(self.base, Placement(["cuda:0"] * self.layers))
+        parts = sizes.parts(self.model, self._planned(content, 1), self.form)
+        matrices: dict[int | None, int] = defaultdict(int)
+        routed: dict[int | None, tuple[int, int]] = {}
+        last = 0
+        for part in parts:
+            if part.kind == "experts":
+                routed[part.layer] = (part.experts, self._dense_expert(part))
+            elif not is_cpu(part.device):
+                matrices[part.layer] += part.held
+                last += part.held if part.kind == "head" else 0
+        cached = {cache.layer: cache.nbytes(wish.context, wish.batch) for cache in self.caches}
+        layers = [Layer(matrices[i], cached.get(i, 0), *routed.get(i, (0, 0))) for i in range(self.layers)]
+        return layers, matrices[None] - last, last
+
+    def _dense_expert(self, part: sizes.Part) -> int:
+        dtype = next(self.model.parameters()).dtype
+        return part.weights * dtype.itemsize // max(1, part.experts)
+
+    def _gpu_work(self, wish: Wish) -> int:
+        tokens = min(wish.chunk, wish.context) * wish.batch
+        scores = 3 * SCORES if self._is_latent() else 0
+        return sizes.work_bytes(self.model, tokens, experts=False) + scores
+
+    def _is_latent(self) -> bool:
+        return any(cache.is_latent for cache in self.caches)
+
+    def _score_chunk(self, wish: Wish) -> int | None:
+        heads = max((cache.heads for cache in self.caches), default=0)
+        rows = SCORES // max(1, 4 * heads * wish.context * wish.batch)
+        return max(16, min(1000, rows)) if self._is_latent() else None
+
+    # ---- the answer ----
+
+    def _answer(self, hardware, wish, form, probes, placement, content, parts) -> Plan:
+        where = dict(enumerate(placement.layers))
+        memory = self._memory(hardware, wish, placement, parts)
+
+        def predict(tokens: int, behind: int) -> speed.Pass:
+            return speed.forward(
+                parts, self.caches, where, hardware, probes, tokens, behind, wish.batch, self.hidden
+            )
+
+        prompt = max(1, min(PROMPT, wish.context - 1))
+        weights = sum(part.weights for part in parts)
+        header = [
+            f"{self.name}, {form.name}: written by `kt plan` for {_machine(hardware)},",
+            f"a context of {wish.context} tokens, {wish.batch} at a time. Made from {self.base_name}.yaml.",
+        ]
+        found = Plan(
+            self.name, self.config.model_type, form.name, weights, self._active(parts), wish, hardware, placement,
+            memory, predict(prompt, 0), predict(1, prompt), predict(1, max(prompt, wish.context - 1)),
+            rule_text(content, header), notes=list(hardware.assumptions),
+        )  # fmt: skip
+        found.problems = _problems(memory)
+        return found
+
+    def _active(self, parts: list[sizes.Part]) -> int:
+        """Parameters that one token meets: of a layer's experts K, the embedding not counted."""
+        experts = {part.layer: [0, 0, 0] for part in parts if part.kind == "experts"}
+        rest = sum(part.weights for part in parts if part.kind not in ("experts", "embedding"))
+        for part in parts:
+            if part.kind == "experts":
+                entry = experts[part.layer]
+                entry[0], entry[1], entry[2] = entry[0] + part.weights, entry[1] + part.experts, part.chosen
+        return rest + sum(weights * k // count for weights, count, k in experts.values() if count)
+
+    def _memory(self, hardware: Hardware, wish: Wish, placement: Placement, parts) -> dict[str, Memory]:
+        tokens = min(wish.chunk, wish.context) * wish.batch
+        memory = {"cpu": Memory(hardware.cpu.available, work=BASE_RAM)}
+        for i, gpu in enumerate(hardware.gpus):
+            memory[f"cuda:{i}"] = Memory(gpu.memory, work=0)
+        for part in parts:
+            device = memory["cpu" if is_cpu(part.device) else part.device]
+            device.weights += part.held
+            device.mapped += part.held if part.mapped else 0
+        for cache in self.caches:
+            device = placement.layers[cache.layer] if cache.layer < len(placement.layers) else "cpu"
+            memory[device].cache += cache.nbytes(wish.context, wish.batch)
+        memory["cpu"].work += sizes.work_bytes(self.model, tokens, dense="cpu" in placement.layers)
+        for name, device in memory.items():
+            if name != "cpu" and device.weights:
+                device.work += BASE_GPU + self._gpu_work(wish)
+        return memory
+
+    # ---- what would fit ----
+
+    def _notes(self, hardware: Hardware, found: Plan) -> list[str]:
+        notes = []
+        if hardware.gpus:
+            notes.append(
+                "GPU: matrices and experts there are dense, in the model's dtype, until packed GPU kernels are built."
+            )
+        if missing := self.layers - len(self.caches):
+            notes.append(f"Cache: of {missing} layers it is not known and counted as nothing.")
+        return notes
+
+    def _more_gpu(self, hardware: Hardware, wish: Wish, found: Plan) -> str:
+        """How much GPU memory all layers would take, where some are on the CPU for want of it."""
+        if not hardware.gpus or "cpu" not in found.placement.layers:
+            return ""
+        layers, first, last = self._layers(wish)
+        need = sum(layer.matrices + layer.cache for layer in layers) + first + last
+        left = found.placement.layers.count("cpu")
+        room = BASE_GPU + self._gpu_work(wish)
+        return (
+            f"{left} of {self.layers} layers stay on the CPU: all of them need {format_bytes(need + room)} of GPU "
+            f"memory, {format_bytes(room)} of it to work in."
+        )
+
+    def _changes(self, hardware: Hardware, wish: Wish, probes: torch_probes.Probes, found: Plan) -> list[str]:
+        """The smallest changes that make it fit, each alone, cheapest first."""
+        changes = []
+        for what, value in (("chunk_size", wish.chunk), ("context", wish.context)):
+            halved = value // 2
+            while halved >= 256:
+                smaller = replace(wish, **{_FIELDS[what]: halved})
+                if self._place(hardware, smaller, self.form, probes).fits:
+                    changes.append(f"--{what.replace('_', '-')} {halved} fits.")
+                    break
+                halved //= 2
+        size = sum(m.weights for m in found.memory.values())
+        for name in formats.SMALLER:
+            form = formats.named_format(name, self.layers, self.tied)
+            plan = self._place(hardware, wish, form, probes)
+            if plan.fits and sum(m.weights for m in plan.memory.values()) < size:
+                changes.append(f"--format {name} fits: {format_bytes(plan.memory['cpu'].total)} of RAM.")
+                break
+        over = found.memory["cpu"].total - found.memory["cpu"].limit
+        if over > 0:
+            ram = hardware.cpu.ram + over
+            changes.append(f"{format_bytes(over)} more RAM fits: {format_bytes(-(-ram // GIB) * GIB)} in all.")
+        if not changes:
+            changes.append("Nothing short of a smaller model fits on this machine.")
+        return changes
+
+
+_FIELDS = {"chunk_size": "chunk", "context": "context"}
+"""Flag of `kt plan` -> field of Wish."""
+
+
+def _machine(hardware: Hardware) -> str:
+    gpus = [f"{gpu.name} ({format_bytes(gpu.memory)})" for gpu in hardware.gpus]
+    return " and ".join([*gpus, f"{format_bytes(hardware.cpu.ram)} of RAM"])
+
+
+def _problems(memory: Mapping[str, Memory]) -> list[str]:
+    return [
+        f"{'RAM' if device == 'cpu' else device}: {format_bytes(found.total)} are needed (weights "
+        f"{format_bytes(found.weights)}, cache {format_bytes(found.cache)}, work {format_bytes(found.work)}), "
+        f"{format_bytes(found.limit)} are there."
+        for device, found in memory.items()
+        if found.total > found.limit
+    ]
+
+
+def _hits(profile: RoutingProfile | None) -> dict[int, dict[int, float]] | None:
+    if profile is None:
+        return None
+    return {
+        layer: {e: n / sum(counts) for e, n in enumerate(counts)}
+        for layer, counts in profile.layers.items()
+        if any(counts)
+    }
+
+
+def for_machine(hardware: Hardware, here: bool) -> torch_probes.Probes:
+    """Probes for a plan: measured where the processor is this machine's, assumed elsewhere."""
+    return torch_probes.measure() if here else torch_probes.assumed(hardware.cpu.cores)

@@ -1,0 +1,77 @@
+"""A plan as three plots in one PNG: memory per device, speed against context, speed against GPU memory.
+
+matplotlib is an extra of the package (`pip install ktransformers[plot]`); without it this is one clear error.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ktransformers.errors import KTransformersError, UnsupportedError
+from ktransformers.planner.hardware import Gpu, Hardware
+from ktransformers.planner.plan import Plan, Planner, Wish
+from ktransformers.planner.probes import Probes
+from ktransformers.planner.units import GIB
+
+KINDS = ("weights", "cache", "work")
+GPU_SIZES = (0, 8, 12, 16, 24, 32, 48, 80, 96, 141)
+"""GiB of GPU memory that the third plot asks about."""
+
+
+def write_plots(planner: Planner, hardware: Hardware, wish: Wish, probes: Probes, found: Plan, path: Path) -> None:
+    """Draw `found` and what other contexts and GPUs would give. Raises UnsupportedError, KTransformersError."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UnsupportedError(
+            "--plot: needs matplotlib, which is not installed. Run `pip install matplotlib`, or leave --plot out."
+        ) from error
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    memory, context, gpus = figure.subplots(1, 3)
+    _memory(memory, found)
+    _context(context, planner, hardware, wish, probes)
+    _gpus(gpus, planner, hardware, wish, probes)
+    figure.suptitle(f"{found.model}, {found.format}")
+    try:
+        figure.savefig(path.expanduser(), format="png", dpi=110)
+    except OSError as error:
+        raise KTransformersError(f"--plot {path}: cannot be written: {error.strerror or error}.") from error
+
+
+def _memory(axes: Any, found: Plan) -> None:
+    devices = list(found.memory)
+    bottom = [0.0] * len(devices)
+    for kind in KINDS:
+        heights = [getattr(found.memory[device], kind) / GIB for device in devices]
+        axes.bar(devices, heights, bottom=bottom, label=kind)
+        bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
+    for place, device in enumerate(devices):
+        limit = found.memory[device].limit / GIB
+        axes.plot([place - 0.45, place + 0.45], [limit, limit], color="black", linewidth=1)
+    axes.set(title="memory (line: what is there)", ylabel="GiB", yscale="linear")
+    axes.legend()
+
+
+def _context(axes: Any, planner: Planner, hardware: Hardware, wish: Wish, probes: Probes) -> None:
+    lengths = [length for length in (512 << n for n in range(9)) if length <= max(wish.context, 32768)]
+    plans = [planner.answer(hardware, replace(wish, context=length), probes) for length in lengths]
+    axes.plot(lengths, [plan.decode_full.rate for plan in plans], marker="o")
+    short = [(n, plan.decode_full.rate) for n, plan in zip(lengths, plans, strict=True) if not plan.fits]
+    if short:
+        axes.plot(*zip(*short, strict=True), linestyle="", marker="x", color="red", label="does not fit")
+        axes.legend()
+    axes.set(title="decode behind a full context", xlabel="tokens of context", ylabel="tokens/s", xscale="log")
+    axes.set_ylim(bottom=0)
+
+
+def _gpus(axes: Any, planner: Planner, hardware: Hardware, wish: Wish, probes: Probes) -> None:
+    model = hardware.gpus[0] if hardware.gpus else Gpu("GPU", 24 * GIB, 1.0e12, 165e12, 26e9)
+    speeds = []
+    for size in GPU_SIZES:
+        gpus = (replace(model, memory=size * GIB),) if size else ()
+        speeds.append(planner.answer(replace(hardware, gpus=gpus, measured=False), wish, probes).decode.rate)
+    axes.plot(GPU_SIZES, speeds, marker="o")
+    axes.set(title=f"decode with one GPU like the {model.name}", xlabel="GiB of GPU memory", ylabel="tokens/s")
+    axes.set_ylim(bottom=0)

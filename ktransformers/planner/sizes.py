@@ -1,0 +1,293 @@
+"""What a model takes: bytes and operations of every part, where a plan puts it, and its cache.
+
+Told from the meta model, a plan (`rules.plan`) and a `Format`; no weights are read. How fast a part is, is speed.py's.
+Operations count two for a multiply-add. Letters: E experts of a layer, K of them per token.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ktransformers import native
+from ktransformers.operators.experts import KTransformersExperts
+from ktransformers.operators.hot_experts import gpu_device, ids_of, layer_of
+from ktransformers.operators.inner_ops import final_name, given, is_cpu
+from ktransformers.operators.linear import KTransformersLinear
+from ktransformers.planner.formats import Format
+from ktransformers.rules import Replacement
+from ktransformers.traits import TRAITS
+
+DENSE = "dense"
+"""The type of a part whose weights torch holds, in the model's dtype."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One module's weights on one device.
+
+    Attributes:
+        name, layer: the module's, and the number of its layer (None outside of layers).
+        kind: "experts", "attention", "dense" (other matrices in a layer), "embedding", "head" or "rest".
+        device: where it computes.
+        type: as which the weights are computed: a type of the C library, or DENSE.
+        held: bytes in that device's memory; `mapped` says that they are the checkpoint's own pages.
+        read: bytes read for one token alone, on average.
+        ops: operations for one token.
+        weights: how many weights there are.
+        share: of a layer's experts, which of the K choices fall on this part, 0.0 to 1.0; 1.0 for all else.
+        experts, chosen: E and K; 0 for all but experts.
+    """
+
+    name: str
+    layer: int | None
+    kind: str
+    device: str
+    type: str
+    held: int
+    mapped: bool
+    read: float
+    ops: float
+    weights: int
+    share: float = 1.0
+    experts: int = 0
+    chosen: int = 0
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What a layer's cache takes for one sequence: bytes a token, bytes whatever the length, and its longest length.
+
+    `heads`, `kv_heads` and `head_dim` say what attention does with it; 0 heads for a state that is no attention.
+    """
+
+    layer: int
+    per_token: int
+    constant: int = 0
+    window: int | None = None
+    heads: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+
+    def tokens(self, context: int) -> int:
+        """How many tokens are kept behind `context` tokens."""
+        return context if self.window is None else min(context, self.window)
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether all heads share one latent a token (MLA)."""
+        return self.kv_heads == 1 and self.heads > 1
+
+    def attention_ops(self, tokens: int, length: int) -> float:
+        """Operations of scores and sums for `tokens` new tokens, the last of which sees `length` of them."""
+        return 4.0 * self.heads * self.head_dim * tokens * max(length - (tokens - 1) / 2, 1)
+
+    def nbytes(self, context: int, batch: int = 1) -> int:
+        return batch * (self.per_token * self.tokens(context) + self.constant)
+
+
+Hits = Mapping[int, Mapping[int, float]]
+"""Layer -> {expert: share of the layer's choices}."""
+
+
+def parts(
+    model: nn.Module, plan: Mapping[str, Replacement], form: Format, hits: Hits | None = None
+) -> list[Part]:
+    """Every part of `model` that holds weights. Tied weights are counted once.
+
+    `hits` come from a routing profile; without it all experts are chosen alike.
+    """
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    found: list[Part] = []
+    for name, module in model.named_modules():
+        own = {
+            f"{name}.{key}": tensor
+            for key, tensor in (*module.named_parameters(recurse=False), *_buffers(module))
+            if f"{name}.{key}" not in tied
+        }
+        placed = _placed(name, plan)
+        if TRAITS["experts"](module):
+            found += _experts(name, module, own, placed, form, model.config, hits)
+        elif own:
+            found.append(_matrix(name, module, own, placed, form))
+    for target, origin in tied.items():
+        found += _untied(target, origin, plan, found, model)
+    return found
+
+
+def _buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    hidden = module._non_persistent_buffers_set
+    return ((key, tensor) for key, tensor in module.named_buffers(recurse=False) if key not in hidden)
+
+
+def _placed(name: str, plan: Mapping[str, Replacement]) -> Replacement | None:
+    while name and name not in plan:
+        name = name.rpartition(".")[0]
+    return plan.get(name)
+
+
+def _stored(own: Mapping[str, torch.Tensor], form: Format) -> tuple[str, int]:
+    kinds = [form.stored(name, tuple(tensor.shape), tensor.dtype) for name, tensor in own.items()]
+    return max(kinds, key=lambda kind: kind[1])[0], sum(size for _, size in kinds)
+
+
+def _dense(own: Mapping[str, torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in own.values())
+
+
+def _matrix(
+    name: str, module: nn.Module, own: Mapping[str, torch.Tensor], placed: Replacement | None, form: Format
+) -> Part:
+    """A module that is no experts: packed where the C library computes it, dense elsewhere."""
+    device = str(placed.device) if placed else "cpu"
+    type_, held, mapped = DENSE, _dense(own), False
+    if placed is not None and placed.operator is not None and issubclass(placed.operator, KTransformersLinear):
+        stored, size = _stored(own, form)
+        named = final_name(given(placed.kwargs.get("generate_op")), device)
+        packed = named in (None, "KLinearCPUInfer") and is_cpu(device) and in_c(stored)
+        if packed:
+            type_, held, mapped = stored, size, True
+    weights = sum(tensor.numel() for tensor in own.values())
+    kind = _kind(name, module)
+    matrices = sum(tensor.numel() for tensor in own.values() if tensor.dim() > 1)
+    read = held * (1 / max(1, module.num_embeddings) if isinstance(module, nn.Embedding) else 1)
+    ops = 0.0 if isinstance(module, nn.Embedding) else 2.0 * matrices
+    return Part(name, layer_of(name), kind, device, type_, held, mapped, read, ops, weights)
+
+
+def in_c(type_: str) -> bool:
+    """Whether the C library computes a type; told from its tables, so also where it is not built."""
+    return type_ in native.SUPPORTED_TYPES | native.SCALED_TYPES
+
+
+def _kind(name: str, module: nn.Module) -> str:
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if layer_of(name) is None:
+        return "head" if isinstance(module, nn.Linear) else "rest"
+    if any(word in name for word in ("attn", "attention", "linear_attn", "mixer", "mamba", "indexer")):
+        return "attention"
+    return "dense"
+
+
+def _experts(name, module, own, placed, form, config, hits) -> list[Part]:
+    """Routed experts: one part, or two where a rule puts some on a GPU."""
+    count, chosen = len(module.down_proj), per_token(config)
+    layer, weights, dense = layer_of(name), sum(t.numel() for t in own.values()), _dense(own)
+    operator = placed.operator if placed else None
+    if operator is None or not issubclass(operator, KTransformersExperts):
+        device = str(placed.device) if placed else "cpu"
+        read = dense * chosen / count
+        return [Part(name, layer, "experts", device, DENSE, dense, False, read, 2 * weights * chosen / count, weights,
+                     1.0, count, chosen)]  # fmt: skip
+    kwargs = placed.kwargs
+    hot = ids_of(name, module, kwargs)
+    used = (hits or {}).get(layer or 0)
+    share = sum(used.get(e, 0.0) for e in hot) if used else len(hot) / count
+    device = str(kwargs.get("generate_device") or "cpu")
+    op = final_name(given(kwargs.get("generate_op")) or "KExpertsCPU", device)
+    stored, size = _stored(own, form)
+    if op != "KExpertsCPU":
+        stored, size = DENSE, dense
+    found = []
+    for where, ids, type_, whole, part in (
+        (device, count - len(hot), stored, size, 1.0 - share),
+        (gpu_device(kwargs), len(hot), DENSE, dense, share),
+    ):
+        if ids:
+            read, ops = whole * chosen / count * part, 2 * weights * chosen / count * part
+            mapped = type_ != DENSE
+            held = whole * ids // count
+            found.append(Part(name, layer, "experts", str(where), type_, held, mapped, read, ops,
+                              weights * ids // count, part, ids, chosen))  # fmt: skip
+    return found
+
+
+def per_token(config: Any) -> int:
+    """K: how many experts a token meets in a layer; 1 where the config does not say."""
+    text = config.get_text_config(decoder=True)
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
+    return next((value for name in names if isinstance(value := getattr(text, name, None), int) and value > 0), 1)
+
+
+def _untied(target: str, origin: str, plan, found: list[Part], model: nn.Module) -> list[Part]:
+    """A tied matrix that another device, or packed bytes, need a copy of; else its reads and operations only."""
+    module, source = target.rpartition(".")[0], origin.rpartition(".")[0]
+    shared = next((part for part in found if part.name == source), None)
+    if shared is None or not TRAITS["linear"](model.get_submodule(module)):
+        return []
+    placed = _placed(module, plan)
+    device = str(placed.device) if placed else shared.device
+    size = shared.weights * model.get_submodule(module).weight.element_size()
+    held = 0 if device == shared.device else size
+    return [Part(module, None, "head", device, DENSE, held, False, size, 2.0 * shared.weights, 0)]
+
+
+# --- cache ------------------------------------------------------------------------------------------------
+
+
+def caches(model: nn.Module) -> list[Cache]:
+    """What every layer caches, in order, told from the modules that make it."""
+    config = model.config.get_text_config(decoder=True)
+    size = (getattr(config, "dtype", None) or torch.float32).itemsize
+    found: dict[int, Cache] = {}
+    for name, module in model.named_modules():
+        layer = layer_of(name)
+        if layer is None or layer in found:
+            continue
+        cache = _cache(layer, module, config, size)
+        if cache is not None:
+            found[layer] = cache
+    return [found[layer] for layer in sorted(found)]
+
+
+def _cache(layer: int, module: nn.Module, config: Any, size: int) -> Cache | None:
+    kinds = getattr(config, "layer_types", None) or []
+    kind = kinds[layer] if layer < len(kinds) else ""
+    if TRAITS["mla"](module):
+        indexer = getattr(module, "indexer", None)
+        keys = getattr(getattr(indexer, "wk", None), "out_features", 0)
+        width = module.kv_a_proj_with_mqa.out_features
+        return Cache(layer, (width + keys) * size, heads=config.num_attention_heads, kv_heads=1, head_dim=width)
+    if hasattr(module, "k_proj") and hasattr(module, "v_proj") and hasattr(module, "o_proj"):
+        width = module.k_proj.out_features + module.v_proj.out_features
+        window = getattr(config, "sliding_window", None) if kind in ("", "sliding_attention") else None
+        if kind == "" and not getattr(config, "use_sliding_window", True):
+            window = None
+        head = getattr(module, "head_dim", None) or getattr(config, "head_dim", None) or 1
+        heads = max(1, module.o_proj.in_features // head)
+        return Cache(layer, width * size, 0, window, heads, max(1, module.k_proj.out_features // head), head)
+    if hasattr(module, "conv1d") and hasattr(module, "A_log"):
+        return Cache(layer, 0, _state(module, config, size))
+    return None
+
+
+def _state(module: nn.Module, config: Any, size: int) -> int:
+    """Bytes of a linear-attention or state-space layer: the convolution's last inputs and the state itself."""
+    convolution = math.prod(module.conv1d.weight.shape) * size
+    names = ("num_v_heads", "head_k_dim", "head_v_dim")
+    if all(hasattr(module, name) for name in names):
+        return convolution + math.prod(getattr(module, name) for name in names) * 4
+    inner = getattr(module, "intermediate_size", None) or module.conv1d.weight.shape[0]
+    return convolution + inner * (getattr(module, "ssm_state_size", None) or 16) * 4
+
+
+def work_bytes(model: nn.Module, tokens: int, dense: bool = True, experts: bool = True) -> int:
+    """Bytes of activations of a prefill of `tokens` tokens, without attention's scores: an estimate from the widths.
+
+    `dense`: hidden states of a layer and its residual, projections of attention, the widest product of a dense part,
+    and the logits of the last token. `experts`: fp32 activations and results of the C library's experts.
+    """
+    config = model.config.get_text_config(decoder=True)
+    hidden, each = config.hidden_size, 0
+    if dense:
+        linears = [m.out_features for m in model.modules() if isinstance(m, nn.Linear)]
+        inner = max((width for width in linears if width != config.vocab_size), default=hidden)
+        each += 2 * (6 * hidden + 3 * inner)
+    if experts:
+        routed = max((m.down_proj.shape[-1] for m in model.modules() if TRAITS["experts"](m)), default=0)
+        each += per_token(config) * (2 * routed + hidden) * 4
+    return tokens * each + (config.vocab_size * 8 if dense else 0)

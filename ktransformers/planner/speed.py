@@ -1,0 +1,192 @@
+"""How fast a plan is: bytes over bandwidth, operations over peak, attention, copies, and what a layer costs besides.
+
+A forward pass is the sum of its parts: nothing overlaps, as layers follow one another and operators wait for each other
+(but for experts split between a GPU and the CPU, whose parts run side by side). Memory-bound work takes the bandwidth
+times the share of it that the kernel was measured to reach, the rest the multiplier's peak times such a share; the
+shares are those of the README's tables. What is measured about this machine's torch is probes.py's.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from ktransformers.operators.inner_ops import is_cpu
+from ktransformers.planner.hardware import Hardware
+from ktransformers.planner.probes import Probes
+from ktransformers.planner.sizes import DENSE, Cache, Part
+
+READ_SHARE = {
+    "Q4_K": 0.93, "Q5_K": 0.9, "Q6_K": 0.95, "Q8_0": 0.9, "Q4_0": 0.97, "Q2_K": 0.71, "Q3_K": 0.75, "IQ2_XXS": 0.63,
+    "IQ2_XS": 0.45, "IQ2_S": 0.45, "IQ1_S": 0.35, "IQ1_M": 0.3, "IQ3_XXS": 0.65, "IQ3_S": 0.68, "IQ4_XS": 0.95,
+    "MXFP4": 0.93, "F4_E2M1": 0.9, "I4": 0.84, "GPTQ4": 0.54, "GPTQ8": 0.54, "AWQ4": 0.75, "F8_E4M3": 0.8, "BF16": 0.85,
+    "F16": 0.8, "F32": 0.85, "I8": 0.9, "TQ1_0": 0.2, DENSE: 0.75,
+}  # fmt: skip
+"""Of the read bandwidth, for one token: the C library's kernels as `make bench` has it, and torch's dense product."""
+
+PEAK_SHARE = {
+    "Q4_K": 0.57, "Q6_K": 0.58, "Q8_0": 0.59, "Q4_0": 0.62, "Q2_K": 0.55, "MXFP4": 0.6, "I4": 0.59, "GPTQ4": 0.55,
+    "AWQ4": 0.43, "F8_E4M3": 0.7, "BF16": 0.7, "F16": 0.6, "F32": 0.6, DENSE: 0.7,
+}  # fmt: skip
+"""Of the multiplier's peak, for many tokens an expert."""
+
+FEW = 0.45
+"""Of the multiplier's peak that a matrix with fewer than sixteen tokens reaches in the C library."""
+
+BF16_TYPES = frozenset({"BF16", "F8_E4M3", DENSE})
+F32_TYPES = frozenset({"F16", "F32"})
+"""Types by the multiplier they are computed with; all others take int8's."""
+
+PUBLISHED = 0.75
+"""What of published figures of a GPU a program reaches; figures that were measured count whole."""
+
+GPU_EXPERTS = 1e-4
+"""Seconds for a layer's experts on a GPU beside their work: sorting tokens, one launch an expert, a wait."""
+
+
+@dataclass
+class Pass:
+    """One forward pass of `tokens` new tokens a sequence: seconds by what takes them, as (device, what)."""
+
+    tokens: int
+    batch: int
+    seconds: dict[tuple[str, str], float] = field(default_factory=lambda: defaultdict(float))
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second, of all sequences together."""
+        return self.tokens * self.batch / self.total if self.total else 0.0
+
+    @property
+    def bottleneck(self) -> str:
+        """What takes longest, in words."""
+        (device, what), seconds = max(self.seconds.items(), key=lambda item: item[1])
+        return f"{what} on {device} ({100 * seconds / self.total:.0f} %)"
+
+
+def forward(
+    parts: Sequence[Part],
+    caches: Sequence[Cache],
+    devices: Mapping[int, str],
+    hardware: Hardware,
+    probes: Probes,
+    tokens: int,
+    behind: int,
+    batch: int = 1,
+    hidden: int = 0,
+) -> Pass:
+    """Predict a pass of `tokens` tokens a sequence that have `behind` tokens before them.
+
+    `devices` is layer -> device; `hidden` is H, for what elementwise work and copies between devices move.
+    """
+    found = Pass(tokens, batch)
+    many = tokens * batch
+    side: dict[int | None, list[tuple[Part, float]]] = defaultdict(list)
+    for part in parts:
+        seconds = _part(part, hardware, many)
+        if part.kind == "experts":
+            side[part.layer].append((part, seconds))
+        else:
+            found.seconds[(part.device, _WORDS[part.kind])] += seconds
+    for each in side.values():  # parts of one layer run side by side
+        part, seconds = max(each, key=lambda item: item[1])
+        found.seconds[(part.device, _WORDS["experts"])] += seconds
+    for cache in caches:
+        device = devices.get(cache.layer, "cpu")
+        seconds = _attention(cache, device, hardware, probes, tokens, behind, batch)
+        found.seconds[(device, "attention over the cache")] += seconds
+    for device in devices.values():
+        found.seconds[(device, "launching and elementwise work")] += _besides(device, hardware, probes, many, hidden)
+    _copies(found, parts, devices, hardware, many, hidden)
+    return found
+
+
+_WORDS = {
+    "experts": "routed experts", "attention": "attention's matrices", "dense": "dense and shared matrices",
+    "embedding": "embedding", "head": "output matrix", "rest": "norms",
+}  # fmt: skip
+
+
+def _gpu(device: str, hardware: Hardware) -> tuple[float, float, float]:
+    """Bandwidth, bf16 rate and link of a GPU, as a program reaches them."""
+    index = int(device.partition(":")[2] or 0)
+    gpu = hardware.gpus[min(index, len(hardware.gpus) - 1)]
+    share = 1.0 if hardware.measured else PUBLISHED
+    return gpu.bandwidth * share, gpu.bf16_ops * share, gpu.link
+
+
+def _part(part: Part, hardware: Hardware, many: int) -> float:
+    """Seconds of a part for `many` tokens: the longer of reading it and multiplying with it."""
+    if part.kind == "embedding":
+        many_read, ops = part.read * many, 0.0
+    elif part.kind == "head":
+        many_read, ops = part.read, part.ops  # only the last token's logits
+    elif part.kind == "experts":
+        touched = 1 - (1 - min(1.0, part.chosen * part.share / max(1, part.experts))) ** many
+        whole = part.read / max(part.chosen * part.share / max(1, part.experts), 1e-12)
+        many_read, ops = whole * touched, part.ops * many
+    else:
+        many_read, ops = part.read, part.ops * many
+    if not is_cpu(part.device):
+        bandwidth, peak, _ = _gpu(part.device, hardware)
+        launches = GPU_EXPERTS if part.kind == "experts" and part.share else 0.0
+        return max(many_read / bandwidth, ops / (peak * PEAK_SHARE[DENSE])) + launches
+    cpu = hardware.cpu
+    reading = many_read / (cpu.read_bandwidth * READ_SHARE.get(part.type, 0.7))
+    return max(reading, ops / _cpu_rate(part, hardware, many)) if ops else reading
+
+
+def _cpu_rate(part: Part, hardware: Hardware, many: int) -> float:
+    """Operations per second that the CPU reaches on a part with `many` tokens."""
+    cpu = hardware.cpu
+    per_matrix = many * part.chosen * part.share / part.experts if part.kind == "experts" and part.experts else many
+    share = PEAK_SHARE.get(part.type, 0.55) if per_matrix >= 16 else FEW
+    peak = cpu.bf16_ops if part.type in BF16_TYPES else cpu.fp32_ops if part.type in F32_TYPES else cpu.int8_ops
+    peak = peak or cpu.fp32_ops
+    # One token a matrix waits for memory, not for the multiplier: the shares of the bandwidth say all.
+    return peak * share if per_matrix > 1 else float("inf")
+
+
+def _attention(
+    cache: Cache, device: str, hardware: Hardware, probes: Probes, tokens: int, behind: int, batch: int
+) -> float:
+    """Scores and sums over what a layer has cached, and making the cache longer."""
+    length = cache.tokens(behind + tokens)
+    if not cache.heads:
+        return 0.0
+    grown = 3 * cache.nbytes(behind + tokens, batch)  # read, written, and fetched to be written
+    ops = batch * cache.attention_ops(tokens, length)
+    if is_cpu(device):
+        return grown / hardware.cpu.read_bandwidth + batch * probes.attention(cache, tokens, length)
+    bandwidth, peak, _ = _gpu(device, hardware)
+    return (grown + cache.nbytes(behind + tokens, batch)) / bandwidth + ops / (peak * 0.4)
+
+
+def _besides(device: str, hardware: Hardware, probes: Probes, many: int, hidden: int) -> float:
+    """Python and small operations of a layer, and elementwise work on `many` tokens."""
+    bandwidth = hardware.cpu.read_bandwidth if is_cpu(device) else _gpu(device, hardware)[0]
+    return probes.layer_seconds + many * hidden * probes.elementwise_bytes / bandwidth
+
+
+def _copies(
+    found: Pass, parts: Sequence[Part], devices: Mapping[int, str], hardware: Hardware, many: int, hidden: int
+) -> None:
+    """Hidden states to the CPU's experts and back, and from layer to layer."""
+    nbytes = 2.0 * many * hidden
+    crossings = [(devices[part.layer], 2) for part in parts
+                 if part.kind == "experts" and part.layer in devices
+                 and is_cpu(part.device) != is_cpu(devices[part.layer])]  # fmt: skip
+    order = [devices[layer] for layer in sorted(devices)]
+    crossings += [(b if not is_cpu(b) else a, 1) for a, b in pairwise(order) if a != b]
+    for device, times in crossings:
+        if not is_cpu(device):
+            link = _gpu(device, hardware)[2]
+            found.seconds[(device, "copies from and to RAM")] += times * (COPY_LATENCY + nbytes / link)
+
+
+COPY_LATENCY = 2e-5
+"""Seconds until a copy between RAM and a GPU starts and someone knows that it is done."""
