@@ -1,0 +1,171 @@
+"""Devices this machine does not have: fake tensors on ``cuda:0``, ``cuda:1``, ... that refuse to mix.
+
+A fake tensor has a shape, a dtype and a device, and no numbers. torch computes all three for every operation and raises
+where real devices would. What is added here: methods that want to switch to the device first, and operations whose result
+depends on numbers (`FakeDevices` says what they answer). Not here: operators, weights, what is measured.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+
+
+class FakeDevices(FakeTensorMode):
+    """torch's mode, without asking a GPU that may be there: ``cuda:7`` has to work beside one real GPU too."""
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+
+    @property
+    def avoid_device_init(self) -> bool:
+        return True
+
+
+class _WithoutGuards(TorchFunctionMode):
+    """A few tensor methods first switch to the tensor's device, or ask which one is in use: a build without CUDA can
+    do neither."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if function is torch.Tensor.to:
+            args = (args[0], *map(_numbered, args[1:]))
+        if "device" in kwargs:
+            kwargs["device"] = _numbered(kwargs["device"])
+        return _BEHIND.get(function, function)(*args, **kwargs)
+
+
+def _numbered(value: Any) -> Any:
+    """``cuda`` as ``cuda:0``; anything else as it is."""
+    if isinstance(value, (str, torch.device)) and str(value) == "cuda":
+        return torch.device("cuda:0")
+    return value
+
+
+def _index(x: torch.Tensor, index: Any) -> torch.Tensor:
+    """``x[index]``, made of operations that need no guard."""
+    if not _can_resolve(x, index):
+        return torch.Tensor.__getitem__(x, index)
+    view, picks = _resolve(x, index)
+    return aten.index(view, picks) if any(pick is not None for pick in picks) else view
+
+
+def _set_index(x: torch.Tensor, index: Any, value: Any) -> None:
+    """``x[index] = value``."""
+    if not _can_resolve(x, index):
+        torch.Tensor.__setitem__(x, index, value)
+        return
+    view, picks = _resolve(x, index)
+    value = value.to(x.dtype) if isinstance(value, torch.Tensor) else torch.full((), value, dtype=x.dtype)
+    if any(pick is not None for pick in picks):
+        aten.index_put_(view, picks, value)
+    else:
+        aten.copy_(view, value)
+
+
+def _can_resolve(x: torch.Tensor, index: Any) -> bool:
+    parts = index if isinstance(index, tuple) else (index,)
+    known = (type(None), type(Ellipsis), int, slice)
+    return isinstance(x, FakeTensor) and all(type(part) in known or isinstance(part, torch.Tensor) for part in parts)
+
+
+def _resolve(x: torch.Tensor, index: Any) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    """The view of `x` that slices, numbers and None make, and for each of its dimensions the tensor that picks there."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    used = sum(_dims(part) for part in parts)
+    at = next((i for i, part in enumerate(parts) if part is Ellipsis), len(parts))
+    parts[at : at + 1] = [slice(None)] * (x.dim() - used)
+    dim, picks = 0, []
+    for part in parts:
+        if isinstance(part, torch.Tensor):
+            picks.append(part)
+            dim += _dims(part)
+            continue
+        if isinstance(part, int):
+            x = x.select(dim, part)
+            continue
+        if part is None:
+            x = x.unsqueeze(dim)
+        elif part != slice(None):
+            x = aten.slice(x, dim, part.start, part.stop, part.step or 1)
+        picks.append(None)
+        dim += 1
+    return x, picks
+
+
+def _dims(part: Any) -> int:
+    """How many dimensions a part of an index takes; a mask takes all that it has."""
+    if isinstance(part, torch.Tensor):
+        return part.dim() if part.dtype in (torch.bool, torch.uint8) else 1
+    return 0 if part is None or part is Ellipsis else 1
+
+
+_BEHIND = {
+    torch.Tensor.__getitem__: _index,
+    torch.Tensor.__setitem__: _set_index,
+    torch.Tensor.contiguous: aten.contiguous,
+    torch.Tensor.copy_: aten.copy_,
+    torch.Tensor.cuda: lambda x, device="cuda:0": x.to(_numbered(device)),
+    torch.Tensor.__invert__: aten.bitwise_not,
+}
+
+
+class _Numbers(TorchDispatchMode):
+    """Answers what only numbers could: a scalar is 0, every element is nonzero, and each is counted alike."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        answer = _ANSWERS.get(func)
+        if answer is None or not isinstance(args[0], FakeTensor) or args[0].constant is not None:
+            return func(*args, **(kwargs or {}))
+        return answer(*args, **(kwargs or {}))
+
+
+def _scalar(x: torch.Tensor) -> bool | int | float:
+    return False if x.dtype == torch.bool else 0.0 if x.is_floating_point() else 0
+
+
+def _nonzero(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty((x.numel(), x.dim()), dtype=torch.int64, device=x.device)
+
+
+def _bincount(x: torch.Tensor, weights: torch.Tensor | None = None, minlength: int = 0) -> torch.Tensor:
+    return torch.empty(minlength, dtype=torch.int64 if weights is None else weights.dtype, device=x.device)
+
+
+_ANSWERS = {
+    aten._local_scalar_dense.default: _scalar,
+    aten.nonzero.default: _nonzero,
+    aten.bincount.default: _bincount,
+}
+
+
+@contextlib.contextmanager
+def swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Inside, ``owner.name`` is `value`."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextlib.contextmanager
+def fake_devices() -> Iterator[None]:
+    """Inside, ``torch.empty(2, device="cuda:7")`` works: shapes, dtypes and devices, but no numbers and no memory."""
+    with (
+        swapped(fake_tensor, "init_gpu_context", lambda device: None),
+        swapped(torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
+        FakeDevices(),
+        _Numbers(),
+        _WithoutGuards(),
+        torch.no_grad(),
+    ):
+        yield
