@@ -1,7 +1,7 @@
 """The chain of layers under a plan: where each layer's input is, and what in the layer is somewhere else.
 
-Told from the plan and the modules alone: no forward, no weights, no fake tensors. It knows the operators of this package;
-what an operator of the user's does with devices only a simulated forward shows, so nothing below one is judged.
+Told from the plan and the modules alone: no forward, no weights, no fake tensors. It knows the operators of this
+package; what an operator of the user's does with devices only a simulated forward shows: nothing below one is judged.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,8 +28,8 @@ Plan = Mapping[str, Replacement]
 class Problem:
     """What is wrong with a plan.
 
-    `module` is the module's name, `rule` what placed it ("3 (x.yaml:12)", "" where no rule did), `devices` those that do
-    not meet, `operation` the failing operation of a forward ("" where none ran). With `warning` it runs all the same.
+    `module` is the module's name, `rule` what placed it ("3 (x.yaml:12)", "" where no rule did), `devices` those that
+    do not meet, `operation` what failed in a forward ("" where none ran). With `warning` it runs all the same.
     """
 
     module: str
@@ -88,7 +88,7 @@ def _decoder(model: nn.Module) -> tuple[str, nn.Module] | None:
 
 @dataclass(frozen=True)
 class _Part:
-    """A module that computes where it is: it has to be where its input is. `key` is a kwarg's name for an out_device."""
+    """A module that has to be where its input is; or, with `key` "out_device", where a module's result goes."""
 
     name: str
     device: str
@@ -215,8 +215,8 @@ class _Chain:
     def _unmoved(self, layer: _Layer, own: str) -> Problem:
         part = next(part for part in layer.parts if not part.key)
         text = (
-            f"{_by(part)} put layer {layer.number} on {own}, but its input is on {layer.input}, {layer.moved}, and nothing "
-            f"moves it; add a rule that replaces {self.name!r} by ktransformers.operators.models.DecoderModel"
+            f"{_by(part)} put layer {layer.number} on {own}, but its input is on {layer.input}, {layer.moved}, and "
+            f"nothing moves it; add a rule that replaces {self.name!r} by ktransformers.operators.models.DecoderModel"
         )
         return Problem(part.name, rule_name(part.placed), text, (own, layer.input))
 
@@ -284,8 +284,8 @@ class _Chain:
                 if layer.input in left and not layer.strangers():
                     part = layer.parts[0] if layer.parts else _Part(layer.name, layer.input, None)
                     text = (
-                        f"layer {layer.number} goes back from {before.input} to {layer.input}: it works, with more copies "
-                        "than layers in one run for each device would need"
+                        f"layer {layer.number} goes back from {before.input} to {layer.input}: it works, with more "
+                        "copies than layers in one run for each device would need"
                     )
                     found.append(
                         Problem(part.name, rule_name(part.placed), text, (before.input, layer.input), warning=True)
@@ -313,8 +313,8 @@ class _Chain:
 
 def _at_end(part: _Part, at: str, why: str) -> Problem:
     text = (
-        f"{_by(part)} put it on {part.device}, but the hidden state that reaches it is on {at}, {why}; place it on {at}, or "
-        "for a linear layer name ktransformers.operators.linear.KTransformersLinear, which moves its input"
+        f"{_by(part)} put it on {part.device}, but the hidden state that reaches it is on {at}, {why}; place it on {at}, "
+        "or for a linear layer name ktransformers.operators.linear.KTransformersLinear, which moves its input"
     )
     return Problem(part.name, rule_name(part.placed), text, (part.device, at))
 

@@ -1,8 +1,8 @@
 """Devices this machine does not have: fake tensors on ``cuda:0``, ``cuda:1``, ... that refuse to mix.
 
 A fake tensor has a shape, a dtype and a device, and no numbers. torch computes all three for every operation and raises
-where real devices would. What is added here: methods that want to switch to the device first, and operations whose result
-depends on numbers (`FakeDevices` says what they answer). Not here: operators, weights, what is measured.
+where real devices would. What is added here: methods that want to switch to the device first, and operations whose
+result depends on numbers. Not here: operators, weights, what is measured.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,7 +20,7 @@ aten = torch.ops.aten
 
 
 class FakeDevices(FakeTensorMode):
-    """torch's mode, without asking a GPU that may be there: ``cuda:7`` has to work beside one real GPU too."""
+    """torch's `FakeTensorMode`, without asking a GPU that may be there: ``cuda:7`` works beside one real GPU too."""
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
@@ -77,7 +78,8 @@ def _can_resolve(x: torch.Tensor, index: Any) -> bool:
 
 
 def _resolve(x: torch.Tensor, index: Any) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    """The view of `x` that slices, numbers and None make, and for each of its dimensions the tensor that picks there."""
+    """The view of `x` that slices, numbers and None make, and for each of its dimensions the tensor that picks, or None.
+    """
     parts = list(index) if isinstance(index, tuple) else [index]
     used = sum(_dims(part) for part in parts)
     at = next((i for i, part in enumerate(parts) if part is Ellipsis), len(parts))
@@ -85,7 +87,7 @@ def _resolve(x: torch.Tensor, index: Any) -> tuple[torch.Tensor, list[torch.Tens
     dim, picks = 0, []
     for part in parts:
         if isinstance(part, torch.Tensor):
-            picks.append(part)
+            picks += _picks_all(part) if _is_mask(part) else [part]
             dim += _dims(part)
             continue
         if isinstance(part, int):
@@ -102,23 +104,49 @@ def _resolve(x: torch.Tensor, index: Any) -> tuple[torch.Tensor, list[torch.Tens
 
 def _dims(part: Any) -> int:
     """How many dimensions a part of an index takes; a mask takes all that it has."""
-    if isinstance(part, torch.Tensor):
-        return part.dim() if part.dtype in (torch.bool, torch.uint8) else 1
+    if _is_mask(part):
+        return part.dim()
     return 0 if part is None or part is Ellipsis else 1
 
 
+def _is_mask(part: Any) -> bool:
+    return isinstance(part, torch.Tensor) and part.dtype in (torch.bool, torch.uint8)
+
+
+def _picks_all(mask: torch.Tensor) -> list[torch.Tensor]:
+    """A mask as numbers, one tensor for each of its dimensions: all of it is taken to be true."""
+    return [torch.empty(mask.numel(), dtype=torch.int64, device=mask.device) for _ in range(mask.dim())]
+
+
+def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
+    """torch's fused attention, which holds no scores in memory; where it would fall back to products, those."""
+    operands = [t for t in (query, key, value, *more[:1], named.get("attn_mask")) if isinstance(t, torch.Tensor)]
+    fits = query.shape[-1] == key.shape[-1] and key.shape[-2] == value.shape[-2] and query.dim() == key.dim() == 4
+    fused = query.device.type != "cpu" or query.shape[-1] == value.shape[-1]
+    if not isinstance(query, FakeTensor) or not fits or not fused or len({t.device for t in operands}) > 1:
+        return functional.scaled_dot_product_attention(query, key, value, *more, **named)
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+
 _BEHIND = {
+    functional.scaled_dot_product_attention: _attention,
     torch.Tensor.__getitem__: _index,
     torch.Tensor.__setitem__: _set_index,
     torch.Tensor.contiguous: aten.contiguous,
     torch.Tensor.copy_: aten.copy_,
     torch.Tensor.cuda: lambda x, device="cuda:0": x.to(_numbered(device)),
+    torch.Tensor.__int__: lambda x: int(x.item()),
+    torch.Tensor.__index__: lambda x: int(x.item()),
+    torch.Tensor.__float__: lambda x: float(x.item()),
     torch.Tensor.__invert__: aten.bitwise_not,
+    torch.Tensor.nonzero: lambda x, as_tuple=False: aten.nonzero_numpy(x) if as_tuple else aten.nonzero(x),
+    torch.nonzero: lambda x, as_tuple=False: aten.nonzero_numpy(x) if as_tuple else aten.nonzero(x),
 }
 
 
 class _Numbers(TorchDispatchMode):
-    """Answers what only numbers could: a scalar is 0, every element is nonzero, and each is counted alike."""
+    """Answers what only numbers could: a scalar is 0, every element is nonzero. And convolutions, for which torch asks
+    the device's libraries."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         answer = _ANSWERS.get(func)
@@ -139,7 +167,18 @@ def _bincount(x: torch.Tensor, weights: torch.Tensor | None = None, minlength: i
     return torch.empty(minlength, dtype=torch.int64 if weights is None else weights.dtype, device=x.device)
 
 
+def _convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *more: Any) -> torch.Tensor:
+    given = [t for t in (x, weight, bias) if t is not None]
+    if len({t.device for t in given}) > 1:
+        found = ", ".join(str(t.device) for t in given)
+        raise RuntimeError(f"aten.convolution.default: found tensors on {found}, expected one device")
+    on_cpu = [None if t is None else torch.empty_like(t, device="cpu") for t in (x, weight, bias)]
+    out = aten.convolution(*on_cpu, *more)
+    return torch.empty(out.shape, dtype=out.dtype, device=x.device)
+
+
 _ANSWERS = {
+    aten.convolution.default: _convolution,
     aten._local_scalar_dense.default: _scalar,
     aten.nonzero.default: _nonzero,
     aten.bincount.default: _bincount,

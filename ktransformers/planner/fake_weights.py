@@ -1,7 +1,7 @@
 """A checkpoint and a C library without data: what operators are given and call in a simulation.
 
-`FakeWeights` answers as an open checkpoint does, from the model's own shapes; `stand_ins` swaps what computes on data for
-what only checks. Everything here is for use inside `fake_devices`.
+`FakeWeights` answers as an open checkpoint does, from the model's own shapes; `stand_ins` swaps what computes on data
+for what only checks. Everything here is for use inside `fake_devices`.
 Letters: T tokens, H hidden, I intermediate, E experts, K experts per token.
 """
 

@@ -1,7 +1,7 @@
 """What happens while a model runs on fake devices: bytes alive, copies between devices, and where it went wrong.
 
-It watches and changes nothing. A storage counts from the operation that makes it until its last tensor is gone, with its
-full size, whoever views it. What an operation needs inside itself is not seen.
+It watches and changes nothing. A storage counts from the operation that makes it until its last tensor is gone, with
+its full size, whoever views it. What an operation needs inside itself is not seen.
 """
 
 import weakref
@@ -28,15 +28,18 @@ class _Storage:
     kind: str = ACTIVATIONS
     name: str = ""
     """Of the weight in it, where it has one."""
+    made_in: str = ""
+    """The module that ran when it was made."""
 
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor that an operation was given; `weight` is its name if it is one."""
+    """A tensor that an operation was given; `weight` is its name if it is one, `made_in` the module that made it."""
 
     device: str
     shape: tuple[int, ...]
     weight: str = ""
+    made_in: str = ""
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ class Recorder(TorchDispatchMode):
         key = storage._cdata
         if key in self._storages:
             return
-        seen = self._storages[key] = _Storage(str(tensor.device), storage.nbytes())
+        seen = self._storages[key] = _Storage(str(tensor.device), storage.nbytes(), made_in=self._module())
         weakref.finalize(storage, self._forget, key, seen).atexit = False
         self._count(seen, seen.nbytes)
 
@@ -146,21 +149,23 @@ class Recorder(TorchDispatchMode):
         return self._storages.get(tensor.untyped_storage()._cdata) if isinstance(tensor, FakeTensor) else None
 
     def _move(self, source: Any, target: Any, nbytes: int) -> None:
-        if not isinstance(source, FakeTensor) or source.device == target.device:
+        if not isinstance(source, FakeTensor) or source.device == target.device or not nbytes:
             return
-        module = self.running[-1] if self.running else ""
-        counted = self.current.moves[module, str(source.device), str(target.device)]
+        counted = self.current.moves[self._module(), str(source.device), str(target.device)]
         counted[0] += 1
         counted[1] += nbytes
 
     def _fail(self, error: BaseException, func: Any, arguments: Any) -> None:
-        tensors = [t for t in tree_leaves(arguments) if isinstance(t, FakeTensor)]
-        operands = tuple(Operand(str(t.device), tuple(t.shape), self._name(t)) for t in tensors)
-        self.failure = Failure(error, self.running[-1] if self.running else "", str(func), operands)
+        operands = tuple(self._operand(t) for t in tree_leaves(arguments) if isinstance(t, FakeTensor))
+        self.failure = Failure(error, self._module(), str(func), operands)
 
-    def _name(self, tensor: Tensor) -> str:
+    def _operand(self, tensor: Tensor) -> Operand:
         storage = self._known(tensor)
-        return storage.name if storage is not None else ""
+        known = (storage.name, storage.made_in) if storage is not None else ()
+        return Operand(str(tensor.device), tuple(tensor.shape), *known)
+
+    def _module(self) -> str:
+        return self.running[-1] if self.running else ""
 
 
 def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:

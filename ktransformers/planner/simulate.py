@@ -6,8 +6,8 @@ logits, with the operators that would run; and it counts weights, cache, activat
 What it cannot see:
 - numbers: whether results are right, overflow or are NaN, and what a choice of experts would be. The torch experts are
   taken to have equally many tokens each; code that reads a number reads 0.
-- what an operation needs inside itself (workspaces of kernels, of cuBLAS and of the C library), which kernel attention
-  takes, CUDA contexts, and memory that an allocator holds or loses to fragmentation.
+- what an operation needs inside itself (workspaces of kernels, of cuBLAS and of the C library), CUDA contexts, and
+  memory that an allocator holds or loses to fragmentation. torch's fused attention is taken to hold no scores.
 - time, and whether copies overlap with computing; reads of single numbers (``item()``) that wait for a device.
 - loading: what is in memory while weights are read, the page cache, damaged checkpoints, tensors that are missing.
 - a device's own limits: its memory, the dtypes and kernels that it lacks, and links between devices that do not exist.
@@ -32,7 +32,7 @@ from ktransformers.operators.base_operator import device_of, load_weights
 from ktransformers.planner.chain import Plan, Problem, chain_problems, placed_by, rule_name
 from ktransformers.planner.fake import fake_devices, swapped
 from ktransformers.planner.fake_weights import FakeWeights, stand_ins
-from ktransformers.planner.recorder import ACTIVATIONS, CACHE, WEIGHTS, Failure, Operand, Pass, Recorder, watch_modules
+from ktransformers.planner.recorder import CACHE, WEIGHTS, Failure, Operand, Pass, Recorder, watch_modules
 from ktransformers.rules import RulesLike
 
 CHUNK = 8192
@@ -131,8 +131,10 @@ def simulate(
         plan = _plan(model, rule, gpus, devices)
         found = Simulation(type(model).__name__, gpus, batch, context, chain_problems(model, plan))
         run = _Run(model, plan, found, on_layer or (lambda done, total: None))
-        run.load(FakeWeights(model, weights))
-        run.passes(tokens)
+        source = run.inject(FakeWeights(model, weights))
+        with fake_devices(), run.recorder:  # once: the tensors of one fake mode are foreign to another
+            run.load(source)
+            run.passes(tokens)
     found.seconds = time.perf_counter() - start
     return found
 
@@ -147,7 +149,7 @@ def _meta_model(model_or_config: Any) -> nn.Module:
     """A model of one's own on the meta device."""
     if isinstance(model_or_config, nn.Module):
         if any(not tensor.is_meta for tensor in model_or_config.parameters()):
-            raise KTransformersError("model: found weights in memory, expected a model on the meta device, or its config.")
+            raise KTransformersError("model: found weights in memory, expected a model on the meta device or a config.")
         return copy.deepcopy(model_or_config).eval()
     from transformers import AutoModelForCausalLM
 
@@ -182,17 +184,20 @@ class _Run:
 
     # --- loading ---
 
+    def inject(self, source: FakeWeights) -> FakeWeights:
+        """Swap in the operators, which looks at real tensors, so not on fake devices. Returns `source`."""
+        optimize._keep_in_fp32(self.model)
+        optimize.inject(self.model, self.plan, source)
+        return source
+
     def load(self, source: FakeWeights) -> None:
-        """Inject the operators and give every tensor a place, in the order of `optimize_and_load`."""
+        """Give every tensor a place, in the order of `optimize_and_load`."""
         model, devices = self.model, {name: replacement.device for name, replacement in self.plan.items()}
-        optimize._keep_in_fp32(model)
-        optimize.inject(model, self.plan, source)
-        with fake_devices(), self.recorder:
-            with torch.device("cpu"):
-                load_weights(model, source, "", devices)
-            optimize._drop_replaced_tensors(model)
-            optimize._tie(model)
-            _place_buffers(model, devices)
+        with torch.device("cpu"):
+            load_weights(model, source, "", devices)
+        optimize._drop_replaced_tensors(model)
+        optimize._tie(model)
+        _place_buffers(model, devices)
         self.recorder.mark_weights(model)
         self.found.weights = self.recorder.live(WEIGHTS)
 
@@ -201,7 +206,7 @@ class _Run:
     def passes(self, tokens: int) -> None:
         remove = watch_modules(self.model, self.recorder, self._module_done)
         try:
-            with fake_devices(), self.recorder, self._failures():
+            with self._failures():
                 tokens += self._fill(tokens)
                 self.found.prefill = self._pass(tokens)
                 self.found.decode = self._pass(1)
@@ -281,32 +286,35 @@ def explain(failure: Failure, plan: Plan) -> Problem:
     """A failed operation as a problem: the module, the rule that placed it, the devices or shapes, what to do."""
     weights = [operand for operand in failure.operands if operand.weight]
     module = weights[0].weight.rpartition(".")[0] if weights else failure.module
-    placed = placed_by(module, plan)
-    rule = rule_name(placed)
+    rule = rule_name(placed_by(module, plan))
+    by = _placed(module, plan)
     operation = failure.operation.removesuffix(".default")
-    by = f"rule {rule} placed it" if rule else "no rule names it"
     devices = tuple(dict.fromkeys(o.device for o in failure.operands if o.shape or o.device != "cpu"))
     if len(devices) > 1:
+        given = ", ".join(f"{_call(operand, plan)} on {operand.device}" for operand in failure.operands)
         text = (
-            f"{operation} got {_list(failure.operands, 'device')}; {by}. Place them on one device, or name an operator "
-            "that moves its input (linear.KTransformersLinear, or models.DecoderModel for what goes between layers)"
+            f"{operation} got {given}; {by}. Place them on one device, or name an operator that moves its input "
+            "(linear.KTransformersLinear, or models.DecoderModel for what goes between layers)"
         )
         return Problem(module, rule, text, devices, operation)
-    reason = str(failure.error).strip().splitlines()
-    reason = reason[0] if reason else type(failure.error).__name__
-    if isinstance(failure.error, KTransformersError) or not operation:
-        return Problem(module, rule, f"{reason} ({by})", devices, operation)
-    text = f"{operation} of {_list(failure.operands, 'shape')} raised {type(failure.error).__name__}: {reason} ({by})"
-    return Problem(module, rule, text, devices, operation)
+    reason = (str(failure.error).strip().splitlines() or [type(failure.error).__name__])[0]
+    if not isinstance(failure.error, KTransformersError) and operation:
+        given = ", ".join(f"{operand.weight or 'a tensor'} {list(operand.shape)}" for operand in failure.operands)
+        reason = f"{operation} of {given} raised {type(failure.error).__name__}: {reason}"
+    return Problem(module, rule, f"{reason} ({by})", devices, operation)
 
 
-def _list(operands: tuple[Operand, ...], what: str) -> str:
-    named = []
-    for operand in operands:
-        name = operand.weight or f"a tensor {list(operand.shape)}"
-        shape = f" {list(operand.shape)}" if operand.weight and what == "shape" else ""
-        named.append(f"{name}{shape} on {operand.device}" if what == "device" else f"{name}{shape}")
-    return ", ".join(named)
+def _placed(module: str, plan: Plan) -> str:
+    rule = rule_name(placed_by(module, plan))
+    return f"rule {rule} placed it" if rule else "no rule names it"
+
+
+def _call(operand: Operand, plan: Plan) -> str:
+    """What to call a tensor: the weight that it is, or the module that made it."""
+    if operand.weight:
+        return operand.weight
+    made = f" made in {operand.made_in} ({_placed(operand.made_in, plan)})" if operand.made_in else ""
+    return f"a tensor {list(operand.shape)}{made}"
 
 
 def _leads_to(error: BaseException, first: BaseException) -> bool:
