@@ -313,8 +313,8 @@ class _Chain:
 
 def _at_end(part: _Part, at: str, why: str) -> Problem:
     text = (
-        f"{_by(part)} put it on {part.device}, but the hidden state that reaches it is on {at}, {why}; place it on {at}, "
-        "or for a linear layer name ktransformers.operators.linear.KTransformersLinear, which moves its input"
+        f"{_by(part)} put it on {part.device}, but the hidden state that reaches it is on {at}, {why}; place it on "
+        f"{at}, or for a linear layer name ktransformers.operators.linear.KTransformersLinear, which moves its input"
     )
     return Problem(part.name, rule_name(part.placed), text, (part.device, at))
 

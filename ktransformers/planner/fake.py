@@ -14,20 +14,8 @@ from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
-
-
-class FakeDevices(FakeTensorMode):
-    """torch's `FakeTensorMode`, without asking a GPU that may be there: ``cuda:7`` works beside one real GPU too."""
-
-    def __init__(self) -> None:
-        super().__init__(allow_non_fake_inputs=True)
-
-    @property
-    def avoid_device_init(self) -> bool:
-        return True
 
 
 class _WithoutGuards(TorchFunctionMode):
@@ -78,8 +66,7 @@ def _can_resolve(x: torch.Tensor, index: Any) -> bool:
 
 
 def _resolve(x: torch.Tensor, index: Any) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    """The view of `x` that slices, numbers and None make, and for each of its dimensions the tensor that picks, or None.
-    """
+    """The view of `x` that slices, numbers and None make, and what picks in each of its dimensions, or None."""
     parts = list(index) if isinstance(index, tuple) else [index]
     used = sum(_dims(part) for part in parts)
     at = next((i for i, part in enumerate(parts) if part is Ellipsis), len(parts))
@@ -144,17 +131,6 @@ _BEHIND = {
 }
 
 
-class _Numbers(TorchDispatchMode):
-    """Answers what only numbers could: a scalar is 0, every element is nonzero. And convolutions, for which torch asks
-    the device's libraries."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        answer = _ANSWERS.get(func)
-        if answer is None or not isinstance(args[0], FakeTensor) or args[0].constant is not None:
-            return func(*args, **(kwargs or {}))
-        return answer(*args, **(kwargs or {}))
-
-
 def _scalar(x: torch.Tensor) -> bool | int | float:
     return False if x.dtype == torch.bool else 0.0 if x.is_floating_point() else 0
 
@@ -185,6 +161,31 @@ _ANSWERS = {
 }
 
 
+class FakeDevices(FakeTensorMode):
+    """torch's `FakeTensorMode`, without asking a GPU that may be there: ``cuda:7`` works beside one real GPU too.
+
+    It answers what only numbers could: a scalar is 0, and every element is nonzero. And convolutions, for which torch
+    asks the device's libraries.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+
+    @property
+    def avoid_device_init(self) -> bool:
+        return True
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        answer = _ANSWERS.get(func)
+        if answer is _convolution and args[0].device.type == "cpu":
+            answer = None  # nothing to ask there
+        if answer is not None and isinstance(args[0], FakeTensor) and args[0].constant is None:
+            with self:
+                return answer(*args, **kwargs)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
 @contextlib.contextmanager
 def swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Inside, ``owner.name`` is `value`."""
@@ -203,7 +204,6 @@ def fake_devices() -> Iterator[None]:
         swapped(fake_tensor, "init_gpu_context", lambda device: None),
         swapped(torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
         FakeDevices(),
-        _Numbers(),
         _WithoutGuards(),
         torch.no_grad(),
     ):
