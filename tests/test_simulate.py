@@ -7,16 +7,21 @@ import re
 import families
 import pytest
 import torch
+import typer
 import yaml
 from ktransformers.optimize_rules import NAMES
 from test_packaged_rules import MODELS
 from test_published_rules import STYLES
 from tiny import meta_model, tiny_config
 from torch import nn
+from typer.testing import CliRunner
 
 from ktransformers import native
+from ktransformers.cli import common
+from ktransformers.cli import simulate as command
 from ktransformers.errors import KTransformersError, RuleError
 from ktransformers.operators.base_operator import BaseInjectedModule
+from ktransformers.planner import configs
 from ktransformers.planner.chain import chain_problems
 from ktransformers.planner.fake import fake_devices
 from ktransformers.planner.recorder import ACTIVATIONS, CACHE, Recorder
@@ -303,6 +308,25 @@ def test_torch_experts_are_counted_on_their_gpu():
     assert found.ok and found.weights["cuda:1"] == 3 * 8 * 3 * 64 * 32 * FP32 and "cpu" not in found.devices()
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("hot", [0, 3, 8])
+def test_experts_on_a_gpu_take_its_memory_and_none_of_the_cpu_s(family, hot):
+    rules = copy.deepcopy(RIGHT)
+    rules[0]["replace"]["kwargs"].update(gpu_experts=hot, gpu_device="cuda:1")
+    config = tiny_config(family)
+    found = simulate(config, rules, gpus=2, tokens=8)
+    none = simulate(config, RIGHT, gpus=2, tokens=8)
+    assert found.ok, say(found.problems)
+    layers_, experts = config.num_hidden_layers, meta_model(config).model.layers[-1].mlp.experts
+    weights = (experts.gate_up_proj.numel() + experts.down_proj.numel()) * FP32 // 8
+    biases = (experts.gate_up_proj_bias.numel() + experts.down_proj_bias.numel()) * FP32 // 8 if family == "gpt_oss" else 0
+    slots = 9 * 8 if hot else 0  # where each expert is, int64
+    assert found.weights.get("cuda:1", 0) == layers_ * (hot * (weights + biases) + slots)
+    kept = (8 - hot) * weights + (8 * biases if hot < 8 else 0)
+    assert found.weights.get("cpu", 0) == layers_ * kept
+    assert none.weights["cpu"] == layers_ * 8 * (weights + biases)
+
+
 # --- fake devices -----------------------------------------------------------------------------------------------------
 
 INDICES = {
@@ -370,13 +394,6 @@ def test_progress_counts_every_layer_of_both_passes_and_json_has_it_all():
 
 
 def test_the_command_prints_tables_or_json_and_exits_with_1_on_a_problem(tmp_path, monkeypatch):
-    configs = pytest.importorskip("ktransformers.planner.configs")
-    common = pytest.importorskip("ktransformers.cli.common")
-    import typer
-    from typer.testing import CliRunner
-
-    from ktransformers.cli import simulate as command
-
     monkeypatch.setattr(configs, "read_config", lambda model: tiny_config("deepseek_v3", num_hidden_layers=6))
     app = typer.Typer()
     app.command()(common.errors(command.simulate))

@@ -20,6 +20,7 @@ from ktransformers import native
 from ktransformers.errors import NativeError, WeightError, did_you_mean
 from ktransformers.loaders import ExpertWeights
 from ktransformers.operators import experts as experts_module
+from ktransformers.operators import hot_experts
 from ktransformers.planner.fake import swapped
 from ktransformers.quants import QUANT_TYPES, QuantType
 from ktransformers.traits import TRAITS, idle_experts, is_transposed
@@ -27,13 +28,20 @@ from ktransformers.traits import TRAITS, idle_experts, is_transposed
 _COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FakePacked:
-    """Stands for a `Packed`: its shape and type, and a fake tensor of its bytes on the CPU."""
+    """Stands for a `Packed`. Whoever computes from it holds `nbytes` bytes (see `_held`)."""
 
-    data: Tensor
     type: QuantType
     shape: tuple[int, ...]
+    nbytes: int
+
+    def dequantize(self, dtype: torch.dtype = torch.float32, device: Any = "cpu") -> Tensor:
+        return torch.empty(self.shape, dtype=dtype, device=device)
+
+    def dequantize_into(self, out: Tensor) -> None:
+        if tuple(out.shape) != tuple(self.shape):
+            raise WeightError(f"Cannot dequantize {list(self.shape)} into {list(out.shape)}.")
 
 
 class FakeWeights:
@@ -96,8 +104,7 @@ class FakeWeights:
         return self.stored.can_pack(name) if self.stored else self.has(name)
 
     def packed(self, name: str) -> FakePacked:
-        data = torch.empty(self.nbytes(name), dtype=torch.uint8, device="cpu")
-        return FakePacked(data, self._type(name), self._known(name)[0])
+        return FakePacked(self._type(name), self._known(name)[0], self.nbytes(name))
 
     def has_experts(self, prefix: str) -> bool:
         return prefix in self._experts
@@ -106,21 +113,26 @@ class FakeWeights:
         return self.stored.experts_problem(prefix) if self.stored else ""
 
     def experts(self, prefix: str) -> ExpertWeights:
-        """As `ModelWeights.experts`. The matrices of one kind are one object: they are all alike."""
+        """As `ModelWeights.experts`; the matrices of one kind are all alike."""
         if prefix not in self._experts:
             raise WeightError(f"{prefix}: found no experts{did_you_mean(prefix, self._experts)}.")
         layout = self._experts[prefix]
-        first, down = self.packed(f"{prefix}.{layout.first}"), self.packed(f"{prefix}.down_proj")
-        wide = FakePacked(first.data, first.type, (layout.intermediate, layout.hidden))
-        narrow = FakePacked(down.data, down.type, (layout.hidden, layout.intermediate))
+        gated = layout.first == "gate_up_proj"
+        up = self._matrices(f"{prefix}.{layout.first}", layout.count, layout.intermediate, layout.hidden, 1 + gated)
+        gate = self._matrices(f"{prefix}.gate_up_proj", layout.count, layout.intermediate, layout.hidden, 2)
+        down = self._matrices(f"{prefix}.down_proj", layout.count, layout.hidden, layout.intermediate, 1)
         biases = {}
         if self.has(f"{prefix}.{layout.first}_bias"):
-            up, out = (layout.count, layout.intermediate), (layout.count, layout.hidden)
-            shapes = {"gate_bias": up, "up_bias": up, "down_bias": out}
-            biases = {name: torch.empty(shape, device="cpu") for name, shape in shapes.items()}
-        gated = layout.first == "gate_up_proj"
-        each = [wide] * layout.count
-        return ExpertWeights(each if gated else None, each, [narrow] * layout.count, **biases)
+            widths = {"gate_bias": layout.intermediate, "up_bias": layout.intermediate, "down_bias": layout.hidden}
+            biases = {name: torch.empty(layout.count, width, device="cpu") for name, width in widths.items()}
+        return ExpertWeights(gate if gated else None, up, down, **biases)
+
+    def _matrices(self, name: str, count: int, rows: int, columns: int, parts: int) -> list[FakePacked]:
+        """`count` matrices, which `name` holds `parts` times."""
+        if not self.has(name):
+            return []
+        kind, nbytes = self._type(name), self.nbytes(name) // (count * parts)
+        return [FakePacked(kind, (rows, columns), nbytes) for _ in range(count)]
 
     def close(self) -> None:
         """There is nothing to close."""
@@ -150,7 +162,7 @@ class _Linear:
     """`native.Linear`: takes what that takes, refuses what that refuses, computes nothing."""
 
     def __init__(self, weight: Any, bias: Tensor | None = None, name: str = "linear") -> None:
-        self.weight, self.bias, self.name = weight, bias, name
+        self.weight, self.bias, self.name, self.held = weight, bias, name, _held([weight])
         if len(weight.shape) != 2:
             raise NativeError(f"{name}: found weight {list(weight.shape)}, expected a matrix [N, K].")
         self.out_features, self.in_features = weight.shape
@@ -170,7 +182,7 @@ class _Experts:
     def __init__(
         self, gate: list | None, up: list, down: list, activation: str = "silu", name: str = "experts", **more: Any
     ) -> None:
-        self.gate, self.up, self.down, self.name, self.more = gate, up, down, name, more
+        self.name, self.more, self.held = name, more, _held([*(gate or ()), *up, *down])
         self.count = len(up)
         self.intermediate, self.hidden = up[0].shape
         if len(down) != self.count or tuple(down[0].shape) != (self.hidden, self.intermediate):
@@ -193,6 +205,12 @@ class _Experts:
     __call__ = forward
 
 
+def _held(weights: list[Any]) -> Tensor:
+    """The bytes of `weights`, each once, as one tensor: what a handle keeps in memory."""
+    each = {id(weight): weight.nbytes for weight in weights}
+    return torch.empty(sum(each.values()), dtype=torch.uint8, device="cpu")
+
+
 def _check_input(x: Tensor, width: int, name: str) -> None:
     if x.device.type != "cpu":
         raise NativeError(f"{name}: found input on {x.device}, expected it on the cpu.")
@@ -205,7 +223,8 @@ def _check_input(x: Tensor, width: int, name: str) -> None:
 def _shared_evenly(self: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """`KExpertsTorch.forward` where nobody knows the choice: every expert has as many tokens, so one stands for all."""
     x, ids = hidden.to(self.down.device, self.down.dtype), ids.to(self.down.device)
-    share = -(-ids.numel() // len(self.down))
+    count = len(self.down) if self.slots is None else len(self.slots) - 1  # those of other parts have theirs too
+    share = -(-ids.numel() // count)
     pairs = ids.reshape(-1).argsort(stable=True)[:share]
     tokens = pairs // ids.shape[1]
     scale = weights.to(x.device).reshape(-1, 1)
@@ -232,6 +251,7 @@ def stand_ins() -> Iterator[None]:
         swapped(native, "Linear", _Linear),
         swapped(native, "Experts", _Experts),
         swapped(native, "available", lambda: True),
+        swapped(hot_experts, "some", lambda mask: True),
         swapped(experts_module, "gating_of", with_numbers),
         swapped(experts_module.KExpertsTorch, "forward", _shared_evenly),
     ):

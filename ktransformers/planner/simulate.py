@@ -5,7 +5,7 @@ logits, with the operators that would run; and it counts weights, cache, activat
 
 What it cannot see:
 - numbers: whether results are right, overflow or are NaN, and what a choice of experts would be. The torch experts are
-  taken to have equally many tokens each; code that reads a number reads 0.
+  taken to have equally many tokens each, whatever a routing profile says; code that reads a number reads 0.
 - what an operation needs inside itself (workspaces of kernels, of cuBLAS and of the C library), CUDA contexts, and
   memory that an allocator holds or loses to fragmentation. torch's fused attention is taken to hold no scores.
 - time, and whether copies overlap with computing; reads of single numbers (``item()``) that wait for a device.
@@ -16,6 +16,7 @@ What it cannot see:
 
 import contextlib
 import copy
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -28,8 +29,10 @@ from ktransformers import devices as device_names
 from ktransformers import optimize, rules
 from ktransformers.errors import KTransformersError
 from ktransformers.models import ONE_BY_ONE
+from ktransformers.operators import hot_experts
 from ktransformers.operators.base_operator import device_of, load_weights
 from ktransformers.planner.chain import Plan, Problem, chain_problems, placed_by, rule_name
+from ktransformers.planner.configs import meta_model
 from ktransformers.planner.fake import fake_devices, swapped
 from ktransformers.planner.fake_weights import FakeWeights, stand_ins
 from ktransformers.planner.recorder import CACHE, WEIGHTS, Failure, Operand, Pass, Recorder, watch_modules
@@ -151,15 +154,13 @@ def _meta_model(model_or_config: Any) -> nn.Module:
         if any(not tensor.is_meta for tensor in model_or_config.parameters()):
             raise KTransformersError("model: found weights in memory, expected a model on the meta device or a config.")
         return copy.deepcopy(model_or_config).eval()
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(model_or_config)).eval()
+    return meta_model(model_or_config).eval()
 
 
 def _plan(model: nn.Module, rule: RulesLike, gpus: int, devices: Mapping[str, str] | None) -> Plan:
     default = "cuda:0" if gpus else "cpu"
-    with swapped(device_names, "device_problem", lambda name: _pretended_problem(name, gpus)):
+    pretended = functools.partial(_pretended_problem, gpus=gpus)
+    with swapped(device_names, "device_problem", pretended), swapped(hot_experts, "device_problem", pretended):
         return rules.plan(model, rule, default_device=default, devices=devices)
 
 
