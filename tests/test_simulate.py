@@ -25,9 +25,10 @@ from ktransformers.planner import configs
 from ktransformers.planner.chain import chain_problems
 from ktransformers.planner.fake import fake_devices
 from ktransformers.planner.recorder import ACTIVATIONS, CACHE, Recorder
-from ktransformers.planner.simulate import _plan, simulate
+from ktransformers.planner.simulate import simulate
+from ktransformers.rules import plan
 
-LAYERS = {1: 2, 2: 2, 4: 4, 8: 8}
+LAYERS = {0: 2, 1: 2, 2: 2, 4: 4, 8: 8}
 """GPUs -> layers of the model that runs on them."""
 
 FP32 = 4
@@ -59,7 +60,7 @@ FEW = ("DeepSeek-V3", "Qwen3-MoE", "gpt-oss")
 """One name of each file, and one of a family whose experts are laid out otherwise: for two and four GPUs."""
 KINDS = list({family: name for name, (family, _) in reversed(MODELS.items())}.values())
 """One name of each family, for eight GPUs."""
-CASES = {1: NAMES, 2: FEW, 4: FEW, 8: KINDS}
+CASES = {0: FEW, 1: NAMES, 2: FEW, 4: FEW, 8: KINDS}
 
 
 @pytest.mark.parametrize(("name", "gpus"), [(name, gpus) for gpus, names in CASES.items() for name in names])
@@ -67,7 +68,7 @@ def test_packaged_rules_run_on_any_number_of_gpus(name, gpus):
     found = simulate(config_of(name, LAYERS[gpus]), name, gpus=gpus, tokens=8)
     assert found.ok, "\n".join(map(str, found.problems))
     assert not found.problems
-    assert set(found.devices()) <= {"cpu", *(f"cuda:{i}" for i in range(gpus))}
+    assert set(found.devices()) == {"cpu", *(f"cuda:{i}" for i in range(gpus))}  # and each GPU has layers
     assert found.prefill.tokens == 8 and found.decode.tokens == 1 and sum(found.cache.values())
 
 
@@ -176,9 +177,23 @@ def test_a_planted_mistake_is_found_with_module_and_rule(what):
 @pytest.mark.parametrize("what", MISTAKES)
 def test_the_chain_alone_finds_it_too_and_needs_no_forward(what):
     model = meta_model(tiny_config("deepseek_v3", num_hidden_layers=6))
-    plan = _plan(model, mistaken(*MISTAKES[what][0]), 8, None)
-    assert [p for p in chain_problems(model, plan) if not p.warning]
-    assert not chain_problems(model, _plan(model, mistaken(), 8, None))
+    wrong, right = (plan(model, mistaken(*changes), gpus=8) for changes in (MISTAKES[what][0], ()))
+    assert [p for p in chain_problems(model, wrong) if not p.warning]
+    assert not chain_problems(model, right)
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_a_rule_of_the_extended_form_that_names_a_gpu_is_found_where_layers_live_elsewhere(gpus):
+    router = {"match": {"trait": "router"}, "replace": {"class": "default", "kwargs": {"generate_device": "cuda:0"}}}
+    decoder = {"match": {"trait": "decoder"}, "replace": {"class": "ktransformers.operators.models.DecoderModel"}}
+    experts = {**RIGHT[0], "replace": {**RIGHT[0]["replace"], "kwargs": {"generate_device": "cpu", "out_device": "layer"}}}
+    config = tiny_config("deepseek_v3", num_hidden_layers=4)
+    found = simulate(config, {"devices": "auto", "rules": [router, decoder, experts]}, gpus=gpus, tokens=8)
+    assert found.ok is (gpus == 1), say(found.problems)
+    if gpus == 2:
+        static, ran = found.problems
+        assert static.module == ran.module == "model.layers.2.mlp.gate" and static.rule == ran.rule == "1"
+        assert "and so in 1 more layers" in str(static) and set(ran.devices) == {"cuda:0", "cuda:1"}
 
 
 def test_a_problem_names_file_and_line(tmp_path):
@@ -325,40 +340,6 @@ def test_experts_on_a_gpu_take_its_memory_and_none_of_the_cpu_s(family, hot):
     kept = (8 - hot) * weights + (8 * biases if hot < 8 else 0)
     assert found.weights.get("cpu", 0) == layers_ * kept
     assert none.weights["cpu"] == layers_ * 8 * (weights + biases)
-
-
-# --- fake devices -----------------------------------------------------------------------------------------------------
-
-INDICES = {
-    "number": 1, "last": -1, "slice": slice(1, None), "step": slice(None, None, 2), "none": None, "rest": ...,
-    "column": (..., 0), "new": (slice(None), None, 1), "tensor": torch.tensor([0, 2]), "both": (..., torch.tensor([0, 2])),
-    "pair": (torch.tensor([0, 1]), torch.tensor([1, 1])), "after": (slice(1), 0, torch.tensor([0, 3, 1])), "list": [0, 1],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("how", INDICES)
-def test_indexing_a_fake_tensor_has_the_shape_that_indexing_has(how):
-    index = INDICES[how]
-    parts = index if isinstance(index, tuple) else (index,)
-    expected = torch.empty(3, 4, 5)[index].shape
-    with fake_devices():
-        there = [torch.empty(p.shape, dtype=p.dtype, device="cuda:3") if isinstance(p, torch.Tensor) else p for p in parts]
-        index = tuple(there) if isinstance(index, tuple) else there[0]
-        x = torch.empty(3, 4, 5, device="cuda:3")
-        if how != "list":
-            assert x[index].shape == expected and x[index].device == torch.device("cuda:3")
-            x[index] = 1.0
-            x[index] = torch.zeros(expected, device="cuda:3")
-
-
-def test_a_mask_picks_everything_and_a_number_is_nothing():
-    with fake_devices():
-        x = torch.empty(3, 4, device="cuda")
-        assert x.device == x.cuda().device == torch.device("cuda:0")
-        assert x[x > 0].shape == (12,) and (x > 0).nonzero().shape == (12, 2)
-        assert not x.any() and x.sum().item() == 0.0 and int(x.argmax()) == 0
-        with pytest.raises(Exception, match="device"):
-            x + torch.empty(3, 4, device="cuda:1")
 
 
 # --- what goes in, what stays -----------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def chain_problems(model: nn.Module, plan: Plan) -> list[Problem]:
 
 def _decoder(model: nn.Module) -> tuple[str, nn.Module] | None:
     for name, module in model.named_modules():
-        if isinstance(getattr(module, "layers", None), nn.ModuleList) and hasattr(module, "embed_tokens"):
+        if TRAITS["decoder"](module):
             return name, module
     return None
 
@@ -186,7 +186,7 @@ class _Chain:
 
     def _follow(self) -> tuple[tuple[str, str], list[Problem]]:
         """Walk the layers. Returns (where the last one's output is, why it is there) and the problems."""
-        at = self._device(f"{self.name}.embed_tokens".lstrip("."))
+        at = self._device(self._embedding())
         why, mapped, found = "where the embedding is", False, []
         transfers = self._transfers()
         for layer in self.layers:
@@ -207,6 +207,12 @@ class _Chain:
                 layer.input = at = self._first_weight(layer) or at
                 layer.moved = why = "where its first weight is"
         return (at, why), found + self._strangers()
+
+    def _embedding(self) -> str:
+        """The name of the first embedding: `DecoderModel` moves what each of them is given and gives."""
+        children = self.decoder.named_children()
+        first = next((name for name, child in children if isinstance(child, nn.Embedding)), "")
+        return f"{self.name}.{first}".strip(".")
 
     def _transfers(self) -> dict[int, str]:
         given = (self.mover.kwargs.get("transfer_map") if self.mover is not None else None) or {}
@@ -265,7 +271,7 @@ class _Chain:
         full = [layer for layer in self.layers if layer.parts and all(_has_rule(part) for part in layer.parts)]
         if not bare or len(full) <= len(self.layers) // 2:
             return []
-        bare = [layer for layer in bare if not named & {part.name for part in layer.parts}]
+        bare = [x for x in bare if not named & {part.name for part in x.parts} and self._is_alone(x)]
         if not bare:
             return []
         part = bare[0].parts[0]
@@ -274,6 +280,11 @@ class _Chain:
             f"layers; it is on the default device, {part.device}. Widen a rule's range"
         )
         return [Problem(part.name, "", text, (part.device,))]
+
+    def _is_alone(self, layer: _Layer) -> bool:
+        """Whether no layer next to it is on its device."""
+        beside = self.layers[max(layer.number - 1, 0) : layer.number + 2]
+        return all(other.input != layer.input for other in beside if other is not layer)
 
     def _detours(self) -> list[Problem]:
         """Layers whose input goes back to a device that the chain has left."""
@@ -294,15 +305,16 @@ class _Chain:
         return found
 
     def _end(self, end: tuple[str, str]) -> list[Problem]:
-        """The norm and the head behind the last layer."""
-        (at, why), found = end, []
-        norm_name = f"{self.name}.norm".lstrip(".")
-        if hasattr(self.decoder, "norm"):
-            for part in self._parts(norm_name, self.decoder.norm):
-                if self.mover is not None:
-                    at, why = part.device, f"where {norm_name} is"
-                elif part.device != at:
+        """What is behind the last layer: the decoder's own (a norm), then the head."""
+        (at, why), found, behind = end, [], False
+        for child_name, child in self.decoder.named_children():
+            name = f"{self.name}.{child_name}".lstrip(".")
+            for part in self._parts(name, child) if behind and not isinstance(child, nn.Embedding) else ():
+                if self.mover is not None and part.name == name:
+                    at, why = part.device, f"where {name} is"
+                elif part.device != at and not part.key:
                     found.append(_at_end(part, at, why))
+            behind = behind or child is self.decoder.layers
         head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
         name = next((name for name, module in self.model.named_modules() if module is head), "")
         for part in self._parts(name, head) if head is not None and name else ():

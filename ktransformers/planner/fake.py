@@ -6,6 +6,7 @@ result depends on numbers. Not here: operators, weights, what is measured.
 """
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -105,14 +106,30 @@ def _picks_all(mask: torch.Tensor) -> list[torch.Tensor]:
     return [torch.empty(mask.numel(), dtype=torch.int64, device=mask.device) for _ in range(mask.dim())]
 
 
-def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
-    """torch's fused attention, which holds no scores in memory; where it would fall back to products, those."""
-    operands = [t for t in (query, key, value, *more[:1], named.get("attn_mask")) if isinstance(t, torch.Tensor)]
-    fits = query.shape[-1] == key.shape[-1] and key.shape[-2] == value.shape[-2] and query.dim() == key.dim() == 4
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """torch's fused attention, which holds no scores in memory. Where a device has none, or nothing fits, products."""
+    if not isinstance(query, FakeTensor):
+        given = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+        return functional.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, **given)
+    fits = query.shape[-1] == key.shape[-1] and key.shape[:-1] == value.shape[:-1] and query.device == key.device
+    alike = query.shape[: 1 if enable_gqa else -2] == key.shape[: 1 if enable_gqa else -2]
     fused = query.device.type != "cpu" or query.shape[-1] == value.shape[-1]
-    if not isinstance(query, FakeTensor) or not fits or not fused or len({t.device for t in operands}) > 1:
-        return functional.scaled_dot_product_attention(query, key, value, *more, **named)
-    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+    masked = attn_mask is None or attn_mask.device == query.device and attn_mask.shape[-1] in (1, key.shape[-2])
+    if fits and alike and fused and masked and key.device == value.device:
+        return query.new_empty((*query.shape[:-1], value.shape[-1]))
+    if enable_gqa:
+        key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
+    scores = query @ key.transpose(-1, -2)
+    return (scores if attn_mask is None else scores + attn_mask).softmax(-1).to(value.dtype) @ value
 
 
 _BEHIND = {
@@ -148,8 +165,9 @@ def _convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     if len({t.device for t in given}) > 1:
         found = ", ".join(str(t.device) for t in given)
         raise RuntimeError(f"aten.convolution.default: found tensors on {found}, expected one device")
-    on_cpu = [None if t is None else torch.empty_like(t, device="cpu") for t in (x, weight, bias)]
-    out = aten.convolution(*on_cpu, *more)
+    with fake_tensor.unset_fake_temporarily():
+        shapes = [None if t is None else torch.empty(t.shape, dtype=t.dtype, device="meta") for t in (x, weight, bias)]
+        out = aten.convolution(*shapes, *more)
     return torch.empty(out.shape, dtype=out.dtype, device=x.device)
 
 
@@ -178,8 +196,6 @@ class FakeDevices(FakeTensorMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         answer = _ANSWERS.get(func)
-        if answer is _convolution and args[0].device.type == "cpu":
-            answer = None  # nothing to ask there
         if answer is not None and isinstance(args[0], FakeTensor) and args[0].constant is None:
             with self:
                 return answer(*args, **kwargs)
@@ -201,6 +217,7 @@ def swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
 def fake_devices() -> Iterator[None]:
     """Inside, ``torch.empty(2, device="cuda:7")`` works: shapes, dtypes and devices, but no numbers and no memory."""
     with (
+        swapped(logging.getLogger(fake_tensor.__name__), "disabled", True),  # it prints what it raises too
         swapped(fake_tensor, "init_gpu_context", lambda device: None),
         swapped(torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
         FakeDevices(),

@@ -16,7 +16,6 @@ What it cannot see:
 
 import contextlib
 import copy
-import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -25,15 +24,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ktransformers import devices as device_names
 from ktransformers import optimize, rules
 from ktransformers.errors import KTransformersError
 from ktransformers.models import ONE_BY_ONE
-from ktransformers.operators import hot_experts
 from ktransformers.operators.base_operator import device_of, load_weights
 from ktransformers.planner.chain import Plan, Problem, chain_problems, placed_by, rule_name
 from ktransformers.planner.configs import meta_model
-from ktransformers.planner.fake import fake_devices, swapped
+from ktransformers.planner.fake import fake_devices
 from ktransformers.planner.fake_weights import FakeWeights, stand_ins
 from ktransformers.planner.recorder import CACHE, WEIGHTS, Failure, Operand, Pass, Recorder, watch_modules
 from ktransformers.rules import RulesLike
@@ -131,7 +128,7 @@ def simulate(
     _check_sizes(gpus=(gpus, 0), tokens=(tokens, 1), batch=(batch, 1), context=(context, 0))
     model = _meta_model(model_or_config)
     with stand_ins():
-        plan = _plan(model, rule, gpus, devices)
+        plan = rules.plan(model, rule, devices=devices, gpus=gpus)
         found = Simulation(type(model).__name__, gpus, batch, context, chain_problems(model, plan))
         run = _Run(model, plan, found, on_layer or (lambda done, total: None))
         source = run.inject(FakeWeights(model, weights))
@@ -155,23 +152,6 @@ def _meta_model(model_or_config: Any) -> nn.Module:
             raise KTransformersError("model: found weights in memory, expected a model on the meta device or a config.")
         return copy.deepcopy(model_or_config).eval()
     return meta_model(model_or_config).eval()
-
-
-def _plan(model: nn.Module, rule: RulesLike, gpus: int, devices: Mapping[str, str] | None) -> Plan:
-    default = "cuda:0" if gpus else "cpu"
-    pretended = functools.partial(_pretended_problem, gpus=gpus)
-    with swapped(device_names, "device_problem", pretended), swapped(hot_experts, "device_problem", pretended):
-        return rules.plan(model, rule, default_device=default, devices=devices)
-
-
-def _pretended_problem(name: Any, gpus: int) -> str:
-    try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError, ValueError):
-        return f"{name!r} is no device name; expected one like 'cpu', 'cuda' or 'cuda:1'"
-    if device.type == "cpu" or device.type == "cuda" and (device.index or 0) < gpus:
-        return ""
-    return f"{name!r} does not exist: the simulation has {f'cuda:0 to cuda:{gpus - 1}' if gpus else 'no GPU'}"
 
 
 class _Run:
