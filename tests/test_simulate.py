@@ -58,8 +58,8 @@ def config_of(name, layers):
 
 FEW = ("DeepSeek-V3", "Qwen3-MoE", "gpt-oss")
 """One name of each file, and one of a family whose experts are laid out otherwise: for two and four GPUs."""
-KINDS = list({family: name for name, (family, _) in reversed(MODELS.items())}.values())
-"""One name of each family, for eight GPUs."""
+KINDS = (*FEW, "DeepSeek-V3.2", "DeepSeek-V4", "GLM-4", "Llama-4", "MiniMax-M2", "Mixtral", "Qwen2-MoE", "Qwen3-Next")
+"""One name of each kind of attention and of block, for eight GPUs."""
 CASES = {0: FEW, 1: NAMES, 2: FEW, 4: FEW, 8: KINDS}
 
 
@@ -380,8 +380,10 @@ def test_the_command_prints_tables_or_json_and_exits_with_1_on_a_problem(tmp_pat
     app.command()(common.errors(command.simulate))
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text(yaml.safe_dump(mistaken((EXPERTS, kwargs(out_device="cuda:0"))), sort_keys=False))
-    right = CliRunner().invoke(app, ["DeepSeek-V3", "tiny", "--gpus", "1", "--json"])
+    right = CliRunner().invoke(app, ["DeepSeek-V3", "tiny", "--gpus", "2", "--json"])
     assert right.exit_code == 0 and json.loads(right.stdout)["ok"]
+    tables = "\n".join(map(str, command._tables(simulate(tiny_config("qwen3_moe"), RIGHT, gpus=1))))
+    assert "Every operation found its operands on one device" in tables
     failed = CliRunner().invoke(app, [str(wrong), "tiny", "--json"])
     assert failed.exit_code == 1 and json.loads(failed.stdout)["problems"][0]["rule"].startswith("10 (wrong.yaml:")
     assert CliRunner().invoke(app, ["DeepSeek-V9", "tiny"]).exit_code == 1

@@ -62,9 +62,8 @@ def _bar() -> Iterator[Callable[[int, int], None]]:
 
 def _tables(found: "Simulation") -> Iterator[Any]:
     yield _devices(found)
-    for name, report in (("prefill", found.prefill), ("decode", found.decode)):
-        if report is not None:
-            yield _transfers(name, report, found.batch)
+    if found.prefill is not None:
+        yield _transfers(found.prefill, found.decode, found.batch)
     yield from _problems(found)
 
 
@@ -81,18 +80,25 @@ def _devices(found: "Simulation") -> Table:
     return table
 
 
-def _transfers(name: str, report: "PassReport", batch: int) -> Table:
-    tokens = report.tokens * batch
-    title = f"Copies between devices, {name} of {tokens} token{'s' if tokens > 1 else ''}"
-    table = Table(title=title, title_justify="left")
-    for column in ("from", "to"):
-        table.add_column(column)
-    for column in ("copies", "size", "per token"):
-        table.add_column(column, justify="right")
-    for transfer in report.transfers:
-        per_token = _size(transfer.nbytes / tokens)
-        table.add_row(transfer.source, transfer.target, str(transfer.count), _size(transfer.nbytes), per_token)
-    return table if report.transfers else Table(title=f"No copies between devices, {name}", title_justify="left")
+def _transfers(prefill: "PassReport", decode: "PassReport | None", batch: int) -> Table | Text:
+    reports = {"prefill": prefill} | ({"decode": decode} if decode is not None else {})
+    pairs = sorted({(t.source, t.target) for report in reports.values() for t in report.transfers})
+    if not pairs:
+        return Text("No copies between devices.")
+    table = Table(title="Copies between devices", title_justify="left")
+    table.add_column("from")
+    table.add_column("to")
+    for name in reports:
+        table.add_column(f"{name}, copies", justify="right")
+        table.add_column("bytes a token", justify="right")
+    for pair in pairs:
+        cells = []
+        for report in reports.values():
+            found = [(t.count, t.nbytes) for t in report.transfers if (t.source, t.target) == pair]
+            count, nbytes = found[0] if found else (0, 0)
+            cells += [str(count), _size(nbytes / (report.tokens * batch))]
+        table.add_row(*pair, *cells)
+    return table
 
 
 def _problems(found: "Simulation") -> Iterator[Text]:
