@@ -193,7 +193,7 @@ def test_a_rule_of_the_extended_form_that_names_a_gpu_is_found_where_layers_live
     if gpus == 2:
         static, ran = found.problems
         assert static.module == ran.module == "model.layers.2.mlp.gate" and static.rule == ran.rule == "1"
-        assert "and so in 1 more layers" in str(static) and set(ran.devices) == {"cuda:0", "cuda:1"}
+        assert "and so for 1 more modules" in str(static) and set(ran.devices) == {"cuda:0", "cuda:1"}
 
 
 def test_a_problem_names_file_and_line(tmp_path):

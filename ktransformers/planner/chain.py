@@ -18,7 +18,7 @@ from ktransformers.operators.inner_ops import final_name, is_cpu
 from ktransformers.operators.linear import KTransformersLinear
 from ktransformers.operators.models import DecoderModel
 from ktransformers.operators.moe import SparseMoEBlock
-from ktransformers.rules import Replacement, module_pattern
+from ktransformers.rules import Replacement
 from ktransformers.traits import TRAITS
 
 Plan = Mapping[str, Replacement]
@@ -235,7 +235,7 @@ class _Chain:
             # In a layer that is elsewhere as a whole, an out_device that agrees with it is no mistake of its own.
             for part in [part for part in layer.strangers() if not part.key][:1] if whole else layer.strangers():
                 rule = part.placed.rule.number if part.placed and part.placed.rule else 0
-                key = (whole, "" if whole else module_pattern(part.name), part.key, rule, part.device, layer.input)
+                key = (whole, part.key, rule, part.device, layer.input)
                 found.setdefault(key, []).append((layer, part))
         return [self._whole_layers(group) if key[0] else self._single(group) for key, group in found.items()]
 
@@ -243,7 +243,9 @@ class _Chain:
         layer, part = group[0]
         numbers, behind = _ranges([layer.number for layer, _ in group]), group[-1][0].number + 1
         advice = f"place the layer on {layer.input}"
-        if layer.mapped and layer.number in self._transfers() and behind < len(self.layers):
+        if not _has_rule(part):
+            advice = f"name {numbers} in a rule, for {layer.input}"
+        elif layer.mapped and layer.number in self._transfers() and behind < len(self.layers):
             advice = f"move that entry to layer {behind}, or {advice}"
         elif layer.mapped:
             advice = f"give the transfer_map {layer.number}: {part.device}, or {advice}"
@@ -252,7 +254,7 @@ class _Chain:
 
     def _single(self, group: list[tuple[_Layer, _Part]]) -> Problem:
         layer, part = group[0]
-        more = f" (and so in {len(group) - 1} more layers)" if len(group) > 1 else ""
+        more = f" (and so for {len(group) - 1} more modules)" if len(group) > 1 else ""
         if part.key:
             text = (
                 f"{_by(part)} has out_device {part.device}, but its layer works on {layer.input}, {layer.moved}{more}; "
