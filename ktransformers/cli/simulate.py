@@ -1,0 +1,120 @@
+"""`kt simulate`: a prefill and a decode step of a model under a rule file, on devices that need not exist.
+
+What runs and what that can show is said in `ktransformers.planner.simulate`; here are only the tables.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from ktransformers.cli.common import complete_model, complete_rule, err, show
+
+if TYPE_CHECKING:
+    from ktransformers.planner.simulate import PassReport, Simulation
+
+
+def simulate(
+    rule: Annotated[
+        str, typer.Argument(help="A rule file, or the name of a packaged one.", autocompletion=complete_rule)
+    ],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A folder with config.json, the file itself, a .gguf, or a known model.", autocompletion=complete_model
+        ),
+    ],
+    gpus: Annotated[int, typer.Option(min=0, max=64, help="cuda:0 to cuda:N-1 exist.")] = 8,
+    tokens: Annotated[int, typer.Option(min=1, help="Prompt tokens of each sequence.")] = 64,
+    context: Annotated[int, typer.Option(min=0, help="Tokens that the cache holds before the prompt.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Run a model under a rule file on pretended devices: does everything meet, and what does it cost?
+
+    Needs no GPU, no weights and little memory. Exit code 1 when a problem is found.
+    """
+    from ktransformers.planner import simulate as simulation
+    from ktransformers.planner.configs import read_config
+
+    config = read_config(model)
+    with _bar() as on_layer:
+        found = simulation.simulate(
+            config, rule, gpus=gpus, tokens=tokens, batch=batch, context=context, on_layer=on_layer
+        )
+    show(found.to_dict(), as_json, lambda: _tables(found))
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[Callable[[int, int], None]]:
+    """A bar over layers on standard error, on a terminal only."""
+    columns = (TextColumn("layers"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as progress:
+        task = progress.add_task("")
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _tables(found: "Simulation") -> Iterator[Any]:
+    yield _devices(found)
+    if found.prefill is not None:
+        yield _transfers(found.prefill, found.decode, found.batch)
+    yield from _problems(found)
+
+
+def _devices(found: "Simulation") -> Table:
+    sequences = f"{found.batch} sequence{'s' if found.batch > 1 else ''}"
+    tokens = found.context + (found.prefill.tokens if found.prefill else 0)
+    table = Table(title=f"{found.model}: {sequences} of {tokens} tokens, then one more", title_justify="left")
+    table.add_column("device")
+    for column in ("weights", "cache", "activations, prefill", "activations, decode"):
+        table.add_column(column, justify="right")
+    for device in found.devices():
+        peaks = [report.peak.get(device, 0) if report else None for report in (found.prefill, found.decode)]
+        table.add_row(device, *map(_size, (found.weights.get(device, 0), found.cache.get(device, 0), *peaks)))
+    return table
+
+
+def _transfers(prefill: "PassReport", decode: "PassReport | None", batch: int) -> Table | Text:
+    reports = {"prefill": prefill} | ({"decode": decode} if decode is not None else {})
+    pairs = sorted({(t.source, t.target) for report in reports.values() for t in report.transfers})
+    if not pairs:
+        return Text("No copies between devices.")
+    table = Table(title="Copies between devices", title_justify="left")
+    table.add_column("from")
+    table.add_column("to")
+    for name in reports:
+        table.add_column(f"{name}, copies", justify="right")
+        table.add_column("bytes a token", justify="right")
+    for pair in pairs:
+        cells = []
+        for report in reports.values():
+            found = [(t.count, t.nbytes) for t in report.transfers if (t.source, t.target) == pair]
+            count, nbytes = found[0] if found else (0, 0)
+            cells += [str(count), _size(nbytes / (report.tokens * batch))]
+        table.add_row(*pair, *cells)
+    return table
+
+
+def _problems(found: "Simulation") -> Iterator[Text]:
+    for problem in found.problems:
+        kind, colour = ("note: ", "yellow") if problem.warning else ("problem: ", "red")
+        yield Text.assemble((kind, colour), str(problem))
+    if found.ok:
+        yield Text(f"Every operation found its operands on one device ({found.seconds:.1f} s).")
+
+
+def _size(nbytes: float | None) -> str:
+    """Bytes for people, in binary units; "-" for what is not known."""
+    if nbytes is None:
+        return "-"
+    for unit in ("B", "KiB", "MiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.2f} GiB"
