@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 NATIVE := $(shell find native setup.py -name '*.[ch]' -o -name '*.py' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup chat doctor test support bench bench-peers sanitize bench-model bench-open native train wheel clean
+.PHONY: help setup chat doctor test support bench bench-peers sanitize bench-model bench-open bench-plan native train wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ bench-open: setup ## time to open a 5 GB GGUF and to build all handles
 
 bench-model: setup ## load time, memory and tokens/s of whole models
 	$(PY) -m tests.bench.bench_model $(ARGS)
+
+bench-plan: setup ## what kt plan predicts against what is measured, memory and tokens/s
+	$(PY) -m tests.bench.bench_plan $(if $(JSON),--json $(JSON)) $(ARGS)
 
 sanitize: ## the C library under AddressSanitizer and UBSan
 	$(MAKE) -C native sanitize

@@ -92,7 +92,7 @@ def _checked_optimize_and_load(model, rule, weights, config, default_device, dev
             report.print_plan(model, replacements, source)
         named = set(model.state_dict())
         with _restored_on_failure(model):
-            _keep_in_fp32(model)
+            keep_in_fp32(model)
             inject(model, replacements, source, config)
             _load(model, replacements, source, progress)
     except BaseException:
@@ -216,15 +216,15 @@ def _load(model: nn.Module, replacements: Mapping[str, Replacement], source: Any
     devices = {name: replacement.device for name, replacement in replacements.items()}
     with report.load_progress(source, enabled=progress):
         load_weights(model, source, "", devices)
-    _drop_replaced_tensors(model)
-    _tie(model)
+    drop_replaced_tensors(model)
+    tie(model)
     _fill_buffers(model, devices)
     left = [name for name, tensor in _named_tensors(model) if tensor.is_meta]
     if left:
         raise join_errors(WeightError, "tensors without a value after loading, please report this:", left)
 
 
-def _keep_in_fp32(model: nn.Module) -> None:
+def keep_in_fp32(model: nn.Module) -> None:
     """Raise the meta tensors that a family wants in fp32 whatever its dtype, such as a router's correction bias.
 
     from_pretrained does so too (the two `_keep_in_fp32_modules` lists; the plain one holds for fp16 only).
@@ -251,7 +251,7 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def _drop_replaced_tensors(model: nn.Module) -> None:
+def drop_replaced_tensors(model: nn.Module) -> None:
     """Remove the meta tensors that operators adopted but loaded into attributes of their own instead."""
     for operator in model.modules():
         if not isinstance(operator, BaseInjectedModule) or type(operator).load is BaseInjectedModule.load:
@@ -261,7 +261,7 @@ def _drop_replaced_tensors(model: nn.Module) -> None:
                 del table[name]
 
 
-def _tie(model: nn.Module) -> None:
+def tie(model: nn.Module) -> None:
     """Give tied parameters (such as lm_head of a small model) their source, unless they live elsewhere."""
     loaded = dict(model.named_parameters(remove_duplicate=False))
     for target, origin in (getattr(model, "all_tied_weights_keys", None) or {}).items():

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ktransformers.cli import chat, config, doctor, plan, profile, version
+from ktransformers.cli import chat, config, doctor, plan, profile, simulate, version
 from ktransformers.cli.common import errors, out
 
 PLAN, RUN, LOOK = "Plan", "Run", "Look"
@@ -17,6 +17,7 @@ PLAN, RUN, LOOK = "Plan", "Run", "Look"
 
 COMMANDS: list[tuple[str, Callable[..., None]]] = [
     (PLAN, plan.plan),
+    (PLAN, simulate.simulate),
     (RUN, chat.chat),
     (RUN, profile.profile),
     (LOOK, doctor.doctor),

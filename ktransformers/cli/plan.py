@@ -55,7 +55,7 @@ def plan(
     from transformers.utils import logging
 
     from ktransformers.planner import hardware as machines
-    from ktransformers.planner.plan import Planner, Wish, for_machine
+    from ktransformers.planner.plan import Planner, Wish
     from ktransformers.planner.profile import RoutingProfile
 
     logging.set_verbosity_error()
@@ -67,7 +67,7 @@ def plan(
         planner = Planner(model, weights or None, form or None)
         say("looking at the machine")
         machine = machines.describe(gpu, ram or None, cores or None, progress=say)
-        probes = for_machine(machine, here=not ram)
+        probes = planner.probes(machine, here=not ram)
         say("planning")
         found = planner.plan(machine, wish, probes)
     if output:

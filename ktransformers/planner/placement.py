@@ -66,14 +66,13 @@ def place_layers(layers: Sequence[Layer], rooms: Sequence[Room], first: int, las
     if not rooms:
         return [CPU] * len(layers)
     sizes = [layer.matrices + layer.cache for layer in layers]
-    if layers:
-        sizes[0] += first
-    whole = [*sizes[:-1], sizes[-1] + last] if sizes else []
+    sizes[0] += first
+    whole = [*sizes[:-1], sizes[-1] + last]
     for fill in (sum(whole) / max(1, sum(room.free for room in rooms)), 1.0):
         devices = _fill(whole, rooms, min(1.0, fill))
         if CPU not in devices:
             return devices
-    return _fill(sizes, rooms, 1.0)  # the head goes with the last layer, to the CPU
+    return [*_fill(sizes, rooms, 1.0)[:-1], CPU]  # the head goes with the last layer, and has no room elsewhere
 
 
 def _fill(sizes: Sequence[int], rooms: Sequence[Room], part: float) -> list[str]:

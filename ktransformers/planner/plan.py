@@ -38,6 +38,8 @@ from ktransformers.planner.units import GIB, format_bytes
 BASE_RAM = 360 << 20
 """Bytes that Python, torch and transformers hold before a model is loaded, measured; and, per GPU, a CUDA context."""
 BASE_GPU = 600 << 20
+LATENT_RAM = 128 << 20
+"""Bytes that oneDNN keeps of products compiled for each length of a latent cache, where layers are on the CPU."""
 SCORES = 256 << 20
 """Bytes of scores that latent attention may hold at a time on a GPU; the rule's chunck_size follows."""
 PROMPT = 1024
@@ -126,6 +128,10 @@ class Planner:
         if form is not None and form.lower() != "published":
             return formats.named_format(form, self.layers, self.tied)
         return formats.published_format(self.config, self.layers, self.tied)
+
+    def probes(self, hardware: Hardware, here: bool) -> torch_probes.Probes:
+        """What torch costs: measured where the processor is this machine's, assumed elsewhere."""
+        return torch_probes.measure(self._is_latent()) if here else torch_probes.assumed(hardware.cpu.cores)
 
     # ---- one plan ----
 
@@ -248,7 +254,9 @@ class Planner:
         for cache in self.caches:
             device = placement.layers[cache.layer] if cache.layer < len(placement.layers) else "cpu"
             memory[device].cache += cache.nbytes(wish.context, wish.batch)
-        memory["cpu"].work += sizes.work_bytes(self.model, tokens, dense="cpu" in placement.layers)
+        on_cpu = "cpu" in placement.layers
+        memory["cpu"].work += sizes.work_bytes(self.model, tokens, dense=on_cpu)
+        memory["cpu"].work += LATENT_RAM if on_cpu and self._is_latent() else 0
         for name, device in memory.items():
             if name != "cpu" and device.weights:
                 device.work += BASE_GPU + self._gpu_work(wish)
@@ -335,6 +343,3 @@ def _hits(profile: RoutingProfile | None) -> dict[int, dict[int, float]] | None:
     }
 
 
-def for_machine(hardware: Hardware, here: bool) -> torch_probes.Probes:
-    """Probes for a plan: measured where the processor is this machine's, assumed elsewhere."""
-    return torch_probes.measure() if here else torch_probes.assumed(hardware.cpu.cores)

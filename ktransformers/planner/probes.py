@@ -1,26 +1,31 @@
 """What torch itself costs on this machine's CPU: attention over a cache, and a layer's small operations.
 
-Measured in well under a second each, with shapes of the model that is planned for; for a machine that is not at hand
-`assumed` stands in. speed.py puts them together with bytes and operations.
+Measured in a few seconds, attention with the shapes of the model that is planned for, the rest on a tiny model; for a
+machine that is not at hand `assumed` stands in. speed.py puts them together with bytes and operations.
 """
 
+import contextlib
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from ktransformers.planner.sizes import Cache
 
-LAYER_SECONDS = 5e-4
-"""Seconds of Python, norms, router and rotation for one token in one layer: measured on one Zen 4 core at 3.1 GHz."""
+LAYER_SECONDS = 1e-3
+"""Seconds of Python, norms, router, rotation and waking threads for a token in a layer: one Zen 4 core at 3.1 GHz."""
 
 ELEMENTWISE = 60.0
 """Bytes moved by elementwise work for a hidden value of a token in a layer: norms, residuals, rotation, casts.
 Fitted to prefill of the models of `make bench-plan`."""
 
-DECODE_RATE, PREFILL_RATE, LATENT_RATE = 2.4e9, 40e9, 60e9
+DECODE_RATE, PREFILL_RATE, LATENT_RATE = 2.4e9, 40e9, 30e9
 """Operations per second of a core in torch's attention over a cache: grouped, for one query and for many; over latents,
 which is matrix products. Measured as above."""
+
+MOST_QUERIES, MOST_KEYS = 512, 2048
+"""Shapes that are timed; longer ones are taken in proportion."""
 
 
 @dataclass
@@ -30,7 +35,7 @@ class Probes:
     attention: Callable[[Cache, int, int], float]
     layer_seconds: float = LAYER_SECONDS
     elementwise_bytes: float = ELEMENTWISE
-    measured: bool = field(default=False)
+    measured: bool = False
 
 
 def assumed(cores: int) -> Probes:
@@ -43,70 +48,103 @@ def assumed(cores: int) -> Probes:
     return Probes(attention)
 
 
-def measure() -> Probes:
-    """For this machine: attention is timed once for every shape asked for."""
+def measure(latent: bool = False) -> Probes:
+    """For this machine: attention is timed once for every shape asked for. `latent`: of a model with MLA.
+
+    Raises NativeError when the C library is not built.
+    """
     known: dict[tuple[int, ...], float] = {}
 
     def attention(cache: Cache, tokens: int, length: int) -> float:
-        queries, keys = min(tokens, 512), min(length, 4096)
-        shape = (cache.heads, cache.kv_heads, cache.head_dim, queries, keys, cache.is_latent)
+        queries, keys = min(tokens, MOST_QUERIES), min(length, MOST_KEYS)
+        shape = (cache.heads, cache.kv_heads, cache.head_dim, cache.expanded, queries, keys)
         if shape not in known:
-            known[shape] = _attention_seconds(*shape)
+            known[shape] = _attention_seconds(cache, queries, keys)
         return known[shape] * (tokens / queries) * (length / keys)
 
-    return Probes(attention, _layer_seconds(), measured=True)
+    return Probes(attention, _layer_seconds(latent), measured=True)
 
 
-def _attention_seconds(heads: int, kv_heads: int, head_dim: int, queries: int, keys: int, latents: bool) -> float:
+def _attention_seconds(cache: Cache, queries: int, keys: int) -> float:
+    """One layer's attention as the operators do it: torch's fused one, or products with the latents to decode."""
     import torch
     import torch.nn.functional as F
 
-    def run() -> None:
-        F.scaled_dot_product_attention(q, k, v, is_causal=queries > 1 and queries == keys, enable_gqa=kv_heads != heads)
-
-    def latent() -> None:
-        scores = torch.matmul(q[0, :, :, :], k[0, 0].T)
-        torch.matmul(scores.float().softmax(-1).to(q.dtype), v[0, 0])
-
+    heads, kv_heads, size = cache.heads, cache.kv_heads, cache.head_dim
+    if cache.is_latent and queries > 1:
+        kv_heads, size = heads, max(16, cache.expanded)
     with torch.inference_mode():
-        q = torch.randn(1, heads, queries, head_dim).bfloat16()
-        k, v = (torch.randn(1, kv_heads, keys, head_dim).bfloat16() for _ in range(2))
-        return _median(latent if latents else run)
+        q = torch.randn(1, heads, queries, size).bfloat16()
+        k, v = (torch.randn(1, kv_heads, keys, size).bfloat16() for _ in range(2))
+        if not cache.is_latent or queries > 1:
+            causal, grouped = queries > 1 and queries == keys, kv_heads != heads
+            return _median(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped))
+        weight = torch.randn(heads, max(16, cache.expanded), size).bfloat16()
+        narrow = torch.randn(1, heads, 1, weight.shape[1]).bfloat16()
+
+        def absorbed() -> None:
+            latent_query = torch.einsum("basn,anl->basl", narrow, weight)
+            scores = (latent_query[0, :, 0] @ k[0, 0].T).float().softmax(-1)
+            torch.einsum("basl,avl->basv", (scores.bfloat16() @ k[0, 0]).view(1, heads, 1, size), weight)
+
+        return _median(absorbed)
 
 
-def _layer_seconds() -> float:
-    """Seconds of the small operations of one layer: norms, rotation, a router, residuals, on one token."""
+_SIZES = dict(
+    vocab_size=64, hidden_size=64, num_attention_heads=4, num_key_value_heads=4, moe_intermediate_size=32, head_dim=16,
+    intermediate_size=64, num_experts_per_tok=2, tie_word_embeddings=False, dtype="bfloat16",
+)  # fmt: skip
+_TINY = {
+    False: ("qwen3_moe", "MoE", {"num_experts": 4}),
+    True: (
+        "deepseek_v2", "MLA",
+        {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "q_lora_rank": None,
+         "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16},
+    ),
+}  # fmt: skip
+"""Whether attention is latent -> the family, packaged rules and sizes of the tiny model that stands for all like it."""
+
+
+def _layer_seconds(latent: bool) -> float:
+    """Seconds of a layer with next to no weights: what a decode step of six layers takes longer than one of two."""
+    few, many = (_step_seconds(layers, *_TINY[latent]) for layers in (2, 6))
+    return max(many - few, 0.0) / 4
+
+
+def _step_seconds(layers: int, family: str, rule: str, sizes: dict) -> float:
     import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    hidden, heads, size = 256, 8, 32
-    with torch.inference_mode():
-        x, weight = torch.randn(1, 1, hidden).bfloat16(), torch.ones(hidden).bfloat16()
-        cos = torch.randn(1, 1, size).bfloat16()
-        router = torch.randn(64, hidden).bfloat16()
+    from ktransformers.optimize import optimize_and_load
 
-        def norm(y: torch.Tensor) -> torch.Tensor:
-            z = y.float()
-            return weight * (z * torch.rsqrt(z.pow(2).mean(-1, keepdim=True) + 1e-6)).to(y.dtype)
-
-        def layer() -> None:
-            y = norm(x)
-            for _ in range(2):
-                part = y.view(1, heads, 1, size)
-                half = torch.cat((-part[..., size // 2 :], part[..., : size // 2]), -1)
-                _ = part * cos + half * cos
-            y = norm(x + y)
-            scores = torch.softmax((y.view(1, -1) @ router.T).float(), -1)
-            top, ids = torch.topk(scores, 8)
-            _ = (top / top.sum(-1, keepdim=True)).to(y.dtype), x + y, ids
-
-        return LAYER_OVER_PROBE * _median(layer, 40)
+    config = AutoConfig.for_model(family, **{**_SIZES, **sizes, "num_hidden_layers": layers})
+    with tempfile.TemporaryDirectory(prefix="kt-") as folder:
+        with torch.random.fork_rng(devices=[]), _no_bars():
+            AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        everywhere = {f"cuda:{i}": "cpu" for i in range(torch.cuda.device_count())}
+        optimize_and_load(model, rule, folder, devices={"cuda": "cpu", **everywhere}, progress=False)
+        with torch.inference_mode():
+            cache = model(torch.arange(16)[None], use_cache=True).past_key_values
+            step = torch.tensor([[1]])
+            return _median(lambda: model(step, past_key_values=cache, use_cache=True), 40)
 
 
-LAYER_OVER_PROBE = 2.5
-"""A layer of a model over the probe above, for module calls, hooks, masks and caches. Fitted as ELEMENTWISE."""
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
-def _median(run: Callable[[], None], times: int = 5) -> float:
+def _median(run: Callable[[], object], times: int = 5) -> float:
     run()
     taken = []
     for _ in range(times):

@@ -167,7 +167,7 @@ class _Run:
 
     def inject(self, source: FakeWeights) -> FakeWeights:
         """Swap in the operators, which looks at real tensors, so not on fake devices. Returns `source`."""
-        optimize._keep_in_fp32(self.model)
+        optimize.keep_in_fp32(self.model)
         optimize.inject(self.model, self.plan, source)
         return source
 
@@ -176,8 +176,8 @@ class _Run:
         model, devices = self.model, {name: replacement.device for name, replacement in self.plan.items()}
         with torch.device("cpu"):
             load_weights(model, source, "", devices)
-        optimize._drop_replaced_tensors(model)
-        optimize._tie(model)
+        optimize.drop_replaced_tensors(model)
+        optimize.tie(model)
         _place_buffers(model, devices)
         self.recorder.mark_weights(model)
         self.found.weights = self.recorder.live(WEIGHTS)

@@ -61,7 +61,8 @@ class Part:
 class Cache:
     """What a layer's cache takes for one sequence: bytes a token, bytes whatever the length, and its longest length.
 
-    `heads`, `kv_heads` and `head_dim` say what attention does with it; 0 heads for a state that is no attention.
+    `heads`, `kv_heads` and `head_dim` say what attention does with it; 0 heads for a state that is no attention. For
+    latents `head_dim` is theirs, and `expanded` a head's when they are expanded to keys.
     """
 
     layer: int
@@ -71,10 +72,11 @@ class Cache:
     heads: int = 0
     kv_heads: int = 0
     head_dim: int = 0
+    expanded: int = 0
 
     def tokens(self, context: int) -> int:
         """How many tokens are kept behind `context` tokens."""
-        return context if self.window is None else min(context, self.window)
+        return context if self.window is None else min(context, self.window - 1)  # the newest token comes on top
 
     @property
     def is_latent(self) -> bool:
@@ -251,7 +253,11 @@ def _cache(layer: int, module: nn.Module, config: Any, size: int) -> Cache | Non
         indexer = getattr(module, "indexer", None)
         keys = getattr(getattr(indexer, "wk", None), "out_features", 0)
         width = module.kv_a_proj_with_mqa.out_features
-        return Cache(layer, (width + keys) * size, heads=config.num_attention_heads, kv_heads=1, head_dim=width)
+        heads = config.num_attention_heads
+        return Cache(
+            layer, (width + keys) * size, heads=heads, kv_heads=1, head_dim=width,
+            expanded=module.kv_b_proj.out_features // max(1, heads),
+        )  # fmt: skip
     if hasattr(module, "k_proj") and hasattr(module, "v_proj") and hasattr(module, "o_proj"):
         width = module.k_proj.out_features + module.v_proj.out_features
         window = getattr(config, "sliding_window", None) if kind in ("", "sliding_attention") else None

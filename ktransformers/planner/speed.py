@@ -44,6 +44,10 @@ GPU_EXPERTS = 1e-4
 """Seconds for a layer's experts on a GPU beside their work: sorting tokens, one launch an expert, a wait."""
 
 
+DENSE_CALL = 1.5e-4
+"""Seconds that torch's product with a dense matrix takes on a CPU beside reading it: waking threads, packing."""
+
+
 @dataclass
 class Pass:
     """One forward pass of `tokens` new tokens a sequence: seconds by what takes them, as (device, what)."""
@@ -137,6 +141,8 @@ def _part(part: Part, hardware: Hardware, many: int) -> float:
         return max(many_read / bandwidth, ops / (peak * PEAK_SHARE[DENSE])) + launches
     cpu = hardware.cpu
     reading = many_read / (cpu.read_bandwidth * READ_SHARE.get(part.type, 0.7))
+    if part.type == DENSE and part.kind != "experts" and ops:
+        reading += DENSE_CALL
     return max(reading, ops / _cpu_rate(part, hardware, many)) if ops else reading
 
 

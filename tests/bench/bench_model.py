@@ -21,57 +21,34 @@ SYNTHETIC = dict(
 )  # fmt: skip
 
 
-def write_synthetic(folder: Path) -> Path:
-    """Write config.json and a Q4_K_M-typed GGUF of random valid blocks; returns the GGUF's path."""
+def write_synthetic(folder: Path, model_type: str = "qwen3_moe", sizes: dict = SYNTHETIC, mix: str = "Q4_K_M") -> Path:
+    """Write config.json and a GGUF of random valid blocks as `quantize --type MIX` types them; returns its path."""
     import gguf
-    import numpy as np
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from ktransformers import gguf_config
     from ktransformers.loaders import gguf_names
-    from ktransformers.quants import QUANT_TYPES
+    from ktransformers.quantize import choose_type
 
-    config = AutoConfig.for_model("qwen3_moe", **SYNTHETIC)
+    config = AutoConfig.for_model(model_type, **sizes)
     config.save_pretrained(folder)
     with torch.device("meta"):
         shapes = {n: tuple(t.shape) for n, t in AutoModelForCausalLM.from_config(config).state_dict().items()}
-    family, random = gguf_names.FAMILIES["qwen3moe"], np.random.default_rng(0)
-    path = folder / "synthetic-Q4_K_M.gguf"
+    family = next(f for f in gguf_names.FAMILIES.values() if model_type in f.model_types)
+    path = folder / f"synthetic-{mix}.gguf"
     writer = gguf.GGUFWriter(path, family.arch)
     gguf_config.add_config(writer, family.arch, config)
-
-    def add(name: str, shape: tuple[int, ...]) -> None:
-        kind = (
-            "F32"
-            if len(shape) == 1 or "ffn_gate_inp" in name
-            else "Q6_K"
-            if name.startswith(("output", "blk.0.ffn_down"))
-            else "Q4_K"
-        )
-        if kind == "F32":
-            writer.add_tensor(name, random.normal(1 if "norm" in name else 0, 0.02, shape).astype(np.float32))
-            return
-        quant = QUANT_TYPES[kind]
-        rows = int(np.prod(shape[:-1]))
-        blocks = random.integers(0, 256, (rows * shape[-1] // quant.block, quant.nbytes), dtype=np.uint8)
-        scales = np.full((len(blocks), 1), 2e-5, np.float16).view(np.uint8)
-        if kind == "Q4_K":
-            blocks[:, 0:2], blocks[:, 2:4] = scales, scales
-        else:
-            blocks[:, -2:] = scales
-        data = blocks.reshape(*shape[:-1], -1)
-        writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType(quant.id))
-
     for name, shape in shapes.items():
+        layer = name.split(".")[2] if name.startswith("model.layers.") else ""
         if name.endswith("experts.gate_up_proj"):
-            layer = name.split(".")[2]
-            for which in ("gate", "up"):
-                add(f"blk.{layer}.ffn_{which}_exps.weight", (shape[0], shape[1] // 2, shape[2]))
+            pieces = [(f"blk.{layer}.ffn_{which}_exps.weight", (shape[0], shape[1] // 2, shape[2])) for which in ("gate", "up")]
         elif name.endswith("experts.down_proj"):
-            add(f"blk.{name.split('.')[2]}.ffn_down_exps.weight", shape)
+            pieces = [(f"blk.{layer}.ffn_down_exps.weight", shape)]
         else:
-            add(gguf_names.gguf_name(family, config.num_hidden_layers, name), shape)
+            pieces = [(gguf_names.gguf_name(family, config.num_hidden_layers, name), shape)]
+        for stored, size in pieces:
+            add_random(writer, stored, size, choose_type(stored, size, mix, config.num_hidden_layers, False))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -79,10 +56,54 @@ def write_synthetic(folder: Path) -> Path:
     return path
 
 
+SCALES = {"Q4_K": (0, 2), "Q6_K": (-2,), "Q8_0": (0,)}
+"""Where the fp16 scales of a block begin."""
+
+
+def add_random(writer, name: str, shape: tuple[int, ...], quant) -> None:
+    """Add a tensor of random codes with small scales, or of random numbers."""
+    import gguf
+    import numpy as np
+
+    random = np.random.default_rng(len(name))
+    if quant.name not in SCALES:
+        writer.add_tensor(name, random.normal(1 if "norm" in name else 0, 0.02, shape).astype(np.float32))
+        return
+    rows = int(np.prod(shape[:-1]))
+    blocks = random.integers(0, 256, (rows * shape[-1] // quant.block, quant.nbytes), dtype=np.uint8)
+    scale = np.full((len(blocks), 1), 2e-5, np.float16).view(np.uint8)
+    for at in SCALES[quant.name]:
+        blocks[:, slice(at, at + 2 or None)] = scale
+    writer.add_tensor(name, blocks.reshape(*shape[:-1], -1), raw_dtype=gguf.GGMLQuantizationType(quant.id))
+
+
 def status(key: str) -> float:
     """A field of /proc/self/status in MB, 0.0 where there is none."""
     lines = Path("/proc/self/status").read_text().splitlines() if Path("/proc/self/status").exists() else []
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(key + ":")), 0.0)
+
+
+def forget_what_was_read_once(model) -> None:
+    """Give back the pages of the file that loading read to make dense weights of; peak memory counts from here."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    for data in model.gguf_loader.files._bytes.values():
+        libc.madvise(ctypes.c_void_p(data.data_ptr()), ctypes.c_size_t(data.numel()), 4)  # MADV_DONTNEED: clean pages
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+
+
+def meet_every_expert(model) -> None:
+    """Send a token to each expert, as some prompt will: random routers leave some out, and memory is to count all."""
+    import torch
+
+    from ktransformers.operators.experts import KTransformersExperts
+
+    for experts in model.modules():
+        if isinstance(experts, KTransformersExperts):
+            hidden = torch.zeros(experts.n_experts, model.config.hidden_size, dtype=model.dtype)
+            ids = torch.arange(experts.n_experts).unsqueeze(1)
+            experts(hidden, ids, torch.ones(len(ids), 1))
 
 
 def measure(folder: Path, weights: Path, rule: str, prompt: int, count: int) -> dict:
@@ -103,6 +124,7 @@ def measure(folder: Path, weights: Path, rule: str, prompt: int, count: int) -> 
     optimize_and_load(model, rule, weights, devices=devices, progress=False)
     loaded = time.perf_counter() - start
     after_load = status("RssAnon")
+    forget_what_was_read_once(model)
     ids = torch.randint(1, model.config.vocab_size, (prompt,), generator=torch.Generator().manual_seed(0)).tolist()
     timings = []
     for _ in range(3):
@@ -110,12 +132,13 @@ def measure(folder: Path, weights: Path, rule: str, prompt: int, count: int) -> 
         for _ in generate(model, ids, max_new_tokens=count, sampling=Sampling(), timing=timing):
             pass
         timings.append(timing)
+    meet_every_expert(model)
     return {
         "weights": weights.name,
         "file_mb": weights.stat().st_size / 1e6,
         "load_s": loaded,
         "anonymous_mb_by_loading": after_load - before,
-        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_rss_mb": status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "prefill_tokens_s": statistics.median(t.prefill_rate for t in timings),
         "decode_tokens_s": statistics.median(t.decode_rate for t in timings),
         "prompt": prompt,

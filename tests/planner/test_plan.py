@@ -1,0 +1,210 @@
+"""Plans: what fits where, on machines of any shape, and rule files that do what their plan says."""
+
+import re
+
+import pytest
+import torch
+import yaml
+from tiny import meta_model, random_ids, relative_error
+
+from ktransformers import optimize_and_load
+from ktransformers.errors import KTransformersError, WeightError
+from ktransformers.operators.experts import KTransformersExperts
+from ktransformers.planner import hardware, placement, probes, speed
+from ktransformers.planner.placement import Layer, Placement, Room
+from ktransformers.planner.plan import Planner, Wish
+from ktransformers.planner.profile import RoutingProfile
+from ktransformers.planner.simulate import simulate
+from ktransformers.planner.units import GIB
+
+
+@pytest.fixture(scope="module")
+def planner():
+    return Planner("qwen3-30b-a3b", form="Q4_K_M")
+
+
+def box(*gpus, ram="64GiB"):
+    return hardware.describe(gpus, ram)
+
+
+# --- placement ----------------------------------------------------------------------------------------------
+
+
+def test_layers_go_to_gpus_in_order_while_there_is_room():
+    layers = [Layer(10, 0)] * 6
+    rooms = [Room("cuda:0", 30, 5), Room("cuda:1", 21, 0)]
+    assert placement.place_layers(layers, rooms, 0, 0) == ["cuda:0"] * 2 + ["cuda:1"] * 2 + ["cpu"] * 2
+    assert placement.place_layers(layers, [], 0, 0) == ["cpu"] * 6
+
+
+def test_gpus_are_filled_alike_when_all_layers_fit():
+    layers = [Layer(10, 2)] * 8
+    devices = placement.place_layers(layers, [Room("cuda:0", 200, 0), Room("cuda:1", 200, 0)], 4, 4)
+    assert devices == ["cuda:0"] * 4 + ["cuda:1"] * 4
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_gpu_gets_more_than_its_room(seed):
+    random = torch.Generator().manual_seed(seed)
+
+    def number(low, high):
+        return int(torch.randint(low, high, (1,), generator=random))
+
+    layers = [Layer(number(1, 50), number(0, 20), 8, number(1, 9)) for _ in range(number(1, 40))]
+    rooms = [Room(f"cuda:{i}", number(0, 400), number(0, 40)) for i in range(number(0, 5))]
+    first, last = number(0, 30), number(0, 60)
+    devices = placement.place_layers(layers, rooms, first, last)
+    extra = {devices[0]: first}
+    extra[devices[-1]] = extra.get(devices[-1], 0) + last
+    experts = placement.place_experts(layers, devices, rooms, extra, "uniform")
+    for room in rooms:
+        mine = [i for i, device in enumerate(devices) if device == room.device]
+        used = sum(layers[i].matrices + layers[i].cache + len(experts.get(i, ())) * layers[i].expert for i in mine)
+        assert not mine or used + extra.get(room.device, 0) <= room.free, (seed, room)
+    assert list(dict.fromkeys(devices)) == sorted(set(devices), key=lambda d: (d == "cpu", d))
+    assert all(devices[layer] != "cpu" for layer in experts)
+
+
+def test_a_rule_file_of_a_placement_is_the_packaged_one_with_other_devices():
+    base = placement.packaged_content("MLA")
+    content = placement.rule_content(base, Placement(["cuda:0", "cuda:0", "cpu"], {1: [0, 1, 2, 7]}), chunk=64)
+    assert content["devices"] == {"cuda:0": "0-1", "cpu": "2"}
+    experts = next(rule for rule in content["rules"] if rule["match"].get("trait") == "experts")["replace"]["kwargs"]
+    assert experts["gpu_experts"] == {1: "0-2,7"} and experts["gpu_device"] == "layer"
+    assert base["devices"] == "auto" and yaml.safe_load(placement.rule_text(content, ["said"])) == content
+
+
+# --- plans of known models ----------------------------------------------------------------------------------
+
+
+def test_everything_on_a_large_gpu(planner):
+    found = planner.plan(box("h200"), Wish(context=8192))
+    assert found.fits and found.placement.layers == ["cuda:0"] * 48
+    assert sum(map(len, found.placement.gpu_experts.values())) == 48 * 128
+    assert found.memory["cpu"].weights < 2 * GIB and found.prefill.rate > found.decode.rate > found.decode_full.rate
+
+
+def test_a_gpu_expert_takes_no_ram(planner):
+    without, with_gpu = (planner.plan(box(*gpus)) for gpus in ([], ["24GiB"]))
+    experts = sum(map(len, with_gpu.placement.gpu_experts.values()))
+    assert experts > 0
+    assert without.memory["cpu"].mapped - with_gpu.memory["cpu"].mapped > experts * 3 * 2048 * 768 * 0.5
+
+
+def test_nothing_is_over_its_limit_where_a_plan_fits(planner):
+    for gpus in ([], ["8GiB"], ["12GiB", "24GiB"], ["4060ti-16g"] * 8):
+        for context in (1024, 32768, 262144):
+            found = planner.plan(box(*gpus), Wish(context=context))
+            over = [device for device, memory in found.memory.items() if memory.total > memory.limit]
+            assert found.fits == (not over), (gpus, context, found.problems)
+            assert not over or over == ["cpu"], found.problems
+
+
+def test_more_gpu_is_never_slower_and_a_longer_context_never_faster(planner):
+    rates = [planner.answer(box(f"{size}GiB@1000GB/s"), Wish(), probes.assumed(16)).decode.rate for size in (6, 12, 24, 48, 80)]
+    assert rates == sorted(rates)
+    rates = [planner.answer(box("24GiB"), Wish(context=n), probes.assumed(16)).decode_full.rate for n in (2048, 8192, 65536)]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_what_does_not_fit_says_what_would(planner):
+    machine = box(ram="16GiB")
+    found = planner.plan(machine)
+    assert not found.fits and found.problems[0].startswith("RAM: ")
+    kind = next(re.search(r"--format (\S+) fits", text)[1] for text in found.changes if "--format" in text)
+    assert Planner("qwen3-30b-a3b", form=kind).plan(machine).fits
+    more = next(re.search(r"more RAM fits: (\S+) GiB", text)[1] for text in found.changes if "more RAM" in text)
+    assert planner.plan(box(ram=f"{more}GiB")).fits
+
+
+def test_what_cannot_fit_at_all_is_said():
+    found = Planner("deepseek-v3").plan(box("8GiB", ram="16GiB"))
+    assert not found.fits and "TiB" not in found.problems[0] and any("more RAM" in text for text in found.changes)
+    assert not any("--format" in text or "--context" in text for text in found.changes)
+
+
+def test_a_small_context_is_proposed_where_the_cache_is_too_large(planner):
+    found = planner.plan(box(ram="24GiB"), Wish(context=262144, chunk=1024))
+    assert not found.fits
+    length = next(int(re.search(r"--context (\d+) fits", text)[1]) for text in found.changes if "--context" in text)
+    assert planner.plan(box(ram="24GiB"), Wish(context=length, chunk=1024)).fits
+
+
+def test_frequency_puts_the_most_used_experts_on_the_gpu_and_is_faster(planner):
+    layers = {i: [1000 if e in (5, 77) else 1 for e in range(128)] for i in range(48)}
+    profile = RoutingProfile("qwen3_moe", layers, tokens=1000)
+    found = planner.plan(box("8GiB"), Wish(strategy="frequency", profile=profile))
+    hot = {layer: ids for layer, ids in found.placement.gpu_experts.items() if ids}
+    assert hot and all({5, 77} & set(ids) for ids in hot.values())
+    assert found.decode.rate > planner.plan(box("8GiB"), Wish(strategy="uniform", profile=profile)).decode.rate
+
+
+def test_the_sum_of_a_pass_is_its_parts(planner):
+    found = planner.plan(box("24GiB"))
+    for one in (found.prefill, found.decode, found.decode_full):
+        assert one.total == pytest.approx(sum(one.seconds.values())) and one.rate == pytest.approx(one.tokens / one.total)
+        assert all(seconds >= 0 for seconds in one.seconds.values())
+    reading = found.decode.seconds["cpu", "routed experts"]
+    assert reading > 0 and re.fullmatch(r".+ on \S+ \(\d+ %\)", found.decode.bottleneck)
+
+
+def test_experts_by_hand():
+    """One layer's experts on a CPU, one token: the bytes of K of them over the bandwidth the kernel reaches."""
+    from ktransformers.planner.sizes import Part
+
+    part = Part("e", 0, "experts", "cpu", "Q4_K", 800, True, 100.0, 50.0, 1600, 1.0, 8, 1)
+    machine = box(ram="64GiB@10GB/s")
+    one = speed.forward([part], [], {}, machine, probes.assumed(1), 1, 0)
+    assert one.seconds["cpu", "routed experts"] == pytest.approx(100 / (10e9 * speed.READ_SHARE["Q4_K"]))
+    many = speed.forward([part], [], {}, machine, probes.assumed(1), 10_000, 0)
+    ops = 50.0 * 10_000 / (machine.cpu.int8_ops * speed.PEAK_SHARE["Q4_K"])
+    assert many.seconds["cpu", "routed experts"] == pytest.approx(max(800 / (10e9 * 0.93), ops), rel=0.01)
+
+
+# --- rule files that do it ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe", "mixtral"])
+def test_a_placement_s_rule_file_computes_what_transformers_computes(checkpoint, family, tmp_path):
+    """Layers on two GPUs and on the CPU, some experts with their layers; the CPU plays the GPUs."""
+    reference, folder = checkpoint(family, num_hidden_layers=6)
+    planner = Planner(str(folder), weights=folder)
+    devices = ["cuda:0"] * 2 + ["cuda:1"] * 2 + ["cpu"] * 2
+    text = placement.rule_text(placement.rule_content(planner.base, Placement(devices, {1: [0, 3], 2: [7]}), chunk=16))
+    rule = tmp_path / "rule.yaml"
+    rule.write_text(text)
+    model = optimize_and_load(
+        meta_model(reference.config), rule, folder, devices={"cuda:0": "cpu", "cuda:1": "cpu"}, progress=False
+    )
+    ids = random_ids(1, 13)
+    with torch.no_grad():
+        assert relative_error(model(ids).logits, reference(ids).logits) < 1e-4
+    experts = {name: m.extra_repr() for name, m in model.named_modules() if isinstance(m, KTransformersExperts)}
+    assert {name.split(".")[2] for name, text in experts.items() if " of 8" in text} == {"1", "2"}, experts
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
+def test_what_is_planned_on_gpus_is_what_a_simulation_finds_there(checkpoint, family):
+    """Weights and cache of every device, against a forward with fake tensors under the plan's rule file."""
+    reference, folder = checkpoint(family, num_hidden_layers=12)
+    planner = Planner(str(folder), weights=folder)
+    wish = Wish(context=40)
+    layers, first, _ = planner._layers(wish)
+    size = 2 * max(layer.matrices + layer.cache for layer in layers) + first
+    gpu = hardware.Gpu("tiny", (size + planner._gpu_work(wish) + (600 << 20)) * 50 // 49, 1e12, 1e14, 25e9)
+    found = planner.plan(hardware.Hardware(box().cpu, (gpu, gpu)), wish)
+    assert {"cuda:0", "cuda:1", "cpu"} == set(found.placement.layers)
+    simulation = simulate(reference.config, yaml.safe_load(found.rule), gpus=2, tokens=39, context=0)
+    assert not simulation.problems
+    for device in ("cuda:0", "cuda:1"):
+        assert simulation.weights[device] == pytest.approx(found.memory[device].weights, rel=0.01)
+        assert simulation.cache[device] == found.memory[device].cache, device
+
+
+def test_headers_that_disagree_with_the_config_are_refused(checkpoint):
+    _, other = checkpoint("qwen3_moe", moe_intermediate_size=48)
+    _, folder = checkpoint("qwen3_moe")
+    with pytest.raises(WeightError, match="does not fit"):
+        Planner(str(folder), weights=other)
+    with pytest.raises(KTransformersError, match="give one"):
+        Planner(str(folder), weights=folder, form="Q4_K_M")

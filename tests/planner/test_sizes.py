@@ -1,0 +1,134 @@
+"""What the planner says that parts and caches take, against the modules, files and caches themselves."""
+
+import families
+import pytest
+import torch
+from ktransformers.models import DEFAULT_RULES
+from ktransformers.models.known import KNOWN
+from tiny import meta_model, random_ids
+
+from ktransformers import open_weights, optimize_and_load, plan
+from ktransformers.errors import KTransformersError
+from ktransformers.loaders import bind
+from ktransformers.planner import formats, sizes
+from ktransformers.planner.configs import meta_model as known_model
+from ktransformers.planner.configs import read_config
+from ktransformers.quantize import quantize_folder
+
+CACHED = [*DEFAULT_RULES, "olmoe", "phimoe", "dots1", "exaone_moe", "afmoe"]
+UNKNOWN_CACHE = {"deepseek_v4": "its attention compresses the cache in ways of its own"}
+
+
+def cache_bytes(cache):
+    """Bytes of every tensor that a cache holds, by layer."""
+    found = []
+    for layer in cache.layers:
+        tensors = [t for t in vars(layer).values() if isinstance(t, torch.Tensor) and t.dim() > 1]  # not counters
+        found.append(sum(t.numel() * t.element_size() for t in tensors))
+    return found
+
+
+@pytest.mark.parametrize("model_type", [m for m in CACHED if m not in UNKNOWN_CACHE])
+def test_cache_bytes_are_those_of_transformers_own_cache(model_type):
+    config = families.config_of(model_type)
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    tokens = 24
+    with torch.no_grad():
+        cache = model(random_ids(1, tokens), use_cache=True).past_key_values
+    told = {c.layer: c for c in sizes.caches(model)}
+    real = cache_bytes(cache)
+    for layer, nbytes in enumerate(real):
+        if layer in told and told[layer].heads:
+            assert told[layer].nbytes(tokens) == nbytes, (model_type, layer, told[layer])
+    assert any(c.heads for c in told.values())
+
+
+@pytest.mark.parametrize("rule", ["MLA", "Default"])
+def test_parts_hold_what_the_loaded_model_holds(checkpoint, rule):
+    """Dense parts equal the parameters that are there after loading, mapped ones the bytes in the file."""
+    reference, folder = checkpoint("deepseek_v3")
+    meta = meta_model(reference.config)
+    replacements = plan(meta, rule, gpus=0)
+    with open_weights(folder) as files:
+        source = bind(files, meta)
+        found = sizes.parts(meta, replacements, formats.weights_format(source))
+        packed = {p.name: p for p in found if p.mapped}
+        for name, part in packed.items():
+            names = [n for n in source.names() if n.rpartition(".")[0] == name]
+            assert part.held == sum(source.nbytes(n) for n in names), name
+    model = optimize_and_load(meta, rule, folder, progress=False)
+    dense = sum(p.numel() * p.element_size() for p in model.parameters())
+    buffers = sum(b.numel() * b.element_size() for n, b in model.named_buffers() if n in model.state_dict())
+    assert sum(p.held for p in found if not p.mapped) == dense + buffers
+    total = sum(t.numel() for t in reference.state_dict().values())
+    assert sum(p.weights for p in found) == total
+
+
+def test_tied_weights_are_counted_once(checkpoint):
+    reference, _ = checkpoint("qwen3_moe", tie_word_embeddings=True)
+    model = meta_model(reference.config)
+    found = sizes.parts(model, plan(model, "MoE", gpus=0), formats.published_format(model.config, 3, True))
+    assert sum(p.weights for p in found) == sum(p.numel() for p in reference.parameters())
+    head = next(p for p in found if p.kind == "head")
+    assert head.ops == 2 * 64 * 128 and head.held == 0
+
+
+@pytest.mark.parametrize("mix", ["Q4_K_M", "Q8_0", "F16"])
+def test_a_named_gguf_format_has_the_bytes_that_quantize_writes(checkpoint, tmp_path, mix):
+    sizes_of = {"hidden_size": 256, "moe_intermediate_size": 256, "intermediate_size": 256}
+    reference, folder = checkpoint("qwen3_moe", **sizes_of)
+    path = tmp_path / "model.gguf"
+    quantize_folder(folder, path, mix)
+    meta = meta_model(reference.config)
+    form = formats.named_format(mix, 3, False)
+    with open_weights(path) as files:
+        source = bind(files, meta)
+        real = formats.weights_format(source)
+        for name, tensor in meta.state_dict().items():
+            told, found = form.stored(name, tuple(tensor.shape), tensor.dtype), real.stored(name, tuple(tensor.shape), tensor.dtype)
+            assert told[1] == pytest.approx(found[1], rel=0.2 if "gate_up" in name else 0.0), (name, told, found)
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3", "kimi-k2-thinking", "gpt-oss-20b", "minimax-m2"])
+def test_published_sizes_of_known_models(name):
+    """Against the sizes of the published repositories, in GB: what people download."""
+    published = {"deepseek-v3": 672, "kimi-k2-thinking": 594, "gpt-oss-20b": 13.8, "minimax-m2": 230}[name]
+    config = read_config(name)
+    model = known_model(config)
+    form = formats.published_format(config, config.num_hidden_layers, False)
+    total = sum(form.stored(n, tuple(t.shape), t.dtype)[1] for n, t in model.state_dict().items())
+    assert total / 1e9 == pytest.approx(published, rel=0.03)
+
+
+def test_every_known_model_has_a_published_format():
+    for name in KNOWN:
+        config = read_config(name)
+        assert formats.published_format(config, 1, False).name.startswith("published")
+
+
+def test_an_unknown_format_is_named_with_the_closest():
+    with pytest.raises(KTransformersError, match=r"--format 'Q4_K_N': unknown \(did you mean 'Q4_K"):
+        formats.named_format("Q4_K_N", 1, False)
+
+
+def test_experts_split_between_devices_share_bytes_and_choices(checkpoint):
+    reference, _ = checkpoint("qwen3_moe")
+    model = meta_model(reference.config)
+    rule = {"devices": "auto", "rules": [{
+        "match": {"trait": "experts"},
+        "replace": {"class": "ktransformers.operators.experts.KTransformersExperts",
+                    "kwargs": {"generate_device": "cpu", "gpu_experts": {0: "0-1", 2: [7]}, "gpu_device": "layer"}},
+    }]}  # fmt: skip
+    form = formats.published_format(model.config, 3, False)
+    hits = {0: {0: 0.5, 1: 0.25, 7: 0.25}, 1: {3: 1.0}, 2: {7: 0.125, 0: 0.875}}
+    found = sizes.parts(model, plan(model, rule, gpus=1), form, hits)
+    experts = {(p.layer, p.device): p for p in found if p.kind == "experts"}
+    assert set(experts) == {(0, "cpu"), (0, "cuda:0"), (1, "cpu"), (2, "cpu"), (2, "cuda:0")}
+    assert experts[0, "cuda:0"].share == 0.75 and experts[0, "cpu"].share == 0.25 and experts[2, "cuda:0"].share == 0.125
+    whole = experts[1, "cpu"].held
+    assert experts[0, "cpu"].held == whole * 6 // 8 and experts[2, "cpu"].held == whole * 7 // 8
+    assert experts[0, "cuda:0"].held == whole * 2 // 8  # fp32 here and there
+    assert experts[0, "cuda:0"].read == pytest.approx(whole * 3 / 8 * 0.75)
