@@ -20,6 +20,7 @@ from ktransformers.errors import RuleError, did_you_mean, join_errors
 from ktransformers.former import former_names
 from ktransformers.layers import LAYER, Placed, place
 from ktransformers.rule_files import Reporter, Rule, RuleFile, RulesLike, count, load_rules, packaged_rules, read_rules
+from ktransformers.traits import TRAITS
 
 __all__ = ["Replacement", "Rule", "RuleFile", "RulesLike", "load_rules", "module_pattern", "packaged_rules", "plan"]
 
@@ -81,6 +82,7 @@ def _plan(model: nn.Module, rules: RulesLike, default_device: str | None, device
         problems += device_names.problems_of({"default_device": default_device})
     walk = _Walk([rule for rule in file if rule.matchable], default_device, devices, former_names(model), placed)
     walk.visit("", model)
+    walk.join_devices(model)
     problems += walk.problems(model)
     problems += operator_problems(model, walk.plan, weights)
     if problems:
@@ -158,6 +160,21 @@ class _Walk:
         if operator is not None and "transfer_map" in resolve.parameters(operator):
             kwargs.setdefault("transfer_map", self.placed.transfer_map)
         return kwargs
+
+    def join_devices(self, model: nn.Module) -> None:
+        """Give a decoder that no rule takes the operator that moves what flows, where its parts are on several devices.
+
+        Files for upstream may have no rule for it: there the program that generated moved the embeddings by hand.
+        """
+        from ktransformers.operators.models import DecoderModel
+
+        for name, placed in list(self.plan.items()):
+            if placed.operator is None and TRAITS["decoder"](module := model.get_submodule(name)):
+                flows = [n for n, m in module.named_modules() if TRAITS["norm"](m) or TRAITS["embedding"](m)]
+                devices = {self.plan[f"{name}.{n}"].device for n in flows if f"{name}.{n}" in self.plan}
+                if len(devices) > 1 and not DecoderModel.check(name, module, {}):
+                    kwargs = dict.fromkeys(("generate_device", "prefill_device"), placed.device)
+                    self.plan[name] = Replacement(name, placed.rule, DecoderModel, kwargs, placed.device)
 
     def problems(self, model: nn.Module) -> list[str]:
         found = []

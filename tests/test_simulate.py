@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import warnings
 
 import families
 import pytest
@@ -95,6 +96,16 @@ def test_a_family_with_code_of_its_own_runs_under_the_default_rules(model_type):
 
 # --- planted mistakes -------------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("name", ["Qwen3-30B", "Qwen3-Next serve", "GLM-4 serve"])
+def test_a_published_file_without_a_rule_for_the_decoder_has_what_flows_moved_all_the_same(name):
+    """Their embedding is on the CPU and their layers on a GPU; upstream's program carried the embeddings over."""
+    style = STYLES[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = simulate(tiny_config(style.family, **style.overrides), style.rules(), gpus=1, tokens=8)
+    assert not [problem for problem in found.problems if not problem.warning], found.problems
+
+
 # The classic file for two GPUs: layers 0-2 on cuda:0, 3-5 on cuda:1. What its rules with these numbers are:
 LINEAR, GATE, EXPERTS, ATTENTION, HEAD, MODEL, LAYER, END = 4, 8, 10, 12, 13, 14, 17, 18
 
@@ -146,9 +157,15 @@ MISTAKES = {
     "transfer_map to another GPU": ([(MODEL, kwargs(transfer_map={3: "cuda:2"}))], r"model\.layers\.3\.", "", "cuda:1", "cuda:2", "mul"),
     "lm_head out of reach": ([(HEAD, only_placed)], r"lm_head$", "13", "cuda:0", "cuda:1", "mm"),
     "attention elsewhere than its norm": ([(ATTENTION, on("cuda:0"))], r"model\.layers\.3\.self_attn$", "12", "cuda:0", "cuda:1", None),
-    "no operator between layers": ([(MODEL, only_placed)], r"model\.layers\.0\.", "", "cuda:0", "cpu", "mul"),
 }
 """What was done -> changes, module, rule, where it is, where its input is, the operation that fails (None: none does)."""
+
+
+def test_without_an_operator_between_layers_the_plan_brings_its_own():
+    config = tiny_config("deepseek_v3", num_hidden_layers=6)
+    assert simulate(config, mistaken((MODEL, only_placed)), gpus=8, tokens=8).ok
+    found = plan(meta_model(config), mistaken((MODEL, only_placed)), gpus=8)
+    assert found["model"].operator.__name__ == "DecoderModel" and found["lm_head"].operator is not None
 
 
 def say(problems):
