@@ -25,6 +25,7 @@ from ktransformers.errors import (
 )
 from ktransformers.loaders import bind, open_weights
 from ktransformers.models import kimi_k2  # noqa: F401  teaches transformers this model type
+from ktransformers.operators import cpu_attention
 from ktransformers.operators.base_operator import BaseInjectedModule, device_of, load_weights
 from ktransformers.rules import Replacement, RulesLike
 
@@ -102,6 +103,8 @@ def _checked_optimize_and_load(model, rule, weights, config, default_device, dev
     model.hf_device_map = _device_map(model, replacements)
     model.generation_config = generation_config or model.generation_config
     _refuse_saving(model, source, named)
+    if any(placed.device == "cpu" for placed in replacements.values()):
+        cpu_attention.use(model)
     return model.eval()
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ktransformers.errors import UnsupportedError
 from ktransformers.operators.base_operator import FamilyOperator
+from ktransformers.operators.cpu_attention import filled
 from ktransformers.operators.gqa import KLlamaAttention, KQwen3MoeAttention  # noqa: F401  rule files name them here
 
 _NEEDED = (
@@ -186,16 +187,21 @@ class KDeepseekV2Attention(FamilyOperator):
         """Attention whose scores sum over `parts`: queries [B, A, S, D] with keys [B, A or 1, T, D]."""
         queries, cached = parts[0][0].shape[2], values.shape[2]
         out, weights = [], []
+        decodes = queries == 1 and values.device.type == "cpu" and values.element_size() == 2
+        summed = filled(values) if decodes else values
+        if decodes:  # products of few lengths: see cpu_attention
+            parts = [(q, summed if k is values else filled(k)) for q, k in parts]
         for start in range(0, queries, self.chunck_size):
             stop = min(start + self.chunck_size, queries)
             causal = mask is None and not wants_weights
             seen = cached - queries + stop if causal else cached  # the chunk's last query sees no further
-            products = [_product(q[:, :, start:stop], k[:, :, :seen].transpose(2, 3)) for q, k in parts]
-            scores = sum(product.float() for product in products) * self.scaling  # [B, A, chunk, T]
+            all_or_seen = slice(None) if decodes else slice(seen)
+            products = [_product(q[:, :, start:stop], k[:, :, all_or_seen].transpose(2, 3)) for q, k in parts]
+            scores = sum(product[..., :seen].float() for product in products) * self.scaling  # [B, A, chunk, T]
             probs = F.softmax(_masked(scores, mask, start), -1).to(values.dtype)
             if self.training and self.attention_dropout:
                 probs = F.dropout(probs, self.attention_dropout)
-            out.append(_product(probs, values[:, :, :seen]))
+            out.append(_product(filled(probs, 3), summed) if decodes else _product(probs, summed[:, :, :seen]))
             weights += [probs] if wants_weights else []
         return torch.cat(out, 2), torch.cat(weights, 2) if wants_weights else None
 

@@ -38,8 +38,6 @@ from ktransformers.planner.units import GIB, format_bytes
 BASE_RAM = 360 << 20
 """Bytes that Python, torch and transformers hold before a model is loaded, measured; and, per GPU, a CUDA context."""
 BASE_GPU = 600 << 20
-LATENT_RAM = 128 << 20
-"""Bytes that oneDNN keeps of products compiled for each length of a latent cache, where layers are on the CPU."""
 SCORES = 256 << 20
 """Bytes of scores that latent attention may hold at a time on a GPU; the rule's chunck_size follows."""
 PROMPT = 1024
@@ -254,9 +252,7 @@ class Planner:
         for cache in self.caches:
             device = placement.layers[cache.layer] if cache.layer < len(placement.layers) else "cpu"
             memory[device].cache += cache.nbytes(wish.context, wish.batch)
-        on_cpu = "cpu" in placement.layers
-        memory["cpu"].work += sizes.work_bytes(self.model, tokens, dense=on_cpu)
-        memory["cpu"].work += LATENT_RAM if on_cpu and self._is_latent() else 0
+        memory["cpu"].work += sizes.work_bytes(self.model, tokens, dense="cpu" in placement.layers)
         for name, device in memory.items():
             if name != "cpu" and device.weights:
                 device.work += BASE_GPU + self._gpu_work(wish)

@@ -20,7 +20,7 @@ ELEMENTWISE = 60.0
 """Bytes moved by elementwise work for a hidden value of a token in a layer: norms, residuals, rotation, casts.
 Fitted to prefill of the models of `make bench-plan`."""
 
-DECODE_RATE, PREFILL_RATE, LATENT_RATE = 2.4e9, 40e9, 30e9
+DECODE_RATE, PREFILL_RATE, LATENT_RATE = 12e9, 40e9, 30e9
 """Operations per second of a core in torch's attention over a cache: grouped, for one query and for many; over latents,
 which is matrix products. Measured as above."""
 
@@ -66,9 +66,11 @@ def measure(latent: bool = False) -> Probes:
 
 
 def _attention_seconds(cache: Cache, queries: int, keys: int) -> float:
-    """One layer's attention as the operators do it: torch's fused one, or products with the latents to decode."""
+    """One layer's attention as it is computed: torch's fused one, to decode products with keys or latents."""
     import torch
     import torch.nn.functional as F
+
+    from ktransformers.operators import cpu_attention
 
     heads, kv_heads, size = cache.heads, cache.kv_heads, cache.head_dim
     if cache.is_latent and queries > 1:
@@ -76,7 +78,9 @@ def _attention_seconds(cache: Cache, queries: int, keys: int) -> float:
     with torch.inference_mode():
         q = torch.randn(1, heads, queries, size).bfloat16()
         k, v = (torch.randn(1, kv_heads, keys, size).bfloat16() for _ in range(2))
-        if not cache.is_latent or queries > 1:
+        if queries == 1 and not cache.is_latent:
+            return _median(lambda: cpu_attention.attention(None, q, k, v, None))
+        if queries > 1:
             causal, grouped = queries > 1 and queries == keys, kv_heads != heads
             return _median(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped))
         weight = torch.randn(heads, max(16, cache.expanded), size).bfloat16()
@@ -84,8 +88,9 @@ def _attention_seconds(cache: Cache, queries: int, keys: int) -> float:
 
         def absorbed() -> None:
             latent_query = torch.einsum("basn,anl->basl", narrow, weight)
-            scores = (latent_query[0, :, 0] @ k[0, 0].T).float().softmax(-1)
-            torch.einsum("basl,avl->basv", (scores.bfloat16() @ k[0, 0]).view(1, heads, 1, size), weight)
+            latents = cpu_attention.filled(k)[0, 0]
+            scores = (latent_query[0, :, 0] @ latents.T).float().softmax(-1)
+            torch.einsum("basl,avl->basv", (scores.bfloat16() @ latents).view(1, heads, 1, size), weight)
 
         return _median(absorbed)
 
