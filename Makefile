@@ -22,7 +22,7 @@ $(STAMP): requirements-dev.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r requirements-dev.txt
 	@touch $@
 
-$(VENV)/.native: $(STAMP) $(NATIVE)
+$(VENV)/.native: $(STAMP) $(NATIVE) pyproject.toml
 	@command -v $${CC:-cc} >/dev/null || { echo "error: no C compiler ($${CC:-cc}). On Debian: apt-get install gcc libc6-dev"; exit 1; }
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@

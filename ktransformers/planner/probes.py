@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ktransformers.planner.sizes import Cache
 
-LAYER_SECONDS = 1e-3
+LAYER_SECONDS = 7e-4
 """Seconds of Python, norms, router, rotation and waking threads for a token in a layer: one Zen 4 core at 3.1 GHz."""
 
 ELEMENTWISE = 60.0

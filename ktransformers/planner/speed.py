@@ -174,8 +174,9 @@ def _attention(
 
 def _besides(device: str, hardware: Hardware, probes: Probes, many: int, hidden: int) -> float:
     """Python and small operations of a layer, and elementwise work on `many` tokens."""
-    bandwidth = hardware.cpu.read_bandwidth if is_cpu(device) else _gpu(device, hardware)[0]
-    return probes.layer_seconds + many * hidden * probes.elementwise_bytes / bandwidth
+    if is_cpu(device):
+        return probes.layer_seconds + many * hidden * probes.elementwise_bytes / hardware.cpu.read_bandwidth
+    return GPU_LAYER_SECONDS + many * hidden * probes.elementwise_bytes / _gpu(device, hardware)[0]
 
 
 def _copies(
@@ -193,6 +194,9 @@ def _copies(
             link = _gpu(device, hardware)[2]
             found.seconds[(device, "copies from and to RAM")] += times * (COPY_LATENCY + nbytes / link)
 
+
+GPU_LAYER_SECONDS = 5e-4
+"""Seconds of Python and kernel launches for a layer on a GPU: about what transformers' eager layers take, not measured."""
 
 COPY_LATENCY = 2e-5
 """Seconds until a copy between RAM and a GPU starts and someone knows that it is done."""
