@@ -18,7 +18,7 @@ from ktransformers.errors import KTransformersError
 from ktransformers.loaders import bind, open_weights
 from ktransformers.models import DEFAULT_RULES
 from ktransformers.operators.inner_ops import is_cpu
-from ktransformers.planner import formats, sizes, speed
+from ktransformers.planner import formats, masks, sizes, speed
 from ktransformers.planner import probes as torch_probes
 from ktransformers.planner.configs import meta_model, read_config, text_config
 from ktransformers.planner.hardware import Hardware
@@ -136,6 +136,7 @@ class Planner:
     def plan(self, hardware: Hardware, wish: Wish = Wish(), probes: torch_probes.Probes | None = None) -> Plan:
         """Place the model on `hardware` and predict it. What does not fit is in `problems`, ways out in `changes`."""
         probes = probes or torch_probes.assumed(hardware.cpu.cores)
+        self._check(wish)
         found = self.answer(hardware, wish, probes)
         found.notes += self._notes(hardware, found)
         if found.problems:
@@ -143,6 +144,11 @@ class Planner:
         elif more := self._more_gpu(hardware, wish, found):
             found.notes.append(more)
         return found
+
+    def _check(self, wish: Wish) -> None:
+        """Raise KTransformersError for a strategy or a profile that is not for this model, whatever the machine."""
+        routed = {i: layer.experts for i, layer in enumerate(self._layers(wish)[0]) if layer.experts}
+        masks.gpu_experts(wish.strategy, list(routed), max(routed.values(), default=0), 0, wish.profile)
 
     def answer(self, hardware: Hardware, wish: Wish, probes: torch_probes.Probes) -> Plan:
         """The plan without ways out and notes, for who asks often."""

@@ -42,16 +42,18 @@ def write_plots(planner: Planner, hardware: Hardware, wish: Wish, probes: Probes
 
 def _memory(axes: Any, found: Plan) -> None:
     devices = list(found.memory)
-    bottom = [0.0] * len(devices)
+    left = [0.0] * len(devices)
     for kind in KINDS:
-        heights = [getattr(found.memory[device], kind) / GIB for device in devices]
-        axes.bar(devices, heights, bottom=bottom, label=kind)
-        bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
-    for place, device in enumerate(devices):
-        limit = found.memory[device].limit / GIB
-        axes.plot([place - 0.45, place + 0.45], [limit, limit], color="black", linewidth=1)
-    axes.set(title="memory (line: what is there)", ylabel="GiB", yscale="linear")
-    axes.legend()
+        shares = [100 * getattr(memory, kind) / memory.limit for memory in found.memory.values()]
+        axes.barh(devices, shares, left=left, label=kind)
+        left = [a + b for a, b in zip(left, shares, strict=True)]
+    for place, memory in enumerate(found.memory.values()):
+        text = f"{memory.total / GIB:.1f} of {memory.limit / GIB:.1f} GiB"
+        axes.text(2, place, text, va="center", color="white")
+    axes.axvline(100, color="black", linewidth=1)
+    axes.invert_yaxis()
+    axes.set(title="memory", xlabel="% of what is there")
+    axes.legend(loc="lower right")
 
 
 def _context(axes: Any, planner: Planner, hardware: Hardware, wish: Wish, probes: Probes) -> None:

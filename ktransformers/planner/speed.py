@@ -196,7 +196,7 @@ def _copies(
 
 
 GPU_LAYER_SECONDS = 5e-4
-"""Seconds of Python and kernel launches for a layer on a GPU: about what transformers' eager layers take, not measured."""
+"""Seconds of Python and kernel launches for a layer on a GPU: about what eager layers take, not measured."""
 
 COPY_LATENCY = 2e-5
 """Seconds until a copy between RAM and a GPU starts and someone knows that it is done."""
