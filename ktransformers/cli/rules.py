@@ -1,0 +1,417 @@
+"""`kt rules`: check a rule file against a model, explain what it does, rewrite it in the extended form.
+
+Only what is shown is decided here. What the rules do says `ktransformers.rules.plan`, why `ktransformers.explain`,
+and the rewriting is `ktransformers.extend`'s. No weights are read, and GPUs need not exist.
+"""
+
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from ktransformers.cli.common import complete_model, complete_rule, show
+from ktransformers.errors import KTransformersError, RuleError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ktransformers.explain import Group
+    from ktransformers.rules import Replacement, RuleFile
+
+MOST_GPUS = 64
+
+app = typer.Typer(no_args_is_help=True, help="Check a rule file against a model, explain it, rewrite it.")
+
+RuleArgument = Annotated[
+    str, typer.Argument(help="A rule file, or the name of a packaged one.", autocompletion=complete_rule)
+]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A folder with config.json, the file itself, a .gguf, or a known model.", autocompletion=complete_model
+    ),
+]
+GpusOption = Annotated[
+    int | None,
+    typer.Option(
+        min=0, max=MOST_GPUS,
+        help="Plan for cuda:0 to cuda:N-1; default: up to the highest cuda device that the file names, at least one.",
+    ),
+]  # fmt: skip
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+# --- check ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of `kt rules check`. `level` is error, warning or note; `where` "file:line", or "" where unknown."""
+
+    level: str
+    where: str
+    rule: int | None
+    text: str
+
+    def __str__(self) -> str:
+        rule = f" (rule {self.rule})" if self.rule is not None else ""
+        return f"{self.where}{rule}: {self.text}" if self.where else self.text
+
+
+@app.command()
+def check(
+    rule: RuleArgument,
+    model: ModelArgument,
+    gpus: GpusOption = None,
+    devices: Annotated[
+        list[str],
+        typer.Option(metavar="NAME=NAME", help="Rename devices of the rules, such as cuda=cpu; may be repeated."),
+    ] = [],  # noqa: B006  (typer wants a list)
+    strict: Annotated[bool, typer.Option("--strict", help="Warnings are errors.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Find every mistake of a rule file for a model, each with file and line. Reads no weights.
+
+    Errors: what loading would refuse, and layers that do not meet. Warnings: rules that decide nothing. Notes: what
+    works in a roundabout way. Exit code 1: there is an error.
+    """
+    mapping = _device_mapping(devices)
+    findings, file, plan, count = [], None, None, gpus
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            file, count = _read(rule, gpus, mapping)
+        except RuleError as error:
+            findings += [_parse("error", text) for text in _problems(error)]
+            if not any(finding.where for finding in findings):
+                raise  # no line of the file is at fault
+        net = _meta_model(model)
+        try:
+            plan = _plan(net, rule if file is None else file, count, mapping) if not findings else None
+        except RuleError as error:
+            findings += [_parse("error", text) for text in _problems(error)]
+    for warning in caught:
+        if issubclass(warning.category, UserWarning):
+            findings.append(_parse("error" if strict else "warning", str(warning.message)))
+    if plan is not None:
+        findings += _of_the_chain(net, plan)
+    data = {
+        "file": _label(rule), "model": type(net).__name__, "gpus": count,
+        "rules": len(file) if plan is not None else None, "modules": len(plan) if plan is not None else None,
+        "ok": all(finding.level != "error" for finding in findings), "findings": findings,
+    }  # fmt: skip
+    show({**data, "findings": [vars(finding) for finding in findings]}, as_json, lambda: _report(data))
+    if not data["ok"]:
+        raise typer.Exit(1)
+
+
+def _read(rule: str, gpus: int | None, mapping: dict[str, str]) -> "tuple[RuleFile | None, int]":
+    """The rules, None where they have mistakes of their own, and how many GPUs to plan for."""
+    from ktransformers.rule_files import read_rules
+
+    file, problems = read_rules(rule)
+    count = gpus_named(file, mapping) if gpus is None else gpus
+    return (None if problems else file), count
+
+
+def gpus_named(file: "RuleFile", mapping: dict[str, str] | None = None) -> int:
+    """Enough GPUs for the highest cuda device that a file or a renaming names, at least 1, at most MOST_GPUS."""
+    from ktransformers.devices import DEVICE_KWARGS
+
+    named = [*(file.devices.named() if file.devices else ()), *(mapping or {}), *(mapping or {}).values()]
+    for rule in file:
+        named += [rule.device, *(rule.kwargs.get(key) for key in DEVICE_KWARGS)]
+        transfers = rule.kwargs.get("transfer_map")
+        named += transfers.values() if isinstance(transfers, dict) else ()
+    found = [re.fullmatch(r"cuda:(\d{1,9})", str(name), re.ASCII) for name in named]
+    return min(max([1, *(int(match[1]) + 1 for match in found if match)]), MOST_GPUS)
+
+
+def _plan(net: "nn.Module", rule: Any, gpus: int, mapping: dict[str, str] | None = None) -> "dict[str, Replacement]":
+    from ktransformers import rules
+
+    return rules.plan(net, rule, devices=mapping or None, gpus=gpus)
+
+
+def _meta_model(model: str) -> "nn.Module":
+    from transformers.utils import logging
+
+    from ktransformers.planner.configs import meta_model, read_config
+
+    logging.set_verbosity_error()
+    return meta_model(read_config(model))
+
+
+def _device_mapping(pairs: list[str]) -> dict[str, str]:
+    named = {}
+    for text in pairs:
+        name, _, becomes = text.partition("=")
+        if not name or not becomes:
+            raise KTransformersError(f"--devices {text!r}: expected NAME=NAME, such as cuda=cpu.")
+        named[name] = becomes
+    return named
+
+
+def _problems(error: RuleError) -> list[str]:
+    """The problems that one error lists, without its headline."""
+    headline, *listed = str(error).split("\n  - ")
+    return listed or [headline]
+
+
+_PLACE = re.compile(r"(?P<where>[^:\n]+:\d+|rule (?P<bare>\d+))(?: \(rule (?P<number>\d+)\))?: (?P<text>.*)", re.DOTALL)
+
+
+def _parse(level: str, text: str) -> Finding:
+    """Split what the rules' messages begin with: ``file:line (rule N): `` or ``file:line: rule N ...``."""
+    found = _PLACE.fullmatch(text)
+    if found is None:
+        return Finding(level, "", None, text)
+    where, number, rest = found["where"], found["number"] or found["bare"], found["text"]
+    if number is None and (named := re.match(r"rule (\d+) ", rest)):
+        number, rest = named[1], rest[named.end() :]
+    return Finding(level, where, int(number) if number else None, rest)
+
+
+def _of_the_chain(net: "nn.Module", plan: Any) -> list[Finding]:
+    from ktransformers.planner.chain import chain_problems
+
+    found = []
+    for problem in chain_problems(net, plan):
+        level = "note" if problem.warning else "error"
+        rule = plan[problem.module].rule if problem.rule and problem.module in plan else None
+        place = (rule.where, rule.number) if rule is not None else ("", None)
+        found.append(Finding(level, *place, str(problem)))
+    return found
+
+
+def _label(rule: str) -> str:
+    from ktransformers.optimize_rules import NAMES
+    from ktransformers.rule_files import packaged_rules
+
+    stem = rule.removesuffix(".yaml")
+    return f"{NAMES.get(stem, stem)}.yaml" if stem in packaged_rules() else re.split(r"[/\\]", rule.rstrip("/"))[-1]
+
+
+def _report(data: dict[str, Any]) -> Iterator[Text]:
+    colours = {"error": "red", "warning": "yellow", "note": "cyan"}
+    for finding in data["findings"]:
+        yield Text.assemble((f"{finding.level}: ", colours[finding.level]), str(finding))
+    counts = {level: sum(f.level == level for f in data["findings"]) for level in colours}
+    told = ", ".join(_many(number, level) for level, number in counts.items() if number) or "no problems"
+    verb = "fits" if data["ok"] else "does not fit"
+    sizes = f"{_many(data['rules'], 'rule')}, {_many(data['modules'], 'module')}, " if data["modules"] else ""
+    on = f" on {_many(data['gpus'], 'GPU')}" if data["gpus"] is not None else ""
+    text = f"{data['file']} {verb} {data['model']}{on}: {sizes}{told}"
+    yield Text(text, style="green" if data["ok"] else "red")
+
+
+def _many(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+# --- explain ----------------------------------------------------------------------------------------------
+
+
+@app.command()
+def explain(
+    rule: RuleArgument,
+    model: ModelArgument,
+    pattern: Annotated[
+        str | None, typer.Argument(help="Regular expression; the modules whose name it finds are explained.")
+    ] = None,
+    gpus: GpusOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show which rule takes which module, and with PATTERN why the other rules do not.
+
+    Without PATTERN: the whole plan, what is left to the default, and where layers live.
+    """
+    wanted = _regular(pattern)
+    file, count = _read_valid(rule, gpus)
+    net = _meta_model(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are what `kt rules check` shows
+        plan = _plan(net, file, count)
+    if wanted is None:
+        _explain_plan(net, file, plan, count, as_json)
+    else:
+        _explain_modules(net, file, plan, wanted, as_json)
+
+
+def _read_valid(rule: str, gpus: int | None) -> "tuple[RuleFile, int]":
+    """The rules, and how many GPUs to plan for. Raises RuleError when the file has mistakes."""
+    from ktransformers.rules import load_rules
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        file = load_rules(rule)
+    return file, gpus_named(file) if gpus is None else gpus
+
+
+def _regular(pattern: str | None) -> re.Pattern | None:
+    try:
+        return None if pattern is None else re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise KTransformersError(
+            f"PATTERN {pattern[:200]!r} is no regular expression: {error}. Quote it for the shell: 'mlp\\.gate$'."
+        ) from error
+
+
+def _explain_modules(net: "nn.Module", file: "RuleFile", plan: Any, wanted: re.Pattern, as_json: bool) -> None:
+    from ktransformers.explain import fates, grouped
+
+    names = [name for name, _ in net.named_modules() if name and wanted.search(name)]
+    if not names:
+        raise KTransformersError(
+            f"PATTERN {wanted.pattern!r} finds no module of {type(net).__name__}. "
+            "`kt rules explain RULE MODEL` without PATTERN lists what there is."
+        )
+    groups = grouped(net, fates(net, file, plan, names))
+    data = {"file": file.label, "model": type(net).__name__, "modules": [_group_data(group, file) for group in groups]}
+    show(data, as_json, lambda: (line for group in groups for line in _group_text(group, file)))
+
+
+def _group_data(group: "Group", file: "RuleFile") -> dict[str, Any]:
+    taken = group.replacement
+    where = {rule.number: rule.where for rule in file}
+    return {
+        "pattern": group.pattern, "class": group.cls, "modules": group.names, "hidden": group.hidden or None,
+        "rule": taken.rule.number if taken and taken.rule else None,
+        "where": taken.rule.where if taken and taken.rule else None,
+        "operator": taken.operator.__name__ if taken and taken.operator else None,
+        "kwargs": _kwargs(taken),
+        "devices": {kwarg: _spans(group, kwarg) for kwarg in group.devices},
+        "others": [{"rule": n, "where": where[n], "reason": reason} for n, reason in group.reasons.items()],
+    }  # fmt: skip
+
+
+def _kwargs(taken: "Replacement | None") -> dict[str, Any]:
+    """The kwargs that name no device."""
+    from ktransformers.devices import DEVICE_KWARGS
+
+    return {k: v for k, v in taken.kwargs.items() if k not in DEVICE_KWARGS} if taken is not None else {}
+
+
+def _group_text(group: "Group", file: "RuleFile") -> Iterator[Text]:
+    from ktransformers.explain import rule_label
+
+    many = f", {len(group.names)} modules" if len(group.names) > 1 else ""
+    yield Text.assemble((group.pattern, "bold"), f"  {group.cls}{many}")
+    yield Text.assemble("  ", _verdict(group))
+    for kwarg in group.devices:
+        there = [f"{device} in layers {text}" if text else device for device, text in _spans(group, kwarg).items()]
+        yield Text(f"  {kwarg}: {', '.join(there)}")
+    labels = {rule.number: rule_label(rule) for rule in file}
+    for number, reason in group.reasons.items():
+        yield Text.assemble((f"  not rule {labels[number]}: ", "dim"), (reason, "dim"))
+
+
+def _verdict(group: "Group") -> Text:
+    from ktransformers.explain import rule_label
+
+    taken = group.replacement
+    if taken is None:
+        return Text(f"no rule is asked: {group.hidden}", style="yellow")
+    if taken.rule is None:
+        if taken.operator is not None:
+            return Text(f"no rule names it; {taken.operator.__name__} is put in to move what flows between devices")
+        return Text("no rule takes it: it stays as it is, on the default device", style="yellow")
+    if taken.operator is None:
+        return Text(f"rule {rule_label(taken.rule)} places it as it is", style="green")
+    kwargs = "".join(f", {name}: {value}" for name, value in _kwargs(taken).items())
+    return Text(f"rule {rule_label(taken.rule)} takes it: {taken.operator.__name__}{kwargs}", style="green")
+
+
+def _explain_plan(net: "nn.Module", file: "RuleFile", plan: Any, gpus: int, as_json: bool) -> None:
+    from ktransformers.report import plan_rows
+
+    rows = [{key: value for key, value in row.items() if key != "quant"} for row in plan_rows(net, plan)]
+    left = [row for row in rows if row["rule"] == "-" and row["operator"] == "default"]
+    layers, experts = _layers(net, plan)
+    data = {
+        "file": file.label, "model": type(net).__name__, "gpus": gpus, "rows": rows, "default": left,
+        "layers": layers, "experts": experts,
+    }  # fmt: skip
+
+    def render() -> Iterator[Any]:
+        yield _plan_table(net, plan, layers)
+        yield Text(f"Left to the default: {_left(left)}.")
+        chain = [f"layers {text} {device}" for device, text in layers.items()]
+        yield Text(f"Where layers live: {', '.join(chain + _experts_text(layers, experts)) or 'there are none'}.")
+        yield Text("Why a module is where it is: kt rules explain RULE MODEL PATTERN", style="dim")
+
+    show(data, as_json, render)
+
+
+def _plan_table(net: "nn.Module", plan: Any, layers: dict[str, str]) -> Table:
+    """The plan with one row for the same module of all layers; `ktransformers.report` has one for each device."""
+    from ktransformers.explain import Fate, grouped
+
+    table = Table(title=f"Plan for {type(net).__name__}", title_justify="left")
+    for column, whole in (("modules", True), ("rule", True), ("becomes", False), ("device (of layers)", False)):
+        table.add_column(column, overflow="fold", no_wrap=whole)
+    table.add_column("count", justify="right")
+    for group in grouped(net, (Fate(name, taken) for name, taken in plan.items())):
+        taken, module = group.replacement, net.get_submodule(group.names[0])
+        if taken.operator is None and not module._parameters and not module._buffers:
+            continue
+        becomes = taken.operator.__name__ if taken.operator else "as it is"
+        number = str(taken.rule.number) if taken.rule else "-"
+        table.add_row(group.pattern, number, becomes, _where(group, layers), str(len(group.names)))
+    return table
+
+
+def _where(group: "Group", layers: dict[str, str]) -> str:
+    """A group's devices in short: of modules that follow layers over several devices just that."""
+    homes = {number: device for device, text in layers.items() for number in _numbers(text)}
+    there = group.devices["device"]
+    if len(there) > 1 and all(homes.get(number) == device for device, numbers in there.items() for number in numbers):
+        return "its layer's"
+    return ", ".join(f"{device} ({text})" if text else device for device, text in _spans(group, "device").items())
+
+
+def _numbers(text: str) -> Iterator[int]:
+    for span in filter(None, text.split(",")):
+        first, _, last = span.partition("-")
+        yield from range(int(first), int(last or first) + 1)
+
+
+def _spans(group: "Group", kwarg: str) -> dict[str, str]:
+    from ktransformers.explain import spans
+
+    return {device: spans(numbers) for device, numbers in group.devices.get(kwarg, {}).items()}
+
+
+def _layers(net: "nn.Module", plan: Any) -> tuple[dict[str, str], dict[str, str]]:
+    """device -> layers, for the layers themselves and for their routed experts."""
+    from ktransformers.explain import expert_devices, layer_devices, spans
+
+    def by_device(devices: list[str | None]) -> dict[str, str]:
+        names = dict.fromkeys(device for device in devices if device is not None)
+        return {name: spans(i for i, device in enumerate(devices) if device == name) for name in names}
+
+    return tuple(
+        by_device([counts.most_common(1)[0][0] if counts else None for counts in found])
+        for found in (layer_devices(net, plan), expert_devices(net, plan))
+    )
+
+
+def _experts_text(layers: dict[str, str], experts: dict[str, str]) -> list[str]:
+    if len(experts) == 1:
+        return [f"experts {device}" for device in experts]
+    elsewhere = {device: text for device, text in experts.items() if layers.get(device) != text}
+    if experts and not elsewhere:
+        return ["experts with their layers"]
+    return [f"experts of {text} {device}" for device, text in experts.items()]
+
+
+def _left(rows: list[dict[str, Any]]) -> str:
+    found: dict[str, int] = {}
+    for row in rows:
+        found[row["pattern"]] = found.get(row["pattern"], 0) + row["count"]
+    return ", ".join(f"{pattern} ({count})" for pattern, count in found.items()) or "nothing"
