@@ -1,13 +1,16 @@
 """`kt rules`: check a rule file against a model, explain what it does, rewrite it in the extended form.
 
 Only what is shown is decided here. What the rules do says `ktransformers.rules.plan`, why `ktransformers.explain`,
-and the rewriting is `ktransformers.extend`'s. No weights are read, and GPUs need not exist.
+and the rewriting is `ktransformers.planner.extend`'s. No weights are read, and GPUs need not exist.
 """
 
+import os
 import re
+import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -120,15 +123,20 @@ def _read(rule: str, gpus: int | None, mapping: dict[str, str]) -> "tuple[RuleFi
 
 def gpus_named(file: "RuleFile", mapping: dict[str, str] | None = None) -> int:
     """Enough GPUs for the highest cuda device that a file or a renaming names, at least 1, at most MOST_GPUS."""
+    named = [*_named_devices(file), *(mapping or {}), *(mapping or {}).values()]
+    found = [re.fullmatch(r"cuda:(\d{1,9})", name, re.ASCII) for name in named]
+    return min(max([1, *(int(match[1]) + 1 for match in found if match)]), MOST_GPUS)
+
+
+def _named_devices(file: "RuleFile") -> list[str]:
     from ktransformers.devices import DEVICE_KWARGS
 
-    named = [*(file.devices.named() if file.devices else ()), *(mapping or {}), *(mapping or {}).values()]
+    named: list[Any] = list(file.devices.named()) if file.devices else []
     for rule in file:
         named += [rule.device, *(rule.kwargs.get(key) for key in DEVICE_KWARGS)]
         transfers = rule.kwargs.get("transfer_map")
         named += transfers.values() if isinstance(transfers, dict) else ()
-    found = [re.fullmatch(r"cuda:(\d{1,9})", str(name), re.ASCII) for name in named]
-    return min(max([1, *(int(match[1]) + 1 for match in found if match)]), MOST_GPUS)
+    return [str(device) for device in named if device is not None]
 
 
 def _plan(net: "nn.Module", rule: Any, gpus: int, mapping: dict[str, str] | None = None) -> "dict[str, Replacement]":
@@ -258,4 +266,70 @@ def _regular(pattern: str | None) -> re.Pattern | None:
     except (re.error, OverflowError, RecursionError) as error:
         raise KTransformersError(
             f"PATTERN {pattern[:200]!r} is no regular expression: {error}. Quote it for the shell: 'mlp\\.gate$'."
+        ) from error
+
+
+# --- extend -----------------------------------------------------------------------------------------------
+
+
+@app.command()
+def extend(
+    rule: Annotated[str, typer.Argument(help="A rule file in the classic form, a list of rules.")],
+    model: ModelArgument,
+    output: Annotated[str, typer.Option("-o", "--output", help="Write there; default: standard output.")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file of -o, even the rule file.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Rewrite a classic rule file in the extended form: `devices:` once, and no rule for each GPU.
+
+    The new file plans the same for MODEL, module by module; it is written only when that is proved. Of the comments
+    those at the top are kept.
+    """
+    from ktransformers.planner import extend as rewriting
+
+    target = _target(output, force)
+    file, count = _read_valid(rule, None)
+    net = _meta_model(model)
+    on_gpus = any(device.startswith("cuda") for device in _named_devices(file))
+    text = rewriting.extend(net, rule, count if on_gpus else 0)
+    if target is not None:
+        _write(target, text)
+    before, after = len(file), text.count("\n- match:")
+    data = {
+        "file": file.label, "model": type(net).__name__, "rules_before": before, "rules": after,
+        "text": text, "output": str(target) if target else None,
+    }  # fmt: skip
+    if as_json or target is not None:
+        done = f"{target}: {_many(after, 'rule')} instead of {before}, the same plan for {type(net).__name__}."
+        show(data, as_json, lambda: Text(done, style="green"))
+    else:
+        typer.echo(text, nl=False)
+
+
+def _target(output: str, force: bool) -> Path | None:
+    """The path of -o. Refuses one that cannot be written, or that has a file already, before anything is computed."""
+    if not output:
+        return None
+    path = Path(output).expanduser()
+    if path.is_dir() or not path.parent.is_dir():
+        raise KTransformersError(f"-o {output}: is a folder, or its folder does not exist; expected a file's path.")
+    if path.exists() and not force:
+        raise KTransformersError(f"-o {output}: exists already. Choose another path, or overwrite it with --force.")
+    return path.resolve()
+
+
+def _write(path: Path, text: str) -> None:
+    """Write all of a file or nothing: what is there may be the only copy of the rules."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        try:
+            beside.write_text(text, encoding="utf-8")
+            if path.exists():
+                shutil.copymode(path, beside)
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise KTransformersError(
+            f"-o {path}: cannot be written: {error.strerror or error}. Choose another path, or free it."
         ) from error
