@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +16,7 @@ import typer
 from rich.text import Text
 
 from ktransformers.cli import explained
-from ktransformers.cli.common import complete_model, complete_rule, show
+from ktransformers.cli.common import complete_model, complete_rule, out, show
 from ktransformers.errors import KTransformersError, RuleError
 
 if TYPE_CHECKING:
@@ -204,17 +203,19 @@ def _label(rule: str) -> str:
     return f"{NAMES.get(stem, stem)}.yaml" if stem in packaged_rules() else re.split(r"[/\\]", rule.rstrip("/"))[-1]
 
 
-def _report(data: dict[str, Any]) -> Iterator[Text]:
+def _report(data: dict[str, Any]) -> list[Text]:
+    """Print each finding on a line of its own, however long: `show` would wrap it, and editors read file:line."""
     colours = {"error": "red", "warning": "yellow", "note": "cyan"}
     for finding in data["findings"]:
-        yield Text.assemble((f"{finding.level}: ", colours[finding.level]), str(finding))
+        out.print(Text.assemble((f"{finding.level}: ", colours[finding.level]), str(finding)), soft_wrap=True)
     counts = {level: sum(f.level == level for f in data["findings"]) for level in colours}
     told = ", ".join(_many(number, level) for level, number in counts.items() if number) or "no problems"
     verb = "fits" if data["ok"] else "does not fit"
     sizes = f"{_many(data['rules'], 'rule')}, {_many(data['modules'], 'module')}, " if data["modules"] else ""
     on = f" on {_many(data['gpus'], 'GPU')}" if data["gpus"] is not None else ""
     text = f"{data['file']} {verb} {data['model']}{on}: {sizes}{told}"
-    yield Text(text, style="green" if data["ok"] else "red")
+    out.print(Text(text, style="green" if data["ok"] else "red"), soft_wrap=True)
+    return []
 
 
 def _many(number: int, what: str) -> str:
@@ -300,7 +301,7 @@ def extend(
         "text": text, "output": str(target) if target else None,
     }  # fmt: skip
     if as_json or target is not None:
-        done = f"{target}: {_many(after, 'rule')} instead of {before}, the same plan for {type(net).__name__}."
+        done = f"{file.label}: {_many(after, 'rule')} instead of {before}, the same plan for {type(net).__name__}."
         show(data, as_json, lambda: Text(done, style="green"))
     else:
         typer.echo(text, nl=False)
