@@ -60,11 +60,14 @@ def _group_text(group: "Group", file: "RuleFile") -> Iterator[Text]:
     yield Text.assemble((group.pattern, "bold"), f"  {group.cls}{many}")
     yield Text.assemble("  ", _verdict(group))
     for kwarg in group.devices:
-        there = [f"{device} in layers {text}" if text else device for device, text in _spans(group, kwarg).items()]
-        yield Text(f"  {kwarg}: {', '.join(there)}")
+        yield Text(f"  {kwarg}: {', '.join(_in_layers(*found) for found in _spans(group, kwarg).items())}")
     labels = {rule.number: rule_label(rule) for rule in file}
     for number, reason in group.reasons.items():
         yield Text.assemble((f"  not rule {labels[number]}: ", "dim"), (reason, "dim"))
+
+
+def _in_layers(device: str, layers: str) -> str:
+    return f"{device} in layer{'' if layers.isdecimal() else 's'} {layers}" if layers else device
 
 
 def _verdict(group: "Group") -> Text:

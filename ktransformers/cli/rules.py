@@ -79,7 +79,8 @@ def check(
     """Find every mistake of a rule file for a model, each with file and line. Reads no weights.
 
     Errors: what loading would refuse, and layers that do not meet. Warnings: rules that decide nothing. Notes: what
-    works in a roundabout way. Exit code 1: there is an error.
+    works in a roundabout way. The rules' own warnings, and layers, are looked at once loading would refuse nothing.
+    Exit code 1: there is an error.
     """
     mapping = _device_mapping(devices)
     findings, file, plan, count = [], None, None, gpus

@@ -81,6 +81,8 @@ class _Piece:
     slots: Mapping[str, str]
     follows: frozenset[str]
     filled_in: frozenset[str]
+    pairs: bool
+    """Whether prefill_device is generate_device unless given, as it is for "default"."""
     name: str | None = None
     key: str | None = None
 
@@ -130,13 +132,13 @@ class _Rewriting:
         follows = frozenset(key for key, device in slots.items() if homes == {device})
         filled_in = frozenset([*self._filled_in(rule), ""])
         if span is None:
-            return _Piece(item, slots, follows, filled_in)
+            return _Piece(item, slots, follows, filled_in, rule.operator is None)
         name = rule.name.pattern[: span[0]] + r"\d+" + rule.name.pattern[span[1] :]
         kwargs = {k: v for k, v in rule.kwargs.items() if k not in DEVICE_KWARGS}
         given = sorted(k for k in rule.kwargs if k in DEVICE_KWARGS)
         match = {k: v for k, v in item["match"].items() if k != "name"}
         parts = (name, match, item["replace"].get("class"), kwargs, given, rule.recursive, "expect" in item)
-        return _Piece(item, slots, follows, filled_in, name, repr(parts))
+        return _Piece(item, slots, follows, filled_in, rule.operator is None, name, repr(parts))
 
     def _filled_in(self, rule: Rule) -> list[str]:
         """The device kwargs that the framework fills in when a rule gives none."""
@@ -228,14 +230,14 @@ class _Rewriting:
         for key, value in (replace.pop("kwargs", None) or {}).items():
             if meant.get(key) != LAYER:
                 kwargs[key] = value
-            elif key not in piece.filled_in:
+            elif key not in piece.filled_in or piece.pairs and meant.get("generate_device") not in (None, LAYER):
                 kwargs[key] = LAYER
         given = piece.item["replace"].get("kwargs") or {}
         kwargs |= {k: v for k, v in meant.items() if k and v != LAYER and given.get(k) is None}
         kwargs = self._with_transfers(piece, kwargs)
         if kwargs:
             replace["kwargs"] = kwargs
-        if any(device == LAYER and key in piece.filled_in for key, device in meant.items()):
+        if any(device == LAYER and key in piece.filled_in and key not in kwargs for key, device in meant.items()):
             replace["device"] = LAYER
         elif "" in meant:
             replace["device"] = meant[""]
