@@ -18,7 +18,7 @@ LEVELS = [
     {"resolve"},
     {"rule_files"},
     {"rules", "quantize"},
-    {"report"},
+    {"report", "explain"},
     {"optimize"},
     {"generate"},
     {"planner"},

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ktransformers.cli import chat, config, doctor, plan, profile, simulate, version
+from ktransformers.cli import chat, config, doctor, plan, profile, rules, simulate, version
 from ktransformers.cli.common import errors, out
 
 PLAN, RUN, LOOK = "Plan", "Run", "Look"
@@ -26,7 +26,9 @@ COMMANDS: list[tuple[str, Callable[..., None]]] = [
 ]
 """(heading, function); the function's name is the command's."""
 
-GROUPS: list[tuple[str, str, typer.Typer]] = []
+GROUPS: list[tuple[str, str, typer.Typer]] = [
+    (PLAN, "rules", rules.app),
+]
 """(heading, name, app)."""
 
 app = typer.Typer(
