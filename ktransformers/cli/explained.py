@@ -46,6 +46,12 @@ def _group_data(group: "Group", file: "RuleFile") -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _short(value: Any) -> str:
+    """A value as people want to read it: a mapping with an entry a layer is told by its size."""
+    text = str(value)
+    return f"a mapping of {len(value)} layers" if isinstance(value, dict) and len(text) > 80 else text
+
+
 def _kwargs(taken: "Replacement | None") -> dict[str, Any]:
     """The kwargs that name no device."""
     from ktransformers.devices import DEVICE_KWARGS
@@ -79,10 +85,10 @@ def _verdict(group: "Group") -> Text:
     if taken.rule is None:
         if taken.operator is not None:
             return Text(f"no rule names it; {taken.operator.__name__} is put in to move what flows between devices")
-        return Text("no rule takes it: it stays as it is, on the default device", style="yellow")
+        return Text("no rule takes it: it stays as it is, where such modules go", style="yellow")
     if taken.operator is None:
         return Text(f"rule {rule_label(taken.rule)} places it as it is", style="green")
-    kwargs = "".join(f", {name}: {value}" for name, value in _kwargs(taken).items())
+    kwargs = "".join(f", {name}: {_short(value)}" for name, value in _kwargs(taken).items())
     return Text(f"rule {rule_label(taken.rule)} takes it: {taken.operator.__name__}{kwargs}", style="green")
 
 
