@@ -272,6 +272,9 @@ class Planner:
             notes.append(
                 "GPU: matrices and experts there are dense, in the model's dtype, until packed GPU kernels are built."
             )
+        positions = getattr(text_config(self.config), "max_position_embeddings", None)
+        if isinstance(positions, int) and found.wish.context > positions:
+            notes.append(f"Context: {found.wish.context} tokens, but the model was made for {positions} at most.")
         if missing := self.layers - len(self.caches):
             notes.append(f"Cache: of {missing} layers it is not known and counted as nothing.")
         return notes
