@@ -175,6 +175,15 @@ def test_a_transfer_map_that_says_something_else_is_kept(extended, model):
     assert new["rules"][0]["replace"]["kwargs"]["transfer_map"] == {}
 
 
+def test_a_decoder_that_looks_where_a_layer_s_first_weight_is_still_does(extended, model):
+    """With an entry for layer 0 the input of layer 2 would stay on cuda:0, instead of going to its first projection, on the CPU."""
+    rules = [rule("models.DecoderModel", "^model$"), rule("default", r"\.2\.self_attn\.q_a_proj$", generate_device="cpu")]
+    new, _ = extended(model, [*rules, placed("[0-9]", "cuda:0")])
+    assert new["rules"][0]["replace"]["kwargs"]["transfer_map"] == {}
+    new, _ = extended(model, [rules[0], placed("[0-9]", "cuda:0")])
+    assert "kwargs" not in new["rules"][0]["replace"]
+
+
 def test_a_file_that_names_no_gpu_still_works_without_one_and_with_one(extended, model):
     rules = [rule(LINEAR, r"self_attn\.o_proj$"), rule("experts.KTransformersExperts", r"mlp\.experts$", generate_device="cpu")]
     new, text = extended(model, rules, gpus=0)
