@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from ktransformers import optimize, rules
-from ktransformers.errors import KTransformersError
+from ktransformers.errors import KTransformersError, UnsupportedError
 from ktransformers.loaders import bind, open_weights
 from ktransformers.models import DEFAULT_RULES
 from ktransformers.operators.inner_ops import is_cpu
@@ -34,6 +34,7 @@ from ktransformers.planner.placement import (
 )
 from ktransformers.planner.profile import RoutingProfile
 from ktransformers.planner.units import GIB, format_bytes
+from ktransformers.traits import TRAITS
 
 BASE_RAM = 360 << 20
 """Bytes that Python, torch and transformers hold before a model is loaded, measured; and, per GPU, a CUDA context."""
@@ -107,6 +108,11 @@ class Planner:
         """
         self.name, self.config = model, read_config(model)
         self.model: nn.Module = meta_model(self.config)
+        if not any(TRAITS["experts"](module) for module in self.model.modules()):
+            raise UnsupportedError(
+                f"{model}: {type(self.model).__name__} has no routed experts in the form of transformers 5. "
+                "kt plan places mixture-of-experts models; give one."
+            )
         text = text_config(self.config)
         self.hidden, self.layers = text.hidden_size, text.num_hidden_layers
         self.tied = bool(getattr(text, "tie_word_embeddings", False))

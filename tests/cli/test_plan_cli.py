@@ -99,6 +99,13 @@ def test_a_config_of_an_unknown_family_is_refused(tmp_path):
     assert ran.exit_code == 1 and "quasar_moe" in ran.stderr and "Traceback" not in ran.stderr
 
 
+def test_a_model_without_experts_is_refused_by_name(tmp_path):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
+    ran = kt(str(tmp_path), *BOX)
+    assert ran.exit_code == 1 and "LlamaForCausalLM has no routed experts" in re.sub(r"\s+", " ", ran.stderr)
+
+
 def test_weights_give_types_and_a_disagreeing_header_is_an_error(checkpoint):
     _, folder = checkpoint("qwen3_moe")
     _, other = checkpoint("qwen3_moe", moe_intermediate_size=48)
