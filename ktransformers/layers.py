@@ -131,6 +131,10 @@ def place(devices: Devices, model: nn.Module, gpus: int) -> tuple[Placed | None,
     return Placed(stack, tuple(owner or rest or "cpu" for owner in owners), last), list(dict.fromkeys(problems))
 
 
+BEFORE = ("per_layer_",)
+"""How names begin of what stands behind the layers but works before them: Gemma 4's embeddings for each layer."""
+
+
 def _behind(model: nn.Module, stack: str) -> list[str]:
     """Names, as short as possible, of what the walk meets behind the layers, but for what all layers share."""
     names: list[str] = []
@@ -139,6 +143,7 @@ def _behind(model: nn.Module, stack: str) -> list[str]:
         if name == stack:
             behind = True
         elif behind and not name.startswith(f"{stack}.") and not any(name.startswith(f"{top}.") for top in names):
-            if not TRAITS["rotary"](module) and not TRAITS["embedding"](module):
+            before = name.rpartition(".")[2].startswith(BEFORE)
+            if not before and not TRAITS["rotary"](module) and not TRAITS["embedding"](module):
                 names.append(name)
     return names

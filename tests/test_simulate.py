@@ -84,6 +84,20 @@ def test_a_classic_file_for_several_gpus_has_no_problem(name):
     assert set(found.cache) == {device for _, device in style.ranges}
 
 
+EVERY_WAY = ["qwen3_moe", "deepseek_v4", "granitemoehybrid", "gemma4_text", "gpt_oss"]
+"""Families whose decoders differ in what stands beside their layers."""
+
+
+@pytest.mark.parametrize("gpus", [2, 4, 8])
+@pytest.mark.parametrize("model_type", EVERY_WAY)
+def test_the_default_rules_spread_any_family_over_the_gpus(model_type, gpus):
+    config = families.config_of(model_type)
+    found = simulate(config, "Default", gpus=gpus, tokens=8)
+    assert found.ok and not found.problems, "\n".join(map(str, found.problems))
+    layers = config.get_text_config().num_hidden_layers
+    assert len([device for device in found.devices() if device != "cpu"]) == min(gpus, layers)
+
+
 ODD = ["llama4_text", "jamba", "lfm2_moe", "minimax", "inkling_text", "gemma4_text", "nemotron_h"]
 """Families with code of another kind than most: rows for each expert, convolutions, scans, masks of their own."""
 

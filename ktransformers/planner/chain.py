@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ktransformers.devices import DEVICE_KWARGS
+from ktransformers.layers import BEFORE
 from ktransformers.operators.base_operator import FamilyOperator
 from ktransformers.operators.experts import KTransformersExperts
 from ktransformers.operators.inner_ops import final_name, is_cpu
@@ -311,7 +312,8 @@ class _Chain:
         (at, why), found, behind = end, [], False
         for child_name, child in self.decoder.named_children():
             name = f"{self.name}.{child_name}".lstrip(".")
-            for part in self._parts(name, child) if behind and not isinstance(child, nn.Embedding) else ():
+            last = behind and not isinstance(child, nn.Embedding) and not child_name.startswith(BEFORE)
+            for part in self._parts(name, child) if last else ():
                 if self.mover is not None and part.name == name:
                     at, why = part.device, f"where {name} is"
                 elif part.device != at and not part.key:
