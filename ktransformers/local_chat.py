@@ -80,7 +80,7 @@ def main(
     try:
         _set_threads(cpu_infer)
         prompt = _read_prompt_file(prompt_file)
-        model, tokenizer = _load(model_path, gguf_path, optimize_config_path, dict(_pair(d) for d in device), as_json)
+        model, tokenizer = load(model_path, gguf_path, optimize_config_path, dict(pair(d) for d in device), as_json)
         chat = Chat(model, tokenizer, max_new_tokens, chunk_size, greedy, as_json)
     except KTransformersError as error:
         err.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
@@ -132,15 +132,20 @@ def _read_prompt_file(path: str) -> str:
     return text
 
 
-def _pair(text: str) -> tuple[str, str]:
+def pair(text: str) -> tuple[str, str]:
     name, sign, target = text.partition("=")
     if not (name and sign and target):
         raise KTransformersError(f"--devices {text!r}: expected NAME=NAME, such as cuda=cpu.")
     return name, target
 
 
-def _load(model_path: str, weights: str, rule: str, devices: dict[str, str], quiet: bool) -> tuple[Any, Any]:
-    """Build the model on the meta device, replace and load; returns (model, tokenizer)."""
+def load(
+    model_path: str, weights: str, rule: str, devices: dict[str, str], quiet: bool, talks: bool = True
+) -> tuple[Any, Any]:
+    """Build the model on the meta device, replace and load; returns (model, tokenizer).
+
+    `talks`: insist on a chat template. Raises KTransformersError.
+    """
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -152,7 +157,7 @@ def _load(model_path: str, weights: str, rule: str, devices: dict[str, str], qui
     if not model_path and not weights:
         model_path, weights = str(embedded_model()), str(next(embedded_model().glob("*.gguf"), ""))
     model_path, weights = model_path or weights, weights or model_path
-    config, tokenizer = _read_config(model_path)
+    config, tokenizer = _read_config(model_path, talks)
     if not rule:
         rule = DEFAULT_RULES.get(config.model_type, "Default")
     try:
@@ -166,7 +171,7 @@ def _load(model_path: str, weights: str, rule: str, devices: dict[str, str], qui
         return optimize_and_load(model, rule, weights, devices=devices, progress=not quiet), tokenizer
 
 
-def _read_config(model_path: str) -> tuple[Any, Any]:
+def _read_config(model_path: str, talks: bool = True) -> tuple[Any, Any]:
     """Config and tokenizer of a model folder, or of a GGUF file."""
     path = Path(model_path).expanduser()
     if path.suffix == ".gguf" and not path.is_dir():
@@ -177,7 +182,7 @@ def _read_config(model_path: str) -> tuple[Any, Any]:
     else:
         config, tokenizer = _read_folder(model_path, path)
         step = "or add chat_template.jinja to the folder"
-    if not getattr(tokenizer, "chat_template", None):
+    if talks and not getattr(tokenizer, "chat_template", None):
         raise KTransformersError(
             f"{model_path}: the tokenizer has no chat template, so messages cannot be told apart. "
             f"Use an instruction-tuned model, {step}."

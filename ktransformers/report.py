@@ -87,7 +87,13 @@ def load_progress(source: Any, enabled: bool) -> Iterator[None]:
     )
     with Progress(*columns, console=console, disable=not (enabled and console.is_terminal), transient=True) as bar:
         task = bar.add_task("", total=len(source.names()))
-        source.on_read = lambda name: bar.update(task, advance=1, description=name)
+        read: set[str] = set()  # experts in two parts read a tensor for each
+
+        def tell(name: str) -> None:
+            bar.update(task, advance=name not in read, description=name)
+            read.add(name)
+
+        source.on_read = tell
         try:
             yield
         finally:

@@ -32,7 +32,7 @@ def run(*arguments, stdin="", **environment):
 @pytest.fixture(scope="module")
 def loaded():
     """The embedded model from its GGUF, as the program loads it."""
-    return local_chat._load("", "", "", {}, quiet=True)
+    return local_chat.load("", "", "", {}, quiet=True)
 
 
 def chat(loaded, **options):

@@ -60,8 +60,8 @@ def profile(
     from ktransformers import local_chat
     from ktransformers.planner.profile import record
 
-    renamed = dict(local_chat._pair(pair) for pair in devices)
-    loaded, tokenizer = local_chat._load(model, weights, rule, renamed, as_json)
+    renamed = dict(local_chat.pair(text) for text in devices)
+    loaded, tokenizer = local_chat.load(model, weights, rule, renamed, as_json, talks=False)
     with record(loaded) as found:
         _run(loaded, tokenizer, texts, max_new_tokens, prompts)
     found.write(output)
