@@ -6,7 +6,6 @@ import families
 import pytest
 import torch
 from dict_weights import DictWeights
-from fake_devices import fake_devices
 from test_experts_operator import CPU, KEY, loaded, parts, routing
 from test_published_checkpoints import checkpoint, gpt_oss, gpt_oss_config, qwen3_moe_config
 from tiny import meta_model, random_ids, randomize, relative_error, save, tiny_config, tiny_model
@@ -18,6 +17,7 @@ from ktransformers.operators import hot_experts
 from ktransformers.operators.base_operator import InferenceState
 from ktransformers.operators.experts import KExpertsCPU, KExpertsTorch, KTransformersExperts
 from ktransformers.operators.hot_experts import expert_ids, layer_of, ranges
+from ktransformers.planner.fake import fake_devices
 from ktransformers.quantize import quantize_folder
 
 OPS = pytest.mark.parametrize("op", ["KExpertsTorch", "KExpertsCPU"])
