@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ktransformers.errors import UnsupportedError
+from ktransformers.operators import cpu_attention
 from ktransformers.operators.base_operator import FamilyOperator
 from ktransformers.operators.cpu_attention import filled
 from ktransformers.operators.gqa import KLlamaAttention, KQwen3MoeAttention  # noqa: F401  rule files name them here
@@ -82,7 +83,7 @@ class KDeepseekV2Attention(FamilyOperator):
             return [f"{cls.__name__} replaces multi-head latent attention as DeepSeek computes it; {found}"]
         problems = []
         masks = getattr(getattr(orig_module, "config", None), "_attn_implementation", None)
-        if masks not in (None, "sdpa", "eager"):
+        if masks not in (None, "sdpa", "eager", cpu_attention.NAME):
             problems.append(f"{cls.__name__} takes no masks of attn_implementation {masks!r}. {_BUILD_WITH}")
         chunk = kwargs.get("chunck_size", 1)
         if not isinstance(chunk, int) or chunk <= 0:

@@ -10,6 +10,8 @@ product for every length it meets and keeps it, a megabyte each, which would cos
 Letters: B batch, A heads, C heads of keys and values, G = A / C, T cached tokens, D head size.
 """
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,23 +23,24 @@ NAME = "kt_sdpa"
 STEP = 256
 """Cached tokens that lengths of products are multiples of."""
 
-_COMPARES = ("gemma4", "gemma4_text", "gemma4_unified", "glm5_next", "falcon")
-"""Model types whose code asks for "sdpa" by name."""
-
-
 def use(model: nn.Module) -> None:
     """Let `model` decode by this function, if transformers' fused attention is what it has now."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    config = model.config
-    types = {getattr(part, "model_type", "") for part in (config, config.get_text_config(decoder=True))}
-    if getattr(config, "_attn_implementation", None) != "sdpa" or types & set(_COMPARES):
+    if getattr(model.config, "_attn_implementation", None) != "sdpa" or _asks_by_name(model):
         return
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     if model._can_set_attn_implementation():
         model.set_attn_implementation(NAME)
+
+
+def _asks_by_name(model: nn.Module) -> bool:
+    """Whether a family's code asks for "sdpa" by name, to make its masks for it (Gemma 4, sparse attention)."""
+    files = {getattr(sys.modules.get(type(module).__module__), "__file__", None) for module in model.modules()}
+    texts = [Path(file).read_text(encoding="utf-8") for file in files if file and "modeling_" in Path(file).name]
+    return any('"sdpa"' in text for text in texts)
 
 
 def attention(

@@ -1,5 +1,6 @@
 """Decoding's attention on the CPU: against fp32 arithmetic, beside torch's own, and inside models."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -65,9 +66,8 @@ def test_all_else_goes_to_transformers(monkeypatch, what):
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "qwen2_moe"])
 def test_a_bf16_model_decodes_by_it_with_and_without_padding(checkpoint, family, tmp_path):
-    reference, _ = checkpoint(family)
+    reference = copy.deepcopy(checkpoint(family)[0]).bfloat16()  # other tests have the same one
     config = reference.config
-    reference = reference.bfloat16()
     reference.save_pretrained(tmp_path)
     config.dtype = torch.bfloat16
     meta = meta_model(config).bfloat16()
@@ -93,6 +93,23 @@ def test_a_bf16_model_decodes_by_it_with_and_without_padding(checkpoint, family,
     finally:
         cpu_attention._is_ours = original
     assert any(used) and not all(used)
+
+
+def test_a_family_that_asks_for_sdpa_by_name_keeps_it(checkpoint):
+    reference, folder = checkpoint("deepseek_v32")
+    meta = meta_model(reference.config)
+    meta.set_attn_implementation("sdpa")
+    model = optimize_and_load(meta, "MoE", folder, progress=False)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_config_that_says_so_serves_the_next_model_too(checkpoint):
+    reference, folder = checkpoint("deepseek_v3")
+    config = copy.deepcopy(reference.config)
+    config._attn_implementation = "sdpa"
+    for _ in range(2):
+        model = optimize_and_load(meta_model(config), "MLA", folder, progress=False)
+        assert model.config._attn_implementation == cpu_attention.NAME
 
 
 def test_a_model_with_another_attention_keeps_it(checkpoint):
