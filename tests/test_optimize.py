@@ -317,9 +317,10 @@ def refused(model, rule, weights, kind, message, **options):
 def test_a_gpu_rule_without_a_gpu_says_what_to_pass(checkpoint, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     _, folder = checkpoint("deepseek_v3")
+    linears = {"class": "ktransformers.operators.linear.KTransformersLinear", "kwargs": {"generate_device": "cuda"}}
     refused(
         meta_model(tiny_config("deepseek_v3")),
-        "DeepSeek-V3",
+        [{"match": {"trait": "linear"}, "replace": linears}],
         folder,
         RuleError,
         r"devices=\{'cuda': 'cpu'\}",

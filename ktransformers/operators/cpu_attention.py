@@ -23,6 +23,7 @@ NAME = "kt_sdpa"
 STEP = 256
 """Cached tokens that lengths of products are multiples of."""
 
+
 def use(model: nn.Module) -> None:
     """Let `model` decode by this function, if transformers' fused attention is what it has now."""
     from transformers import AttentionInterface, AttentionMaskInterface
