@@ -57,6 +57,15 @@ def map_kwargs(kwargs: Mapping[str, Any], devices: Mapping[str, str] | None) -> 
     return mapped
 
 
+def canonical(name: Any) -> str:
+    """One name for one device: ``cuda`` is ``cuda:0``, ``cpu:0`` is ``cpu``. What names no device stays as it is."""
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError, ValueError):
+        return str(name)
+    return "cpu" if device.type == "cpu" else f"{device.type}:{device.index or 0}"
+
+
 def device_problem(name: Any) -> str:
     """Say why `name` cannot be used on this machine, or return ``""``."""
     if name == "layer":

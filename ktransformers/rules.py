@@ -171,7 +171,8 @@ class _Walk:
         for name, placed in list(self.plan.items()):
             if placed.operator is None and TRAITS["decoder"](module := model.get_submodule(name)):
                 flows = [n for n, m in module.named_modules() if TRAITS["norm"](m) or TRAITS["embedding"](m)]
-                devices = {self.plan[f"{name}.{n}"].device for n in flows if f"{name}.{n}" in self.plan}
+                found = [self.plan[key] for n in flows if (key := f"{name}.{n}") in self.plan]
+                devices = {device_names.canonical(flow.device) for flow in found}
                 if len(devices) > 1 and not DecoderModel.check(name, module, {}):
                     kwargs = dict.fromkeys(("generate_device", "prefill_device"), placed.device)
                     self.plan[name] = Replacement(name, placed.rule, DecoderModel, kwargs, placed.device)

@@ -217,3 +217,19 @@ def test_where_no_file_would_be_equal_the_error_names_the_module(model, tmp_path
     message = r"old.yaml: cannot be in the extended form: model.layers.3.self_attn.o_proj would be .* Keep the file"
     with pytest.raises(RuleError, match=message):
         extend(model, path, 2)
+
+
+def test_a_merge_that_would_look_below_what_another_rule_hides_is_left_out(extended, model):
+    """Merged, rule 1 would take the attention of all layers first, and not stop there."""
+    rules = [
+        rule("default", r"^model\.layers\.0\.self_attn", generate_device="cuda:0"),
+        rule("default", r"^model\.layers\.(1|2)\.self_attn$", recursive=False, generate_device="cuda:1"),
+        rule("default", r"^model\.layers\.[3-5]\.self_attn", generate_device="cuda:0"),
+    ]
+    extended(model, rules)
+
+
+def test_two_names_of_one_device_are_one(extended, model):
+    rules = [rule("default", "norm", generate_device="cuda", prefill_device="cuda")]
+    extended(model, rules)
+    assert plan(model, rules, gpus=1)["model"].operator is None

@@ -6,12 +6,10 @@ package; what an operator of the user's does with devices only a simulated forwa
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
 from torch import nn
 
-from ktransformers.devices import DEVICE_KWARGS
+from ktransformers.devices import DEVICE_KWARGS, canonical
 from ktransformers.layers import BEFORE
 from ktransformers.operators.base_operator import FamilyOperator
 from ktransformers.operators.experts import KTransformersExperts
@@ -370,9 +368,3 @@ def _ranges(numbers: list[int]) -> str:
             runs.append([number, number])
     text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
     return f"layer{'s' if len(numbers) > 1 else ''} {text}"
-
-
-def canonical(device: Any) -> str:
-    """One name for one device: ``cuda`` is ``cuda:0``, ``cpu:0`` is ``cpu``."""
-    device = torch.device(device)
-    return "cpu" if device.type == "cpu" else f"{device.type}:{device.index or 0}"

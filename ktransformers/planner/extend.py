@@ -19,11 +19,10 @@ import yaml
 from torch import nn
 
 from ktransformers import resolve, rules
-from ktransformers.devices import DEVICE_KWARGS
+from ktransformers.devices import DEVICE_KWARGS, canonical
 from ktransformers.errors import RuleError
 from ktransformers.explain import layer_devices, spans
 from ktransformers.layers import AUTO, LAYER, REST, parse_devices, place
-from ktransformers.planner.chain import canonical
 from ktransformers.rules import Replacement, Rule, RuleFile, load_rules, module_pattern
 
 FILLED_IN = ("generate_device", "prefill_device")
@@ -200,7 +199,8 @@ class _Rewriting:
                 written.append(self._rule(groups[piece.key]))
         text = self._dump(written)
         different, wrong = self._compare(text)
-        if different and all(self.old[self.counts[0]][name].rule is None for name in different):
+        before = [self.old[self.counts[0]].get(name) for name in different]  # None: hidden there
+        if before and all(placed is not None and placed.rule is None for placed in before):
             text = self._dump([*written, self._stay(different)])
             _, wrong = self._compare(text)
         return text, wrong
