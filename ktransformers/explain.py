@@ -171,14 +171,3 @@ def _owners(module: nn.Module, name: str, experts: bool) -> Iterator[str]:
         yield name
     for child_name, child in module.named_children():
         yield from _owners(child, f"{name}.{child_name}", experts)
-
-
-def spans(numbers: Iterable[int]) -> str:
-    """``[3, 4, 5, 8]`` -> ``3-5,8``, the form in which `devices:` of a rule file names layers."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

@@ -5,7 +5,7 @@
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +90,17 @@ class Placed:
         """{layer: device} wherever the device changes, from layer 0 on: what the decoder operator takes."""
         changes = [0, *(i for i in range(1, len(self.devices)) if self.devices[i] != self.devices[i - 1])]
         return {i: self.devices[i] for i in changes}
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Numbers as ranges, ``[3, 4, 5, 8]`` -> ``3-5,8``: how rule files name layers and experts. Empty text for none."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList] | None:

@@ -7,7 +7,8 @@ import pytest
 from test_published_rules import STYLES
 from tiny import meta_model, tiny_config
 
-from ktransformers.explain import expert_devices, fates, grouped, layer_devices, spans
+from ktransformers.explain import expert_devices, fates, grouped, layer_devices
+from ktransformers.layers import ranges
 from ktransformers.rules import load_rules, plan
 
 
@@ -44,4 +45,4 @@ def test_devices_of_layers_leave_experts_out():
 
 
 def test_spans_read_back():
-    assert spans([5, 3, 4, 8]) == "3-5,8" and spans([7]) == "7" and spans([]) == ""
+    assert ranges([5, 3, 4, 8]) == "3-5,8" and ranges([7]) == "7" and ranges([]) == ""

@@ -148,18 +148,19 @@ def _numbers(text: str) -> Iterator[int]:
 
 
 def _spans(group: "Group", kwarg: str) -> dict[str, str]:
-    from ktransformers.explain import spans
+    from ktransformers.layers import ranges
 
-    return {device: spans(numbers) for device, numbers in group.devices.get(kwarg, {}).items()}
+    return {device: ranges(numbers) for device, numbers in group.devices.get(kwarg, {}).items()}
 
 
 def _layers(net: "nn.Module", plan: Any) -> tuple[dict[str, str], dict[str, str]]:
     """device -> layers, for the layers themselves and for their routed experts."""
-    from ktransformers.explain import expert_devices, layer_devices, spans
+    from ktransformers.explain import expert_devices, layer_devices
+    from ktransformers.layers import ranges
 
     def by_device(devices: list[str | None]) -> dict[str, str]:
         names = dict.fromkeys(device for device in devices if device is not None)
-        return {name: spans(i for i, device in enumerate(devices) if device == name) for name in names}
+        return {name: ranges(i for i, device in enumerate(devices) if device == name) for name in names}
 
     return tuple(
         by_device([counts.most_common(1)[0][0] if counts else None for counts in found])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ktransformers.devices import device_problem
 from ktransformers.errors import RuleError
+from ktransformers.layers import ranges
 from ktransformers.loaders.sources import ExpertWeights, Matrices
 from ktransformers.traits import is_interleaved
 
@@ -72,17 +73,6 @@ def _parse_ranges(text: str, n_experts: int) -> list[tuple[int, int]]:
             raise RuleError(f"gpu_experts: no expert {last} here; expected ids from 0 to {n_experts - 1}")
         found.append((first, last))
     return found
-
-
-def ranges(ids: Sequence[int]) -> str:
-    """Numbers as ranges, ``"0-15,40"``: what `expert_ids` reads. Empty text for none."""
-    runs: list[list[int]] = []
-    for n in sorted(ids):
-        if runs and n == runs[-1][1] + 1:
-            runs[-1][1] = n
-        else:
-            runs.append([n, n])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def layer_of(key: str) -> int | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ktransformers.devices import DEVICE_KWARGS, canonical
-from ktransformers.layers import BEFORE
+from ktransformers.layers import BEFORE, ranges
 from ktransformers.operators.base_operator import FamilyOperator
 from ktransformers.operators.experts import KTransformersExperts
 from ktransformers.operators.inner_ops import final_name, is_cpu
@@ -360,11 +360,4 @@ def _is_dense_linear(placed: Replacement | None) -> bool:
 
 def _ranges(numbers: list[int]) -> str:
     """``[3, 4, 5, 8]`` -> ``layers 3-5, 8``."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-    return f"layer{'s' if len(numbers) > 1 else ''} {text}"
+    return f"layer{'s' if len(numbers) > 1 else ''} {ranges(numbers).replace(',', ', ')}"

@@ -21,8 +21,8 @@ from torch import nn
 from ktransformers import resolve, rules
 from ktransformers.devices import DEVICE_KWARGS, canonical
 from ktransformers.errors import RuleError
-from ktransformers.explain import layer_devices, spans
-from ktransformers.layers import AUTO, LAYER, REST, parse_devices, place
+from ktransformers.explain import layer_devices
+from ktransformers.layers import AUTO, LAYER, REST, parse_devices, place, ranges
 from ktransformers.rules import Replacement, Rule, RuleFile, load_rules, module_pattern
 
 FILLED_IN = ("generate_device", "prefill_device")
@@ -332,7 +332,7 @@ def _devices_section(homes: Sequence[str]) -> dict[str, Any]:
     """`devices:` for the devices of the layers in order; the last one has the rest if that is one stretch."""
     found: dict[str, Any] = {}
     for device in dict.fromkeys(homes):
-        text = spans(i for i, home in enumerate(homes) if home == device)
+        text = ranges(i for i, home in enumerate(homes) if home == device)
         found[device] = int(text) if text.isdecimal() else text
     last = homes[-1]
     if isinstance(found[last], int) or "," not in found[last]:

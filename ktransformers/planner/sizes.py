@@ -17,6 +17,7 @@ from ktransformers.operators.experts import KTransformersExperts
 from ktransformers.operators.hot_experts import gpu_device, ids_of, layer_of
 from ktransformers.operators.inner_ops import final_name, given, is_cpu
 from ktransformers.operators.linear import KTransformersLinear
+from ktransformers.planner.chain import placed_by
 from ktransformers.planner.formats import Format
 from ktransformers.rules import Replacement
 from ktransformers.traits import TRAITS
@@ -110,7 +111,7 @@ def parts(
             for key, tensor in (*module.named_parameters(recurse=False), *_buffers(module))
             if f"{name}.{key}" not in tied
         }
-        placed = _placed(name, plan)
+        placed = placed_by(name, plan)
         if TRAITS["experts"](module):
             found += _experts(name, module, own, placed, form, model.config, hits)
         elif own:
@@ -123,12 +124,6 @@ def parts(
 def _buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     hidden = module._non_persistent_buffers_set
     return ((key, tensor) for key, tensor in module.named_buffers(recurse=False) if key not in hidden)
-
-
-def _placed(name: str, plan: Mapping[str, Replacement]) -> Replacement | None:
-    while name and name not in plan:
-        name = name.rpartition(".")[0]
-    return plan.get(name)
 
 
 def _stored(own: Mapping[str, torch.Tensor], form: Format) -> tuple[str, int]:
@@ -221,7 +216,7 @@ def _untied(target: str, origin: str, plan, found: list[Part], model: nn.Module)
     shared = next((part for part in found if part.name == source), None)
     if shared is None or not TRAITS["linear"](model.get_submodule(module)):
         return []
-    placed = _placed(module, plan)
+    placed = placed_by(module, plan)
     device = str(placed.device) if placed else shared.device
     size = shared.weights * model.get_submodule(module).weight.element_size()
     held = 0 if device == shared.device else size
