@@ -9,6 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
+CORE = ("portable", "formats", "matmul", "threads", "calls")
+"""Folders of native/src that need no flags of their own, beside its top."""
+
 BASE = [
     "-std=gnu11",
     "-O3",
@@ -79,7 +82,7 @@ def libraries(machine: str = platform.machine(), compiler: list[str] | None = No
             "obj_deps": {"": depends},
         }
 
-    core = glob("native/src/*.c") + glob("native/src/portable/*.c")
+    core = glob("native/src/*.c") + [s for folder in CORE for s in glob(f"native/src/{folder}/*.c")]
     return [("kt_core", library(core, []))] + [
         (f"kt_{name}", library(glob(f"native/src/{name}/*.c"), flags)) for name, flags in sets.items()
     ]

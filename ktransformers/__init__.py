@@ -22,8 +22,8 @@ _PUBLIC = {
     "plan": "ktransformers.rules",
     "load_rules": "ktransformers.rules",
     "open_weights": "ktransformers.loaders",
-    "config_from_gguf": "ktransformers.gguf_config",
-    "tokenizer_from_gguf": "ktransformers.gguf_tokenizer",
+    "config_from_gguf": "ktransformers.gguf_files.config",
+    "tokenizer_from_gguf": "ktransformers.gguf_files.tokenizer",
     "KTransformersError": "ktransformers.errors",
 }
 __all__ = [*_PUBLIC, "__version__"]
@@ -31,11 +31,11 @@ __all__ = [*_PUBLIC, "__version__"]
 if TYPE_CHECKING:
     from ktransformers.errors import KTransformersError
     from ktransformers.from_pretrained import KTConfig
-    from ktransformers.gguf_config import config_from_gguf
-    from ktransformers.gguf_tokenizer import tokenizer_from_gguf
+    from ktransformers.gguf_files.config import config_from_gguf
+    from ktransformers.gguf_files.tokenizer import tokenizer_from_gguf
     from ktransformers.loaders import open_weights
     from ktransformers.optimize import optimize_and_load, optimize_and_load_gguf
-    from ktransformers.rules import load_rules, plan
+    from ktransformers.rules.plan import load_rules, plan
 
 
 def __getattr__(name: str):

@@ -45,3 +45,14 @@ def did_you_mean(word: str, candidates: Iterable[str]) -> str:
 def join_errors(kind: type[_E], headline: str, problems: list[str]) -> _E:
     """Build one exception of `kind` that lists every problem on a line of its own below `headline`."""
     return kind(headline + "".join(f"\n  - {problem}" for problem in problems))
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Numbers as ranges, ``[3, 4, 5, 8]`` -> ``3-5,8``: how rule files name layers and experts. Empty text for none."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

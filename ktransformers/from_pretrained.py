@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ktransformers.errors import DeviceError, RuleError, UnsupportedError, WeightError
 from ktransformers.optimize import optimize_and_load
-from ktransformers.rules import RulesLike, load_rules
+from ktransformers.rules.plan import RulesLike, load_rules
 
 _UNREAD = "kt-reads-the-weights-itself.safetensors"
 """The file that a folder without safetensors is said to have, so that transformers lets it pass; never opened."""

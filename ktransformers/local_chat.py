@@ -265,8 +265,8 @@ class Chat:
     """One conversation: its messages, its KV cache, and how answers are shown."""
 
     def __init__(self, model: Any, tokenizer: Any, max_new_tokens: int, chunk_size: int, greedy: bool, as_json: bool):
-        from ktransformers.cache import PrefixCache
-        from ktransformers.generate import Sampling
+        from ktransformers.engine.cache import PrefixCache
+        from ktransformers.engine.generate import Sampling
 
         self.model, self.tokenizer = model, tokenizer
         self.max_new_tokens, self.chunk_size, self.as_json = max_new_tokens, chunk_size, as_json
@@ -295,7 +295,7 @@ class Chat:
 
     def answer(self, text: str) -> str:
         """Stream the answer to `text`, then say how fast it came. Ctrl-C keeps what was said so far."""
-        from ktransformers.generate import Timing, generate
+        from ktransformers.engine.generate import Timing, generate
 
         self.messages.append({"role": "user", "content": text})
         timing, words = Timing(), _Words(self.tokenizer)

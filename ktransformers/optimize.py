@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ktransformers import env, report, rules
+from ktransformers import env
 from ktransformers.errors import (
     DeviceError,
     KTransformersError,
@@ -24,10 +24,12 @@ from ktransformers.errors import (
     join_errors,
 )
 from ktransformers.loaders import bind, open_weights
+from ktransformers.loaders.progress import load_progress
 from ktransformers.models import kimi_k2  # noqa: F401  teaches transformers this model type
 from ktransformers.operators import cpu_attention
 from ktransformers.operators.base_operator import BaseInjectedModule, device_of, load_weights
-from ktransformers.rules import Replacement, RulesLike
+from ktransformers.rules.plan import Replacement, RulesLike, operator_problems, plan
+from ktransformers.rules.table import print_plan
 
 
 def optimize_and_load(
@@ -82,7 +84,7 @@ def _optimize_and_load(model, rule, weights, config, default_device, devices, pr
 
 
 def _checked_optimize_and_load(model, rule, weights, config, default_device, devices, progress) -> nn.Module:
-    replacements = rules.plan(model, rule, default_device=default_device, devices=devices)
+    replacements = plan(model, rule, default_device=default_device, devices=devices)
     files = open_weights(weights if weights is not None else _checkpoint_of(config))
     try:
         source = bind(files, model)
@@ -90,7 +92,7 @@ def _checked_optimize_and_load(model, rule, weights, config, default_device, dev
         check_weights(model, source)
         _check_operators(model, replacements, source)
         if env.debug():
-            report.print_plan(model, replacements, source)
+            print_plan(model, replacements, source)
         named = set(model.state_dict())
         with _restored_on_failure(model):
             keep_in_fp32(model)
@@ -158,7 +160,7 @@ def check_weights(model: nn.Module, source: Any) -> None:
 
 def _check_operators(model, replacements, source) -> None:
     """Ask the operators again, now that the types of their tensors are known."""
-    if problems := rules.operator_problems(model, replacements, source):
+    if problems := operator_problems(model, replacements, source):
         raise join_errors(RuleError, f"the rules do not fit {source.path}, nothing was loaded:", problems)
 
 
@@ -217,7 +219,7 @@ def _restored_on_failure(model: nn.Module) -> Iterator[None]:
 def _load(model: nn.Module, replacements: Mapping[str, Replacement], source: Any, progress: bool) -> None:
     """Load every tensor once. Peak memory: the mapped files plus one tensor."""
     devices = {name: replacement.device for name, replacement in replacements.items()}
-    with report.load_progress(source, enabled=progress):
+    with load_progress(source, enabled=progress):
         load_weights(model, source, "", devices)
     drop_replaced_tensors(model)
     tie(model)

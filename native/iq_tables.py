@@ -1,11 +1,11 @@
-"""Write src/iq_grids.h from ktransformers/iq_grids.py: `python native/iq_tables.py`. Run again when a grid is added."""
+"""Write src/formats/iq_grids.h from ktransformers/quants/iq_grids.py: `python native/iq_tables.py`. Run again when a grid is added."""
 
 import runpy
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-GRIDS = runpy.run_path(str(ROOT / "ktransformers" / "iq_grids.py"))["GRIDS"]
-HEADER = Path(__file__).parent / "src" / "iq_grids.h"
+GRIDS = runpy.run_path(str(ROOT / "ktransformers" / "quants" / "iq_grids.py"))["GRIDS"]
+HEADER = Path(__file__).parent / "src" / "formats" / "iq_grids.h"
 
 INTRODUCTION = """\
 /* iq_grids.h: made by native/iq_tables.py, for iq_tables.c alone. The points of each grid, packed: value i of a point

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tiny import FAMILIES, save, tiny_model
 
 from ktransformers import native
+from tests.tiny import FAMILIES, save, tiny_model
 
 torch.set_num_threads(1)  # at these sizes threads cost more than they give
 

@@ -6,7 +6,7 @@ import torch
 
 from ktransformers.errors import WeightError
 from ktransformers.loaders import ExpertWeights
-from ktransformers.quants import QUANT_TYPES, Packed, quant_type
+from ktransformers.quants.blocks import QUANT_TYPES, Packed, quant_type
 
 
 class DictWeights:

@@ -4,19 +4,19 @@ import json
 import re
 import shutil
 
-import families
 import numpy as np
 import pytest
 import torch
 from ktransformers.models import embedded_model
 from safetensors.torch import load_file, save_file
-from tiny import meta_model, random_ids, randomize, relative_error, save, tiny_config
 from transformers import AutoConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from ktransformers import optimize_and_load
 from ktransformers.errors import KTransformersError, RuleError, WeightError
 from ktransformers.local_chat import _read_config
+from tests import families
 from tests.loaders import published
+from tests.tiny import meta_model, random_ids, randomize, relative_error, save, tiny_config
 
 CPU = {"cuda": "cpu"}
 IDS = random_ids(1, 9)

@@ -9,15 +9,15 @@ import pytest
 import torch
 from ktransformers.models import DEFAULT_RULES, embedded_model
 from safetensors.torch import load_file, save_file
-from tiny import meta_model, random_ids, save, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from ktransformers import KTConfig, optimize_and_load
 from ktransformers.errors import DeviceError, KTransformersError, RuleError, UnsupportedError, WeightError
+from ktransformers.gguf_files.write import quantize_folder
 from ktransformers.operators.base_operator import BaseInjectedModule
-from ktransformers.quantize import quantize_folder
+from tests.gguf_files.test_families import model_of
 from tests.loaders import published
-from tests.loaders.test_gguf_families import model_of
+from tests.tiny import meta_model, random_ids, save, tiny_model
 
 CPU = {"cuda": "cpu"}
 

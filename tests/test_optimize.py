@@ -7,15 +7,15 @@ import shutil
 import pytest
 import torch
 from ktransformers.models import DEFAULT_RULES
-from tiny import FAMILIES, meta_model, random_ids, relative_error, save, tiny_config, tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 import ktransformers
 from ktransformers import optimize
 from ktransformers.errors import KTransformersError, RuleError, UnsupportedError, WeightError
+from ktransformers.gguf_files.write import quantize_folder
 from ktransformers.operators.base_operator import BaseInjectedModule
-from ktransformers.quantize import quantize_folder
+from tests.tiny import FAMILIES, meta_model, random_ids, relative_error, save, tiny_config, tiny_model
 
 CPU = {"cuda": "cpu"}
 LINEAR = "ktransformers.operators.linear.KTransformersLinear"
@@ -514,7 +514,7 @@ def test_importing_starts_nothing():
     import sys
 
     code = (
-        "import threading, sys; import ktransformers.optimize, ktransformers.generate, ktransformers.local_chat, ktransformers.rules;"
+        "import threading, sys; import ktransformers.optimize, ktransformers.engine.generate, ktransformers.local_chat, ktransformers.rules;"
         "import os; print(len(os.listdir('/proc/self/task')) if os.path.isdir('/proc/self/task') else 1)"
     )
     ran = subprocess.run(
@@ -522,7 +522,7 @@ def test_importing_starts_nothing():
     )
     assert ran.returncode == 0, ran.stderr
     torch_only = subprocess.run(
-        [sys.executable, "-c", code.replace("import ktransformers.optimize, ktransformers.generate, ktransformers.local_chat, "
+        [sys.executable, "-c", code.replace("import ktransformers.optimize, ktransformers.engine.generate, ktransformers.local_chat, "
                                             "ktransformers.rules;", "import torch, transformers, rich, typer, yaml, numpy;")],
         capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip

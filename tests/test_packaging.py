@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROBE = """
 import ktransformers, ktransformers.native as native
 from ktransformers.models import embedded_model, known
-from ktransformers.rules import load_rules, packaged_rules
+from ktransformers.rules.plan import load_rules, packaged_rules
 assert ktransformers.__file__.startswith({where!r}), ktransformers.__file__
 assert "DeepSeek-V3" in packaged_rules() and load_rules("DeepSeek-V3")
 assert embedded_model().joinpath("config.json").is_file() and list(embedded_model().glob("*.gguf"))

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny import meta_model, random_ids, relative_error
 from transformers import AutoModelForCausalLM
 
 from ktransformers import optimize_and_load
 from ktransformers.errors import UnsupportedError
+from tests.tiny import meta_model, random_ids, relative_error
 
 IDS = random_ids(1, 9)
 

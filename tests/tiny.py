@@ -8,9 +8,10 @@ import copy
 import re
 from pathlib import Path
 
-import families
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests import families
 
 _COMMON = {
     "vocab_size": 128,

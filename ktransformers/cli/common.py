@@ -125,7 +125,7 @@ def complete_model(incomplete: str) -> list[str]:
 
 def complete_card(incomplete: str) -> list[str]:
     """Names of known GPUs."""
-    from ktransformers.planner.cards import CARDS
+    from ktransformers.machine.gpus import CARDS
 
     return _starting(incomplete, CARDS)
 

@@ -13,13 +13,13 @@ from ktransformers.errors import KTransformersError
 if TYPE_CHECKING:
     from torch import nn
 
-    from ktransformers.explain import Group
-    from ktransformers.rules import Replacement, RuleFile
+    from ktransformers.rules.explain import Group
+    from ktransformers.rules.plan import Replacement, RuleFile
 
 
 def modules(net: "nn.Module", file: "RuleFile", plan: Any, wanted: re.Pattern, as_json: bool) -> None:
     """Print why each module whose name `wanted` finds is what it is. Raises KTransformersError when it finds none."""
-    from ktransformers.explain import fates, grouped
+    from ktransformers.rules.explain import fates, grouped
 
     names = [name for name, _ in net.named_modules() if name and wanted.search(name)]
     if not names:
@@ -60,7 +60,7 @@ def _kwargs(taken: "Replacement | None") -> dict[str, Any]:
 
 
 def _group_text(group: "Group", file: "RuleFile") -> Iterator[Text]:
-    from ktransformers.explain import rule_label
+    from ktransformers.rules.explain import rule_label
 
     many = f", {len(group.names)} modules" if len(group.names) > 1 else ""
     yield Text.assemble((group.pattern, "bold"), f"  {group.cls}{many}")
@@ -77,7 +77,7 @@ def _in_layers(device: str, layers: str) -> str:
 
 
 def _verdict(group: "Group") -> Text:
-    from ktransformers.explain import rule_label
+    from ktransformers.rules.explain import rule_label
 
     taken = group.replacement
     if taken is None:
@@ -94,7 +94,7 @@ def _verdict(group: "Group") -> Text:
 
 def whole_plan(net: "nn.Module", file: "RuleFile", plan: Any, gpus: int, as_json: bool) -> None:
     """Print the plan, what is left to the default, and where layers live."""
-    from ktransformers.report import plan_rows
+    from ktransformers.rules.table import plan_rows
 
     rows = [{key: value for key, value in row.items() if key != "quant"} for row in plan_rows(net, plan)]
     left = [row for row in rows if row["rule"] == "-" and row["operator"] == "default"]
@@ -115,8 +115,8 @@ def whole_plan(net: "nn.Module", file: "RuleFile", plan: Any, gpus: int, as_json
 
 
 def _plan_table(net: "nn.Module", plan: Any, layers: dict[str, str]) -> Table:
-    """The plan with one row for the same module of all layers; `ktransformers.report` has one for each device."""
-    from ktransformers.explain import Fate, grouped
+    """The plan with one row for the same module of all layers; `ktransformers.rules.table` has one for each device."""
+    from ktransformers.rules.explain import Fate, grouped
 
     table = Table(title=f"Plan for {type(net).__name__}", title_justify="left")
     for column, whole in (("modules", True), ("rule", True), ("becomes", False), ("device", False)):
@@ -148,15 +148,15 @@ def _numbers(text: str) -> Iterator[int]:
 
 
 def _spans(group: "Group", kwarg: str) -> dict[str, str]:
-    from ktransformers.layers import ranges
+    from ktransformers.errors import ranges
 
     return {device: ranges(numbers) for device, numbers in group.devices.get(kwarg, {}).items()}
 
 
 def _layers(net: "nn.Module", plan: Any) -> tuple[dict[str, str], dict[str, str]]:
     """device -> layers, for the layers themselves and for their routed experts."""
-    from ktransformers.explain import expert_devices, layer_devices
-    from ktransformers.layers import ranges
+    from ktransformers.errors import ranges
+    from ktransformers.rules.explain import expert_devices, layer_devices
 
     def by_device(devices: list[str | None]) -> dict[str, str]:
         names = dict.fromkeys(device for device in devices if device is not None)

@@ -54,7 +54,7 @@ def plan(
     """
     from transformers.utils import logging
 
-    from ktransformers.planner import hardware as machines
+    from ktransformers.machine import hardware as machines
     from ktransformers.planner.plan import Planner, Wish
     from ktransformers.planner.profile import RoutingProfile
 
@@ -139,7 +139,7 @@ def _title(found: "Plan") -> Text:
 
 
 def _memory(found: "Plan") -> Table:
-    from ktransformers.planner.units import format_bytes
+    from ktransformers.machine.units import format_bytes
 
     table = Table(title=f"Memory, {found.wish.context} tokens of context x {found.wish.batch}", title_justify="left")
     for column in ("device", "holds", "weights", "cache", "work", "needs", "of"):

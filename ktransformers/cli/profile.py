@@ -115,7 +115,7 @@ def _prompt(line: str, path: Path, number: int) -> str:
 
 def _run(model: Any, tokenizer: Any, texts: list[tuple[int, str]], max_new_tokens: int, path: Path) -> None:
     """Answer every prompt greedily, each in a conversation of its own."""
-    from ktransformers.generate import Sampling, generate
+    from ktransformers.engine.generate import Sampling, generate
 
     stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     sampling = Sampling(stop_ids=Sampling.from_config(model.generation_config, stops).stop_ids)
@@ -142,7 +142,7 @@ def _progress(texts: list[tuple[int, str]]) -> Iterator[tuple[int, str]]:
 
 def summary(found: "RoutingProfile") -> list[Group]:
     """The profile by groups of layers that follow one another."""
-    from ktransformers.operators.hot_experts import ranges
+    from ktransformers.errors import ranges
 
     layers = sorted(found.layers)
     size = max(1, -(-len(layers) // GROUPS))

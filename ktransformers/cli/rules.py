@@ -1,7 +1,7 @@
 """`kt rules`: check a rule file against a model, explain what it does, rewrite it in the extended form.
 
-Only what is shown is decided here. What the rules do says `ktransformers.rules.plan`, why `ktransformers.explain`,
-and the rewriting is `ktransformers.planner.extend`'s. No weights are read, and GPUs need not exist.
+Only what is shown is decided here. What the rules do says `ktransformers.rules.plan`, why `ktransformers.rules.explain`,
+and the rewriting is `ktransformers.rules.extend`'s. No weights are read, and GPUs need not exist.
 """
 
 import os
@@ -22,7 +22,7 @@ from ktransformers.errors import KTransformersError, RuleError
 if TYPE_CHECKING:
     from torch import nn
 
-    from ktransformers.rules import Replacement, RuleFile
+    from ktransformers.rules.plan import Replacement, RuleFile
 
 MOST_GPUS = 64
 
@@ -114,7 +114,7 @@ def check(
 
 def _read(rule: str, gpus: int | None, mapping: dict[str, str]) -> "tuple[RuleFile | None, int]":
     """The rules, None where they have mistakes of their own, and how many GPUs to plan for."""
-    from ktransformers.rule_files import read_rules
+    from ktransformers.rules.files import read_rules
 
     file, problems = read_rules(rule)
     count = gpus_named(file, mapping) if gpus is None else gpus
@@ -140,15 +140,15 @@ def _named_devices(file: "RuleFile") -> list[str]:
 
 
 def _plan(net: "nn.Module", rule: Any, gpus: int, mapping: dict[str, str] | None = None) -> "dict[str, Replacement]":
-    from ktransformers import rules
+    from ktransformers.rules.plan import plan
 
-    return rules.plan(net, rule, devices=mapping or None, gpus=gpus)
+    return plan(net, rule, devices=mapping or None, gpus=gpus)
 
 
 def _meta_model(model: str) -> "nn.Module":
     from transformers.utils import logging
 
-    from ktransformers.planner.configs import meta_model, read_config
+    from ktransformers.configs import meta_model, read_config
 
     logging.set_verbosity_error()
     return meta_model(read_config(model))
@@ -185,7 +185,7 @@ def _parse(level: str, text: str) -> Finding:
 
 
 def _of_the_chain(net: "nn.Module", plan: Any) -> list[Finding]:
-    from ktransformers.planner.chain import chain_problems
+    from ktransformers.rules.chain import chain_problems
 
     found = []
     for problem in chain_problems(net, plan):
@@ -198,7 +198,7 @@ def _of_the_chain(net: "nn.Module", plan: Any) -> list[Finding]:
 
 def _label(rule: str) -> str:
     from ktransformers.optimize_rules import NAMES
-    from ktransformers.rule_files import packaged_rules
+    from ktransformers.rules.files import packaged_rules
 
     stem = rule.removesuffix(".yaml")
     return f"{NAMES.get(stem, stem)}.yaml" if stem in packaged_rules() else re.split(r"[/\\]", rule.rstrip("/"))[-1]
@@ -254,7 +254,7 @@ def explain(
 
 def _read_valid(rule: str, gpus: int | None) -> "tuple[RuleFile, int]":
     """The rules, and how many GPUs to plan for. Raises RuleError when the file has mistakes."""
-    from ktransformers.rules import load_rules
+    from ktransformers.rules.plan import load_rules
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -287,7 +287,7 @@ def extend(
     The new file plans the same for MODEL, module by module; it is written only when that is proved. Of the comments
     those at the top are kept.
     """
-    from ktransformers.planner import extend as rewriting
+    from ktransformers.rules import extend as rewriting
 
     target = _target(output, force)
     file, count = _read_valid(rule, None)

@@ -1,6 +1,6 @@
 """`kt simulate`: a prefill and a decode step of a model under a rule file, on devices that need not exist.
 
-What runs and what that can show is said in `ktransformers.planner.simulate`; here are only the tables.
+What runs and what that can show is said in `ktransformers.simulator.simulate`; here are only the tables.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from rich.text import Text
 from ktransformers.cli.common import complete_model, complete_rule, err, show
 
 if TYPE_CHECKING:
-    from ktransformers.planner.simulate import PassReport, Simulation
+    from ktransformers.simulator.simulate import PassReport, Simulation
 
 
 def simulate(
@@ -38,8 +38,8 @@ def simulate(
 
     Needs no GPU, no weights and little memory. Exit code 1 when a problem is found.
     """
-    from ktransformers.planner import simulate as simulation
-    from ktransformers.planner.configs import read_config
+    from ktransformers.configs import read_config
+    from ktransformers.simulator import simulate as simulation
 
     config = read_config(model)
     with _bar() as on_layer:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from ktransformers.errors import WeightError
 from ktransformers.loaders.base import TensorInfo, WeightFiles, describe_folder
-from ktransformers.loaders.names import ExpertWeights, ModelWeights, bind
+from ktransformers.loaders.bind import bind
+from ktransformers.loaders.sources import ExpertWeights
+from ktransformers.loaders.weights import ModelWeights
 
 GGUFLoader = ModelWeights
 """The name users' operators annotate `gguf_loader` with; it is whatever weight source is open."""

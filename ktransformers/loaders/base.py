@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ktransformers import env
 from ktransformers.errors import WeightError, did_you_mean
-from ktransformers.quants import Packed, QuantType
-from ktransformers.scaled import ScaledType, ScaledWeight
+from ktransformers.quants.blocks import Packed, QuantType
+from ktransformers.quants.scaled import ScaledType, ScaledWeight
 
 # Python 3.11 does not name it; the value is Linux's on every architecture that torch has wheels for.
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)

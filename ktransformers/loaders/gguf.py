@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ktransformers.errors import UnsupportedError, WeightError, join_errors
 from ktransformers.loaders.base import MappedFile, TensorInfo, WeightFiles, check_ranges, describe_folder
-from ktransformers.quants import BY_ID, REMOVED
+from ktransformers.quants.blocks import BY_ID, REMOVED
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9

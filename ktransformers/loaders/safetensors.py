@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ktransformers.errors import WeightError, did_you_mean, join_errors
 from ktransformers.loaders.base import MappedFile, TensorInfo, WeightFiles, check_ranges, describe_folder
-from ktransformers.loaders.companions import ScaledInfo, combine, read_scheme
-from ktransformers.quants import QUANT_TYPES, Packed, QuantType
-from ktransformers.scaled import ScaledWeight
+from ktransformers.loaders.schemes import ScaledInfo, combine, read_scheme
+from ktransformers.quants.blocks import QUANT_TYPES, Packed, QuantType
+from ktransformers.quants.scaled import ScaledWeight
 
 _MAX_HEADER = 100_000_000  # the library's own limit, in bytes
 _INDEX = ".safetensors.index.json"

@@ -16,8 +16,8 @@ from torch import Tensor
 from ktransformers.errors import WeightError
 from ktransformers.loaders.base import TensorInfo, WeightFiles
 from ktransformers.loaders.gguf_layouts import Layout
-from ktransformers.quants import Packed, QuantType
-from ktransformers.scaled import ScaledType, ScaledWeight
+from ktransformers.quants.blocks import Packed, QuantType
+from ktransformers.quants.scaled import ScaledType, ScaledWeight
 
 Device = torch.device | str
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ktransformers import native
 from ktransformers.errors import DeviceError, did_you_mean
+from ktransformers.models.traits import idle_experts, is_transposed
 from ktransformers.operators import hot_experts
 from ktransformers.operators.base_operator import InferenceState, forward_only, tell_once
 from ktransformers.operators.gating import Gating, apply_gate, gating_of
@@ -44,7 +45,6 @@ from ktransformers.operators.moe import (  # noqa: F401  rule files name the blo
     KQwen3NextSparseMoeBlockV2,
     KSmallthinkerMoeBlock,
 )
-from ktransformers.traits import idle_experts, is_transposed
 
 BACKENDS = ("llamafile", "AMXBF16", "AMXInt8")
 """What older rule files name as `backend` of the CPU experts. All mean the C library of this package."""

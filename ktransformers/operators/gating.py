@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from ktransformers.traits import is_interleaved
+from ktransformers.models.traits import is_interleaved
 
 
 @dataclass(frozen=True)

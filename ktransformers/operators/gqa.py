@@ -6,8 +6,8 @@ Rule files name these classes as ``operators.attention.*`` and ``operators.balan
 
 from torch import nn
 
+from ktransformers.models.traits import TRAITS
 from ktransformers.operators.base_operator import FamilyOperator
-from ktransformers.traits import TRAITS
 
 
 class GQAttention(FamilyOperator):

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ktransformers.devices import device_problem
-from ktransformers.errors import RuleError
-from ktransformers.layers import ranges
+from ktransformers.errors import RuleError, ranges
 from ktransformers.loaders.sources import ExpertWeights, Matrices
-from ktransformers.traits import is_interleaved
+from ktransformers.models.traits import is_interleaved, layer_of
 
 GpuExperts = int | str | list | dict | None
 """What a rule may give as `gpu_experts`; see `expert_ids`."""
@@ -73,11 +72,6 @@ def _parse_ranges(text: str, n_experts: int) -> list[tuple[int, int]]:
             raise RuleError(f"gpu_experts: no expert {last} here; expected ids from 0 to {n_experts - 1}")
         found.append((first, last))
     return found
-
-
-def layer_of(key: str) -> int | None:
-    """The number of the layer that module `key` is in, or None: 3 for ``model.layers.3.mlp.experts``."""
-    return next((int(part) for part in key.split(".") if part.isdecimal()), None)
 
 
 def _by_layer(spec: Mapping[Any, Any]) -> dict[int, Any]:

@@ -11,7 +11,7 @@ import torch
 
 from ktransformers import native
 from ktransformers.errors import did_you_mean
-from ktransformers.loaders.companions import ScaledInfo
+from ktransformers.loaders.schemes import ScaledInfo
 from ktransformers.operators.base_operator import BaseInjectedModule, InferenceState, tell_once
 
 OBSOLETE_OPS = {

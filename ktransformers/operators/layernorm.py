@@ -5,8 +5,8 @@ Rule files name one class per family; they are one and the same operator.
 
 from torch import nn
 
+from ktransformers.models.traits import TRAITS
 from ktransformers.operators.base_operator import FamilyOperator
-from ktransformers.traits import TRAITS
 
 
 class RMSNorm(FamilyOperator):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ktransformers import native
 from ktransformers.errors import WeightError
+from ktransformers.models.traits import is_linear
 from ktransformers.operators.base_operator import BaseInjectedModule, InferenceState, forward_only
 from ktransformers.operators.inner_ops import (
     OBSOLETE_OPS,
@@ -25,7 +26,6 @@ from ktransformers.operators.inner_ops import (
     resolve_op,
     stored_problem,
 )
-from ktransformers.traits import is_linear
 
 Weight = dict | nn.Parameter | tuple | None
 """What `load(w=...)` takes: nothing (read the checkpoint), the weight [N, K], or (weight, bias)."""

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ktransformers.models.traits import TRAITS
 from ktransformers.operators.base_operator import FamilyOperator, to_device
-from ktransformers.traits import TRAITS
 
 
 class DecoderModel(FamilyOperator):

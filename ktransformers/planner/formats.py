@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ktransformers.errors import KTransformersError, did_you_mean
-from ktransformers.quantize import choose_type
-from ktransformers.quants import QUANT_TYPES
+from ktransformers.gguf_files.write import choose_type
+from ktransformers.quants.blocks import QUANT_TYPES
 
 _SCALED = {
     "FP8": ("F8_E4M3", 1 + 4 / (128 * 128)),  # an fp32 scale for 128 x 128

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from ktransformers.layers import ranges
+from ktransformers.errors import ranges
 from ktransformers.optimize_rules import NAMES
 from ktransformers.planner import masks
 from ktransformers.planner.profile import RoutingProfile

@@ -13,15 +13,17 @@ from typing import Any
 
 from torch import nn
 
-from ktransformers import optimize, rules
+from ktransformers import optimize
+from ktransformers.configs import meta_model, read_config, text_config
 from ktransformers.errors import KTransformersError, UnsupportedError
 from ktransformers.loaders import bind, open_weights
+from ktransformers.machine.hardware import Hardware
+from ktransformers.machine.units import GIB, format_bytes
 from ktransformers.models import DEFAULT_RULES
+from ktransformers.models.traits import TRAITS
 from ktransformers.operators.inner_ops import is_cpu
 from ktransformers.planner import formats, masks, sizes, speed
 from ktransformers.planner import probes as torch_probes
-from ktransformers.planner.configs import meta_model, read_config, text_config
-from ktransformers.planner.hardware import Hardware
 from ktransformers.planner.placement import (
     Layer,
     Placement,
@@ -33,8 +35,8 @@ from ktransformers.planner.placement import (
     rule_text,
 )
 from ktransformers.planner.profile import RoutingProfile
-from ktransformers.planner.units import GIB, format_bytes
-from ktransformers.traits import TRAITS
+from ktransformers.rules.plan import Replacement
+from ktransformers.rules.plan import plan as plan_rules
 
 BASE_RAM = 360 << 20
 """Bytes that Python, torch and transformers hold before a model is loaded, measured; and, per GPU, a CUDA context."""
@@ -120,7 +122,7 @@ class Planner:
         self.base = packaged_content(self.base_name)
         self.caches = sizes.caches(self.model)
         self.form = self._format(weights, form)
-        self._plans: dict[str, Mapping[str, rules.Replacement]] = {}
+        self._plans: dict[str, Mapping[str, Replacement]] = {}
 
     def _format(self, weights: str | Path | None, form: str | None) -> formats.Format:
         if weights is not None and form is not None:
@@ -175,12 +177,12 @@ class Planner:
         parts = sizes.parts(self.model, plan, form, _hits(wish.profile))
         return self._answer(hardware, wish, form, probes, placement, content, parts)
 
-    def _planned(self, content: dict[str, Any], gpus: int) -> Mapping[str, rules.Replacement]:
+    def _planned(self, content: dict[str, Any], gpus: int) -> Mapping[str, Replacement]:
         key = repr((content, gpus))
         if key not in self._plans:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of the packaged file, whose author is not the one who plans
-                self._plans[key] = rules.plan(self.model, content, gpus=gpus)
+                self._plans[key] = plan_rules(self.model, content, gpus=gpus)
         return self._plans[key]
 
     def _layers(self, wish: Wish) -> tuple[list[Layer], int, int]:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ktransformers.errors import KTransformersError, UnsupportedError
-from ktransformers.planner.hardware import Gpu, Hardware
+from ktransformers.machine.hardware import Gpu, Hardware
+from ktransformers.machine.units import GIB
 from ktransformers.planner.plan import Plan, Planner, Wish
 from ktransformers.planner.probes import Probes
-from ktransformers.planner.units import GIB
 
 KINDS = ("weights", "cache", "work")
 GPU_SIZES = (0, 8, 12, 16, 24, 32, 48, 80, 96, 141)

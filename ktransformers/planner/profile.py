@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ktransformers.errors import KTransformersError
+from ktransformers.errors import KTransformersError, ranges
+from ktransformers.models.traits import TRAITS, layer_of
 from ktransformers.operators.experts import KTransformersExperts
-from ktransformers.operators.hot_experts import layer_of, ranges
-from ktransformers.traits import TRAITS
 
 FORMAT, VERSION = "ktransformers routing profile", 1
 MAX_BYTES, MAX_EXPERTS, MAX_COUNT = 64 << 20, 1 << 20, 1 << 62

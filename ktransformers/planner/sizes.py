@@ -13,14 +13,14 @@ import torch
 from torch import nn
 
 from ktransformers import native
+from ktransformers.models.traits import TRAITS, layer_of
 from ktransformers.operators.experts import KTransformersExperts
-from ktransformers.operators.hot_experts import gpu_device, ids_of, layer_of
+from ktransformers.operators.hot_experts import gpu_device, ids_of
 from ktransformers.operators.inner_ops import final_name, given, is_cpu
 from ktransformers.operators.linear import KTransformersLinear
-from ktransformers.planner.chain import placed_by
 from ktransformers.planner.formats import Format
-from ktransformers.rules import Replacement
-from ktransformers.traits import TRAITS
+from ktransformers.rules.chain import placed_by
+from ktransformers.rules.plan import Replacement
 
 DENSE = "dense"
 """The type of a part whose weights torch holds, in the model's dtype."""

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from ktransformers.machine.hardware import Hardware
 from ktransformers.operators.inner_ops import is_cpu
-from ktransformers.planner.hardware import Hardware
 from ktransformers.planner.probes import Probes
 from ktransformers.planner.sizes import DENSE, Cache, Part
 

@@ -13,7 +13,7 @@
 #include <stdint.h>
 
 #include "../include/kt_native.h"
-#include "traits.h"
+#include "formats/traits.h"
 
 #define KT_TILE 16          /* weight rows interleaved in a panel tile */
 #define KT_BLOCK_ROWS 128   /* weight rows of a panel and of a job. Measured beside 64 on Zen 4: prefill 2 to 6 % faster */

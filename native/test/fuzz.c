@@ -17,7 +17,7 @@
 #include <time.h>
 
 #include "../include/kt_native.h"
-#include "../src/traits.h"
+#include "../src/formats/traits.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 void __sanitizer_set_death_callback(void (*callback)(void));

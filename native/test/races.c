@@ -13,7 +13,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "../src/threads.h"
+#include "../src/threads/threads.h"
 
 enum { JOBS = 97, CALLERS = 4, NODES = KT_MAX_NODES };
 

@@ -1,6 +1,6 @@
 /* topology.c: prints what ../src/topology.c finds under a root folder that a test made up: `topology ROOT [NODES]`.
  * Built and run by tests/native/test_threads.py. */
-#include "../src/topology.h"
+#include "../src/threads/topology.h"
 
 #include <stdio.h>
 #include <stdlib.h>

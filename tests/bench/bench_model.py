@@ -27,9 +27,9 @@ def write_synthetic(folder: Path, model_type: str = "qwen3_moe", sizes: dict = S
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from ktransformers import gguf_config
+    from ktransformers.gguf_files.config import add_config
+    from ktransformers.gguf_files.write import choose_type
     from ktransformers.loaders import gguf_names
-    from ktransformers.quantize import choose_type
 
     config = AutoConfig.for_model(model_type, **sizes)
     config.save_pretrained(folder)
@@ -38,7 +38,7 @@ def write_synthetic(folder: Path, model_type: str = "qwen3_moe", sizes: dict = S
     family = next(f for f in gguf_names.FAMILIES.values() if model_type in f.model_types)
     path = folder / f"synthetic-{mix}.gguf"
     writer = gguf.GGUFWriter(path, family.arch)
-    gguf_config.add_config(writer, family.arch, config)
+    add_config(writer, family.arch, config)
     for name, shape in shapes.items():
         layer = name.split(".")[2] if name.startswith("model.layers.") else ""
         if name.endswith("experts.gate_up_proj"):
@@ -114,7 +114,7 @@ def measure(folder: Path, weights: Path, rule: str, prompt: int, count: int) -> 
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from ktransformers import native, optimize_and_load
-    from ktransformers.generate import Sampling, Timing, generate
+    from ktransformers.engine.generate import Sampling, Timing, generate
 
     before = status("RssAnon")
     start = time.perf_counter()

@@ -54,7 +54,7 @@ MODELS = {
 
 def compare(folder: Path, weights: Path, rule: str) -> dict[str, Any]:
     """Plan, run, plan again (the machine's speed moves): predicted and measured figures of one model."""
-    from ktransformers.planner import hardware
+    from ktransformers.machine import hardware
     from ktransformers.planner import plan as planning
 
     planner = planning.Planner(str(folder), weights)

@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from ktransformers import cli, env, native
-from ktransformers.cli import checks, instruction_sets, kernel_check
+from ktransformers.cli.doctor import checks, instruction_sets, kernel_check
 from ktransformers.errors import NativeError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -73,8 +73,8 @@ def test_a_library_that_is_not_built_is_a_problem_that_says_how(monkeypatch):
     def missing():
         raise NativeError(f"ktransformers._native: No module named 'ktransformers._native'; {native.NOT_BUILT}.")
 
-    monkeypatch.setattr(native, "_module", missing)
-    monkeypatch.setattr(native, "_state", None)
+    monkeypatch.setattr(native.library, "_module", missing)
+    monkeypatch.setattr(native.library, "_state", None)
     code, report = doctor()
     assert code == 1 and wrong(report) == ["C library"]
     assert "make setup" in by_name(report)["C library"]["fix"]
@@ -232,8 +232,8 @@ def test_a_missing_package_says_how_to_get_it(monkeypatch):
 
 def test_little_room_and_little_memory_are_notes(monkeypatch):
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 30))
-    monkeypatch.setattr(checks.machine, "memory", lambda: (64 << 30, 1 << 30))
-    monkeypatch.setattr(checks.machine, "huge_pages", lambda: "never")
+    monkeypatch.setattr(checks.system, "memory", lambda: (64 << 30, 1 << 30))
+    monkeypatch.setattr(checks.system, "huge_pages", lambda: "never")
     code, report = doctor("--quick")
     notes = [check["name"] for check in report["checks"] if check["status"] == "note"]
     assert code == 0 and {"RAM", "huge pages", "models"} <= set(notes)

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ktransformers import cli
-from ktransformers.rules import load_rules
+from ktransformers.rules.plan import load_rules
 
 BOX = ("--ram", "64GiB")
 
@@ -53,9 +53,9 @@ def test_what_does_not_fit_has_exit_code_1_and_says_what_would(tmp_path):
 
 
 def test_the_written_rule_file_passes_check_and_simulation(tmp_path):
-    from ktransformers.planner.chain import chain_problems
-    from ktransformers.planner.configs import meta_model, read_config
-    from ktransformers.rules import plan
+    from ktransformers.configs import meta_model, read_config
+    from ktransformers.rules.chain import chain_problems
+    from ktransformers.rules.plan import plan
 
     path = tmp_path / "rule.yaml"
     kt("glm-4.5-air", "--ram", "128GiB", *["--gpu", "16GiB"] * 2, "--format", "Q4_K_M", "-o", str(path))

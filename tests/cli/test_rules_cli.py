@@ -5,12 +5,12 @@ import re
 
 import pytest
 import yaml
-from tiny import tiny_config
 from typer.testing import CliRunner
 
 from ktransformers import cli
 from ktransformers.cli import rules as command
-from ktransformers.rules import load_rules
+from ktransformers.rules.plan import load_rules
+from tests.tiny import tiny_config
 
 TWO_GPUS = r"""# Two GPUs for a model of six layers.
 # Made by hand.

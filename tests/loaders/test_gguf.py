@@ -12,7 +12,7 @@ import torch
 
 from ktransformers.errors import KTransformersError, UnsupportedError, WeightError
 from ktransformers.loaders import open_weights
-from ktransformers.quants import QUANT_TYPES
+from ktransformers.quants.blocks import QUANT_TYPES
 
 U32, F32, BOOL, STRING, ARRAY, U64 = 4, 6, 7, 8, 9, 10  # metadata type ids
 

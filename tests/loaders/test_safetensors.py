@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from ktransformers.errors import KTransformersError, UnsupportedError, WeightError
 from ktransformers.loaders import open_weights
-from tests.loaders.tiny import write_safetensors
+from tests.loaders.small_files import write_safetensors
 
 
 def entry(dtype="F32", shape=(2,), offsets=(0, 8)) -> dict:

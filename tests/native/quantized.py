@@ -8,7 +8,7 @@ LESS = torch.tensor(126.0) / LEVELS
 
 
 def _sum(terms: torch.Tensor) -> torch.Tensor:
-    """fp32 [..., 32] -> [..., 1], pairwise as act_impl.h adds."""
+    """fp32 [..., 32] -> [..., 1], pairwise as act.h adds."""
     v = terms[..., :16] + terms[..., 16:]
     v = v[..., :8] + v[..., 8:]
     v = v[..., :4] + v[..., 4:]

@@ -1,6 +1,6 @@
 """Random weights whose scales lie beside the codes, in the layouts of published checkpoints. Not a test.
 
-ktransformers.scaled is the truth of their values; it is held to the formats' own libraries in tests/loaders.
+ktransformers.quants.scaled is the truth of their values; it is held to the formats' own libraries in tests/loaders.
 """
 
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ktransformers.scaled import SCALE_TYPES, SCALED_TYPES, ScaledWeight
+from ktransformers.quants.scaled import SCALE_TYPES, SCALED_TYPES, ScaledWeight
 
 
 @dataclass(frozen=True)

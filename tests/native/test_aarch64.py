@@ -95,6 +95,6 @@ def test_every_format_on_every_rung(program, processor, cases, rungs):
 def test_big_endian_is_refused():
     """Packed weights are little-endian; on another machine the library does not build, and says why."""
     flags = ["-U__BYTE_ORDER__", "-D__BYTE_ORDER__=__ORDER_BIG_ENDIAN__", "-fsyntax-only"]
-    found = subprocess.run(["cc", *flags, "native/src/traits.c"], cwd=ROOT, capture_output=True, text=True, check=False)
+    found = subprocess.run(["cc", *flags, "native/src/formats/traits.c"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert found.returncode != 0
     assert "packed weights are little-endian" in found.stderr

@@ -59,7 +59,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 def test_tables_agree():
     """SUPPORTED_TYPES, ACTIVATIONS, ISAS and block sizes are the library's own."""
-    state = native._native()
+    state = native.library.loaded()
     assert set(state.type_ids) == native.SUPPORTED_TYPES | native.SCALED_TYPES
     assert set(FORMATS) == native.SUPPORTED_TYPES
     for name, (block, size) in FORMATS.items():
@@ -78,22 +78,22 @@ def test_tables_agree():
 
 
 def test_grids_are_those_of_python():
-    """native/src/iq_grids.h is what native/iq_tables.py makes of ktransformers/iq_grids.py."""
+    """native/src/formats/iq_grids.h is what native/iq_tables.py makes of ktransformers/quants/iq_grids.py."""
     text = runpy.run_path(str(ROOT / "native" / "iq_tables.py"))["text"]()
-    assert (ROOT / "native/src/iq_grids.h").read_text(encoding="ascii") == text, "run python native/iq_tables.py"
+    assert (ROOT / "native/src/formats/iq_grids.h").read_text(encoding="ascii") == text, "run python native/iq_tables.py"
 
 
 def test_types_have_ggufs_ids():
     """The ids are those of the GGUF file format."""
     import gguf
 
-    for name, i in native._native().type_ids.items():
+    for name, i in native.library.loaded().type_ids.items():
         assert i >= 1000 if name in native.SCALED_TYPES else gguf.GGMLQuantizationType[name].value == i
 
 
 def test_every_status_has_words():
     """kt_status_message covers every status of the header, each differently."""
-    state = native._native()
+    state = native.library.loaded()
     header = (ROOT / "native/include/kt_native.h").read_text()
     codes = [int(n) for n in re.findall(r"KT_(?:OK|ERR_\w+) = (\d+)", header)]
     words = [state.text(state.lib.kt_status_message(c)) for c in [*codes, 99]]
@@ -224,7 +224,7 @@ def test_experts_that_do_not_fit_are_named():
 
 def test_c_checks_its_own_arguments():
     """The library itself refuses NULLs, unknown ids and impossible sizes with a status."""
-    state, pool = native._pool()
+    state, pool = native.library.pooled()
     ffi, lib = state.ffi, state.lib
     data = ffi.new("uint8_t[]", 34 * 4)
     x = ffi.new("float[]", 64)

@@ -1,5 +1,5 @@
 """Weights whose scales lie beside their codes, through the C library: every type, scale type, group, zero point and
-layout, on every path and instruction set, is the product with what ktransformers.scaled dequantizes.
+layout, on every path and instruction set, is the product with what ktransformers.quants.scaled dequantizes.
 
 `threshold` chooses the path: 1 = panels for any number of tokens, 1000 = a decode kernel where there is one.
 """
@@ -12,7 +12,7 @@ import torch
 
 from ktransformers import native
 from ktransformers.errors import NativeError
-from ktransformers.scaled import SCALE_TYPES, SCALED_TYPES, ScaledWeight
+from ktransformers.quants.scaled import SCALE_TYPES, SCALED_TYPES, ScaledWeight
 from tests.native.quantized import quantized
 from tests.native.scaled_blocks import KINDS, Kind, random_scaled
 from tests.native.test_kernels import DECODE, ISAS, PREFILL, activations, relative, rng_for

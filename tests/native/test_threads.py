@@ -138,7 +138,7 @@ def topology(tmp_path_factory):
     if not shutil.which(compiler[0]):
         pytest.skip("no C compiler")
     folder = tmp_path_factory.mktemp("topology")
-    sources = [str(ROOT / "native" / f) for f in ("test/topology.c", "src/topology.c")]
+    sources = [str(ROOT / "native" / f) for f in ("test/topology.c", "src/threads/topology.c")]
     subprocess.run([*compiler, "-std=gnu11", "-O1", *sources, "-o", str(folder / "program")], check=True)
 
     def run(files: dict[str, str], nodes: str | None = None) -> dict[str, list[tuple[int, ...]]]:
@@ -451,7 +451,7 @@ def test_queue_errors():
     with pytest.raises(NativeError, match="expected a Pool"):
         native.Queue(3)
 
-    state = native._native()
+    state = native.library.loaded()
     _, broken, keep = queue._experts_call(e, x, ids, w, out)
     broken.dtype = 7
     queue.submit(e, x, ids, w, out)

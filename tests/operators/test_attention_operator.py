@@ -5,14 +5,14 @@ import re
 
 import pytest
 import torch
-from dict_weights import DictWeights
-from tiny import YARN, meta_model, random_ids, relative_error, tiny_config, tiny_model
 from torch import nn
 from transformers import AutoConfig, DynamicCache
 
 from ktransformers.errors import UnsupportedError
 from ktransformers.operators.attention import KDeepseekV2Attention
 from ktransformers.operators.base_operator import load_weights
+from tests.dict_weights import DictWeights
+from tests.tiny import YARN, meta_model, random_ids, relative_error, tiny_config, tiny_model
 
 FAMILIES = pytest.mark.parametrize("mla", ["deepseek_v2", "deepseek_v3"])
 

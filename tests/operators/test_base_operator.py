@@ -6,8 +6,6 @@ import pickle
 
 import pytest
 import torch
-from dict_weights import DictWeights
-from tiny import meta_model, random_ids, relative_error, tiny_model
 from torch import nn
 
 from ktransformers.errors import UnsupportedError, WeightError
@@ -19,6 +17,8 @@ from ktransformers.operators.base_operator import (
     forward_only,
     load_weights,
 )
+from tests.dict_weights import DictWeights
+from tests.tiny import meta_model, random_ids, relative_error, tiny_model
 
 
 class Block(nn.Module):

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import meta_model, random_ids
 
 from ktransformers import optimize_and_load
 from ktransformers.operators import cpu_attention
+from tests.tiny import meta_model, random_ids
 
 
 def inputs(batch, heads, groups, cached, size, width, dtype):

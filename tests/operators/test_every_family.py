@@ -9,21 +9,20 @@ import json
 import re
 from dataclasses import replace
 
-import families
 import pytest
 import torch
 from ktransformers.models import DEFAULT_RULES, ONE_BY_ONE
 from safetensors.torch import load_file, save_file
-from tiny import meta_model, random_ids, randomize, relative_error, save
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ktransformers import optimize_and_load, plan
+from ktransformers.engine.generate import Sampling, generate
 from ktransformers.errors import RuleError
-from ktransformers.generate import Sampling, generate
 from ktransformers.operators.experts import KTransformersExperts
-from ktransformers.rules import load_rules
-from tests import support
+from ktransformers.rules.plan import load_rules
+from tests import families, support
+from tests.tiny import meta_model, random_ids, randomize, relative_error, save
 
 CPU = {"cuda": "cpu"}
 PROMPT = random_ids(1, 11)

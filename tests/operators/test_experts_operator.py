@@ -5,14 +5,14 @@ import re
 
 import pytest
 import torch
-from dict_weights import DictWeights
-from tiny import FAMILIES, meta_model, tiny_config, tiny_model
 from torch import nn
 
 from ktransformers.errors import UnsupportedError
 from ktransformers.operators import base_operator, experts
 from ktransformers.operators.base_operator import InferenceState
 from ktransformers.operators.experts import KExpertsCPU, KExpertsTorch, KTransformersExperts
+from tests.dict_weights import DictWeights
+from tests.tiny import FAMILIES, meta_model, tiny_config, tiny_model
 
 KEY = "model.layers.2.mlp.experts"
 CPU = {"generate_device": "cpu", "prefill_device": "cpu"}

@@ -4,10 +4,10 @@ import functools
 
 import pytest
 import torch
-from tiny import YARN, meta_model, random_ids, relative_error, save, tiny_model
 from transformers import StaticCache
 
 from ktransformers import optimize_and_load
+from tests.tiny import YARN, meta_model, random_ids, relative_error, save, tiny_model
 
 OPERATORS = "ktransformers.operators."
 MOE_BLOCK = {

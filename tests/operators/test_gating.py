@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from dict_weights import DictWeights
+from ktransformers.models.traits import is_interleaved
 from torch import nn
 from transformers import AutoConfig
 from transformers.activations import ACT2FN
@@ -12,8 +12,8 @@ from transformers.activations import ACT2FN
 from ktransformers.loaders import ExpertWeights
 from ktransformers.operators.experts import KExpertsCPU, KTransformersExperts
 from ktransformers.operators.gating import Gating, gating_of
-from ktransformers.quants import QUANT_TYPES, Packed
-from ktransformers.traits import is_interleaved
+from ktransformers.quants.blocks import QUANT_TYPES, Packed
+from tests.dict_weights import DictWeights
 
 CPU = {"generate_device": "cpu", "prefill_device": "cpu"}
 SIZES = dict(hidden_size=32, intermediate_size=24, moe_intermediate_size=24, num_local_experts=4, n_routed_experts=4,

@@ -2,23 +2,24 @@
 
 import re
 
-import families
 import pytest
 import torch
-from dict_weights import DictWeights
-from test_experts_operator import CPU, KEY, loaded, parts, routing
-from test_published_checkpoints import checkpoint, gpt_oss, gpt_oss_config, qwen3_moe_config
-from tiny import meta_model, random_ids, randomize, relative_error, save, tiny_config, tiny_model
+from ktransformers.models.traits import layer_of
 from transformers import AutoModelForCausalLM
 
 from ktransformers import optimize_and_load, plan
-from ktransformers.errors import DeviceError, RuleError
+from ktransformers.errors import DeviceError, RuleError, ranges
+from ktransformers.gguf_files.write import quantize_folder
 from ktransformers.operators import hot_experts
 from ktransformers.operators.base_operator import InferenceState
 from ktransformers.operators.experts import KExpertsCPU, KExpertsTorch, KTransformersExperts
-from ktransformers.operators.hot_experts import expert_ids, layer_of, ranges
-from ktransformers.planner.fake import fake_devices
-from ktransformers.quantize import quantize_folder
+from ktransformers.operators.hot_experts import expert_ids
+from ktransformers.simulator.fake import fake_devices
+from tests import families
+from tests.dict_weights import DictWeights
+from tests.operators.test_experts_operator import CPU, KEY, loaded, parts, routing
+from tests.operators.test_published_checkpoints import checkpoint, gpt_oss, gpt_oss_config, qwen3_moe_config
+from tests.tiny import meta_model, random_ids, randomize, relative_error, save, tiny_config, tiny_model
 
 OPS = pytest.mark.parametrize("op", ["KExpertsTorch", "KExpertsCPU"])
 

@@ -4,7 +4,6 @@ import warnings
 
 import pytest
 import torch
-from dict_weights import DictWeights
 from torch import nn
 
 from ktransformers.errors import UnsupportedError, WeightError
@@ -17,6 +16,7 @@ from ktransformers.operators.linear import (
     KTransformersLinear,
     LinearTorchInject,
 )
+from tests.dict_weights import DictWeights
 
 KEY = "model.layers.0.proj"
 CPU = {"generate_device": "cpu", "prefill_device": "cpu"}

@@ -4,8 +4,6 @@ import copy
 
 import pytest
 import torch
-from dict_weights import DictWeights
-from tiny import YARN, meta_model, random_ids, relative_error, tiny_config, tiny_model
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
@@ -22,7 +20,9 @@ from ktransformers.operators.gate import KMoEGate
 from ktransformers.operators.linear import KTransformersLinear
 from ktransformers.operators.models import KDeepseekV2Model, KQwen2MoeModel, KQwen3MoeModel
 from ktransformers.operators.RoPE import RotaryEmbedding, YarnRotaryEmbedding, YarnRotaryEmbeddingV3
-from ktransformers.planner.fake import fake_devices
+from ktransformers.simulator.fake import fake_devices
+from tests.dict_weights import DictWeights
+from tests.tiny import YARN, meta_model, random_ids, relative_error, tiny_config, tiny_model
 
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
 DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}

@@ -6,23 +6,23 @@ import re
 import warnings
 from types import SimpleNamespace
 
-import families
 import numpy as np
 import pytest
 import torch
 from ktransformers.models import DEFAULT_RULES
 from safetensors.torch import load_file, save_file
-from tiny import meta_model, random_ids, randomize, relative_error
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ktransformers import native, optimize_and_load
 from ktransformers.errors import NativeError, RuleError
+from ktransformers.gguf_files.write import quantize_folder
 from ktransformers.loaders import bind, open_weights
 from ktransformers.operators import base_operator
 from ktransformers.operators.experts import KTransformersExperts
 from ktransformers.operators.inner_ops import stored_problem
-from ktransformers.quantize import quantize_folder
+from tests import families
 from tests.loaders import published
+from tests.tiny import meta_model, random_ids, randomize, relative_error
 
 EXPERTS = "ktransformers.operators.experts.KTransformersExperts"
 LINEAR = "ktransformers.operators.linear.KTransformersLinear"

@@ -5,17 +5,18 @@ import re
 import pytest
 import torch
 import yaml
-from tiny import meta_model, random_ids, relative_error
 
 from ktransformers import optimize_and_load
 from ktransformers.errors import KTransformersError, WeightError
+from ktransformers.machine import hardware
+from ktransformers.machine.units import GIB
 from ktransformers.operators.experts import KTransformersExperts
-from ktransformers.planner import hardware, placement, probes, speed
+from ktransformers.planner import placement, probes, speed
 from ktransformers.planner.placement import Layer, Placement, Room
 from ktransformers.planner.plan import Planner, Wish
 from ktransformers.planner.profile import RoutingProfile
-from ktransformers.planner.simulate import simulate
-from ktransformers.planner.units import GIB
+from ktransformers.simulator.simulate import simulate
+from tests.tiny import meta_model, random_ids, relative_error
 
 
 @pytest.fixture(scope="module")

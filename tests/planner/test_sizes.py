@@ -1,19 +1,19 @@
 """What the planner says that parts and caches take, against the modules, files and caches themselves."""
 
-import families
 import pytest
 import torch
 from ktransformers.models import DEFAULT_RULES
 from ktransformers.models.known import KNOWN
-from tiny import meta_model, random_ids
 
 from ktransformers import open_weights, optimize_and_load, plan
+from ktransformers.configs import meta_model as known_model
+from ktransformers.configs import read_config
 from ktransformers.errors import KTransformersError
+from ktransformers.gguf_files.write import quantize_folder
 from ktransformers.loaders import bind
 from ktransformers.planner import formats, sizes
-from ktransformers.planner.configs import meta_model as known_model
-from ktransformers.planner.configs import read_config
-from ktransformers.quantize import quantize_folder
+from tests import families
+from tests.tiny import meta_model, random_ids
 
 CACHED = [*DEFAULT_RULES, "olmoe", "phimoe", "dots1", "exaone_moe", "afmoe"]
 UNKNOWN_CACHE = {"deepseek_v4": "its attention compresses the cache in ways of its own"}

@@ -1,7 +1,7 @@
 /* Decode of floats for AVX2, one row after the other: see ../dot_rows.h for why. */
 #include "dot_vec.h"
-#include "../dot_float_impl.h"
-#include "../dot_f8_impl.h"
+#include "../templates/dot_float.h"
+#include "../templates/dot_f8.h"
 
 /* The last columns of a row, fewer than a vector of floats. */
 #define REST(name, size)                                                             \

@@ -1,6 +1,6 @@
 /* fp32 tiles for AVX2. */
 #include "tile_vec.h"
 
-#include "../tile_float_impl.h"
+#include "../templates/tile_float.h"
 
 void kt_fill_tile_float_avx2(struct kt_kernels *k) { fill_float_tiles(k); }

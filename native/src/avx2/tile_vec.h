@@ -1,4 +1,4 @@
-/* tile_vec.h: the vocabulary of ../tile_impl.h in AVX2: a dword of each of 8 rows. Static inline only. */
+/* tile_vec.h: the vocabulary of ../tile.h in AVX2: a dword of each of 8 rows. Static inline only. */
 #ifndef KT_AVX2_TILE_VEC_H
 #define KT_AVX2_TILE_VEC_H
 

@@ -1,7 +1,7 @@
 #ifndef KT_ISA
 #define KT_ISA avx512
 #endif
-#include "../act_impl.h"
+#include "../templates/act.h"
 #include "common.h"
 
 static uint64_t read_all(const void *p, size_t bytes) {

@@ -5,7 +5,7 @@
 #include <immintrin.h>
 
 #include "../kernels.h"
-#include "../quants.h"
+#include "../formats/quants.h"
 
 #define INLINE static inline __attribute__((always_inline))
 

@@ -3,9 +3,9 @@
 #define KT_ISA avx512
 #endif
 #include "dot_vec.h"
-#include "../dot_beside_impl.h"
-#include "../dot_block_impl.h"
-#include "../dot_columns_impl.h"
+#include "../templates/dot_scaled.h"
+#include "../templates/dot_block.h"
+#include "../templates/dot_columns.h"
 
 void KT_JOIN(kt_fill_dot_, KT_ISA)(struct kt_kernels *k) {
     fill_dot_blocks(k);

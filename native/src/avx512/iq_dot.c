@@ -13,7 +13,7 @@
 #define KT_ISA avx512
 #endif
 #include "iq_grid.h"
-#include "../dot_tokens.h"
+#include "../templates/dot_tokens.h"
 
 enum {
     DOT_TOKENS = 4,

@@ -3,7 +3,7 @@
 #ifndef KT_AVX512_IQ_GRID_H
 #define KT_AVX512_IQ_GRID_H
 
-#include "../iq_tables.h"
+#include "../formats/iq_tables.h"
 #include "common.h"
 
 #if defined(__AVX512VBMI__) && defined(__GFNI__)

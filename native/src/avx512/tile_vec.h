@@ -1,4 +1,4 @@
-/* tile_vec.h: the vocabulary of ../tile_impl.h in AVX-512: a dword of each of 16 rows. Static inline only. */
+/* tile_vec.h: the vocabulary of ../tile.h in AVX-512: a dword of each of 16 rows. Static inline only. */
 #ifndef KT_AVX512_TILE_VEC_H
 #define KT_AVX512_TILE_VEC_H
 

@@ -1,8 +1,8 @@
 /* Unpacking for AVX-512: rows of 16-bit floats, and tiles of everything that has no grid. */
 #include "tile_vec.h"
 
-#include "../beside_impl.h"
-#include "../tile_k_impl.h"
+#include "../templates/scales_zeros.h"
+#include "../templates/tile_k.h"
 
 static void unpack_f16(const uint8_t *w, int64_t n, void *data, float *scales, float *mins) {
     (void)scales, (void)mins;

@@ -4,8 +4,8 @@
 #include <math.h>
 
 #include "../avx512/dot_vec.h"
-#include "../dot_scales.h"
-#include "../dot_tokens.h"
+#include "../templates/dot_scales.h"
+#include "../templates/dot_tokens.h"
 #include "e4m3.h"
 
 INLINE vfloat dot_pairs(vfloat sum, __m512i w, const uint16_t *x) {

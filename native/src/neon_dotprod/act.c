@@ -1,5 +1,5 @@
-/* Activations (act_impl.h) compiled for NEON, and the read that measures bandwidth. */
-#include "../act_impl.h"
+/* Activations (act.h) compiled for NEON, and the read that measures bandwidth. */
+#include "../templates/act.h"
 #include "common.h"
 
 static uint64_t read_all(const void *p, size_t bytes) {

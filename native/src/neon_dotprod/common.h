@@ -6,7 +6,7 @@
 #include <arm_neon.h>
 
 #include "../kernels.h"
-#include "../quants.h"
+#include "../formats/quants.h"
 
 #define INLINE static inline __attribute__((always_inline))
 

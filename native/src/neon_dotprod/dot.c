@@ -14,7 +14,7 @@ INLINE vfloat v_load_f32(const void *p) { return load_f32(p); }
 INLINE vfloat v_load_f16(const void *p) { return load_f16(p); }
 INLINE vfloat v_load_bf16(const void *p) { return load_bf16(p); }
 
-#include "../dot_float_impl.h"
+#include "../templates/dot_float.h"
 
 /* The last columns of a row, fewer than a vector of floats. */
 #define REST(name, size, value)                                                      \

@@ -1,4 +1,4 @@
-/* tile_vec.h: the vocabulary of ../tile_impl.h in NEON: a dword of each of 4 rows. Static inline only. */
+/* tile_vec.h: the vocabulary of ../tile.h in NEON: a dword of each of 4 rows. Static inline only. */
 #ifndef KT_NEON_TILE_VEC_H
 #define KT_NEON_TILE_VEC_H
 

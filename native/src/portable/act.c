@@ -1,4 +1,4 @@
-#include "../act_impl.h"
+#include "../templates/act.h"
 
 static uint64_t read_all(const void *p, size_t bytes) {
     uint64_t mix[8] = {0}, v[8];

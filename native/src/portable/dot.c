@@ -1,6 +1,6 @@
 /* Decode of floats in portable C, one row at a time. Quantized formats decode through tiles. */
 #include "../kernels.h"
-#include "../quants.h"
+#include "../formats/quants.h"
 
 void kt_fill_unpack_portable(struct kt_kernels *k);
 

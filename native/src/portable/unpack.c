@@ -1,9 +1,9 @@
 /* Unpacking in portable C, the readable truth of every format: plain floats, blocks of 32, ternary and 4-bit floats.
  * Super-blocks are in unpack_k.c, grids in unpack_iq.c. Codes leave in column order.
  * Every table index comes from a bit field as wide as its table, so no byte of a file can lead outside one. */
-#include "../iq_tables.h"
+#include "../formats/iq_tables.h"
 #include "../kernels.h"
-#include "../quants.h"
+#include "../formats/quants.h"
 
 static void unpack_f32(const uint8_t *w, int64_t n, void *data, float *scales, float *mins) {
     (void)scales, (void)mins;

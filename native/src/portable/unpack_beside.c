@@ -1,9 +1,9 @@
 /* Unpacking in portable C of types whose scales lie beside the codes. */
 #include <string.h>
 
-#include "../beside_impl.h"
+#include "../templates/scales_zeros.h"
 #include "../kernels.h"
-#include "../quants.h"
+#include "../formats/quants.h"
 
 static void unpack_f8(const uint8_t *w, int64_t n, void *data, float *scales, float *mins) {
     (void)scales, (void)mins;

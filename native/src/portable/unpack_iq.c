@@ -1,7 +1,7 @@
 /* Unpacking in portable C: the IQ formats, whose values come from tables (iq_tables.h). See unpack.c. */
-#include "../iq_tables.h"
+#include "../formats/iq_tables.h"
 #include "../kernels.h"
-#include "../quants.h"
+#include "../formats/quants.h"
 
 /* ---- IQ4: a codebook of 16 values ------------------------------------------------------------------- */
 

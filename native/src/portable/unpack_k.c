@@ -1,7 +1,7 @@
 /* Unpacking in portable C: the K super-blocks of 256. See unpack.c. Inner loops have one shift for all bytes, so that
  * compilers turn them into vectors. */
 #include "../kernels.h"
-#include "../quants.h"
+#include "../formats/quants.h"
 
 /* The two-bit values of a super-block: 32 bytes a half, four values a byte, 32 apart. */
 static void two_bits(const uint8_t *restrict qs, uint8_t *restrict u) {

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ktransformers import native, scaled
+from ktransformers import native
 from ktransformers.errors import UnsupportedError
+from ktransformers.quants import scaled
 from tests.bench.peers.child import Missing, Peer, serve
 from tests.bench.peers.work import ROLES, Case, Tensors, Work
 from tests.native.blocks import Packed, Type

@@ -1,0 +1,1 @@
+"""One model in use: its cache, its tokens, its sampling. No HTTP, no printing."""

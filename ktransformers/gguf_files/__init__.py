@@ -1,0 +1,1 @@
+"""A model as one .gguf, both ways: config, tokenizer and weights."""

@@ -1,0 +1,358 @@
+"""A transformers folder to a GGUF file: `python -m ktransformers.quantize SRC_FOLDER OUT.gguf --type Q4_K_M`.
+
+Reads through the loaders, one tensor at a time, names and lays tensors out as llama.cpp does, and encodes
+them with encode.py. Peak memory is one packed tensor and one expert in fp32. The file appears whole or not at
+all.
+It is not a converter for every model: the families are those of loaders/gguf_names.py.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ktransformers.errors import KTransformersError, UnsupportedError, WeightError, did_you_mean, join_errors
+from ktransformers.gguf_files.config import add_config
+from ktransformers.gguf_files.tokenizer import add_tokenizer
+from ktransformers.loaders import ModelWeights, bind, gguf_names, open_weights
+from ktransformers.quants.blocks import QUANT_TYPES, QuantType
+from ktransformers.quants.encode import quantize as encode
+
+FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18, "BF16": 32}
+"""What --type takes, and the number that `general.file_type` has for it (gguf.LlamaFileType)."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor to write. `parts` yields its float pieces along the first dimension, in order."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: QuantType
+    parts: Callable[[], Iterator[Tensor]]
+
+
+# --- what to write ----------------------------------------------------------------------------------------
+
+
+_IN_FULL = re.compile(r"\.(ffn_gate_inp|ssm_a$|ssm_d$|ssm_conv1d|shortconv\.conv\.|\w+_norm\.)")
+
+
+def choose_type(name: str, shape: tuple[int, ...], mix: str, layers: int, tied: bool) -> QuantType:
+    """The type of the GGUF tensor `name` under `mix`; mixes follow what published files of that name hold.
+
+    Vectors, routers and what belongs to a state space or a short convolution stay F32. In Q4_K_M and
+    Q5_K_M the output matrix, and the value and down projections of half the layers, get Q6_K. Rows that
+    are no multiple of 256 fall back to Q8_0, of 32 to F16.
+    """
+    if len(shape) == 1 or _IN_FULL.search(name):
+        return QUANT_TYPES["F32"]
+    kind = QUANT_TYPES[mix.removesuffix("_M")]
+    if mix.endswith("_M"):
+        layer = re.match(r"blk\.(\d+)\.(attn_v|attn_v_b|attn_kv_b|ffn_down\w*)\.weight", name)
+        output = name == "output.weight" or (tied and name == "token_embd.weight")
+        if output or (layer and _more_bits(int(layer[1]), layers)):
+            kind = QUANT_TYPES["Q6_K"]
+    for fallback in (kind, QUANT_TYPES["Q8_0"]):
+        if shape[-1] % fallback.block == 0:
+            return fallback
+    return QUANT_TYPES["F16"]
+
+
+def _more_bits(layer: int, layers: int) -> bool:
+    """llama.cpp's choice of layers: the first and last eighth, and every third between."""
+    return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+
+
+def plan(weights: ModelWeights, config, shapes: dict[str, tuple[int, ...]], mix: str) -> list[Output]:
+    """Every tensor to write, in the order of the model, named and shaped as the family's files have them."""
+    family = next(f for f in gguf_names.FAMILIES.values() if config.model_type in f.model_types)
+    tied = bool(config.tie_word_embeddings)
+    outputs = []
+    for name, shape in shapes.items():
+        if tied and name == "lm_head.weight":
+            continue  # readers take token_embd for it
+        for stored, out_shape, parts in _pieces(weights, family, config, name, shape):
+            kind = choose_type(stored, out_shape, mix, config.num_hidden_layers, tied)
+            outputs.append(Output(stored, out_shape, kind, parts))
+    return outputs
+
+
+def _pieces(weights: ModelWeights, family, config, name: str, shape: tuple[int, ...]):
+    """The GGUF tensors that one tensor of the model becomes: (name, shape, parts) each."""
+    expert = gguf_names.expert(name)
+    if expert and not expert["bias"]:
+        yield from _expert_pieces(weights, family, name, expert["layer"], expert["which"], shape)
+        return
+    stored = gguf_names.gguf_name(family, config.num_hidden_layers, name)
+    if stored is None:
+        raise UnsupportedError(f"{name}: GGUF has no name for this tensor in architecture {family.arch}.")
+    how = gguf_names.layout(family, stored)
+    if how is None:
+        out_shape = _as_llama_cpp_has_it(name, shape)
+        yield stored, out_shape, lambda: iter([weights.tensor(name).view(out_shape)])
+        return
+    shapes = [size if how.parts else _as_llama_cpp_has_it(name, size) for size in how.shapes(shape, config)]
+    for part, (part_name, out_shape) in enumerate(zip(gguf_names.part_names(stored, how), shapes, strict=True)):
+
+        def parts(part: int = part, size: tuple[int, ...] = out_shape) -> Iterator[Tensor]:
+            tensor = weights.tensor(name, dtype=None if how.exact else torch.float32)
+            yield how.store(tensor, config)[part].reshape(size)
+
+        yield part_name, out_shape, parts
+
+
+def _as_llama_cpp_has_it(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Without the dimensions of size one of gates and convolutions."""
+    if name.endswith("shared_expert_gate.weight") or "e_score_correction_bias" in name:
+        return shape[-1:]
+    return (shape[0], shape[2]) if len(shape) == 3 and shape[1] == 1 and ".conv" in name else shape
+
+
+def _expert_pieces(weights: ModelWeights, family, name: str, layer: str, which: str, shape: tuple[int, ...]):
+    count, rows, columns = (shape[0], shape[2], shape[1]) if family.columns else shape
+    prefix = name.rpartition(".")[0]
+    kinds = ("gate", "up") if which == "gate_up" else (which,)
+    for number, kind in enumerate(kinds):
+
+        def parts(number: int = number, kind: str = kind) -> Iterator[Tensor]:
+            if not weights.experts_problem(prefix):
+                yield from (matrix.dequantize().unsqueeze(0) for matrix in getattr(weights.experts(prefix), kind))
+                return
+            for matrix in weights.tensor(name):  # [columns, rows]: there are no rows to use as they are
+                whole = matrix.T[number :: len(kinds)] if family.in_turn else matrix.T.chunk(len(kinds))[number]
+                yield whole.contiguous().unsqueeze(0)
+
+        yield f"blk.{layer}.ffn_{kind}_exps.weight", (count, rows // len(kinds), columns), parts
+
+
+# --- writing ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _folder_beside(out: Path) -> Iterator[Path]:
+    """A folder on the disk of `out` to write in, gone afterwards in any case; disk errors become ours."""
+    made = [parent for parent in out.parents if not parent.exists()]  # innermost first
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=".quantize-", dir=out.parent))
+    except OSError as error:
+        raise WeightError(f"{out}: cannot be written ({error}). Choose another place.") from error
+    try:
+        yield folder
+    except OSError as error:
+        free = shutil.disk_usage(out.parent).free
+        raise WeightError(
+            f"{out}: writing failed ({error}); {free / 1e9:.2f} GB are free there, nothing was left behind. "
+            "Free some space or choose another place."
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        for parent in made:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+
+
+def _packed(output: Output) -> Tensor:
+    """All bytes of one output, uint8 [bytes]."""
+    packed = torch.empty(output.type.packed_bytes(output.shape), dtype=torch.uint8)
+    start = 0
+    for part in output.parts():
+        try:
+            piece = encode(part, output.type).view(-1)
+        except WeightError as error:
+            raise WeightError(f"{output.name}: {error}") from error
+        packed[start : start + len(piece)] = piece
+        start += len(piece)
+    return packed
+
+
+def write_gguf(
+    out: Path,
+    arch: str,
+    config,
+    outputs: list[Output],
+    mix: str,
+    source: Path,
+    split: int = 0,
+    progress=lambda _: None,
+) -> tuple[list[Path], str | None]:
+    """Write the planned tensors to `out`, or to OUT-0000i-of-0000n.gguf with at most `split` tensors each.
+
+    `progress` is called with the number of weights after each tensor. Returns the files and why there is no
+    tokenizer in them, if there is none. Raises WeightError when the disk is full, leaving nothing behind.
+    """
+    import gguf
+
+    needed = sum(o.type.packed_bytes(o.shape) for o in outputs)
+    with _folder_beside(out) as folder:
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise WeightError(
+                f"{out}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free. "
+                "Free some space or choose another place."
+            )
+        writer = gguf.GGUFWriter(folder / out.name, arch, split_max_tensors=split)
+        try:
+            writer.add_type("model")
+            writer.add_name(source.resolve().name)
+            writer.add_file_type(FILE_TYPES[mix])
+            writer.add_quantization_version(2)
+            add_config(writer, arch, config)
+            no_tokenizer = add_tokenizer(writer, source, config)
+            _write_tensors(writer, outputs, progress)
+        finally:
+            writer.close()
+        return _publish(folder, out), no_tokenizer
+
+
+def _publish(folder: Path, out: Path) -> list[Path]:
+    """Move the finished files beside `out`: all of them, or none."""
+    places = {path: out.with_name(path.name) for path in sorted(folder.iterdir())}
+    try:
+        for path, place in places.items():
+            path.replace(place)
+    except BaseException:  # Ctrl-C as well
+        moved = [place for path, place in places.items() if not path.exists()]
+        for place in moved if len(moved) < len(places) else []:
+            place.unlink(missing_ok=True)
+        raise
+    return list(places.values())
+
+
+def _write_tensors(writer, outputs: list[Output], progress) -> None:
+    import gguf
+
+    for output in outputs:
+        nbytes = output.type.packed_bytes(output.shape)
+        shape = (*output.shape[:-1], output.type.row_bytes(output.shape[-1]))
+        kind = gguf.GGMLQuantizationType(output.type.id)
+        writer.add_tensor_info(
+            output.name, shape, torch.empty(0, dtype=torch.uint8).numpy().dtype, nbytes, kind
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for output in outputs:
+        writer.write_tensor_data(_packed(output).numpy())
+        progress(output)
+
+
+# --- the program ------------------------------------------------------------------------------------------
+
+
+def quantize_folder(source: Path, out: Path, mix: str = "Q4_K_M", split: int = 0, show: bool = False) -> dict:
+    """Convert the model in `source` to GGUF. Returns a summary: files, bytes, tensors by type, notices.
+
+    Raises WeightError or UnsupportedError, all problems of the checkpoint at once, before writing anything.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if mix not in FILE_TYPES:
+        raise UnsupportedError(
+            f"Unknown --type {mix!r}{did_you_mean(mix, FILE_TYPES)}. Known: {', '.join(FILE_TYPES)}."
+        )
+    if split < 0:
+        raise UnsupportedError(f"--split {split}: expected 0 (one file) or more tensors in a file.")
+    if out.suffix != ".gguf" or out.is_dir():
+        raise WeightError(f"{out}: expected the path of a file NAME.gguf to write.")
+    if not (source / "config.json").is_file():
+        raise WeightError(f"{source}: no config.json in it. Give a folder in Hugging Face form.")
+    try:
+        config = AutoConfig.from_pretrained(source, local_files_only=True)
+    except Exception as error:  # transformers and what it validates with raise many kinds
+        raise WeightError(
+            f"{source / 'config.json'}: cannot be used ({_reason(error)}). Download it again."
+        ) from error
+    families = [f for f in gguf_names.FAMILIES.values() if config.model_type in f.model_types]
+    if not families:
+        known = ", ".join(t for f in gguf_names.FAMILIES.values() for t in f.model_types)
+        raise UnsupportedError(
+            f"{source}: the GGUF names of {config.model_type!r} models are not known. Known: {known}."
+        )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    with open_weights(source) as files:
+        weights = bind(files, model)
+        tied = model._tied_weights_keys if config.tie_word_embeddings else {}
+        problems = weights.problems({n: s for n, s in shapes.items() if n not in tied})
+        if problems:
+            raise join_errors(WeightError, f"{source}: the weights do not fit the config:", problems)
+        outputs = plan(weights, config, shapes, mix)
+        with _progress(outputs, show) as advance:
+            written, notice = write_gguf(out, families[0].arch, config, outputs, mix, source, split, advance)
+    return {
+        "files": [str(path) for path in written],
+        "bytes": sum(path.stat().st_size for path in written),
+        "types": dict(Counter(output.type.name for output in outputs)),
+        "notices": [f"no tokenizer in the file: {notice}; llama.cpp needs one"] if notice else [],
+    }
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error's text, with the next where the first only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
+@contextmanager
+def _progress(outputs: list[Output], show: bool) -> Iterator[Callable[[Output], None]]:
+    """A progress bar by weights, or nothing."""
+    if not show:
+        yield lambda _: None
+        return
+    from rich.progress import Progress
+
+    size = lambda output: torch.Size(output.shape).numel()  # noqa: E731
+    with Progress() as bar:
+        task = bar.add_task("quantizing", total=sum(map(size, outputs)))
+        yield lambda output: bar.update(task, advance=size(output))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Returns the exit status: 0, or after one line of error 1, or 130 for Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        "ktransformers.gguf_files.write", description="A Hugging Face folder to a GGUF file."
+    )
+    parser.add_argument("source", type=Path, help="folder with config.json and safetensors")
+    parser.add_argument("out", type=Path, help="the file to write, NAME.gguf")
+    parser.add_argument(
+        "--type", default="Q4_K_M", metavar="TYPE", help=f"one of {', '.join(FILE_TYPES)} (Q4_K_M)"
+    )
+    parser.add_argument(
+        "--split", type=int, default=0, metavar="N", help="at most N tensors in a file; 0: one file (0)"
+    )
+    parser.add_argument("--json", action="store_true", help="no progress; one JSON object on stdout")
+    options = parser.parse_args(arguments)
+    try:
+        done = quantize_folder(
+            options.source, options.out, options.type, options.split, show=not options.json
+        )
+    except (KTransformersError, KeyboardInterrupt) as error:
+        stopped = isinstance(error, KeyboardInterrupt)
+        text = "interrupted, nothing was left behind" if stopped else str(error)
+        print(json.dumps({"error": text}) if options.json else f"error: {text}", file=sys.stderr)
+        return 130 if stopped else 1
+    if options.json:
+        print(json.dumps(done))
+        return 0
+    kinds = ", ".join(f"{count} {name}" for name, count in done["types"].items())
+    print(f"wrote {', '.join(done['files'])}: {done['bytes'] / 1e6:.1f} MB, tensors: {kinds}")
+    for notice in done["notices"]:
+        print(f"note: {notice}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""GGUF names to the model's, through gguf_names.py, and the file's metadata against the config."""
+
+import re
+
+from ktransformers.loaders import gguf_names
+from ktransformers.loaders.base import WeightFiles
+from ktransformers.loaders.binding import Binding, Shapes, extra_layers
+from ktransformers.loaders.sources import (
+    Laid,
+    Plain,
+    Source,
+    Stacked,
+    StackedColumns,
+)
+
+
+def bind_gguf(files: WeightFiles, model, shapes: Shapes, binding: Binding) -> None:
+    config = model.config
+    family = gguf_names.family_of(files.metadata.get("general.architecture"), config.model_type)
+    binding.notes += _metadata_mismatches(files.metadata, family.arch, config)
+    if family.in_turn:
+        binding.interleaved.update(name for name in shapes if name.endswith(".experts.gate_up_proj"))
+    for name, shape in shapes.items():
+        source, looked_for = _gguf_source(files, family, config, name, shape)
+        if source is not None:
+            binding.sources[name] = source
+        else:
+            binding.absent[name] = f"missing in the checkpoint, looked for {looked_for}"
+    binding.ignored.append(gguf_names.IGNORED.pattern)
+    predicting = files.metadata.get(f"{family.arch}.nextn_predict_layers")
+    binding.ignored += [rf"^blk\.{n}\." for n in extra_layers(config, predicting)]
+    # Some files hold kv_b whole and split; the whole one is used.
+    binding.harmless.update(
+        n
+        for n in files.names()
+        if re.search(r"\.attn_[kv]_b\.weight$", n) and re.sub(r"attn_[kv]_b", "attn_kv_b", n) in files
+    )
+
+
+def _gguf_source(
+    files: WeightFiles, family, config, name: str, shape: tuple[int, ...]
+) -> tuple[Source | None, str]:
+    """The source of one model tensor, and the GGUF name or names that were looked for."""
+    expert = gguf_names.expert(name)
+    if expert and not expert["bias"]:
+        return _gguf_experts(files, family, expert["layer"], expert["which"], shape)
+    stored = gguf_names.gguf_name(family, config.num_hidden_layers, name)
+    if stored is None:
+        return None, "no name: GGUF has none for it"
+    how = gguf_names.layout(family, stored)
+    names = gguf_names.part_names(stored, how) if how else [stored]
+    if how and all(part in files for part in names):
+        if not how.parts or stored not in files:
+            return Laid(files, names, how, shape, config), stored
+    if stored in files and (how is None or how.parts):
+        return Plain(files, stored, shape), stored
+    return None, stored if names == [stored] else f"{stored}, or {' and '.join(names)}"
+
+
+def _gguf_experts(
+    files: WeightFiles, family, layer: str, which: str, shape: tuple[int, ...]
+) -> tuple[Source | None, str]:
+    fused = f"blk.{layer}.ffn_{which}_exps.weight"
+    if fused in files and which == "gate_up" and not family.columns:
+        return Stacked(files, [fused]), fused
+    kinds = ("gate", "up") if which == "gate_up" else (which,)
+    parts, looked_for = [], []
+    for kind in kinds:
+        stacked, single = gguf_names.expert_names(layer, kind, shape[0])
+        looked_for.append(stacked)
+        if stacked in files:
+            parts.append(stacked)
+        elif single[0] in files and all(name in files for name in single):
+            parts.append(single)
+        elif single[0] in files:
+            looked_for[-1] = next(name for name in single if name not in files)
+    if len(parts) < len(kinds):
+        return None, " and ".join(looked_for)
+    source = StackedColumns(files, parts, family.in_turn) if family.columns else Stacked(files, parts)
+    return source, " and ".join(looked_for)
+
+
+def _metadata_mismatches(metadata: dict, arch: str, config) -> list[str]:
+    """Numbers that the file and the config both give and do not agree on."""
+    notes = []
+
+    def compare(key: str, stored: object, attribute: str, *also: int) -> None:
+        wanted = getattr(config, attribute)
+        if type(stored) is int and stored != wanted and stored not in also:
+            notes.append(f"{arch}.{key} is {stored} in the GGUF file, the config has {attribute} {wanted}")
+
+    stated = metadata.get(f"{arch}.nextn_predict_layers")
+    extra = len(extra_layers(config, stated))  # files may count the prediction layers that they leave out, or not
+    layers = config.num_hidden_layers
+    compare("block_count", metadata.get(f"{arch}.block_count"), "num_hidden_layers", layers + extra)
+    for key, attributes in gguf_names.CHECKS:
+        attribute = next((a for a in attributes if getattr(config, a, None) is not None), None)
+        if attribute:
+            compare(key, metadata.get(f"{arch}.{key}"), attribute)
+    return notes

@@ -1,0 +1,59 @@
+"""The border to the C library (native/include/kt_native.h): the only folder that knows ffi and lib.
+
+It checks tensors, passes pointers and turns status codes into exceptions; it computes nothing. Importing it
+starts no thread and works without the library being built: the first use then says what to do. The GIL is
+released inside every C call, and calls from several threads on the one pool wait for each other.
+
+Letters: T tokens, H hidden, I intermediate, E experts, K experts per token.
+"""
+
+from ktransformers.native.checks import MAX_THREADS
+from ktransformers.native.experts import ACTIVATIONS, Experts
+from ktransformers.native.library import (
+    NOT_BUILT,
+    Pool,
+    available,
+    bench_peak,
+    bench_read,
+    cpu_features,
+    default_threads,
+    isa,
+    isas,
+    scratch_bytes,
+    set_exact,
+    set_isa,
+    set_panel_threshold,
+    set_threads,
+    threads,
+)
+from ktransformers.native.linear import Linear
+from ktransformers.native.queue import HostCall, Queue
+from ktransformers.native.weights import SCALED_TYPES, SCALES, SUPPORTED_TYPES, dequantize
+
+__all__ = [
+    "ACTIVATIONS",
+    "MAX_THREADS",
+    "NOT_BUILT",
+    "SCALED_TYPES",
+    "SCALES",
+    "SUPPORTED_TYPES",
+    "Experts",
+    "HostCall",
+    "Linear",
+    "Pool",
+    "Queue",
+    "available",
+    "bench_peak",
+    "bench_read",
+    "cpu_features",
+    "default_threads",
+    "dequantize",
+    "isa",
+    "isas",
+    "scratch_bytes",
+    "set_exact",
+    "set_isa",
+    "set_panel_threshold",
+    "set_threads",
+    "threads",
+]

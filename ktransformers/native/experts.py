@@ -1,0 +1,143 @@
+"""The routed experts of a layer on packed bytes."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ktransformers.errors import NativeError, UnsupportedError, did_you_mean
+from ktransformers.native.checks import DTYPES, as_read, checked_input, readable_tensor
+from ktransformers.native.library import Pool, State, loaded, pooled
+from ktransformers.native.weights import fill_weight
+
+if TYPE_CHECKING:
+    from ktransformers.quants.blocks import Packed
+
+ACTIVATIONS = {
+    "silu": 0, "gelu": 1, "gelu_tanh": 2, "gelu_pytorch_tanh": 2, "relu": 3, "relu2": 4, "swigluoai": 5,
+}  # fmt: skip
+"""Names of kt_activation, in transformers' spelling where it has one; a test holds them to the header."""
+
+
+class Experts:
+    """Routed experts on packed bytes. Keeps the Packed weights alive; makes no copy of them. No gradients."""
+
+    def __init__(
+        self,
+        gate: list[Packed] | None,
+        up: list[Packed],
+        down: list[Packed],
+        activation: str = "silu",
+        name: str = "experts",
+        *,
+        gate_bias: torch.Tensor | None = None,
+        up_bias: torch.Tensor | None = None,
+        down_bias: torch.Tensor | None = None,
+        alpha: float = 1.0,
+        limit: float | None = None,
+    ) -> None:
+        """E matrices each: gate and up [I, H], down [H, I]; types may differ. `activation`: a key of ACTIVATIONS.
+
+        `gate` None: experts without a gate, activation(up). Biases: floats [E, I], [E, I], [E, H]. Before the
+        activation gate is cut to at most `limit` and up to -limit..limit. "swigluoai" is
+        gate * sigmoid(alpha * gate) * (up + 1).
+        Raises UnsupportedError for a weight type or activation without C code, NativeError for what does not fit.
+        """
+        state = loaded()
+        if not isinstance(activation, str) or activation not in ACTIVATIONS:
+            raise UnsupportedError(
+                f"{name}: activation {activation!r} is not computed in C{did_you_mean(str(activation), ACTIVATIONS)}. "
+                f"Known: {', '.join(ACTIVATIONS)}."
+            )
+        roles = {"gate": gate, "up": up, "down": down}
+        for role, weights in roles.items():
+            if not isinstance(weights, (list, tuple)) and not (role == "gate" and weights is None):
+                raise NativeError(f"{name} ({role}): found {type(weights).__name__}, expected a list of E Packed.")
+        counts = [len(w) for w in roles.values() if w is not None]
+        if not up or len(set(counts)) != 1:
+            found = ", ".join(f"{len(w)} {role}" for role, w in roles.items() if w is not None)
+            raise NativeError(f"{name}: found {found} matrices, expected E of each.")
+        self.name, self.count = name, len(up)
+        self._keep: list[Any] = []
+        role = "up" if gate is None else "gate"
+        first = fill_weight(state, roles[role][0], f"{name}.0.{role}", [], state.ffi.new("kt_weight *"))
+        self.intermediate, self.hidden = first
+        arrays = []
+        shapes = {"up": (self.intermediate, self.hidden), "down": (self.hidden, self.intermediate)}
+        for role, weights in roles.items():
+            if weights is None:
+                arrays.append(state.ffi.NULL)
+                continue
+            array = state.ffi.new("kt_weight[]", self.count)
+            for e, weight in enumerate(weights):
+                subject, expected = f"{name}.{e}.{role}", shapes.get(role, shapes["up"])
+                shape = fill_weight(state, weight, subject, self._keep, array[e])
+                if shape != expected:
+                    raise NativeError(f"{subject}: found shape {list(shape)}, expected {list(expected)}.")
+            arrays.append(array)
+        glu = state.ffi.new("kt_glu *", {"activation": ACTIVATIONS[activation], "alpha": alpha})
+        glu.limit = math.inf if limit is None else limit
+        glu.gate_bias = self._bias(state, gate_bias, "gate", self.intermediate)
+        glu.up_bias = self._bias(state, up_bias, "up", self.intermediate)
+        glu.down_bias = self._bias(state, down_bias, "down", self.hidden)
+        out = state.ffi.new("kt_experts **")
+        status = state.lib.kt_experts_create(self.count, *arrays, glu, out)
+        state.check(status, name)
+        self._experts = state.ffi.gc(out[0], state.lib.kt_experts_destroy)
+
+    def _bias(self, state: State, bias: torch.Tensor | None, role: str, width: int) -> Any:
+        """A pointer to fp32 [E, width] that this object keeps alive."""
+        if bias is None:
+            return state.ffi.NULL
+        expected = f"float [{self.count}, {width}]"
+        readable_tensor(bias, f"{self.name} ({role} bias)", expected, movable=True)
+        if tuple(bias.shape) != (self.count, width) or not bias.is_floating_point():
+            found = f"{bias.dtype} {list(bias.shape)}"
+            raise NativeError(f"{self.name} ({role} bias): found {found}, expected {expected}.")
+        self._keep.append(as_read(bias, torch.float32))
+        return state.ffi.cast("float *", self._keep[-1].data_ptr())
+
+    def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """`hidden` [T, H] float32, bfloat16 or float16; `ids` [T, K] of an integer dtype; `weights` [T, K] float.
+
+        Returns [T, H] of hidden's dtype. An id outside 0..E-1 is skipped; duplicate ids in a row both count.
+        """
+        state, pool = pooled()
+        hidden, ids, weights = self.arguments(hidden, ids, weights)
+        out = torch.empty_like(hidden)
+        cast = state.ffi.cast
+        status = state.lib.kt_experts_forward(
+            self._experts, pool, cast("void *", hidden.data_ptr()), DTYPES[hidden.dtype], hidden.shape[0],
+            cast("int64_t *", ids.data_ptr()), ids.shape[1], cast("float *", weights.data_ptr()),
+            cast("void *", out.data_ptr()),
+        )  # fmt: skip
+        state.check(status, self.name)
+        return out
+
+    def place(self, pool: Pool | None = None) -> None:
+        """Read all weights in, each row by the NUMA node that will compute it in `pool` (None: the module's own), so
+        that pages of a file that are not in memory yet come to lie there. Takes as long as reading the file."""
+        state, handle = pooled() if pool is None else (pool._state, pool._pool)
+        state.check(state.lib.kt_experts_place(self._experts, handle), self.name)
+
+    def arguments(
+        self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The three of `forward`, checked and as C reads them."""
+        hidden = checked_input(hidden, self.hidden, self.name)
+        readable_tensor(ids, f"{self.name} (ids)", "int64 [T, K]", movable=True)
+        readable_tensor(weights, f"{self.name} (weights)", "float [T, K]", movable=True)
+        if hidden.ndim != 2 or ids.ndim != 2 or ids.shape[0] != hidden.shape[0] or weights.shape != ids.shape:
+            raise NativeError(
+                f"{self.name}: found hidden {list(hidden.shape)}, ids {list(ids.shape)}, weights "
+                f"{list(weights.shape)}; expected [T, {self.hidden}], [T, K], [T, K]."
+            )
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise NativeError(f"{self.name}: found ids of {ids.dtype}, expected int64.")
+        if not weights.is_floating_point():
+            raise NativeError(f"{self.name}: found weights of {weights.dtype}, expected a float dtype.")
+        return hidden, as_read(ids, torch.int64), as_read(weights, torch.float32)
+
+    __call__ = forward

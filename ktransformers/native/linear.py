@@ -1,0 +1,50 @@
+"""A linear layer on packed bytes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ktransformers.errors import NativeError
+from ktransformers.native.checks import DTYPES, as_read, checked_input, readable_tensor
+from ktransformers.native.library import loaded, pooled
+from ktransformers.native.weights import fill_weight
+
+if TYPE_CHECKING:
+    from ktransformers.quants.blocks import Packed
+
+
+class Linear:
+    """y = x @ W^T + bias on packed bytes. Keeps the Packed weight alive; makes no copy of it. No gradients."""
+
+    def __init__(self, weight: Packed, bias: torch.Tensor | None = None, name: str = "linear") -> None:
+        """`weight` [N, K] packed along K, `bias` [N] of any float dtype. Raises UnsupportedError, NativeError."""
+        state = loaded()
+        self.name, self.weight = name, weight
+        self._keep: list[Any] = []
+        self._w = state.ffi.new("kt_weight *")
+        self.out_features, self.in_features = fill_weight(state, weight, f"{name} (weight)", self._keep, self._w)
+        self.bias = None
+        if bias is not None:
+            expected = f"float [{self.out_features}]"
+            readable_tensor(bias, f"{name} (bias)", expected, movable=True)
+            if tuple(bias.shape) != (self.out_features,) or not bias.is_floating_point():
+                raise NativeError(f"{name} (bias): found {bias.dtype} {list(bias.shape)}, expected {expected}.")
+            self.bias = as_read(bias, torch.float32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` [..., K] of float32, bfloat16 or float16 -> [..., N] of the same dtype."""
+        state, pool = pooled()
+        x = checked_input(x, self.in_features, self.name)
+        out = torch.empty((*x.shape[:-1], self.out_features), dtype=x.dtype)
+        cast = state.ffi.cast
+        bias = state.ffi.NULL if self.bias is None else cast("float *", self.bias.data_ptr())
+        status = state.lib.kt_linear(
+            pool, self._w, bias, cast("void *", x.data_ptr()), DTYPES[x.dtype],
+            x.numel() // self.in_features, cast("void *", out.data_ptr()),
+        )  # fmt: skip
+        state.check(status, self.name)
+        return out
+
+    __call__ = forward

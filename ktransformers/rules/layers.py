@@ -1,0 +1,142 @@
+"""Where layers live: from the `devices:` of a rule file in the extended form to a device for every module.
+
+`Devices` is what the file says, `place` what that means for one model and so many GPUs. Rules then name the device
+``layer``. Nothing here knows rules, or whether a device exists.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ktransformers.models.traits import TRAITS, find_layers
+
+LAYER = "layer"
+"""The device name that means: where the module's layer lives."""
+AUTO = "auto"
+"""The `devices:` that spreads layers evenly over the GPUs there are, or leaves them on the CPU."""
+REST = "rest"
+"""The layers of `devices:` that no other device has."""
+FORMS = "expected layers such as '0-29', '30-', 7, [0, 4-9] or rest"
+
+
+@dataclass(frozen=True)
+class Devices:
+    """The `devices:` of a file. `layers` is (device, spans, is_rest) each; None stands for "auto"."""
+
+    layers: tuple[tuple[str, tuple[tuple[int, int | None], ...], bool], ...] | None = None
+
+    def named(self) -> list[str]:
+        """The devices that the file names."""
+        return [device for device, _, _ in self.layers or ()]
+
+
+def parse_devices(value: Any) -> tuple[Devices, list[str]]:
+    """Read `devices:`: ``auto``, or a mapping from devices to layers. Returns it and what is wrong with it."""
+    if value == AUTO:
+        return Devices(), []
+    if not isinstance(value, Mapping) or not value:
+        example = "{'cuda:0': '0-29', 'cuda:1': rest}"
+        return Devices(), [f"found {repr(value)[:80]}, expected {AUTO!r} or a mapping such as {example}"]
+    parsed, problems = [], []
+    for device, text in value.items():
+        if not isinstance(device, str):
+            problems.append(f"{device!r} is no device name; expected one like 'cpu' or 'cuda:0'")
+            continue
+        spans, wrong = _spans(text)
+        if wrong:
+            problems.append(f"{device}: {wrong!r} names no layers; {FORMS}")
+        parsed.append((device, tuple(spans), text == REST))
+    if sum(rest for _, _, rest in parsed) > 1:
+        problems.append(f"{REST!r} is given to several devices; give it to one")
+    return Devices(tuple(parsed)), problems
+
+
+def _spans(value: Any) -> tuple[list[tuple[int, int | None]], str]:
+    """First and last layer of each span (None: to the end), and the first part that is none."""
+    if value == REST:
+        return [], ""
+    items = value if isinstance(value, Sequence) and not isinstance(value, str) else str(value).split(",")
+    spans = []
+    for item in [] if isinstance(value, bool) else items:
+        found = re.fullmatch(r"\s*(\d{1,6})\s*(-\s*(\d{1,6})?\s*)?", str(item), re.ASCII)
+        last = found and (int(found[3]) if found[3] else None if found[2] else int(found[1]))
+        if not found or isinstance(item, bool) or (last is not None and last < int(found[1])):
+            return [], str(item)
+        spans.append((int(found[1]), last))
+    return spans, "" if spans else str(value)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """The devices of one model's layers: `stack` is the name of its list of layers, `devices` theirs in order."""
+
+    stack: str
+    devices: tuple[str, ...]
+    last: frozenset[str]
+    """Top-level names of what comes behind the layers: the final norm, the head."""
+
+    def device(self, name: str) -> str:
+        """The device of module `name`: its layer's; the last layer's for what comes behind, else the first's."""
+        if name.startswith(f"{self.stack}."):
+            return self.devices[int(name[len(self.stack) + 1 :].partition(".")[0])]
+        behind = any(name == top or name.startswith(f"{top}.") for top in self.last)
+        return self.devices[-1 if behind else 0]
+
+    @property
+    def transfer_map(self) -> dict[int, str]:
+        """{layer: device} wherever the device changes, from layer 0 on: what the decoder operator takes."""
+        changes = [0, *(i for i in range(1, len(self.devices)) if self.devices[i] != self.devices[i - 1])]
+        return {i: self.devices[i] for i in changes}
+
+
+def place(devices: Devices, model: nn.Module, gpus: int) -> tuple[Placed | None, list[str]]:
+    """What `devices` means for `model` on a machine with `gpus` GPUs, and what is wrong with it."""
+    found = find_layers(model)
+    if found is None:
+        return None, [f"{type(model).__name__} has no list of layers to place; use the classic form, a list of rules"]
+    stack, layers = found
+    count = len(layers)
+    last = frozenset(_behind(model, stack))
+    if devices.layers is None:
+        spread = tuple(f"cuda:{i * gpus // count}" if gpus else "cpu" for i in range(count))
+        return Placed(stack, spread, last), []
+    owners: list[str | None] = [None] * count
+    problems = []
+    for device, spans, _ in devices.layers:
+        for first, end in spans:
+            if (end if end is not None else first) >= count:
+                beyond = end if end is not None else first
+                problems.append(f"{device}: layer {beyond} does not exist; the model has layers 0 to {count - 1}")
+            for i in range(first, min(count, count if end is None else end + 1)):
+                if owners[i] is not None:
+                    problems.append(f"layer {i} is given to {owners[i]} and to {device}; give it to one")
+                owners[i] = owners[i] or device
+    rest = next((device for device, _, is_rest in devices.layers if is_rest), None)
+    missing = [i for i, owner in enumerate(owners) if owner is None]
+    if missing and rest is None:
+        names = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+        problems.append(f"no device has layers {names}; name them, or write a device with {REST!r}")
+    if rest is not None and not missing:
+        problems.append(f"{rest}: {REST!r} is empty, all layers are named; leave it out")
+    return Placed(stack, tuple(owner or rest or "cpu" for owner in owners), last), list(dict.fromkeys(problems))
+
+
+BEFORE = ("per_layer_",)
+"""How names begin of what stands behind the layers but works before them: Gemma 4's embeddings for each layer."""
+
+
+def _behind(model: nn.Module, stack: str) -> list[str]:
+    """Names, as short as possible, of what the walk meets behind the layers, but for what all layers share."""
+    names: list[str] = []
+    behind = False
+    for name, module in model.named_modules():
+        if name == stack:
+            behind = True
+        elif behind and not name.startswith(f"{stack}.") and not any(name.startswith(f"{top}.") for top in names):
+            before = name.rpartition(".")[2].startswith(BEFORE)
+            if not before and not TRAITS["rotary"](module) and not TRAITS["embedding"](module):
+                names.append(name)
+    return names

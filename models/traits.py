@@ -1,0 +1,85 @@
+"""What a module is, told from its structure, so that `match: {trait: ...}` survives renamed classes."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+
+def _is_experts(module: nn.Module) -> bool:
+    """Stacked 3-D expert weights, the one form that transformers 5 gives every MoE family."""
+    stacks = {name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3}
+    ungated = "up_proj" in stacks and "gate_proj" not in stacks  # with both they are shared experts, never routed
+    return "down_proj" in stacks and ("gate_up_proj" in stacks or ungated)
+
+
+def is_transposed(experts: nn.Module) -> bool:
+    """Whether an experts module multiplies from the left: gate_up_proj [E, H, 2I] and down_proj [E, I, H]."""
+    first = getattr(experts, "gate_up_proj", None)
+    down = getattr(experts, "down_proj", None)
+    if not (isinstance(first, Tensor) and isinstance(down, Tensor) and first.dim() == down.dim() == 3):
+        return getattr(experts, "is_transposed", False) is True
+    return first.shape[1:] == (down.shape[2], 2 * down.shape[1])
+
+
+def idle_experts(experts: nn.Module) -> int:
+    """How many experts pass their input on as it is; they come last, and nothing of theirs is ever multiplied."""
+    return len(experts.gate_up_proj) - len(experts.down_proj) if hasattr(experts, "gate_up_proj") else 0
+
+
+def is_interleaved(experts: nn.Module) -> bool:
+    """Whether gate and up take turns in the rows of `gate_up_proj`, instead of gate first."""
+    return getattr(experts, "is_concatenated", True) is False
+
+
+def _is_moe(module: nn.Module) -> bool:
+    return any(_is_experts(child) for child in module.children())
+
+
+def _is_router(module: nn.Module) -> bool:
+    return type(module).__name__.endswith(("Router", "Gate", "MoEGate"))
+
+
+def _is_mla(module: nn.Module) -> bool:
+    return hasattr(module, "kv_a_proj_with_mqa") and hasattr(module, "kv_b_proj")
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return hasattr(module, "o_proj") and (hasattr(module, "k_proj") or _is_mla(module))
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A linear layer and no more: a router may subclass it (Llama-4), and so may grouped projections (DeepSeek-V4)."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+def _is_decoder(module: nn.Module) -> bool:
+    """The stack itself: an embedding and a list of layers behind one another."""
+    layers = getattr(module, "layers", None)
+    return isinstance(layers, nn.ModuleList) and any(isinstance(child, nn.Embedding) for child in module.children())
+
+
+TRAITS: dict[str, Callable[[nn.Module], bool]] = {
+    "experts": _is_experts,
+    "moe": _is_moe,
+    "router": _is_router,
+    "mla": _is_mla,
+    "attention": _is_attention,
+    "linear": is_linear,
+    "decoder": _is_decoder,
+    "rotary": lambda module: "RotaryEmbedding" in type(module).__name__,
+    "norm": lambda module: type(module).__name__.endswith("Norm"),
+    "embedding": lambda module: isinstance(module, nn.Embedding),
+}
+"""Trait name -> predicate on a module of the original model."""
+
+
+def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """The decoder's list of layers and its name: the list of modules that holds most parameters. None without any."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    outermost = [(n, m) for n, m in lists if not any(n.startswith(f"{other}.") for other, _ in lists)]
+    return max(outermost, key=lambda found: sum(p.numel() for p in found[1].parameters()), default=None)
+
+
+def layer_of(key: str) -> int | None:
+    """The number of the layer that module `key` is in, or None: 3 for ``model.layers.3.mlp.experts``."""
+    return next((int(part) for part in key.split(".") if part.isdecimal()), None)

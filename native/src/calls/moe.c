@@ -1,0 +1,389 @@
+/* moe.c: routed experts. No intrinsics here, and no knowledge of formats.
+ *
+ *   sort the (token, slot) pairs by expert                        counting sort; a pair's place is its `pos`
+ *   for each token:             x[t]   = fp32, int8 or bf16 form of hidden[t]
+ *   for each expert, 128 rows:  g      = gate_e @ x[tokens of e]         decode or panel path, by their number
+ *                               u      = up_e   @ x[tokens of e]
+ *                               m[pos] = act(g) * u
+ *   for each pos:               m[pos] in the form that down wants
+ *   for each expert, 128 rows:  y[pos] = down_e @ m[pos of e]
+ *   for each token:             out[t] = sum over slots k, in order, of weights[t,k] * y[pos(t,k)]
+ *
+ * REGULARITIES
+ *  - Each line is one job set; between two of them all threads meet. Jobs are independent and write disjoint
+ *    memory, and every sum has one owner and one order: the result does not depend on the threads.
+ *  - Decode has one token, so each expert meets one token and every weight byte is read once: bandwidth.
+ *  - Prefill gives an expert T*K/E tokens: 48 for T=512, K=6, E=64. Panels are unpacked once for all of them.
+ *  - On several NUMA nodes each has a share of every expert's gate and up rows, and of its down rows: threads compute the
+ *    rows whose pages lie near them (kt_experts_place), and m, small beside the weights, crosses between nodes.
+ *  - Some experts get no token at all and cost nothing; one may get them all.
+ *
+ * EXAMPLE (H=2048, I=1408, E=64, K=6, T=512): 3072 pairs; 64 x 11 gate/up jobs of up to 128 rows x 2048 columns
+ * for about 48 tokens each; m is [3072, 1408]; 64 x 16 down jobs; y is [3072, 2048]. */
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "../../include/kt_native.h"
+#include "../matmul/matmul.h"
+
+enum { MOST_TOKENS = 4096 }; /* of a chunk */
+
+struct kt_experts {
+    int64_t count, hidden, inner; /* E, H, I */
+    kt_glu glu;
+    struct kt_matrix *gate, *up, *down; /* [E] each, one allocation; gate NULL: there is none */
+};
+
+/* An expert that has tokens. */
+struct group {
+    int32_t expert, begin, tokens; /* pos of its first pair, and how many */
+};
+
+/* One call, for a chunk of tokens. */
+struct forward {
+    const struct kt_experts *e;
+    const struct kt_kernels *k;
+    const void *hidden;
+    const int64_t *ids;
+    const float *weights;
+    void *out;
+    int dtype, slots;       /* slots: K */
+    int32_t tokens, pairs, groups, most; /* most: tokens of the busiest expert */
+    int32_t *group_of;      /* [E] scratch of the sort: counts, then next free pos */
+    struct group *group;    /* [groups], busiest first */
+    int32_t *pos;           /* [T, K] place of each pair, -1 if skipped */
+    int32_t *token;         /* [pairs] token of each place */
+    int32_t *place;         /* [pairs] 0, 1, 2, ... */
+    struct kt_acts x, m;
+    float *y;               /* [pairs, y_stride] */
+    int64_t y_stride;
+    int need_x, need_m;
+    _Atomic(uint8_t) odd[MOST_TOKENS]; /* whether a token meets infinities or NaNs, which int8 cannot hold */
+    int rows;                              /* of a job */
+    struct kt_shards by_inner, by_hidden;  /* which expert and rows a job is: gate and up, down */
+    int32_t per_job_x, per_job_m;
+    struct kt_scratch *scratch;
+};
+
+/* ---- creation --------------------------------------------------------------------------------------- */
+
+static int check_expert(struct kt_experts *e, int64_t i) {
+    const struct kt_matrix *g = e->gate ? &e->gate[i] : NULL, *u = &e->up[i], *d = &e->down[i];
+    if (i == 0) e->hidden = u->cols, e->inner = u->rows;
+    int fits = u->cols == e->hidden && u->rows == e->inner && d->cols == e->inner && d->rows == e->hidden;
+    if (g) fits = fits && g->cols == e->hidden && g->rows == e->inner;
+    return fits ? KT_OK : KT_ERR_SHAPE;
+}
+
+static int check_glu(const kt_glu *glu, int has_gate) {
+    if (glu->activation < KT_SILU || glu->activation > KT_SWIGLU_OAI) return KT_ERR_ACTIVATION;
+    if (glu->activation == KT_SWIGLU_OAI && !has_gate) return KT_ERR_ACTIVATION;
+    if (!(glu->limit > 0.0f) || glu->alpha != glu->alpha) return KT_ERR_ACTIVATION; /* NaN, or nothing would pass */
+    return glu->gate_bias && !has_gate ? KT_ERR_NULL : KT_OK;
+}
+
+int kt_experts_create(int64_t count, const kt_weight *gate, const kt_weight *up, const kt_weight *down,
+                      const kt_glu *glu, kt_experts **experts) {
+    if (!experts) return KT_ERR_NULL;
+    *experts = NULL;
+    if (!up || !down || !glu) return KT_ERR_NULL;
+    if (count < 1 || count > 1 << 20) return KT_ERR_SHAPE;
+    int status = check_glu(glu, gate != NULL);
+    if (status) return status;
+    struct kt_experts *e = calloc(1, sizeof *e);
+    struct kt_matrix *all = calloc((size_t)count * 3, sizeof *all);
+    status = e && all ? KT_OK : KT_ERR_MEMORY;
+    if (!status) *e = (struct kt_experts){.count = count, .glu = *glu, .up = all, .down = all + count,
+                                          .gate = gate ? all + 2 * count : NULL};
+    for (int64_t i = 0; i < count && !status; i++) {
+        if (gate) status = kt_matrix_check(&gate[i], &e->gate[i]);
+        if (!status) status = kt_matrix_check(&up[i], &e->up[i]);
+        if (!status) status = kt_matrix_check(&down[i], &e->down[i]);
+        if (!status) status = check_expert(e, i);
+    }
+    if (status) {
+        free(all);
+        free(e);
+        return status;
+    }
+    *experts = e;
+    return KT_OK;
+}
+
+void kt_experts_destroy(kt_experts *e) {
+    if (!e) return;
+    free(e->up); /* the one allocation */
+    free(e);
+}
+
+/* ---- the sort --------------------------------------------------------------------------------------- */
+
+static int busiest_first(const void *a, const void *b) {
+    const struct group *x = a, *y = b;
+    if (x->tokens != y->tokens) return x->tokens < y->tokens ? 1 : -1;
+    return x->expert < y->expert ? -1 : 1;
+}
+
+static int chosen(const struct forward *f, int64_t i) { return f->ids[i] >= 0 && f->ids[i] < f->e->count; }
+
+/* Count first: the memory layout depends on the number of pairs and groups. */
+static void count_pairs(struct forward *f) {
+    memset(f->group_of, 0, (size_t)f->e->count * sizeof *f->group_of);
+    f->pairs = f->groups = f->most = 0;
+    for (int64_t i = 0; i < (int64_t)f->tokens * f->slots; i++)
+        if (chosen(f, i)) f->pairs++, f->group_of[f->ids[i]]++;
+    for (int64_t e = 0; e < f->e->count; e++) {
+        if (f->group_of[e]) f->groups++;
+        if (f->group_of[e] > f->most) f->most = f->group_of[e];
+    }
+}
+
+static void sort_pairs(struct forward *f) {
+    int32_t begin = 0, n = 0;
+    for (int64_t e = 0; e < f->e->count; e++) {
+        int32_t tokens = f->group_of[e];
+        f->group_of[e] = begin;
+        if (tokens) f->group[n++] = (struct group){(int32_t)e, begin, tokens};
+        begin += tokens;
+    }
+    for (int32_t t = 0; t < f->tokens; t++)
+        for (int k = 0; k < f->slots; k++) {
+            int64_t i = (int64_t)t * f->slots + k;
+            f->pos[i] = chosen(f, i) ? f->group_of[f->ids[i]]++ : -1;
+            if (f->pos[i] >= 0) f->token[f->pos[i]] = t;
+        }
+    for (int32_t i = 0; i < f->pairs; i++) f->place[i] = i;
+    qsort(f->group, (size_t)f->groups, sizeof *f->group, busiest_first);
+}
+
+/* ---- jobs ------------------------------------------------------------------------------------------- */
+
+static void prepare_x(void *ctx, int32_t job, int thread) {
+    (void)thread;
+    struct forward *f = ctx;
+    for (int64_t t = (int64_t)job * f->per_job_x; t < kt_min((int64_t)(job + 1) * f->per_job_x, f->tokens); t++) {
+        kt_load_row(f->k, f->hidden, f->dtype, t * f->e->hidden, f->e->hidden, f->x.f + t * f->x.stride);
+        if (!kt_acts_derive(f->k, &f->x, t, f->need_x)) atomic_store_explicit(&f->odd[t], 1, memory_order_relaxed);
+    }
+}
+
+/* What this thread will read after `job`, when the threads of its node take turns. */
+static struct kt_next next_block(const struct forward *f, const struct kt_shards *shards, int32_t job, int node,
+                                 const struct kt_matrix *w) {
+    int64_t next = (int64_t)job + shards->threads_of_node[node];
+    if (next >= shards->first_job[node + 1]) return (struct kt_next){0};
+    int32_t expert, block;
+    kt_shard_job(shards, (int32_t)next, &expert, &block);
+    return (struct kt_next){&w[f->group[expert].expert], (int64_t)block * f->rows};
+}
+
+static void gate_up(void *ctx, int32_t job, int thread) {
+    struct forward *f = ctx;
+    const struct kt_experts *e = f->e;
+    const struct kt_scratch *s = &f->scratch[thread];
+    int32_t at, block;
+    const int node = kt_shard_job(&f->by_inner, job, &at, &block);
+    const struct group *g = &f->group[at];
+    const struct kt_matrix *gate = e->gate ? &e->gate[g->expert] : NULL, *up = &e->up[g->expert];
+    int64_t first = (int64_t)block * f->rows;
+    int rows = (int)kt_min(e->inner - first, f->rows);
+    const int32_t *token = f->token + g->begin;
+    float *m = f->m.f + g->begin * f->m.stride + first;
+    struct kt_next after = next_block(f, &f->by_inner, job, node, gate ? e->gate : e->up), then = {up, first};
+    if (gate) kt_matmul_block(f->k, gate, first, rows, &f->x, token, g->tokens, then, s, s->c, KT_BLOCK_ROWS);
+    kt_matmul_block(f->k, up, first, rows, &f->x, token, g->tokens, after, s, m, f->m.stride);
+    const int64_t bias = g->expert * e->inner + first;
+    for (int64_t i = 0; i < g->tokens; i++) {
+        float *gated = s->c + i * KT_BLOCK_ROWS, *out = m + i * f->m.stride;
+        if (e->glu.gate_bias) f->k->add(e->glu.gate_bias + bias, gated, rows);
+        if (e->glu.up_bias) f->k->add(e->glu.up_bias + bias, out, rows);
+        f->k->activate(&e->glu, gate ? gated : NULL, out, rows);
+    }
+}
+
+static void prepare_m(void *ctx, int32_t job, int thread) {
+    (void)thread;
+    struct forward *f = ctx;
+    for (int64_t p = (int64_t)job * f->per_job_m; p < kt_min((int64_t)(job + 1) * f->per_job_m, f->pairs); p++)
+        if (!kt_acts_derive(f->k, &f->m, p, f->need_m)) atomic_store_explicit(&f->odd[f->token[p]], 1, memory_order_relaxed);
+}
+
+static void down(void *ctx, int32_t job, int thread) {
+    struct forward *f = ctx;
+    int32_t at, block;
+    const int node = kt_shard_job(&f->by_hidden, job, &at, &block);
+    const struct group *g = &f->group[at];
+    const struct kt_matrix *w = &f->e->down[g->expert];
+    int64_t first = (int64_t)block * f->rows;
+    int rows = (int)kt_min(f->e->hidden - first, f->rows);
+    float *y = f->y + g->begin * f->y_stride + first;
+    kt_matmul_block(f->k, w, first, rows, &f->m, f->place + g->begin, g->tokens,
+                    next_block(f, &f->by_hidden, job, node, f->e->down), &f->scratch[thread],
+                    y, f->y_stride);
+    const float *bias = f->e->glu.down_bias;
+    for (int64_t i = 0; bias && i < g->tokens; i++)
+        f->k->add(bias + g->expert * f->e->hidden + first, y + i * f->y_stride, rows);
+}
+
+/* The row of x is no longer needed and takes the sum, before it is converted. */
+static void combine(void *ctx, int32_t job, int thread) {
+    (void)thread;
+    struct forward *f = ctx;
+    const int64_t H = f->e->hidden;
+    for (int64_t t = (int64_t)job * f->per_job_x; t < kt_min((int64_t)(job + 1) * f->per_job_x, f->tokens); t++) {
+        float *sum = f->x.f + t * f->x.stride;
+        int add = 0;
+        for (int64_t i = t * f->slots; i < (t + 1) * f->slots; i++)
+            if (f->pos[i] >= 0) f->k->scale_add(f->weights[i], f->y + f->pos[i] * f->y_stride, sum, H, add), add = 1;
+        if (!add) memset(sum, 0, (size_t)H * sizeof *sum);
+        kt_store_row(f->k, sum, H, f->dtype, f->out, t * H);
+    }
+}
+
+/* ---- the call --------------------------------------------------------------------------------------- */
+
+static void needs(struct forward *f) {
+    f->need_x = f->need_m = 0;
+    for (int64_t i = 0; i < f->e->count; i++) {
+        int32_t tokens = f->group_of[i];
+        if (!tokens) continue;
+        if (f->e->gate) f->need_x |= kt_forms_needed(f->k, &f->e->gate[i], tokens, f->dtype);
+        f->need_x |= kt_forms_needed(f->k, &f->e->up[i], tokens, f->dtype);
+        f->need_m |= kt_forms_needed(f->k, &f->e->down[i], tokens, f->dtype);
+    }
+}
+
+static void layout(struct forward *f, struct kt_arena *arena, int threads) {
+    int64_t pairs = (int64_t)f->tokens * f->slots; /* an upper bound, known before counting */
+    f->group_of = kt_arena_take(arena, f->e->count, sizeof *f->group_of); /* first: filled between two layouts */
+    f->pos = kt_arena_take(arena, pairs, sizeof *f->pos);
+    f->token = kt_arena_take(arena, f->pairs, sizeof *f->token);
+    f->place = kt_arena_take(arena, f->pairs, sizeof *f->place);
+    f->group = kt_arena_take(arena, f->groups, sizeof *f->group);
+    f->scratch = kt_arena_take(arena, threads, sizeof *f->scratch);
+    kt_acts_take(arena, f->tokens, f->e->hidden, f->need_x, &f->x);
+    kt_acts_take(arena, f->pairs, f->e->inner, f->need_m, &f->m);
+    f->y_stride = kt_round_up(f->e->hidden, KT_TILE);
+    f->y = kt_arena_take(arena, f->pairs * f->y_stride, sizeof *f->y);
+    for (int i = 0; i < threads; i++) {
+        struct kt_scratch s;
+        kt_scratch_take(arena, f->most, &s);
+        if (arena->base) f->scratch[i] = s;
+    }
+}
+
+static int run_chunk(struct forward *f, kt_pool *pool) {
+    const int threads = kt_pool_threads(pool);
+    f->group_of = kt_pool_shared(pool, (size_t)f->e->count * sizeof *f->group_of);
+    if (!f->group_of) return KT_ERR_MEMORY;
+    count_pairs(f);
+    needs(f);
+    struct kt_arena arena = {0};
+    layout(f, &arena, threads);
+    arena.base = arena.overflow ? NULL : kt_pool_shared(pool, arena.used);
+    if (!arena.base) return KT_ERR_MEMORY;
+    arena.used = 0;
+    layout(f, &arena, threads);
+    count_pairs(f); /* growing the memory lost the first count */
+    sort_pairs(f);
+
+    f->rows = kt_job_rows(pool, f->groups * kt_min(f->e->inner, f->e->hidden));
+    f->per_job_x = (int32_t)(1 + 16384 / f->e->hidden);
+    f->per_job_m = (int32_t)(1 + 16384 / f->e->inner);
+    const int64_t most = f->e->inner > f->e->hidden ? f->e->inner : f->e->hidden;
+    if (f->groups * ((most + f->rows - 1) / f->rows) > INT32_MAX) return KT_ERR_SHAPE;
+    kt_pool_shard_jobs(pool, f->e->inner, KT_SHARD_ROWS, f->rows, f->groups, &f->by_inner);
+    kt_pool_shard_jobs(pool, f->e->hidden, KT_SHARD_ROWS, f->rows, f->groups, &f->by_hidden);
+    const int32_t token_jobs = (f->tokens + f->per_job_x - 1) / f->per_job_x;
+    kt_pool_run(pool, prepare_x, f, token_jobs);
+    kt_pool_run_sharded(pool, gate_up, f, f->by_inner.jobs_of_node);
+    if (f->need_m) kt_pool_run(pool, prepare_m, f, (f->pairs + f->per_job_m - 1) / f->per_job_m);
+    kt_pool_run_sharded(pool, down, f, f->by_hidden.jobs_of_node);
+    kt_pool_run(pool, combine, f, token_jobs);
+    return KT_OK;
+}
+
+/* Odd tokens once more, each alone, in fp32: then infinities and NaNs go where IEEE arithmetic takes them, and the
+ * other tokens keep their bits. */
+static int run_odd(const struct forward *f, kt_pool *pool) {
+    const size_t row = (size_t)f->e->hidden * kt_dtype_size(f->dtype);
+    int status = KT_OK;
+    for (int32_t t = 0; t < f->tokens && !status; t++) {
+        if (!f->odd[t]) continue;
+        struct forward one = {.e = f->e, .k = kt_exact_kernels(), .dtype = f->dtype, .slots = f->slots, .tokens = 1};
+        one.hidden = (const uint8_t *)f->hidden + (size_t)t * row;
+        one.out = (uint8_t *)f->out + (size_t)t * row;
+        one.ids = f->ids + (int64_t)t * f->slots;
+        one.weights = f->weights + (int64_t)t * f->slots;
+        status = run_chunk(&one, pool);
+    }
+    return status;
+}
+
+/* Tokens at once: as many as keep m and y within half a gigabyte. More tokens amortize unpacking better. */
+static int64_t chunk_tokens(const struct kt_experts *e, int64_t slots) {
+    int64_t bytes = slots * 4 * (2 * e->inner + e->hidden) + 12 * e->hidden;
+    int64_t n = ((int64_t)512 << 20) / bytes;
+    return n < 16 ? 16 : n > MOST_TOKENS ? MOST_TOKENS : n;
+}
+
+int kt_experts_forward(const kt_experts *e, kt_pool *pool, const void *hidden, int dtype, int64_t tokens,
+                       const int64_t *ids, int64_t per_token, const float *weights, void *out) {
+    if (!e || !pool) return KT_ERR_NULL;
+    if (tokens < 0 || tokens > KT_MAX_DIM || per_token < 0 || per_token > 1 << 16) return KT_ERR_SHAPE;
+    size_t size = kt_dtype_size(dtype);
+    if (!size) return KT_ERR_DTYPE;
+    if (tokens == 0) return KT_OK;
+    if (!hidden || !out || (per_token && (!ids || !weights))) return KT_ERR_NULL;
+
+    struct forward f = {.e = e, .dtype = dtype, .slots = (int)per_token};
+    int status = KT_OK;
+    kt_pool_lock(pool);
+    f.k = kt_kernels();
+    const int64_t chunk = chunk_tokens(e, per_token);
+    for (int64_t t = 0; t < tokens && !status; t += chunk) {
+        f.tokens = (int32_t)kt_min(tokens - t, chunk);
+        f.hidden = (const uint8_t *)hidden + (size_t)(t * e->hidden) * size;
+        f.out = (uint8_t *)out + (size_t)(t * e->hidden) * size;
+        f.ids = per_token ? ids + t * per_token : NULL;
+        f.weights = per_token ? weights + t * per_token : NULL;
+        memset((void *)f.odd, 0, (size_t)f.tokens);
+        status = run_chunk(&f, pool);
+        if (!status) status = run_odd(&f, pool);
+    }
+    kt_pool_unlock(pool);
+    return status;
+}
+
+/* ---- NUMA ------------------------------------------------------------------------------------------- */
+
+/* The lines of a matrix that each node will read: its rows. A type by columns has lines that every node reads; they are
+ * shared out all the same, so that no node serves them all. */
+static int32_t place_matrix(const struct kt_matrix *w, const kt_pool *pool, struct kt_range *ranges) {
+    int64_t begin[KT_MAX_NODES + 1];
+    int32_t n = 0;
+    if (w->traits->by_column) kt_pool_shard(pool, w->cols / w->traits->block, 1, begin);
+    else kt_pool_shard(pool, w->rows, KT_SHARD_ROWS, begin);
+    for (int node = 0; node < kt_pool_nodes(pool); node++)
+        if (begin[node + 1] > begin[node])
+            ranges[n++] = (struct kt_range){w->data + (size_t)begin[node] * w->stride,
+                                            (size_t)(begin[node + 1] - begin[node] - 1) * w->stride + 1, node};
+    return n;
+}
+
+int kt_experts_place(const kt_experts *e, kt_pool *pool) {
+    if (!e || !pool) return KT_ERR_NULL;
+    kt_pool_lock(pool);
+    struct kt_range *ranges = malloc((size_t)e->count * 3 * (size_t)kt_pool_nodes(pool) * sizeof *ranges);
+    int32_t n = 0;
+    for (int64_t i = 0; ranges && i < e->count; i++) {
+        if (e->gate) n += place_matrix(&e->gate[i], pool, ranges + n);
+        n += place_matrix(&e->up[i], pool, ranges + n);
+        n += place_matrix(&e->down[i], pool, ranges + n);
+    }
+    int status = ranges && kt_pool_touch(pool, ranges, n) ? KT_OK : KT_ERR_MEMORY;
+    kt_pool_unlock(pool);
+    free(ranges);
+    return status;
+}
