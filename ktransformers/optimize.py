@@ -80,10 +80,10 @@ def _optimize_and_load(model, rule, weights, config, default_device, devices, pr
     _check_arguments(model, default_device, devices)
     config = config or model.config
     with torch.device("cpu"):  # a caller may still be inside `with torch.device("meta")`
-        return _checked_optimize_and_load(model, rule, weights, config, default_device, devices, progress)
+        return _run(model, rule, weights, config, default_device, devices, progress)
 
 
-def _checked_optimize_and_load(model, rule, weights, config, default_device, devices, progress) -> nn.Module:
+def _run(model, rule, weights, config, default_device, devices, progress) -> nn.Module:
     replacements = plan(model, rule, default_device=default_device, devices=devices)
     files = open_weights(weights if weights is not None else _checkpoint_of(config))
     try:

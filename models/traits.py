@@ -21,7 +21,7 @@ def is_transposed(experts: nn.Module) -> bool:
     return first.shape[1:] == (down.shape[2], 2 * down.shape[1])
 
 
-def idle_experts(experts: nn.Module) -> int:
+def identity_experts(experts: nn.Module) -> int:
     """How many experts pass their input on as it is; they come last, and nothing of theirs is ever multiplied."""
     return len(experts.gate_up_proj) - len(experts.down_proj) if hasattr(experts, "gate_up_proj") else 0
 

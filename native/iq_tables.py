@@ -1,4 +1,4 @@
-"""Write src/formats/iq_grids.h from ktransformers/quants/iq_grids.py: `python native/iq_tables.py`. Run again when a grid is added."""
+"""Write src/formats/iq_grids.h from ktransformers/quants/iq_grids.py: `python native/iq_tables.py`, for a new grid."""
 
 import runpy
 from pathlib import Path

@@ -219,12 +219,12 @@ def test_tied_embeddings_need_no_lm_head_in_the_file(tmp_path):
 
 @pytest.mark.parametrize("rules", ["TUTORIAL", "TUTORIAL_TWO_GPUS"])
 def test_the_tutorials_rules_run_as_printed(tmp_path, rules):
-    import test_rules
+    from tests.rules import test_plan
 
     layers = 60 if rules == "TUTORIAL_TWO_GPUS" else 3  # its expressions name layers 0 to 29 and 30 to 59
     reference = tiny_model("deepseek_v2", num_hidden_layers=layers)
     save(reference, tmp_path)
-    (tmp_path / "rule.yaml").write_text(getattr(test_rules, rules))
+    (tmp_path / "rule.yaml").write_text(getattr(test_plan, rules))
     model = load("deepseek_v2", tmp_path, tmp_path / "rule.yaml")
     names = {type(module).__name__ for module in model.modules()}
     assert "KTransformersExperts" in names and ("KDeepseekV2Attention" in names or "KDeepseekV2Model" in names)

@@ -125,9 +125,9 @@ def complete_model(incomplete: str) -> list[str]:
 
 def complete_card(incomplete: str) -> list[str]:
     """Names of known GPUs."""
-    from ktransformers.machine.gpus import CARDS
+    from ktransformers.machine.gpus import GPU_MODELS
 
-    return _starting(incomplete, CARDS)
+    return _starting(incomplete, GPU_MODELS)
 
 
 def _starting(incomplete: str, names: Any) -> list[str]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def modules(net: "nn.Module", file: "RuleFile", plan: Any, wanted: re.Pattern, as_json: bool) -> None:
     """Print why each module whose name `wanted` finds is what it is. Raises KTransformersError when it finds none."""
-    from ktransformers.rules.explain import fates, grouped
+    from ktransformers.rules.explain import grouped, outcomes
 
     names = [name for name, _ in net.named_modules() if name and wanted.search(name)]
     if not names:
@@ -27,7 +27,7 @@ def modules(net: "nn.Module", file: "RuleFile", plan: Any, wanted: re.Pattern, a
             f"PATTERN {wanted.pattern!r} finds no module of {type(net).__name__}. "
             "`kt rules explain RULE MODEL` without PATTERN lists what there is."
         )
-    groups = grouped(net, fates(net, file, plan, names))
+    groups = grouped(net, outcomes(net, file, plan, names))
     data = {"file": file.label, "model": type(net).__name__, "modules": [_group_data(group, file) for group in groups]}
     show(data, as_json, lambda: (line for group in groups for line in _group_text(group, file)))
 
@@ -116,13 +116,13 @@ def whole_plan(net: "nn.Module", file: "RuleFile", plan: Any, gpus: int, as_json
 
 def _plan_table(net: "nn.Module", plan: Any, layers: dict[str, str]) -> Table:
     """The plan with one row for the same module of all layers; `ktransformers.rules.table` has one for each device."""
-    from ktransformers.rules.explain import Fate, grouped
+    from ktransformers.rules.explain import Outcome, grouped
 
     table = Table(title=f"Plan for {type(net).__name__}", title_justify="left")
     for column, whole in (("modules", True), ("rule", True), ("becomes", False), ("device", False)):
         table.add_column(column, overflow="fold", no_wrap=whole)
     table.add_column("count", justify="right")
-    for group in grouped(net, (Fate(name, taken) for name, taken in plan.items())):
+    for group in grouped(net, (Outcome(name, taken) for name, taken in plan.items())):
         taken, module = group.replacement, net.get_submodule(group.names[0])
         if taken.operator is None and not module._parameters and not module._buffers:
             continue

@@ -55,28 +55,28 @@ def plan(
     from transformers.utils import logging
 
     from ktransformers.machine import hardware as machines
-    from ktransformers.planner.plan import Planner, Wish
+    from ktransformers.planner.plan import Planner, Request
     from ktransformers.planner.profile import RoutingProfile
 
     logging.set_verbosity_error()
     _writable(output, "-o")
     _writable(plot, "--plot")
     seen = RoutingProfile.read(profile) if profile else None
-    wish = Wish(context, batch, chunk_size, strategy or ("frequency" if seen else "uniform"), seen)
+    request = Request(context, batch, chunk_size, strategy or ("frequency" if seen else "uniform"), seen)
     with working("reading the config") as say:
         planner = Planner(model, weights or None, form or None)
         say("looking at the machine")
         machine = machines.describe(gpu, ram or None, cores or None, progress=say)
         probes = planner.probes(machine, here=not ram)
         say("planning")
-        found = planner.plan(machine, wish, probes)
+        found = planner.plan(machine, request, probes)
     if output:
         _write(Path(output), found.rule)
     if plot:
         from ktransformers.planner.plot import write_plots
 
         with working("drawing"):
-            write_plots(planner, machine, wish, probes, found, Path(plot))
+            write_plots(planner, machine, request, probes, found, Path(plot))
     show(as_data(found, output), as_json, lambda: render(found, output, plot))
     if not found.fits:
         raise typer.Exit(1)
@@ -111,7 +111,7 @@ def as_data(found: "Plan", output: str = "") -> dict[str, Any]:
     machine = {"cpu": found.hardware.cpu, "gpus": list(found.hardware.gpus), "measured": found.hardware.measured}
     return {
         "model": found.model, "model_type": found.family, "format": found.format, "parameters": found.parameters,
-        "active_parameters": found.active, "context": found.wish.context, "batch": found.wish.batch,
+        "active_parameters": found.active, "context": found.request.context, "batch": found.request.batch,
         "fits": found.fits, "problems": found.problems, "changes": found.changes, "notes": found.notes,
         "hardware": machine, "memory": memory, "layers": found.placement.spans(),
         "gpu_experts": sum(map(len, found.placement.gpu_experts.values())),
@@ -141,7 +141,8 @@ def _title(found: "Plan") -> Text:
 def _memory(found: "Plan") -> Table:
     from ktransformers.machine.units import format_bytes
 
-    table = Table(title=f"Memory, {found.wish.context} tokens of context x {found.wish.batch}", title_justify="left")
+    title = f"Memory, {found.request.context} tokens of context x {found.request.batch}"
+    table = Table(title=title, title_justify="left")
     for column in ("device", "holds", "weights", "cache", "work", "needs", "of"):
         table.add_column(column, justify="left" if column in ("device", "holds") else "right", overflow="fold")
     for device, memory in found.memory.items():
@@ -169,7 +170,7 @@ def _speed(found: "Plan") -> Table:
     rows = [
         (f"prefill of {found.prefill.tokens}", found.prefill),
         (f"decode behind {found.prefill.tokens}", found.decode),
-        (f"decode behind {max(found.prefill.tokens, found.wish.context - 1)}", found.decode_full),
+        (f"decode behind {max(found.prefill.tokens, found.request.context - 1)}", found.decode_full),
     ]
     for name, one in rows:
         order = sorted(one.seconds.items(), key=lambda item: -item[1])

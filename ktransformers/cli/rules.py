@@ -1,7 +1,7 @@
 """`kt rules`: check a rule file against a model, explain what it does, rewrite it in the extended form.
 
-Only what is shown is decided here. What the rules do says `ktransformers.rules.plan`, why `ktransformers.rules.explain`,
-and the rewriting is `ktransformers.rules.extend`'s. No weights are read, and GPUs need not exist.
+Only what is shown is decided here. What the rules do says `ktransformers.rules.plan`, why
+`ktransformers.rules.explain`, and the rewriting is `ktransformers.rules.extend`'s. No weights are read.
 """
 
 import os

@@ -130,7 +130,7 @@ def _expert_pieces(weights: ModelWeights, family, name: str, layer: str, which: 
                 yield from (matrix.dequantize().unsqueeze(0) for matrix in getattr(weights.experts(prefix), kind))
                 return
             for matrix in weights.tensor(name):  # [columns, rows]: there are no rows to use as they are
-                whole = matrix.T[number :: len(kinds)] if family.in_turn else matrix.T.chunk(len(kinds))[number]
+                whole = matrix.T[number :: len(kinds)] if family.interleaved else matrix.T.chunk(len(kinds))[number]
                 yield whole.contiguous().unsqueeze(0)
 
         yield f"blk.{layer}.ffn_{kind}_exps.weight", (count, rows // len(kinds), columns), parts

@@ -6,7 +6,7 @@ from ktransformers.loaders import gguf_names
 from ktransformers.loaders.base import WeightFiles
 from ktransformers.loaders.binding import Binding, Shapes, extra_layers
 from ktransformers.loaders.sources import (
-    Laid,
+    Permuted,
     Plain,
     Source,
     Stacked,
@@ -18,7 +18,7 @@ def bind_gguf(files: WeightFiles, model, shapes: Shapes, binding: Binding) -> No
     config = model.config
     family = gguf_names.family_of(files.metadata.get("general.architecture"), config.model_type)
     binding.notes += _metadata_mismatches(files.metadata, family.arch, config)
-    if family.in_turn:
+    if family.interleaved:
         binding.interleaved.update(name for name in shapes if name.endswith(".experts.gate_up_proj"))
     for name, shape in shapes.items():
         source, looked_for = _gguf_source(files, family, config, name, shape)
@@ -51,7 +51,7 @@ def _gguf_source(
     names = gguf_names.part_names(stored, how) if how else [stored]
     if how and all(part in files for part in names):
         if not how.parts or stored not in files:
-            return Laid(files, names, how, shape, config), stored
+            return Permuted(files, names, how, shape, config), stored
     if stored in files and (how is None or how.parts):
         return Plain(files, stored, shape), stored
     return None, stored if names == [stored] else f"{stored}, or {' and '.join(names)}"
@@ -76,7 +76,7 @@ def _gguf_experts(
             looked_for[-1] = next(name for name in single if name not in files)
     if len(parts) < len(kinds):
         return None, " and ".join(looked_for)
-    source = StackedColumns(files, parts, family.in_turn) if family.columns else Stacked(files, parts)
+    source = StackedColumns(files, parts, family.interleaved) if family.columns else Stacked(files, parts)
     return source, " and ".join(looked_for)
 
 

@@ -1,4 +1,4 @@
-"""Safetensors names to the model's, through transformers' own conversion mapping: a family it knows needs nothing here."""
+"""Safetensors names to the model's, through transformers' own conversion mapping: known families need nothing here."""
 
 import copy
 import re
@@ -10,12 +10,12 @@ from ktransformers.loaders.base import TensorInfo, WeightFiles
 from ktransformers.loaders.binding import Binding, Shapes, extra_layers
 from ktransformers.loaders.sources import (
     Converted,
-    Exchanged,
+    ModelTransposed,
     Plain,
     Stacked,
-    Transposed,
+    StoredTransposed,
 )
-from ktransformers.models.traits import TRAITS, idle_experts, is_interleaved, is_transposed
+from ktransformers.models.traits import TRAITS, identity_experts, is_interleaved, is_transposed
 from ktransformers.quants.scaled import ScaledType
 
 OTHER_MODALITIES = r"^(model\.)?(visual|vision|audio|multi_modal_projector|mm_projector)[a-z_]*\."
@@ -67,7 +67,7 @@ def _find_layouts(model, binding: Binding) -> None:
             binding.transposed.update(names)
         if is_interleaved(module):
             binding.interleaved.add(names[0])
-        if idle_experts(module):
+        if identity_experts(module):
             binding.experts[names[0]] = len(module.down_proj)
 
 
@@ -91,7 +91,8 @@ def _add_plain(files: WeightFiles, key: str, target: str, shapes: Shapes, bindin
         )
         binding.harmless.add(key)
     elif target in binding.transposed:
-        binding.sources[target] = (Transposed if _is_stack_of_rows(files.info(key)) else Exchanged)(files, key)
+        source = ModelTransposed if _is_stack_of_rows(files.info(key)) else StoredTransposed
+        binding.sources[target] = source(files, key)
     else:
         binding.sources[target] = Plain(files, key, shapes[target])
 

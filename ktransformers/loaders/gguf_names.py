@@ -20,7 +20,7 @@ class Family:
 
     `layouts`: what a tensor looks like in the file, by a regular expression that finds its GGUF name; the first counts.
     `in_map`: how the gguf package's map spells the beginning of module names.
-    `columns`: the model holds experts as [E, K, N], the file as [E, N, K]; `in_turn`: and its gate and up rows in turn.
+    `columns`: the model holds experts as [E, K, N], the file as [E, N, K]; `interleaved`: and gate and up rows in turn.
     """
 
     arch: str
@@ -28,7 +28,7 @@ class Family:
     layouts: dict[str, Layout | None] = field(default_factory=dict)
     in_map: str = "model."
     columns: bool = False
-    in_turn: bool = False
+    interleaved: bool = False
 
 
 _ROPE = {r"\.attn_q\.(weight|bias)$": layouts.ROPE_Q, r"\.attn_k\.(weight|bias)$": layouts.ROPE_K}
@@ -69,7 +69,7 @@ FAMILIES: dict[str, Family] = {
         Family("lfm2moe", ("lfm2_moe",)),
         Family("minimax-m2", ("minimax_m2",)),
         Family("mimo2", ("mimo_v2_flash",)),
-        Family("gpt-oss", ("gpt_oss",), columns=True, in_turn=True),
+        Family("gpt-oss", ("gpt_oss",), columns=True, interleaved=True),
         Family("kimi-linear", ("kimi_linear",)),
         Family("jamba", ("jamba",)),
         Family("nemotron_h_moe", ("nemotron_h",), _MAMBA2, in_map="backbone."),
@@ -85,8 +85,8 @@ _LAYOUTS: dict[str, Layout] = {
 """Layouts of any family that has none of its own."""
 
 _BIASES: dict[bool, dict[str, Layout]] = {
-    in_turn: {r"\.ffn_gate_up_exps\.bias$": how}
-    for in_turn, how in ((False, layouts.EXPERT_BIASES), (True, layouts.EXPERT_BIASES_IN_TURN))
+    interleaved: {r"\.ffn_gate_up_exps\.bias$": how}
+    for interleaved, how in ((False, layouts.EXPERT_BIASES), (True, layouts.EXPERT_BIASES_IN_TURN))
 }
 
 IGNORED = re.compile(r"^rope_freqs\.weight$|^rope_factors_(long|short)\.weight$|\.attn_rot_embd$|\.rope_freqs\.weight$")
@@ -174,7 +174,7 @@ def gguf_name(family: Family, layers: int, name: str) -> str | None:
 
 def layout(family: Family, stored: str) -> Layout | None:
     """How a file of the family holds the tensor of that name; None for as it is."""
-    known = (*family.layouts.items(), *_LAYOUTS.items(), *_BIASES[family.in_turn].items())
+    known = (*family.layouts.items(), *_LAYOUTS.items(), *_BIASES[family.interleaved].items())
     return next((how for pattern, how in known if re.search(pattern, stored)), None)
 
 

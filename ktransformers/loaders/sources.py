@@ -84,7 +84,7 @@ class Plain(Source):
         return self.packed().dequantize(dtype, device)
 
 
-class Exchanged(Plain):
+class StoredTransposed(Plain):
     """Experts stored in floats as the model holds them, [E, K, N], as aria and Llama-4 have them."""
 
     can_pack = False  # there are no rows in it, only columns
@@ -96,7 +96,7 @@ class Exchanged(Plain):
         return [Packed(matrix.view(-1).view(torch.uint8), kind, tuple(matrix.shape)) for matrix in cut]
 
 
-class Transposed(Source):
+class ModelTransposed(Source):
     """Experts that the model holds as [E, K, N] and the file as packed rows [E, N, K], as gpt-oss' MXFP4 has them."""
 
     def __init__(self, files: WeightFiles, name: str) -> None:
@@ -173,7 +173,7 @@ class Converted(Source):
         return self._convert(device, dtype)
 
 
-class Laid(Source):
+class Permuted(Source):
     """A tensor that a GGUF file holds in another layout, in one part or several (see gguf_layouts.py).
 
     Where only whole rows move, packed bytes can be put in order as they are, at the price of one copy of this tensor.
@@ -266,11 +266,11 @@ class Stacked(Source):
 
 
 class StackedColumns(Stacked):
-    """The same for a model that holds experts as [E, columns, rows]; `in_turn`: the rows of two parts alternate."""
+    """The same for a model that holds experts as [E, columns, rows]; `interleaved`: the rows of two parts alternate."""
 
-    def __init__(self, files: WeightFiles, parts: Sequence[str | tuple[str, ...]], in_turn: bool) -> None:
+    def __init__(self, files: WeightFiles, parts: Sequence[str | tuple[str, ...]], interleaved: bool) -> None:
         super().__init__(files, parts)
-        self.in_turn = in_turn and len(self.parts) == 2
+        self.interleaved = interleaved and len(self.parts) == 2
         if not self.broken:
             experts, rows, columns = self.shape
             self.shape = (experts, columns, rows)
@@ -280,7 +280,7 @@ class StackedColumns(Stacked):
         out = torch.empty(self.shape, dtype=dtype, device=device)
         rows, n = out.transpose(1, 2), len(self.parts)
         for part in range(n):
-            target = rows[:, part::n] if self.in_turn else rows.chunk(n, 1)[part]
+            target = rows[:, part::n] if self.interleaved else rows.chunk(n, 1)[part]
             for e, matrix in enumerate(self.matrices(part)):
                 target[e] = matrix.dequantize(dtype, device)
         return out
@@ -310,11 +310,11 @@ def split_gate_up(source: Source, interleaved: bool = False) -> tuple[Matrices, 
     and odd rows where they are `interleaved`."""
     if isinstance(source, Stacked) and len(source.parts) == 2:
         return source.matrices(0), source.matrices(1)
-    if isinstance(source, Exchanged):
+    if isinstance(source, StoredTransposed):
         rows = source.shape[2] // 2
         halves = (slice(0, None, 2), slice(1, None, 2)) if interleaved else (slice(rows), slice(rows, None))
         return source.matrices(halves[0]), source.matrices(halves[1])
-    fused = source.stored() if isinstance(source, Transposed) else source.packed()
+    fused = source.stored() if isinstance(source, ModelTransposed) else source.packed()
     rows = fused.shape[1] // 2
     experts = [fused.expert(e) for e in range(fused.shape[0])]
     if interleaved:
@@ -332,7 +332,7 @@ def split_down(source: Source) -> Matrices:
     """The matrices behind a `down_proj` source, or behind an `up_proj` without a gate."""
     if isinstance(source, Stacked):
         return source.matrices(0)
-    if isinstance(source, Exchanged):
+    if isinstance(source, StoredTransposed):
         return source.matrices(slice(None))
-    packed = source.stored() if isinstance(source, Transposed) else source.packed()
+    packed = source.stored() if isinstance(source, ModelTransposed) else source.packed()
     return [packed.expert(e) for e in range(packed.shape[0])]

@@ -12,7 +12,7 @@ PCIE = {3: 13e9, 4: 26e9, 5: 52e9}
 
 
 @dataclass(frozen=True)
-class Card:
+class GpuModel:
     """One model of GPU. `memory` in bytes; `bandwidth` and `link` (host to device) in bytes per second; `bf16_ops` in
     operations per second, two per multiply-add."""
 
@@ -23,8 +23,8 @@ class Card:
     link: float
 
 
-def _card(name: str, gib: float, gbs: float, tflops: float, pcie: int, lanes: int = 16) -> Card:
-    return Card(name, round(gib * GIB), gbs * 1e9, tflops * 1e12, PCIE[pcie] * lanes / 16)
+def _card(name: str, gib: float, gbs: float, tflops: float, pcie: int, lanes: int = 16) -> GpuModel:
+    return GpuModel(name, round(gib * GIB), gbs * 1e9, tflops * 1e12, PCIE[pcie] * lanes / 16)
 
 
 # Memory is what the driver reports, less than the name says where error correction takes a sixteenth (T4, A10, A40, L4,
@@ -34,7 +34,7 @@ def _card(name: str, gib: float, gbs: float, tflops: float, pcie: int, lanes: in
 # rate, as for all others of their generations); NVIDIA's data sheets of V100, T4, A10, A30, A40, A100, A6000, L4, L20,
 # L40S, H20, H100, H200, B200; AMD's product pages of RX 7900 XT and XTX, RX 9070 XT, PRO W7900, Instinct MI210, MI300X,
 # MI325X, MI355X.
-CARDS = {
+GPU_MODELS = {
     card.name: card
     for card in (
         _card("2080ti", 11, 616, 53.8, 3),
@@ -100,12 +100,12 @@ def _key(name: str) -> str:
     return "".join(letter for letter in name.lower() if letter.isalnum()).replace("gb", "g")
 
 
-def find_card(name: str) -> Card | None:
+def find_gpu(name: str) -> GpuModel | None:
     """The card that `name` means, in any case and with or without its brand: `4090`, `RTX 4090`, `A100 80GB`.
 
     None if there is none, or more than one.
     """
-    known, key = {_key(card.name): card for card in CARDS.values()}, _key(name)
+    known, key = {_key(card.name): card for card in GPU_MODELS.values()}, _key(name)
     while key not in known and (brand := next((b for b in _BRANDS if key.startswith(b)), "")):
         key = key.removeprefix(brand)
     return known.get(key)
@@ -114,10 +114,10 @@ def find_card(name: str) -> Card | None:
 def closest_names(name: str) -> str:
     """``" (did you mean ...?)"`` for a name that is no card."""
     key = name.strip().lower()
-    sizes = [card for card in CARDS if card.startswith(f"{key}-")]
-    return f" (did you mean {' or '.join(sizes)}?)" if sizes else did_you_mean(key, CARDS)
+    sizes = [card for card in GPU_MODELS if card.startswith(f"{key}-")]
+    return f" (did you mean {' or '.join(sizes)}?)" if sizes else did_you_mean(key, GPU_MODELS)
 
 
-def typical_card(memory: int) -> Card:
+def typical_gpu(memory: int) -> GpuModel:
     """The typical card whose memory is nearest to `memory` bytes, by ratio."""
-    return min((CARDS[name] for name in TYPICAL), key=lambda card: abs(log(card.memory / memory)))
+    return min((GPU_MODELS[name] for name in TYPICAL), key=lambda card: abs(log(card.memory / memory)))

@@ -15,7 +15,7 @@ from typing import Any
 
 from ktransformers.errors import KTransformersError
 from ktransformers.machine import system
-from ktransformers.machine.gpus import CARDS, Card, closest_names, find_card, typical_card
+from ktransformers.machine.gpus import GPU_MODELS, GpuModel, closest_names, find_gpu, typical_gpu
 from ktransformers.machine.units import GIB, UNITS, format_bytes, format_rate, parse_bytes, parse_rate
 
 Progress = Callable[[str], Any]
@@ -154,7 +154,7 @@ def measure_gpus(progress: Progress | None = None) -> tuple[tuple[Gpu, ...], tup
         try:
             gpu = _measure_gpu(index, properties)
         except RuntimeError as error:  # out of memory, or a card that this build of torch has no kernels for
-            card = find_card(properties.name) or typical_card(properties.total_memory)
+            card = find_gpu(properties.name) or typical_gpu(properties.total_memory)
             gpu = Gpu(properties.name, properties.total_memory, card.bandwidth, card.bf16_ops, card.link)
             notes.append(
                 f"cuda:{index} ({properties.name}) could not be measured and is taken for a {card.name}: "
@@ -239,12 +239,12 @@ def parse_gpu(text: str) -> tuple[Gpu, list[str]]:
     """`24GiB`, `24GiB@1008GB/s`, `4090`, `4090@900GB/s` -> (GPU, what was assumed). Raises KTransformersError."""
     what, sign, rate = str(text).partition("@")
     bandwidth = _bandwidth(rate, f"--gpu {text!r}, bandwidth") if sign else None
-    card = find_card(what)
+    card = find_gpu(what)
     if card is not None:
         return _known_gpu(card, bandwidth)
     if not _is_size(what):
         close = closest_names(what)
-        known = "" if close else f", or a card's name: {', '.join(CARDS)}"
+        known = "" if close else f", or a card's name: {', '.join(GPU_MODELS)}"
         raise KTransformersError(
             f"--gpu {text!r}: no known card{close}. Give its memory, such as 24GiB or 24GiB@1008GB/s{known}; "
             "one --gpu for each GPU."
@@ -253,7 +253,7 @@ def parse_gpu(text: str) -> tuple[Gpu, list[str]]:
     return _sized_gpu(memory, bandwidth)
 
 
-def _known_gpu(card: Card, bandwidth: float | None) -> tuple[Gpu, list[str]]:
+def _known_gpu(card: GpuModel, bandwidth: float | None) -> tuple[Gpu, list[str]]:
     gpu = Gpu(card.name, card.memory, bandwidth or card.bandwidth, card.bf16_ops, card.link)
     said = "" if bandwidth else f"{format_rate(card.bandwidth)} of memory bandwidth, "
     return gpu, [
@@ -263,9 +263,9 @@ def _known_gpu(card: Card, bandwidth: float | None) -> tuple[Gpu, list[str]]:
 
 
 def _sized_gpu(memory: int, bandwidth: float | None) -> tuple[Gpu, list[str]]:
-    card = typical_card(memory)
+    card = typical_gpu(memory)
     if bandwidth:
-        card = min(CARDS.values(), key=lambda c: abs(log(c.memory / memory)) + abs(log(c.bandwidth / bandwidth)))
+        card = min(GPU_MODELS.values(), key=lambda c: abs(log(c.memory / memory)) + abs(log(c.bandwidth / bandwidth)))
     size = format_bytes(memory)
     said = "" if bandwidth else f"{format_rate(card.bandwidth)} of memory bandwidth, "
     remedy = f"Say --gpu {card.name} or another card's name" + ("." if bandwidth else ", or --gpu SIZE@BANDWIDTH.")

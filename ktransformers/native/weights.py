@@ -20,7 +20,7 @@ SUPPORTED_TYPES = frozenset(
      "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4",
      "NVFP4"]
 )  # fmt: skip
-"""Block formats with C kernels (with SCALED_TYPES the rows of native/src/formats/traits.c; a test holds them together)."""
+"""Block formats with C kernels (with SCALED_TYPES the rows of traits.c; a test holds them together)."""
 
 SCALED_TYPES = frozenset(["F8_E4M3", "F4_E2M1", "I8", "U8", "I4", "GPTQ4", "GPTQ8", "AWQ4"])
 """Types with C kernels whose scales lie beside the codes (ktransformers.quants.scaled)."""

@@ -170,7 +170,7 @@ class FamilyOperator(BaseInjectedModule):
     ):
         super().__init__(key, gguf_loader, config, orig_module, prefill_device, generate_device, **kwargs)
         if self.notice:
-            tell_once(self.notice)
+            warn_once(self.notice)
         if orig_module is not None:
             mine = self.__dict__.keys() - {"config"}  # the module's own config may be a part of the model's
             self.__dict__.update({k: v for k, v in vars(orig_module).items() if k not in mine})
@@ -271,7 +271,7 @@ def join(prefix: str, name: str) -> str:
 _told: set[str] = set()
 
 
-def tell_once(message: str) -> None:
+def warn_once(message: str) -> None:
     """Warn with `message`, but only once per process: rules apply to many layers alike."""
     if message not in _told:
         _told.add(message)

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from ktransformers import native
 from ktransformers.errors import DeviceError, did_you_mean
-from ktransformers.models.traits import idle_experts, is_transposed
+from ktransformers.models.traits import identity_experts, is_transposed
 from ktransformers.operators import hot_experts
-from ktransformers.operators.base_operator import InferenceState, forward_only, tell_once
+from ktransformers.operators.base_operator import InferenceState, forward_only, warn_once
 from ktransformers.operators.gating import Gating, apply_gate, gating_of
 from ktransformers.operators.inner_ops import (
     StagedOperator,
@@ -109,7 +109,7 @@ class KExpertsCPU(KExpertsBase):
         if self.ids is not None:
             packed = hot_experts.without(packed, self.ids)
         if packed.copied:
-            tell_once("experts are stored by columns: KExpertsCPU computes from a copy in memory, not from the file")
+            warn_once("experts are stored by columns: KExpertsCPU computes from a copy in memory, not from the file")
         biases = {"gate_bias": packed.gate_bias, "up_bias": packed.up_bias, "down_bias": packed.down_bias}
         more = {name: bias for name, bias in biases.items() if bias is not None} | _numbers(gating)
         self.experts = native.Experts(packed.gate, packed.up, packed.down, gating.activation, name=self.key, **more)
@@ -228,9 +228,9 @@ class KTransformersExperts(StagedOperator):
     ):
         super().__init__(key, gguf_loader, config, orig_module, prefill_device, generate_device)
         self.out_device = out_device
-        self.n_experts, self.idle = len(orig_module.down_proj), idle_experts(orig_module)
+        self.n_experts, self.idle = len(orig_module.down_proj), identity_experts(orig_module)
         if backend in BACKENDS[1:]:
-            tell_once(
+            warn_once(
                 f"backend {backend!r}: the C library picks kernels for this CPU, and converts no weights"
             )
         self.split: hot_experts.Split | None = None

@@ -49,7 +49,8 @@ def gating_of(experts: nn.Module) -> Gating | None:
     gate, up = _probes()
     try:
         with torch.no_grad():
-            found = apply_gate(experts, _in_turn(gate, up) if is_interleaved(experts) else torch.cat((gate, up), -1))
+            joined = _interleaved(gate, up) if is_interleaved(experts) else torch.cat((gate, up), -1)
+            found = apply_gate(experts, joined)
     except Exception:  # the family's code may want anything: weights, other shapes, a device
         return None
     for candidate in _candidates(experts, name):
@@ -94,5 +95,5 @@ def _probes() -> tuple[Tensor, Tensor]:
     return line.repeat(32).view(1, -1), line.repeat_interleave(32).view(1, -1)
 
 
-def _in_turn(gate: Tensor, up: Tensor) -> Tensor:
+def _interleaved(gate: Tensor, up: Tensor) -> Tensor:
     return torch.stack((gate, up), -1).flatten(-2)

@@ -144,26 +144,26 @@ def dense(
     their biases [n, 2I] and [n, H] or None. Peak memory: the result and one expert, and where the file stores experts
     by columns a copy of the layer, which `packed` holds already.
     """
-    dtype, in_turn = experts.down_proj.dtype, is_interleaved(experts)
+    dtype, interleaved = experts.down_proj.dtype, is_interleaved(experts)
     first = [packed.up] if packed.gate is None else [packed.gate, packed.up]
-    gate_up, down = _stack(first, ids, in_turn, dtype, device), _stack([packed.down], ids, False, dtype, device)
+    gate_up, down = _stack(first, ids, interleaved, dtype, device), _stack([packed.down], ids, False, dtype, device)
     biases = [packed.up_bias] if packed.gate is None else [packed.gate_bias, packed.up_bias]
     bias = down_bias = None
     if biases[-1] is not None:
-        joined = torch.stack(biases, -1).flatten(1) if in_turn and len(biases) == 2 else torch.cat(biases, 1)
+        joined = torch.stack(biases, -1).flatten(1) if interleaved and len(biases) == 2 else torch.cat(biases, 1)
         bias = joined[list(ids)].to(device, dtype)
     if packed.down_bias is not None:
         down_bias = packed.down_bias[list(ids)].to(device, dtype)
     return gate_up, down, bias, down_bias
 
 
-def _stack(parts: list[Matrices], ids: Sequence[int], in_turn: bool, dtype: torch.dtype, device: Any) -> Tensor:
+def _stack(parts: list[Matrices], ids: Sequence[int], interleaved: bool, dtype: torch.dtype, device: Any) -> Tensor:
     """The matrices `ids` of each part below one another, or row by row in turn: [n, rows, columns]."""
     rows, columns = parts[0][0].shape
     out = torch.empty(len(ids), rows * len(parts), columns, dtype=dtype, device=device)
     for slot, e in enumerate(ids):
         for number, part in enumerate(parts):
-            if in_turn:
+            if interleaved:
                 out[slot, number :: len(parts)].copy_(part[e].dequantize(dtype, device))
             else:
                 part[e].dequantize_into(out[slot, number * rows : (number + 1) * rows])

@@ -12,7 +12,7 @@ import torch
 from ktransformers import native
 from ktransformers.errors import did_you_mean
 from ktransformers.loaders.schemes import ScaledInfo
-from ktransformers.operators.base_operator import BaseInjectedModule, InferenceState, tell_once
+from ktransformers.operators.base_operator import BaseInjectedModule, InferenceState, warn_once
 
 OBSOLETE_OPS = {
     "MLPCPUExperts": "KExpertsCPU",
@@ -52,11 +52,11 @@ def resolve_op(name: str, device: Any) -> str:
     """`final_name`, with one warning per obsolete or replaced name."""
     today, final = OBSOLETE_OPS.get(name, name), final_name(name, device)
     if today != name:
-        tell_once(f"operator name {name!r} is obsolete, today's is {today!r}; the rule works as it is")
+        warn_once(f"operator name {name!r} is obsolete, today's is {today!r}; the rule works as it is")
     if final != today and is_cpu(device):
-        tell_once(f"{today} runs on GPUs only; on {device} {final} takes its place")
+        warn_once(f"{today} runs on GPUs only; on {device} {final} takes its place")
     elif final != today:
-        tell_once(
+        warn_once(
             f"{today}: its GPU kernel is not built yet; {final} takes its place, with dense weights in the model's "
             "dtype: mind the memory"
         )

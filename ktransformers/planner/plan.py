@@ -48,7 +48,7 @@ PROMPT = 1024
 
 
 @dataclass(frozen=True)
-class Wish:
+class Request:
     """What a plan is for: `context` tokens for each of `batch` sequences, prompts computed `chunk` tokens at a time."""
 
     context: int = 8192
@@ -82,7 +82,7 @@ class Plan:
     format: str
     parameters: int
     active: int
-    wish: Wish
+    request: Request
     hardware: Hardware
     placement: Placement
     memory: dict[str, Memory]
@@ -141,41 +141,41 @@ class Planner:
 
     # ---- one plan ----
 
-    def plan(self, hardware: Hardware, wish: Wish = Wish(), probes: torch_probes.Probes | None = None) -> Plan:
+    def plan(self, hardware: Hardware, request: Request = Request(), probes: torch_probes.Probes | None = None) -> Plan:
         """Place the model on `hardware` and predict it. What does not fit is in `problems`, ways out in `changes`."""
         probes = probes or torch_probes.assumed(hardware.cpu.cores)
-        self._check(wish)
-        found = self.answer(hardware, wish, probes)
+        self._check(request)
+        found = self.answer(hardware, request, probes)
         found.notes += self._notes(hardware, found)
         if found.problems:
-            found.changes = self._changes(hardware, wish, probes, found)
-        elif more := self._more_gpu(hardware, wish, found):
+            found.changes = self._changes(hardware, request, probes, found)
+        elif more := self._more_gpu(hardware, request, found):
             found.notes.append(more)
         return found
 
-    def _check(self, wish: Wish) -> None:
+    def _check(self, request: Request) -> None:
         """Raise KTransformersError for a strategy or a profile that is not for this model, whatever the machine."""
-        routed = {i: layer.experts for i, layer in enumerate(self._layers(wish)[0]) if layer.experts}
-        masks.gpu_experts(wish.strategy, list(routed), max(routed.values(), default=0), 0, wish.profile)
+        routed = {i: layer.experts for i, layer in enumerate(self._layers(request)[0]) if layer.experts}
+        masks.gpu_experts(request.strategy, list(routed), max(routed.values(), default=0), 0, request.profile)
 
-    def answer(self, hardware: Hardware, wish: Wish, probes: torch_probes.Probes) -> Plan:
+    def answer(self, hardware: Hardware, request: Request, probes: torch_probes.Probes) -> Plan:
         """The plan without ways out and notes, for who asks often."""
-        return self._place(hardware, wish, self.form, probes)
+        return self._place(hardware, request, self.form, probes)
 
-    def _place(self, hardware: Hardware, wish: Wish, form: formats.Format, probes: torch_probes.Probes) -> Plan:
+    def _place(self, hardware: Hardware, request: Request, form: formats.Format, probes: torch_probes.Probes) -> Plan:
         rooms = [
-            Room(f"cuda:{i}", gpu.memory, BASE_GPU + self._gpu_work(wish) + gpu.memory // 50)
+            Room(f"cuda:{i}", gpu.memory, BASE_GPU + self._gpu_work(request) + gpu.memory // 50)
             for i, gpu in enumerate(hardware.gpus)
         ]
-        layers, first, last = self._layers(wish)
+        layers, first, last = self._layers(request)
         devices = place_layers(layers, rooms, first, last) if rooms else ["cpu"] * self.layers
         extra = {devices[0]: first, devices[-1]: last} if devices[0] != devices[-1] else {devices[0]: first + last}
-        experts = place_experts(layers, devices, rooms, extra, wish.strategy, wish.profile)
+        experts = place_experts(layers, devices, rooms, extra, request.strategy, request.profile)
         placement = Placement(devices, experts)
-        content = rule_content(self.base, placement, self._score_chunk(wish) if rooms else None)
+        content = rule_content(self.base, placement, self._score_chunk(request) if rooms else None)
         plan = self._planned(content, len(rooms))
-        parts = sizes.parts(self.model, plan, form, _hits(wish.profile))
-        return self._answer(hardware, wish, form, probes, placement, content, parts)
+        parts = sizes.parts(self.model, plan, form, _hits(request.profile))
+        return self._answer(hardware, request, form, probes, placement, content, parts)
 
     def _planned(self, content: dict[str, Any], gpus: int) -> Mapping[str, Replacement]:
         key = repr((content, gpus))
@@ -185,7 +185,7 @@ class Planner:
                 self._plans[key] = plan_rules(self.model, content, gpus=gpus)
         return self._plans[key]
 
-    def _layers(self, wish: Wish) -> tuple[list[Layer], int, int]:
+    def _layers(self, request: Request) -> tuple[list[Layer], int, int]:
         """What each layer would take on a GPU, and what goes with the first and the last."""
         content = rule_content(self.base, Placement(["cuda:0"] * self.layers))
         parts = sizes.parts(self.model, self._planned(content, 1), self.form)
@@ -198,7 +198,7 @@ class Planner:
             elif not is_cpu(part.device):
                 matrices[part.layer] += part.held
                 last += part.held if part.kind == "head" else 0
-        cached = {cache.layer: cache.nbytes(wish.context, wish.batch) for cache in self.caches}
+        cached = {cache.layer: cache.nbytes(request.context, request.batch) for cache in self.caches}
         layers = [Layer(matrices[i], cached.get(i, 0), *routed.get(i, (0, 0))) for i in range(self.layers)]
         return layers, matrices[None] - last, last
 
@@ -206,39 +206,39 @@ class Planner:
         dtype = next(self.model.parameters()).dtype
         return part.weights * dtype.itemsize // max(1, part.experts)
 
-    def _gpu_work(self, wish: Wish) -> int:
-        tokens = min(wish.chunk, wish.context) * wish.batch
+    def _gpu_work(self, request: Request) -> int:
+        tokens = min(request.chunk, request.context) * request.batch
         scores = 3 * SCORES if self._is_latent() else 0
         return sizes.work_bytes(self.model, tokens, experts=False) + scores
 
     def _is_latent(self) -> bool:
         return any(cache.is_latent for cache in self.caches)
 
-    def _score_chunk(self, wish: Wish) -> int | None:
+    def _score_chunk(self, request: Request) -> int | None:
         heads = max((cache.heads for cache in self.caches), default=0)
-        rows = SCORES // max(1, 4 * heads * wish.context * wish.batch)
+        rows = SCORES // max(1, 4 * heads * request.context * request.batch)
         return max(16, min(1000, rows)) if self._is_latent() else None
 
     # ---- the answer ----
 
-    def _answer(self, hardware, wish, form, probes, placement, content, parts) -> Plan:
+    def _answer(self, hardware, request, form, probes, placement, content, parts) -> Plan:
         where = dict(enumerate(placement.layers))
-        memory = self._memory(hardware, wish, placement, parts)
+        memory = self._memory(hardware, request, placement, parts)
 
         def predict(tokens: int, behind: int) -> speed.Pass:
             return speed.forward(
-                parts, self.caches, where, hardware, probes, tokens, behind, wish.batch, self.hidden
+                parts, self.caches, where, hardware, probes, tokens, behind, request.batch, self.hidden
             )
 
-        prompt = max(1, min(PROMPT, wish.context - 1))
+        prompt = max(1, min(PROMPT, request.context - 1))
         weights = sum(part.weights for part in parts)
         header = [
             f"{self.name}, {form.name}: written by `kt plan` for {_machine(hardware)},",
-            f"a context of {wish.context} tokens, {wish.batch} at a time. Made from {self.base_name}.yaml.",
+            f"a context of {request.context} tokens, {request.batch} at a time. Made from {self.base_name}.yaml.",
         ]
         found = Plan(
-            self.name, self.config.model_type, form.name, weights, self._active(parts), wish, hardware, placement,
-            memory, predict(prompt, 0), predict(1, prompt), predict(1, max(prompt, wish.context - 1)),
+            self.name, self.config.model_type, form.name, weights, self._active(parts), request, hardware, placement,
+            memory, predict(prompt, 0), predict(1, prompt), predict(1, max(prompt, request.context - 1)),
             rule_text(content, header), notes=list(hardware.assumptions),
         )  # fmt: skip
         found.problems = _problems(memory)
@@ -254,8 +254,8 @@ class Planner:
                 entry[0], entry[1], entry[2] = entry[0] + part.weights, entry[1] + part.experts, part.chosen
         return rest + sum(weights * k // count for weights, count, k in experts.values() if count)
 
-    def _memory(self, hardware: Hardware, wish: Wish, placement: Placement, parts) -> dict[str, Memory]:
-        tokens = min(wish.chunk, wish.context) * wish.batch
+    def _memory(self, hardware: Hardware, request: Request, placement: Placement, parts) -> dict[str, Memory]:
+        tokens = min(request.chunk, request.context) * request.batch
         memory = {"cpu": Memory(hardware.cpu.available, work=BASE_RAM)}
         for i, gpu in enumerate(hardware.gpus):
             memory[f"cuda:{i}"] = Memory(gpu.memory, work=0)
@@ -265,11 +265,11 @@ class Planner:
             device.mapped += part.held if part.mapped else 0
         for cache in self.caches:
             device = placement.layers[cache.layer] if cache.layer < len(placement.layers) else "cpu"
-            memory[device].cache += cache.nbytes(wish.context, wish.batch)
+            memory[device].cache += cache.nbytes(request.context, request.batch)
         memory["cpu"].work += sizes.work_bytes(self.model, tokens, dense="cpu" in placement.layers)
         for name, device in memory.items():
             if name != "cpu" and device.weights:
-                device.work += BASE_GPU + self._gpu_work(wish)
+                device.work += BASE_GPU + self._gpu_work(request)
         return memory
 
     # ---- what would fit ----
@@ -281,32 +281,32 @@ class Planner:
                 "GPU: matrices and experts there are dense, in the model's dtype, until packed GPU kernels are built."
             )
         positions = getattr(text_config(self.config), "max_position_embeddings", None)
-        if isinstance(positions, int) and found.wish.context > positions:
-            notes.append(f"Context: {found.wish.context} tokens, but the model was made for {positions} at most.")
+        if isinstance(positions, int) and found.request.context > positions:
+            notes.append(f"Context: {found.request.context} tokens, but the model was made for {positions} at most.")
         if missing := self.layers - len(self.caches):
             notes.append(f"Cache: of {missing} layers it is not known and counted as nothing.")
         return notes
 
-    def _more_gpu(self, hardware: Hardware, wish: Wish, found: Plan) -> str:
+    def _more_gpu(self, hardware: Hardware, request: Request, found: Plan) -> str:
         """How much GPU memory all layers would take, where some are on the CPU for want of it."""
         if not hardware.gpus or "cpu" not in found.placement.layers:
             return ""
-        layers, first, last = self._layers(wish)
+        layers, first, last = self._layers(request)
         need = sum(layer.matrices + layer.cache for layer in layers) + first + last
         left = found.placement.layers.count("cpu")
-        room = BASE_GPU + self._gpu_work(wish)
+        room = BASE_GPU + self._gpu_work(request)
         return (
             f"{left} of {self.layers} layers stay on the CPU: all of them need {format_bytes(need + room)} of GPU "
             f"memory, {format_bytes(room)} of it to work in."
         )
 
-    def _changes(self, hardware: Hardware, wish: Wish, probes: torch_probes.Probes, found: Plan) -> list[str]:
+    def _changes(self, hardware: Hardware, request: Request, probes: torch_probes.Probes, found: Plan) -> list[str]:
         """The smallest changes that make it fit, each alone, cheapest first."""
         changes = []
-        for what, value in (("chunk_size", wish.chunk), ("context", wish.context)):
+        for what, value in (("chunk_size", request.chunk), ("context", request.context)):
             halved = value // 2
             while halved >= 256:
-                smaller = replace(wish, **{_FIELDS[what]: halved})
+                smaller = replace(request, **{_FIELDS[what]: halved})
                 if self._place(hardware, smaller, self.form, probes).fits:
                     changes.append(f"--{what.replace('_', '-')} {halved} fits.")
                     break
@@ -314,7 +314,7 @@ class Planner:
         size = sum(m.weights for m in found.memory.values())
         for name in formats.SMALLER:
             form = formats.named_format(name, self.layers, self.tied)
-            plan = self._place(hardware, wish, form, probes)
+            plan = self._place(hardware, request, form, probes)
             if plan.fits and sum(m.weights for m in plan.memory.values()) < size:
                 changes.append(f"--format {name} fits: {format_bytes(plan.memory['cpu'].total)} of RAM.")
                 break
@@ -328,7 +328,7 @@ class Planner:
 
 
 _FIELDS = {"chunk_size": "chunk", "context": "context"}
-"""Flag of `kt plan` -> field of Wish."""
+"""Flag of `kt plan` -> field of Request."""
 
 
 def _machine(hardware: Hardware) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from ktransformers.errors import KTransformersError, UnsupportedError
 from ktransformers.machine.hardware import Gpu, Hardware
 from ktransformers.machine.units import GIB
-from ktransformers.planner.plan import Plan, Planner, Wish
+from ktransformers.planner.plan import Plan, Planner, Request
 from ktransformers.planner.probes import Probes
 
 KINDS = ("weights", "cache", "work")
@@ -18,7 +18,9 @@ GPU_SIZES = (0, 8, 12, 16, 24, 32, 48, 80, 96, 141)
 """GiB of GPU memory that the third plot asks about."""
 
 
-def write_plots(planner: Planner, hardware: Hardware, wish: Wish, probes: Probes, found: Plan, path: Path) -> None:
+def write_plots(
+    planner: Planner, hardware: Hardware, request: Request, probes: Probes, found: Plan, path: Path
+) -> None:
     """Draw `found` and what other contexts and GPUs would give. Raises UnsupportedError, KTransformersError."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -31,8 +33,8 @@ def write_plots(planner: Planner, hardware: Hardware, wish: Wish, probes: Probes
     FigureCanvasAgg(figure)
     memory, context, gpus = figure.subplots(1, 3)
     _memory(memory, found)
-    _context(context, planner, hardware, wish, probes)
-    _gpus(gpus, planner, hardware, wish, probes)
+    _context(context, planner, hardware, request, probes)
+    _gpus(gpus, planner, hardware, request, probes)
     figure.suptitle(f"{found.model}, {found.format}")
     try:
         figure.savefig(path.expanduser(), format="png", dpi=110)
@@ -56,9 +58,9 @@ def _memory(axes: Any, found: Plan) -> None:
     axes.legend(loc="lower right")
 
 
-def _context(axes: Any, planner: Planner, hardware: Hardware, wish: Wish, probes: Probes) -> None:
-    lengths = [length for length in (512 << n for n in range(9)) if length <= max(wish.context, 32768)]
-    plans = [planner.answer(hardware, replace(wish, context=length), probes) for length in lengths]
+def _context(axes: Any, planner: Planner, hardware: Hardware, request: Request, probes: Probes) -> None:
+    lengths = [length for length in (512 << n for n in range(9)) if length <= max(request.context, 32768)]
+    plans = [planner.answer(hardware, replace(request, context=length), probes) for length in lengths]
     axes.plot(lengths, [plan.decode_full.rate for plan in plans], marker="o")
     short = [(n, plan.decode_full.rate) for n, plan in zip(lengths, plans, strict=True) if not plan.fits]
     if short:
@@ -68,12 +70,12 @@ def _context(axes: Any, planner: Planner, hardware: Hardware, wish: Wish, probes
     axes.set_ylim(bottom=0)
 
 
-def _gpus(axes: Any, planner: Planner, hardware: Hardware, wish: Wish, probes: Probes) -> None:
+def _gpus(axes: Any, planner: Planner, hardware: Hardware, request: Request, probes: Probes) -> None:
     model = hardware.gpus[0] if hardware.gpus else Gpu("GPU", 24 * GIB, 1.0e12, 165e12, 26e9)
     speeds = []
     for size in GPU_SIZES:
         gpus = (replace(model, memory=size * GIB),) if size else ()
-        speeds.append(planner.answer(replace(hardware, gpus=gpus, measured=False), wish, probes).decode.rate)
+        speeds.append(planner.answer(replace(hardware, gpus=gpus, measured=False), request, probes).decode.rate)
     axes.plot(GPU_SIZES, speeds, marker="o")
     axes.set(title=f"decode with one GPU like the {model.name}", xlabel="GiB of GPU memory", ylabel="tokens/s")
     axes.set_ylim(bottom=0)

@@ -58,12 +58,12 @@ def find_class(dotted: str) -> tuple[type | None, str]:
 
 
 def _todays_name(dotted: str) -> str:
-    from ktransformers.operators.base_operator import tell_once
+    from ktransformers.operators.base_operator import warn_once
 
     for old, new in RENAMED.items():
         if dotted.startswith(old):
             today = new + dotted.removeprefix(old)
-            tell_once(f"class {dotted!r} is an older name, today's is {today!r}; the rule works as it is")
+            warn_once(f"class {dotted!r} is an older name, today's is {today!r}; the rule works as it is")
             return today
     return dotted
 

@@ -19,7 +19,7 @@ Plan = Mapping[str, Replacement]
 
 
 @dataclass(frozen=True)
-class Fate:
+class Outcome:
     """What became of one module. `reasons`: rule number -> why that rule did not take it.
 
     `replacement` is None where the walk never came, and `hidden` says why.
@@ -33,7 +33,7 @@ class Fate:
 
 @dataclass
 class Group:
-    """The same module of several layers with the same fate. `devices`: kwarg -> device -> numbers of layers.
+    """The same module of several layers with the same outcome. `devices`: kwarg -> device -> numbers of layers.
 
     `devices` has the entry "device", where the module's own weights live, and the other device kwargs that name
     another one; modules outside the layers have no numbers.
@@ -53,7 +53,7 @@ def rule_label(rule: Rule) -> str:
     return f"{rule.number}" if rule.where == f"rule {rule.number}" else f"{rule.number} ({rule.where})"
 
 
-def fates(model: nn.Module, rules: RuleFile, plan: Plan, names: Iterable[str] | None = None) -> Iterator[Fate]:
+def outcomes(model: nn.Module, rules: RuleFile, plan: Plan, names: Iterable[str] | None = None) -> Iterator[Outcome]:
     """Say of every module, or of those in `names`, what became of it. Yields in the model's order."""
     former = former_names(model)
     wanted = None if names is None else set(names)
@@ -62,7 +62,7 @@ def fates(model: nn.Module, rules: RuleFile, plan: Plan, names: Iterable[str] | 
             taken = plan.get(name)
             hidden = "" if taken is not None else _hidden_by(name, plan)
             winner = taken.rule if taken is not None else None
-            yield Fate(name, taken, _reasons(name, module, rules, former.get(name, ()), winner, hidden), hidden)
+            yield Outcome(name, taken, _reasons(name, module, rules, former.get(name, ()), winner, hidden), hidden)
 
 
 def _reasons(
@@ -102,21 +102,21 @@ def _hidden_by(name: str, plan: Plan) -> str:
     return f"hidden below {above}, which rule {placed.rule.number} {how}"
 
 
-def grouped(model: nn.Module, found: Iterable[Fate]) -> list[Group]:
-    """Group fates over layers: the same module of every layer with the same rule, operator and reasons."""
+def grouped(model: nn.Module, found: Iterable[Outcome]) -> list[Group]:
+    """Group outcomes over layers: the same module of every layer with the same rule, operator and reasons."""
     groups: dict[tuple, Group] = {}
     layers = find_layers(model)
     stack = layers[0] if layers else None
-    for fate in found:
-        taken = fate.replacement
+    for outcome in found:
+        taken = outcome.replacement
         rule = taken.rule.number if taken and taken.rule else 0
-        cls = type(model.get_submodule(fate.name)).__name__
-        reasons = {number: module_pattern(text) for number, text in fate.reasons.items()}
-        hidden = module_pattern(fate.hidden)
-        key = (module_pattern(fate.name), cls, rule, taken and taken.operator, tuple(reasons.items()), hidden)
+        cls = type(model.get_submodule(outcome.name)).__name__
+        reasons = {number: module_pattern(text) for number, text in outcome.reasons.items()}
+        hidden = module_pattern(outcome.hidden)
+        key = (module_pattern(outcome.name), cls, rule, taken and taken.operator, tuple(reasons.items()), hidden)
         group = groups.setdefault(key, Group(key[0], cls, taken, reasons, hidden))
-        group.names.append(fate.name)
-        number = layer_number(fate.name, stack)
+        group.names.append(outcome.name)
+        number = layer_number(outcome.name, stack)
         for kwarg, device in _devices(taken).items() if taken else ():
             numbers = group.devices.setdefault(kwarg, {}).setdefault(device, [])
             if number is not None and number not in numbers:

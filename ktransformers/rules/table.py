@@ -11,7 +11,7 @@ from ktransformers.rules.plan import Replacement, module_pattern
 
 
 def plan_rows(model: nn.Module, plan: Mapping[str, Replacement], weights: Any = None) -> list[dict[str, Any]]:
-    """Group a plan by pattern: one row for the same module of every layer with the same fate.
+    """Group a plan by pattern: one row for the same module of every layer with the same outcome.
 
     Each row holds pattern, operator, rule ("2 (DeepSeek-V3.yaml:7)" or "-"), device, quant (types of the module's own
     weights, "" when `weights` is None) and count. Modules that no rule names appear only if they own tensors.

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from ktransformers import native
 from ktransformers.errors import NativeError, WeightError, did_you_mean
 from ktransformers.loaders import ExpertWeights
-from ktransformers.models.traits import TRAITS, idle_experts, is_transposed
+from ktransformers.models.traits import TRAITS, identity_experts, is_transposed
 from ktransformers.operators import experts as experts_module
 from ktransformers.operators import hot_experts
 from ktransformers.quants.blocks import QUANT_TYPES, QuantType
@@ -152,7 +152,7 @@ class _Layout:
         sizes = tuple(experts.down_proj.shape[1:])
         hidden, intermediate = reversed(sizes) if is_transposed(experts) else sizes
         first = experts_module.first_projection(experts)
-        return cls(first, len(getattr(experts, first)) - idle_experts(experts), intermediate, hidden)
+        return cls(first, len(getattr(experts, first)) - identity_experts(experts), intermediate, hidden)
 
 
 # --- the C library --------------------------------------------------------------------------------------------------

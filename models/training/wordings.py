@@ -24,7 +24,7 @@ how do i {}|how do i {}|how do i {}|how do i {}|how can i {}|how can i {}|how to
 is it possible to {}|can i {}|can you {}|show me how to {}|what is the way to {}|what do i do to {}|explain how to {}|tell me how to {}
 is there a way to {}|help me {}|what is the best way to {}|steps to {}|{}|could you show me how to {}|how should i {}|where do i {}
 i am trying to {}|what do i need to {}|how does one {}|how do you {}|how could i {}|what must i do to {}|what is needed to {}
-what is the right way to {}|what is the easiest way to {}|i don't know how to {}|is it hard to {}|what is the command to {}|i wish to {}
+what is the right way to {}|what is the easiest way to {}|i don't know how to {}|is it hard to {}|what is the command to {}|i request to {}
 what if i want to {}|suppose i want to {}|can someone {}|am i able to {}|how do people {}|teach me to {}|guide me to {}|instructions to {}
 what steps are needed to {}|how would i go about it if i want to {}|i need to {}, how|what is the trick to {}|which setting do i need to {}|any idea how to {}
 how do i manage to {}|give me a way to {}|i'd like to {}|got to {}, how do i do that|what should i do to {}|i want to {}, how do i do that

@@ -58,11 +58,11 @@ def compare(folder: Path, weights: Path, rule: str) -> dict[str, Any]:
     from ktransformers.planner import plan as planning
 
     planner = planning.Planner(str(folder), weights)
-    wish = planning.Wish(context=PROMPT + COUNT)
+    request = planning.Request(context=PROMPT + COUNT)
 
     def plan() -> planning.Plan:
         machine = hardware.measure()
-        return planner.plan(machine, wish, planner.probes(machine, here=True))
+        return planner.plan(machine, request, planner.probes(machine, here=True))
 
     before, measured, after = plan(), run([str(folder), str(weights), rule, str(PROMPT), str(COUNT)]), plan()
 

@@ -7,7 +7,7 @@ import torch
 
 from ktransformers.errors import KTransformersError
 from ktransformers.machine import hardware
-from ktransformers.machine.gpus import CARDS, TYPICAL, find_card, typical_card
+from ktransformers.machine.gpus import GPU_MODELS, TYPICAL, find_gpu, typical_gpu
 from ktransformers.machine.units import GIB, format_bytes, format_rate, parse_bytes, parse_rate
 
 SIZES = [
@@ -86,17 +86,17 @@ NAMES = [
 
 @pytest.mark.parametrize(("text", "name"), NAMES)
 def test_cards_are_found_as_people_write_them(text, name):
-    assert find_card(text).name == name
+    assert find_gpu(text).name == name
 
 
 @pytest.mark.parametrize("text", ["a100", "4091", "rtx", "", "v100"])
 def test_what_is_no_card_or_several_is_not_guessed(text):
-    assert find_card(text) is None
+    assert find_gpu(text) is None
 
 
-@pytest.mark.parametrize("card", CARDS.values(), ids=lambda card: card.name)
+@pytest.mark.parametrize("card", GPU_MODELS.values(), ids=lambda card: card.name)
 def test_every_card_is_found_by_its_own_name_and_has_figures_of_a_gpu(card):
-    assert find_card(card.name) is card
+    assert find_gpu(card.name) is card
     assert 8 * GIB <= card.memory <= 300 * GIB
     assert 250e9 <= card.bandwidth <= 10e12 and 20e12 <= card.bf16_ops <= 5e15
     assert 10e9 <= card.link < card.bandwidth / 5
@@ -104,10 +104,10 @@ def test_every_card_is_found_by_its_own_name_and_has_figures_of_a_gpu(card):
 
 
 def test_there_is_a_typical_card_for_every_size():
-    assert [typical_card(size * GIB).name for size in (2, 8, 12, 16, 24, 48, 80, 1000)] == [
+    assert [typical_gpu(size * GIB).name for size in (2, 8, 12, 16, 24, 48, 80, 1000)] == [
         "4060", "4060", "3060", "4060ti-16g", "4090", "a6000", "a100-80g", "mi355x",
     ]  # fmt: skip
-    assert set(TYPICAL) <= set(CARDS)
+    assert set(TYPICAL) <= set(GPU_MODELS)
 
 
 # ---- described ---------------------------------------------------------------------------------------------
@@ -122,13 +122,13 @@ def test_a_named_card_has_its_published_figures():
 @pytest.mark.parametrize(("text", "card", "bandwidth"), [("24GiB", "4090", 1008e9), ("20000MiB", "7900xt", 800e9)])
 def test_a_gpu_given_by_size_is_taken_for_a_card_of_that_size_and_says_so(text, card, bandwidth):
     gpu, assumed = hardware.parse_gpu(text)
-    assert gpu.memory == parse_bytes(text) and gpu.bandwidth == bandwidth and gpu.link == CARDS[card].link
+    assert gpu.memory == parse_bytes(text) and gpu.bandwidth == bandwidth and gpu.link == GPU_MODELS[card].link
     assert f"like the {card}" in assumed[0] and "SIZE@BANDWIDTH" in assumed[0]
 
 
 def test_a_bandwidth_is_taken_as_it_is_and_picks_the_likest_card():
     gpu, assumed = hardware.parse_gpu("80GiB@3350GB/s")
-    assert gpu.bandwidth == 3350e9 and gpu.bf16_ops == CARDS["h100"].bf16_ops and "like the h100" in assumed[0]
+    assert gpu.bandwidth == 3350e9 and gpu.bf16_ops == GPU_MODELS["h100"].bf16_ops and "like the h100" in assumed[0]
     assert hardware.parse_gpu("3090@900GB/s")[0].bandwidth == 900e9
 
 
@@ -232,6 +232,6 @@ def test_a_gpu_that_cannot_be_measured_is_taken_for_a_known_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(hardware, "_measure_gpu", full)
     gpus, notes = hardware.measure_gpus()
-    assert gpus == (hardware.Gpu(properties.name, 25_000_000_000, 936e9, 71e12, CARDS["3090"].link),)
+    assert gpus == (hardware.Gpu(properties.name, 25_000_000_000, 936e9, 71e12, GPU_MODELS["3090"].link),)
     assert "out of memory" in notes[0] and "more lines" not in notes[0]
     assert not hardware.measure().measured

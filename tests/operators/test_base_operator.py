@@ -170,12 +170,12 @@ def test_forward_only_computes_and_refuses_gradients():
 
 def test_a_notice_is_given_once():
     with pytest.warns(UserWarning, match="only once"):
-        base_operator.tell_once("only once, for the test")
+        base_operator.warn_once("only once, for the test")
     import warnings
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        base_operator.tell_once("only once, for the test")
+        base_operator.warn_once("only once, for the test")
 
 
 @pytest.mark.parametrize(

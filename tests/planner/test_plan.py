@@ -13,7 +13,7 @@ from ktransformers.machine.units import GIB
 from ktransformers.operators.experts import KTransformersExperts
 from ktransformers.planner import placement, probes, speed
 from ktransformers.planner.placement import Layer, Placement, Room
-from ktransformers.planner.plan import Planner, Wish
+from ktransformers.planner.plan import Planner, Request
 from ktransformers.planner.profile import RoutingProfile
 from ktransformers.simulator.simulate import simulate
 from tests.tiny import meta_model, random_ids, relative_error
@@ -79,7 +79,7 @@ def test_a_rule_file_of_a_placement_is_the_packaged_one_with_other_devices():
 
 
 def test_everything_on_a_large_gpu(planner):
-    found = planner.plan(box("h200"), Wish(context=8192))
+    found = planner.plan(box("h200"), Request(context=8192))
     assert found.fits and found.placement.layers == ["cuda:0"] * 48
     assert sum(map(len, found.placement.gpu_experts.values())) == 48 * 128
     assert found.memory["cpu"].weights < 2 * GIB and found.prefill.rate > found.decode.rate > found.decode_full.rate
@@ -95,16 +95,16 @@ def test_a_gpu_expert_takes_no_ram(planner):
 def test_nothing_is_over_its_limit_where_a_plan_fits(planner):
     for gpus in ([], ["8GiB"], ["12GiB", "24GiB"], ["4060ti-16g"] * 8):
         for context in (1024, 32768, 262144):
-            found = planner.plan(box(*gpus), Wish(context=context))
+            found = planner.plan(box(*gpus), Request(context=context))
             over = [device for device, memory in found.memory.items() if memory.total > memory.limit]
             assert found.fits == (not over), (gpus, context, found.problems)
             assert not over or over == ["cpu"], found.problems
 
 
 def test_more_gpu_is_never_slower_and_a_longer_context_never_faster(planner):
-    rates = [planner.answer(box(f"{size}GiB@1000GB/s"), Wish(), probes.assumed(16)).decode.rate for size in (6, 12, 24, 48, 80)]
+    rates = [planner.answer(box(f"{size}GiB@1000GB/s"), Request(), probes.assumed(16)).decode.rate for size in (6, 12, 24, 48, 80)]
     assert rates == sorted(rates)
-    rates = [planner.answer(box("24GiB"), Wish(context=n), probes.assumed(16)).decode_full.rate for n in (2048, 8192, 65536)]
+    rates = [planner.answer(box("24GiB"), Request(context=n), probes.assumed(16)).decode_full.rate for n in (2048, 8192, 65536)]
     assert rates == sorted(rates, reverse=True)
 
 
@@ -125,19 +125,19 @@ def test_what_cannot_fit_at_all_is_said():
 
 
 def test_a_small_context_is_proposed_where_the_cache_is_too_large(planner):
-    found = planner.plan(box(ram="24GiB"), Wish(context=262144, chunk=1024))
+    found = planner.plan(box(ram="24GiB"), Request(context=262144, chunk=1024))
     assert not found.fits
     length = next(int(re.search(r"--context (\d+) fits", text)[1]) for text in found.changes if "--context" in text)
-    assert planner.plan(box(ram="24GiB"), Wish(context=length, chunk=1024)).fits
+    assert planner.plan(box(ram="24GiB"), Request(context=length, chunk=1024)).fits
 
 
 def test_frequency_puts_the_most_used_experts_on_the_gpu_and_is_faster(planner):
     layers = {i: [1000 if e in (5, 77) else 1 for e in range(128)] for i in range(48)}
     profile = RoutingProfile("qwen3_moe", layers, tokens=1000)
-    found = planner.plan(box("8GiB"), Wish(strategy="frequency", profile=profile))
+    found = planner.plan(box("8GiB"), Request(strategy="frequency", profile=profile))
     hot = {layer: ids for layer, ids in found.placement.gpu_experts.items() if ids}
     assert hot and all({5, 77} & set(ids) for ids in hot.values())
-    assert found.decode.rate > planner.plan(box("8GiB"), Wish(strategy="uniform", profile=profile)).decode.rate
+    assert found.decode.rate > planner.plan(box("8GiB"), Request(strategy="uniform", profile=profile)).decode.rate
 
 
 def test_the_sum_of_a_pass_is_its_parts(planner):
@@ -189,11 +189,11 @@ def test_what_is_planned_on_gpus_is_what_a_simulation_finds_there(checkpoint, fa
     """Weights and cache of every device, against a forward with fake tensors under the plan's rule file."""
     reference, folder = checkpoint(family, num_hidden_layers=12)
     planner = Planner(str(folder), weights=folder)
-    wish = Wish(context=40)
-    layers, first, _ = planner._layers(wish)
+    request = Request(context=40)
+    layers, first, _ = planner._layers(request)
     size = 2 * max(layer.matrices + layer.cache for layer in layers) + first
-    gpu = hardware.Gpu("tiny", (size + planner._gpu_work(wish) + (600 << 20)) * 50 // 49, 1e12, 1e14, 25e9)
-    found = planner.plan(hardware.Hardware(box().cpu, (gpu, gpu)), wish)
+    gpu = hardware.Gpu("tiny", (size + planner._gpu_work(request) + (600 << 20)) * 50 // 49, 1e12, 1e14, 25e9)
+    found = planner.plan(hardware.Hardware(box().cpu, (gpu, gpu)), request)
     assert {"cuda:0", "cuda:1", "cpu"} == set(found.placement.layers)
     simulation = simulate(reference.config, yaml.safe_load(found.rule), gpus=2, tokens=39, context=0)
     assert not simulation.problems

@@ -133,4 +133,4 @@ def test_types_not_computed_are_named():
     with pytest.raises(UnsupportedError, match="Q8_K.*Q4_K"):
         dequantize(torch.zeros(292, dtype=torch.uint8), "Q8_K", (256,))
     with pytest.raises(UnsupportedError, match="Q4_K"):
-        blocks.quant_type("Q4K")
+        quants_blocks.quant_type("Q4K")

@@ -6,7 +6,7 @@ import warnings
 import pytest
 
 from ktransformers.errors import ranges
-from ktransformers.rules.explain import expert_devices, fates, grouped, layer_devices
+from ktransformers.rules.explain import expert_devices, grouped, layer_devices, outcomes
 from ktransformers.rules.plan import load_rules, plan
 from tests.rules.test_published import STYLES
 from tests.tiny import meta_model, tiny_config
@@ -19,14 +19,14 @@ def test_every_rule_either_has_a_module_or_a_reason(name):
     with warnings.catch_warnings(action="ignore"):
         file = load_rules(style.rules())
         found = plan(model, file, gpus=8)
-    told = {fate.name: fate for fate in fates(model, file, found)}
+    told = {outcome.name: outcome for outcome in outcomes(model, file, found)}
     assert set(told) == {name for name, _ in model.named_modules() if name}
-    for module, fate in told.items():
+    for module, outcome in told.items():
         winner = found[module].rule.number if module in found and found[module].rule else None
-        assert set(fate.reasons) | {winner} == {rule.number for rule in file} | {winner}, module
-        assert winner not in fate.reasons
-        assert bool(fate.hidden) == (module not in found)
-        for number, reason in fate.reasons.items():
+        assert set(outcome.reasons) | {winner} == {rule.number for rule in file} | {winner}, module
+        assert winner not in outcome.reasons
+        assert bool(outcome.hidden) == (module not in found)
+        for number, reason in outcome.reasons.items():
             if first := re.search(r"rule (\d+) comes first", reason):
                 assert int(first[1]) == winner < number, module
     groups = grouped(model, told.values())
