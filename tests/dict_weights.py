@@ -32,6 +32,10 @@ class DictWeights:
     def infos(self, name):
         return [SimpleNamespace(type=quant_type(self.quant_type(name)))]
 
+    def nbytes(self, name):
+        shape = self.shape(name)
+        return quant_type(self.quant_type(name)).packed_bytes(shape)
+
     def can_pack(self, name):
         return self.has(name)
 

@@ -9,10 +9,11 @@ import mmap
 import os
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from ktransformers import env
 from ktransformers.errors import WeightError, did_you_mean
 from ktransformers.quants.blocks import Packed, QuantType
 from ktransformers.quants.scaled import ScaledType, ScaledWeight
+
+if TYPE_CHECKING:
+    from ktransformers.loaders.sources import ExpertWeights
 
 # Python 3.11 does not name it; the value is Linux's on every architecture that torch has wheels for.
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
@@ -47,6 +51,58 @@ class TensorInfo:
     file: Path
     start: int
     fault: str = ""
+
+
+@runtime_checkable
+class WeightSource(Protocol):
+    """What an operator gets as `gguf_loader`: weights by the model's names (`model.layers.3.mlp.gate.weight`).
+
+    `ModelWeights` is one over a checkpoint of any format; tests and the simulator have others. A method that takes a
+    name raises WeightError with the closest known one when there is no such weight. `prefix` is the name of an
+    experts module. Letters: E experts, H hidden, I intermediate.
+    """
+
+    def names(self) -> list[str]:
+        """Every tensor that can be delivered."""
+
+    def has(self, name: str) -> bool:
+        """Whether `name` is one of `names()`."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape that `tensor(name)` has."""
+
+    def infos(self, name: str) -> Sequence[TensorInfo]:
+        """The stored tensors that `name` is made from; a source without files describes at least their `type`."""
+
+    def quant_type(self, name: str) -> str:
+        """The stored type: "Q4_K", or "Q4_K+Q6_K" where tensors of several types make one."""
+
+    def methods(self, name: str) -> list[str]:
+        """The ways in which parts of `name` are stored, as users call them: FP8, RAWINT4, LLAMAFILE."""
+
+    def is_stored_as(self, name: str, method: str) -> bool:
+        """Whether every part of `name` is stored in the way that users call `method`."""
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of the stored tensors that `name` is made from."""
+
+    def tensor(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
+        """The numbers, in memory of their own; `dtype` None is the stored float type, else float32."""
+
+    def can_pack(self, name: str) -> bool:
+        """Whether `packed(name)` can deliver."""
+
+    def packed(self, name: str) -> Packed | ScaledWeight:
+        """The stored bytes, without a copy where rows lie in the file as the model wants them."""
+
+    def has_experts(self, prefix: str) -> bool:
+        """Whether the routed experts of `prefix` can be delivered, packed or as tensors."""
+
+    def experts_problem(self, prefix: str) -> str:
+        """Why `experts(prefix)` cannot deliver packed rows, or ""."""
+
+    def experts(self, prefix: str) -> "ExpertWeights":
+        """The routed experts of `prefix`: E packed matrices each, gate and up [I, H], down [H, I], and biases."""
 
 
 class MappedFile:

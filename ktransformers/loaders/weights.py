@@ -27,7 +27,7 @@ from ktransformers.quants.scaled import ScaledWeight
 
 
 class ModelWeights:
-    """A checkpoint that answers in module names (`model.layers.3.mlp.experts.gate_up_proj`).
+    """A checkpoint that answers in module names (`model.layers.3.mlp.experts.gate_up_proj`): a `WeightSource`.
 
     This is what operators get as `gguf_loader`, whatever the format. Every method that takes a name raises
     WeightError with the closest known one when the checkpoint cannot deliver it.
