@@ -56,6 +56,9 @@ class DictWeights:
     def tensor(self, name, device="cpu", dtype=None):
         return self.packed(name).dequantize(dtype or torch.float32, device)
 
+    def same(self, name, other):
+        return name not in self.tensors or other not in self.tensors or self.tensors[name] is self.tensors[other]
+
     def methods(self, name):
         return ["LLAMAFILE"] if name in self.types else [self.quant_type(name)]
 

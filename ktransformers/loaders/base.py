@@ -95,6 +95,9 @@ class WeightSource(Protocol):
     def packed(self, name: str) -> Packed | ScaledWeight:
         """The stored bytes, without a copy where rows lie in the file as the model wants them."""
 
+    def same(self, name: str, other: str) -> bool:
+        """Whether two names may be one tensor: both have the same numbers, or one is not there."""
+
     def has_experts(self, prefix: str) -> bool:
         """Whether the routed experts of `prefix` can be delivered, packed or as tensors."""
 
