@@ -15,6 +15,7 @@ parts of a query without and with rotary positions.
 """
 
 import inspect
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from ktransformers.errors import UnsupportedError
 from ktransformers.operators import cpu_attention
 from ktransformers.operators.base_operator import FamilyOperator
-from ktransformers.operators.cpu_attention import filled
+from ktransformers.operators.cpu_attention import fused, one_query
 from ktransformers.operators.gqa import KLlamaAttention, KQwen3MoeAttention  # noqa: F401  rule files name them here
 
 _NEEDED = (
@@ -49,8 +50,8 @@ class KDeepseekV2Attention(FamilyOperator):
     """MLA for DeepSeek-V2 (complex rotary factors) and V3 (cos, sin).
 
     Args:
-        chunck_size: queries whose scores are in memory at a time, fp32 [B, A, chunck_size, T]
-            (upstream's spelling).
+        chunck_size: queries whose scores are in memory at a time, fp32 [B, A, chunck_size, T], where torch's fused
+            kernel, which holds none, does not compute: see `_in_parts` (upstream's spelling).
         absorb_for_prefill: work on the latents whatever the number of queries. Otherwise the form with fewer
             multiplications is taken (`absorbing_is_cheaper`): absorbed to decode, expanded for long prompts.
 
@@ -120,8 +121,10 @@ class KDeepseekV2Attention(FamilyOperator):
         if past_key_values is not None:
             latent, k_rot = past_key_values.update(latent, k_rot, self.layer_idx)
         mask = _checked_mask(attention_mask, self.config)
-
-        if mask is None and length > 1:
+        if mask is not None:
+            mask = mask[..., : latent.shape[2]]
+            mask = mask if mask.dtype == torch.bool else mask.to(latent.dtype)
+        elif length > 1:
             # transformers omits the mask only where the cache was empty; beyond, a static one still is empty.
             latent, k_rot = latent[:, :, :length], k_rot[:, :, :length]
 
@@ -151,60 +154,76 @@ class KDeepseekV2Attention(FamilyOperator):
         """`kv_b_proj` as [A * (N + V), L]: for each head the rows of W_UK, then those of W_UV."""
         return _dense_weight(self.kv_b_proj) if self._kv_b is None else self._kv_b
 
-    def _absorbed(self, q_nope, q_rot, latent, k_rot, mask, wants_weights) -> tuple[Tensor, Tensor | None]:
-        per_head = [self.qk_nope_head_dim, self.v_head_dim]
-        weight = self._kv_b_weight().to(latent.dtype).view(-1, sum(per_head), self.kv_lora_rank)
-        w_uk, w_uv = weight.split(per_head, 1)  # [A, N, L], [A, V, L]: views
-        q_latent = torch.einsum("basn,anl->basl", q_nope, w_uk)
-        context, weights = self._attend([(q_latent, latent), (q_rot, k_rot)], latent, mask, wants_weights)
+    def _absorbed(
+        self, q_nope: Tensor, q_rot: Tensor, latent: Tensor, k_rot: Tensor, mask: Tensor | None, wants_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention on the latents: W_UK goes into the queries, W_UV comes after the sum.
+
+        Args:
+            q_nope: [B, A, S, N], and q_rot [B, A, S, R]: the two parts of the queries, the second one rotated.
+            latent: [B, 1, T, L], and k_rot [B, 1, T, R]: the cache.
+            mask: [B, 1, S, T], bool or added to scores; None is causal with S = T, or S = 1.
+
+        Returns:
+            [B, A, S, V], and the weights [B, A, S, T] if they are wanted.
+        """
+        w_uk, w_uv = self._per_head_weights(latent.dtype)  # [A, N, L], [A, V, L]
+        # A latent query can be far larger than any key: scaled before the product, by a power of two, exactly.
+        power = 2.0 ** round(math.log2(self.scaling))
+        q_latent = torch.einsum("basn,anl->basl", q_nope * power, w_uk)
+        query = torch.cat([q_latent, q_rot * power], -1)  # [B, A, S, L + R]
+        key = torch.cat([latent, k_rot], -1)  # [B, 1, T, L + R]
+        scale = self.scaling / power
+        weights = None
+        if query.shape[2] == 1 and not wants_weights and not self._dropout:
+            context = one_query(query, key, key, mask, scale)[..., : self.kv_lora_rank]
+        elif query.device.type == "cpu" and not wants_weights and not self._dropout:
+            keys = key.expand(-1, query.shape[1], -1, -1)
+            context = fused(query, keys, keys, mask, scale, causal=mask is None)[..., : self.kv_lora_rank]
+        else:  # on GPUs also because heads this wide may get a kernel that copies the keys for every head
+            context, weights = self._in_parts(query, key, latent, mask, scale, wants_weights)
         return torch.einsum("basl,avl->basv", context, w_uv), weights
 
-    def _expanded(self, q_nope, q_rot, latent, k_rot, mask, wants_weights) -> tuple[Tensor, Tensor | None]:
+    def _expanded(
+        self, q_nope: Tensor, q_rot: Tensor, latent: Tensor, k_rot: Tensor, mask: Tensor | None, wants_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention on keys [B, A, T, N + R] and values [B, A, T, V] made of the latents; otherwise as `_absorbed`."""
         per_head = [self.qk_nope_head_dim, self.v_head_dim]
         expanded = F.linear(latent[:, 0], self._kv_b_weight().to(latent.dtype))  # [B, T, A * (N + V)]
         expanded = expanded.view(*expanded.shape[:2], -1, sum(per_head)).transpose(1, 2)
         keys, values = expanded.split(per_head, -1)
-        dropout = self.training and self.attention_dropout
-        if mask is None and not wants_weights and not dropout and q_nope.shape[-1] + q_rot.shape[-1] >= self.v_head_dim:
-            return self._fused(q_nope, q_rot, keys, k_rot, values), None
-        return self._attend([(q_nope, keys), (q_rot, k_rot)], values, mask, wants_weights)
-
-    def _fused(self, q_nope: Tensor, q_rot: Tensor, keys: Tensor, k_rot: Tensor, values: Tensor) -> Tensor:
-        """Causal attention by torch's fused kernel, which holds no scores in memory.
-
-        It takes values only as wide as keys, so they are padded with zeros: for V3's sizes and 1024 tokens on a CPU 2.4
-        times as fast as what torch falls back to otherwise.
-        """
         query = torch.cat([q_nope, q_rot], -1)
         key = torch.cat([keys, k_rot.expand(-1, keys.shape[1], -1, -1)], -1)
-        width = values.shape[-1]
-        values = F.pad(values, (0, query.shape[-1] - width))
-        causal = query.shape[2] > 1
-        return F.scaled_dot_product_attention(query, key, values, is_causal=causal, scale=self.scaling)[..., :width]
+        if wants_weights or self._dropout:
+            return self._in_parts(query, key, values, mask, self.scaling, wants_weights)
+        return fused(query, key, values, mask, self.scaling, mask is None and query.shape[2] > 1), None
 
-    def _attend(
-        self, parts, values: Tensor, mask: Tensor | None, wants_weights: bool
+    @property
+    def _dropout(self) -> float:
+        """The share of attention weights to drop: nothing outside training."""
+        return self.attention_dropout if self.training else 0.0
+
+    def _in_parts(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, wants_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention whose scores sum over `parts`: queries [B, A, S, D] with keys [B, A or 1, T, D]."""
-        queries, cached = parts[0][0].shape[2], values.shape[2]
-        out, weights = [], []
-        decodes = queries == 1 and values.device.type == "cpu" and values.element_size() == 2
-        summed = filled(values) if decodes else values
-        if decodes:  # products of few lengths: see cpu_attention
-            parts = [(q, summed if k is values else filled(k)) for q, k in parts]
-        for start in range(0, queries, self.chunck_size):
-            stop = min(start + self.chunck_size, queries)
-            causal = mask is None and not wants_weights
-            seen = cached - queries + stop if causal else cached  # the chunk's last query sees no further
-            all_or_seen = slice(None) if decodes else slice(seen)
-            products = [_product(q[:, :, start:stop], k[:, :, all_or_seen].transpose(2, 3)) for q, k in parts]
-            scores = sum(product[..., :seen].float() for product in products) * self.scaling  # [B, A, chunk, T]
-            probs = F.softmax(_masked(scores, mask, start), -1).to(values.dtype)
-            if self.training and self.attention_dropout:
-                probs = F.dropout(probs, self.attention_dropout)
-            out.append(_product(filled(probs, 3), summed) if decodes else _product(probs, summed[:, :, :seen]))
+        """As `fused`, `chunck_size` queries at a time, with the weights if they are wanted.
+
+        query [B, A, S, D], key [B, A or 1, T, D], value [B, A or 1, T, V] -> [B, A, S, V], [B, A, S, T] or None.
+        Scores are products in fp32: in fp16 those of large keys would be infinite.
+        """
+        out, weights, key = [], [], key.float().transpose(2, 3)
+        for start in range(0, query.shape[2], self.chunck_size):
+            part = query[:, :, start : start + self.chunck_size].float() * scale
+            probs = F.softmax(_masked(_product(part, key), mask, start), -1).to(value.dtype)
+            probs = F.dropout(probs, self._dropout) if self._dropout else probs
+            out.append(_product(probs, value))
             weights += [probs] if wants_weights else []
         return torch.cat(out, 2), torch.cat(weights, 2) if wants_weights else None
+
+    def _per_head_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """W_UK [A, N, L] and W_UV [A, V, L]: views of `kv_b_proj` where it has `dtype`."""
+        per_head = [self.qk_nope_head_dim, self.v_head_dim]
+        return self._kv_b_weight().to(dtype).view(-1, sum(per_head), self.kv_lora_rank).split(per_head, 1)
 
 
 def _differences(module: nn.Module) -> list[str]:
@@ -264,7 +283,7 @@ def _masked(scores: Tensor, mask: Tensor | None, start: int) -> Tensor:
             return scores  # one query: the newest token, which sees all
         at = torch.arange(start, start + chunk, device=scores.device).unsqueeze(1)
         return scores.masked_fill(torch.arange(cached, device=scores.device) > at, _LOWEST)
-    part = mask[:, :, start : start + chunk, :cached]
+    part = mask[:, :, start : start + chunk]
     # Not -inf: a row with nothing to attend to (left padding) must stay finite, for it enters the cache.
     return scores.masked_fill(~part, _LOWEST) if part.dtype == torch.bool else scores + part
 

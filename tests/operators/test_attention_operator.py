@@ -133,6 +133,31 @@ def test_bf16_stays_near_transformers_bf16(mla):
         assert relative_error(model(ids).logits, truth(ids).logits) < 0.05
 
 
+@pytest.mark.parametrize("form", ["_absorbed", "_expanded"])
+@pytest.mark.parametrize("queries, mask", [(1, None), (1, "bool"), (9, None), (9, "float")])
+@pytest.mark.parametrize("wants_weights", [True, False])
+def test_scores_that_fp16_cannot_hold_unscaled_stay_exact(form, queries, mask, wants_weights):
+    """All keys have a large part in common: it makes every score large and changes no weight."""
+    attention = twin("deepseek_v3", chunck_size=4)[1].model.layers[0].self_attn.half()
+    generator = torch.Generator().manual_seed(queries)
+    sizes = ((2, 4, queries, 16), (2, 4, queries, 8), (2, 1, 9, 32), (2, 1, 9, 8))
+    q_nope, q_rot, latent, k_rot = (torch.randn(size, generator=generator) for size in sizes)
+    q_rot, k_rot = (q_rot * 4 + 40).half(), (k_rot + 300).half()
+    q_nope, latent = (q_nope * 4).half(), (latent + 300 * (form == "_absorbed")).half()
+    assert (q_rot @ k_rot.transpose(2, 3)).isinf().all()
+    if mask:
+        mask = torch.rand(2, 1, queries, 9, generator=generator) > 0.3
+        mask[..., 0] = True
+    given = mask if mask is None or queries == 1 else torch.zeros(mask.shape).masked_fill(~mask, -60000.0)
+    with torch.no_grad():
+        half = mask if given is None else given if given.dtype == torch.bool else given.half()
+        found, weights = getattr(attention, form)(q_nope, q_rot, latent, k_rot, half, wants_weights)
+        wide = [x.float() for x in (q_nope, q_rot, latent, k_rot)]
+        expected, _ = getattr(attention.float(), form)(*wide, given, False)
+    assert found.isfinite().all() and (weights is not None) == wants_weights
+    assert relative_error(found, expected) < 0.01
+
+
 @FAMILIES
 def test_gradients_pass(mla):
     truth, model = twin(mla)
