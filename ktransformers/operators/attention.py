@@ -1,9 +1,9 @@
 """Multi-head latent attention (DeepSeek-V2, V3 and kin) with `kv_b_proj` absorbed into queries and outputs.
 
-The cache holds, per token, one latent (rank L) and one rotated key (R) for all heads, exactly as
-transformers' own module fills it, so dynamic, static and quantized caches all work. transformers expands the
-whole cache to per-head keys and values in every step; here a step with few queries works on the latents
-instead. Following the papers (DeepSeek-V2, section 2.1), with W_UK and W_UV the key and value rows of
+The cache holds, per token, one latent (rank L) and one rotated key (R) for all heads, exactly as transformers' own
+module fills it, so dynamic, static and quantized caches all work; attention_inputs.py refuses those that are not known.
+transformers expands the whole cache to per-head keys and values in every step; here a step with few queries works on
+the latents instead. Following the papers (DeepSeek-V2, section 2.1), with W_UK and W_UV the key and value rows of
 `kv_b_proj`:
 
     expanded   score = q_nope · (W_UK c) + q_rot · k_rot        out = Σ p (W_UV c)
@@ -24,8 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ktransformers.errors import UnsupportedError
-from ktransformers.operators import cpu_attention
+from ktransformers.operators.attention_inputs import BUILD_WITH, IMPLEMENTATIONS, check_inputs, update_cache
 from ktransformers.operators.base_operator import FamilyOperator
 from ktransformers.operators.cpu_attention import fused, one_query
 from ktransformers.operators.gqa import KLlamaAttention, KQwen3MoeAttention  # noqa: F401  rule files name them here
@@ -43,7 +42,6 @@ _ARGUMENTS = frozenset(
     | {"cache_position", "use_cache", "output_attentions"}  # these change no number
 )
 _PLAIN_NUMBERS = frozenset({"scaling", "attention_dropout"})
-_BUILD_WITH = "Build the model with attn_implementation='sdpa' or 'eager'"
 
 
 class KDeepseekV2Attention(FamilyOperator):
@@ -84,8 +82,8 @@ class KDeepseekV2Attention(FamilyOperator):
             return [f"{cls.__name__} replaces multi-head latent attention as DeepSeek computes it; {found}"]
         problems = []
         masks = getattr(getattr(orig_module, "config", None), "_attn_implementation", None)
-        if masks not in (None, "sdpa", "eager", cpu_attention.NAME):
-            problems.append(f"{cls.__name__} takes no masks of attn_implementation {masks!r}. {_BUILD_WITH}")
+        if masks not in IMPLEMENTATIONS:
+            problems.append(f"{cls.__name__} takes no masks of attn_implementation {masks!r}. {BUILD_WITH}")
         chunk = kwargs.get("chunck_size", 1)
         if not isinstance(chunk, int) or chunk <= 0:
             problems.append(f"chunck_size: {chunk!r}, expected a positive number of queries")
@@ -110,6 +108,7 @@ class KDeepseekV2Attention(FamilyOperator):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden [B, S, H] -> ([B, S, H], None, or [B, A, S, T] where attentions are asked for)."""
+        check_inputs(type(self).__name__, self.config, attention_mask, kwargs)
         batch, length = hidden_states.shape[:2]
         q_nope, q_rot = self._queries(hidden_states)
         compressed = self.kv_a_proj_with_mqa(hidden_states)
@@ -118,9 +117,8 @@ class KDeepseekV2Attention(FamilyOperator):
         interleave = getattr(self.config, "rope_interleave", False)
         q_rot = rotate(q_rot, position_embeddings, interleave)
         k_rot = rotate(k_rot.unsqueeze(1), position_embeddings, interleave)  # [B, 1, S, R]
-        if past_key_values is not None:
-            latent, k_rot = past_key_values.update(latent, k_rot, self.layer_idx)
-        mask = _checked_mask(attention_mask, self.config)
+        latent, k_rot = update_cache(type(self).__name__, past_key_values, latent, k_rot, self.layer_idx)
+        mask = attention_mask
         if mask is not None:
             mask = mask[..., : latent.shape[2]]
             mask = mask if mask.dtype == torch.bool else mask.to(latent.dtype)
@@ -286,16 +284,6 @@ def _masked(scores: Tensor, mask: Tensor | None, start: int) -> Tensor:
     part = mask[:, :, start : start + chunk]
     # Not -inf: a row with nothing to attend to (left padding) must stay finite, for it enters the cache.
     return scores.masked_fill(~part, _LOWEST) if part.dtype == torch.bool else scores + part
-
-
-def _checked_mask(mask: Any, config: Any) -> Tensor | None:
-    if mask is None or (isinstance(mask, Tensor) and mask.dim() == 4):
-        return mask
-    found = f"a {mask.dim()}-D tensor" if isinstance(mask, Tensor) else type(mask).__name__
-    raise UnsupportedError(
-        f"KDeepseekV2Attention takes 4-D masks, found {found} (attn_implementation "
-        f"{config._attn_implementation!r}). {_BUILD_WITH}."
-    )
 
 
 def rotate(x: Tensor, position_embeddings: Any, interleave: bool) -> Tensor:
