@@ -3,14 +3,13 @@
 A new command is one line in COMMANDS, or in GROUPS for a command with commands of its own.
 """
 
-import os
 from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
-from ktransformers.cli import chat, config, doctor, plan, profile, rules, simulate, version
-from ktransformers.cli.common import errors, out
+from ktransformers.cli import chat, config, doctor, plan, profile, quantize, rules, simulate, version
+from ktransformers.cli.common import errors, out, passive_openmp
 
 PLAN, RUN, LOOK = "Plan", "Run", "Look"
 """Headings of `kt --help`, in its order."""
@@ -20,11 +19,15 @@ COMMANDS: list[tuple[str, Callable[..., None]]] = [
     (PLAN, simulate.simulate),
     (RUN, chat.chat),
     (RUN, profile.profile),
+    (RUN, quantize.quantize),
     (LOOK, doctor.doctor),
     (LOOK, config.config),
     (LOOK, version.version),
 ]
 """(heading, function); the function's name is the command's."""
+
+CLASSES = {chat.chat: chat.Command}
+"""Of commands that take more flags than they show."""
 
 GROUPS: list[tuple[str, str, typer.Typer]] = [
     (PLAN, "rules", rules.app),
@@ -55,12 +58,11 @@ def _start(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
-    # Before torch loads its OpenMP, as in local_chat: its waiting threads would hold the cores that ours need.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    passive_openmp()
 
 
 for heading, function in COMMANDS:
-    app.command(rich_help_panel=heading)(errors(function))
+    app.command(rich_help_panel=heading, cls=CLASSES.get(function))(errors(function))
 for heading, name, group in GROUPS:
     for registered in group.registered_commands:
         registered.callback = registered.callback and errors(registered.callback)

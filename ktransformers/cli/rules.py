@@ -16,7 +16,7 @@ import typer
 from rich.text import Text
 
 from ktransformers.cli import explained
-from ktransformers.cli.common import complete_model, complete_rule, out, show
+from ktransformers.cli.common import DevicesOption, complete_model, complete_rule, out, renamed_devices, show
 from ktransformers.errors import KTransformersError, RuleError
 
 if TYPE_CHECKING:
@@ -69,10 +69,7 @@ def check(
     rule: RuleArgument,
     model: ModelArgument,
     gpus: GpusOption = None,
-    devices: Annotated[
-        list[str],
-        typer.Option(metavar="NAME=NAME", help="Rename devices of the rules, such as cuda=cpu; may be repeated."),
-    ] = [],  # noqa: B006  (typer wants a list)
+    devices: DevicesOption = [],  # noqa: B006  (typer wants a list)
     strict: Annotated[bool, typer.Option("--strict", help="Warnings are errors.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -82,7 +79,7 @@ def check(
     works in a roundabout way. The rules' own warnings, and layers, are looked at once loading would refuse nothing.
     Exit code 1: there is an error.
     """
-    mapping = _device_mapping(devices)
+    mapping = renamed_devices(devices)
     findings, file, plan, count = [], None, None, gpus
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -152,16 +149,6 @@ def _meta_model(model: str) -> "nn.Module":
 
     logging.set_verbosity_error()
     return meta_model(read_config(model))
-
-
-def _device_mapping(pairs: list[str]) -> dict[str, str]:
-    named = {}
-    for text in pairs:
-        name, _, becomes = text.partition("=")
-        if not name or not becomes:
-            raise KTransformersError(f"--devices {text!r}: expected NAME=NAME, such as cuda=cpu.")
-        named[name] = becomes
-    return named
 
 
 def _problems(error: RuleError) -> list[str]:
