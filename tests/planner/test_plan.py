@@ -44,6 +44,35 @@ def test_gpus_are_filled_alike_when_all_layers_fit():
     assert devices == ["cuda:0"] * 4 + ["cuda:1"] * 4
 
 
+def placed(layers, rooms):
+    """(devices, how many experts each GPU has, bytes of GPU memory left free) of layers without embedding or head."""
+    devices = placement.place_layers(layers, rooms, 0, 0)
+    experts = placement.place_experts(layers, devices, rooms, {}, "uniform")
+    counts, left = {}, {}
+    for room in rooms:
+        mine = [i for i, device in enumerate(devices) if device == room.device]
+        counts[room.device] = sum(len(experts.get(i, ())) for i in mine)
+        used = sum(layers[i].matrices + layers[i].cache + len(experts.get(i, ())) * layers[i].expert for i in mine)
+        left[room.device] = room.free - used
+    return devices, counts, left
+
+
+def test_gpus_too_small_for_all_experts_are_all_full_of_them():
+    """Dense layers first, as DeepSeek's: one GPU of them alone would keep room that no expert can use."""
+    layers = [Layer(200, 10)] * 3 + [Layer(60, 10, 256, 8)] * 58
+    for sizes in ([8000] * 8, [4000] * 4 + [12000] * 2, [2500, 30000]):
+        rooms = [Room(f"cuda:{i}", size, 0) for i, size in enumerate(sizes)]
+        devices, _, left = placed(layers, rooms)
+        assert "cpu" not in devices
+        assert all(free < 8 for free in left.values()), (sizes, left)
+
+
+def test_gpus_large_enough_have_every_expert():
+    layers = [Layer(200, 10)] * 3 + [Layer(60, 10, 256, 8)] * 58
+    devices, counts, _ = placed(layers, [Room(f"cuda:{i}", 20000, 0) for i in range(8)])
+    assert sum(counts.values()) == 58 * 256 and len(set(devices)) == 8
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_no_gpu_gets_more_than_its_room(seed):
     random = torch.Generator().manual_seed(seed)
@@ -83,6 +112,13 @@ def test_everything_on_a_large_gpu(planner):
     assert found.fits and found.placement.layers == ["cuda:0"] * 48
     assert sum(map(len, found.placement.gpu_experts.values())) == 48 * 128
     assert found.memory["cpu"].weights < 2 * GIB and found.prefill.rate > found.decode.rate > found.decode_full.rate
+
+
+def test_deepseek_v3_on_eight_large_gpus_fills_them_with_experts():
+    found = Planner("deepseek-v3", form="Q4_K_M").plan(box(*["80GiB"] * 8, ram="512GiB"))
+    assert found.fits
+    for device, memory in found.memory.items():
+        assert device == "cpu" or memory.total > 0.94 * memory.limit, (device, memory)
 
 
 def test_a_gpu_expert_takes_no_ram(planner):
