@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ktransformers import optimize
+from ktransformers import finish, optimize
 from ktransformers.configs import meta_model
 from ktransformers.errors import KTransformersError
 from ktransformers.models import ONE_BY_ONE
@@ -168,7 +168,7 @@ class _Run:
 
     def inject(self, source: FakeWeights) -> FakeWeights:
         """Swap in the operators, which looks at real tensors, so not on fake devices. Returns `source`."""
-        optimize.keep_in_fp32(self.model)
+        finish.keep_in_fp32(self.model)
         optimize.inject(self.model, self.plan, source)
         return source
 
@@ -177,8 +177,8 @@ class _Run:
         model, devices = self.model, {name: replacement.device for name, replacement in self.plan.items()}
         with torch.device("cpu"):
             load_weights(model, source, "", devices)
-        optimize.drop_replaced_tensors(model)
-        optimize.tie(model)
+        finish.drop_replaced_tensors(model)
+        finish.tie(model)
         _place_buffers(model, devices)
         self.recorder.mark_weights(model)
         self.found.weights = self.recorder.live(WEIGHTS)
