@@ -1,6 +1,8 @@
 """Plans: what fits where, on machines of any shape, and rule files that do what their plan says."""
 
 import re
+import shutil
+from importlib import resources
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import yaml
 
 from ktransformers import optimize_and_load
 from ktransformers.errors import KTransformersError, WeightError
+from ktransformers.gguf_files.write import quantize_folder
 from ktransformers.machine import hardware
 from ktransformers.machine.units import GIB
 from ktransformers.operators.experts import KTransformersExperts
@@ -245,3 +248,34 @@ def test_headers_that_disagree_with_the_config_are_refused(checkpoint):
         Planner(str(folder), weights=other)
     with pytest.raises(KTransformersError, match="give one"):
         Planner(str(folder), weights=folder, form="Q4_K_M")
+
+
+@pytest.mark.parametrize("mix", ["Q4_K_M", "Q8_0"])
+def test_a_gguf_or_a_folder_with_weights_is_planned_by_its_own_headers(checkpoint, tmp_path, mix):
+    sizes_of = {"hidden_size": 256, "moe_intermediate_size": 256, "intermediate_size": 256}
+    reference, folder = checkpoint("qwen3_moe", dtype=torch.bfloat16, **sizes_of)
+    path = tmp_path / "model.gguf"
+    quantize_folder(folder, path, mix)
+    file = Planner(str(path)).plan(box())
+    assert file.format == "model.gguf"
+    assert file.memory["cpu"].mapped == Planner(str(folder), weights=path).plan(box()).memory["cpu"].mapped
+    assert file.memory["cpu"].mapped <= path.stat().st_size < 2 * file.memory["cpu"].weights
+    assert Planner(str(folder)).plan(box()).format == "model.safetensors"
+    assert Planner(str(folder), form="published").form.name == "published"
+    assert Planner(str(path), form="F16").form.name == "F16"
+
+
+def test_a_folder_whose_weights_are_incomplete_says_how_to_plan_without_them(checkpoint, tmp_path):
+    _, folder = checkpoint("qwen3_moe")
+    shutil.copy(folder / "config.json", tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"{}")
+    with pytest.raises(WeightError, match="--format published"):
+        Planner(str(tmp_path))
+    assert Planner(str(tmp_path), form="published").plan(box()).fits
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3", "qwen3-30b-a3b", "gpt-oss-20b"])
+def test_the_header_of_a_rule_file_names_the_packaged_file_that_it_was_made_from(name):
+    text = Planner(name).plan(box(ram="2TiB")).rule
+    named = re.search(r"Made from (\S+)\.$", text, re.MULTILINE)[1]
+    assert resources.files("ktransformers.optimize_rules").joinpath(named).is_file(), named
