@@ -46,6 +46,20 @@ def format_names() -> list[str]:
     return [*dict.fromkeys([*computed, *MIXES, *_SCALED])]
 
 
+def files(name: str) -> list[str]:
+    """Which files hold weights in a format: GGUF, safetensors, or both."""
+    kind = QUANT_TYPES.get(name)
+    safetensors = name in _SCALED or kind is not None and kind.torch_dtype is not None
+    return [*(["GGUF"] if kind is not None or name in MIXES else []), *(["safetensors"] if safetensors else [])]
+
+
+def bits(name: str) -> float | None:
+    """Bits per weight of a large matrix, scales included; None for a mix, where that depends on the model."""
+    if (kind := QUANT_TYPES.get(name)) is not None:
+        return 8 * kind.nbytes / kind.block
+    return 8 * _SCALED[name][1] if name in _SCALED else None
+
+
 @dataclass(frozen=True)
 class Format:
     """`stored(name, shape, dtype)` gives a tensor's type and bytes. `name` is what people call it; `source` the open
@@ -85,7 +99,7 @@ def format_of(
         try:
             return _by_headers(own, model)
         except KTransformersError as error:
-            raise type(error)(f"{error}\nTo plan without its weights, from the config alone: --format published.") from error
+            raise type(error)(f"{error}\nWithout these weights, from the config alone: --format published.") from error
     return published_format(config)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from ktransformers.configs import meta_model, read_config, text_config
-from ktransformers.errors import KTransformersError, UnsupportedError
+from ktransformers.errors import UnsupportedError
 from ktransformers.machine.hardware import Hardware
 from ktransformers.machine.units import GIB, format_bytes
 from ktransformers.models import DEFAULT_RULES
@@ -219,9 +219,10 @@ class Planner:
 
         prompt = max(1, min(PROMPT, request.context - 1))
         weights = sum(part.weights for part in parts)
+        sequences = "one sequence" if request.batch == 1 else f"{request.batch} sequences"
         header = [
             f"{self.name}, {form.name}: written by `kt plan` for {_machine(hardware)},",
-            f"a context of {request.context} tokens, {request.batch} at a time. Made from {packaged_file(self.base_name)}.",
+            f"{sequences} with a context of {request.context} tokens. Made from {packaged_file(self.base_name)}.",
         ]
         found = Plan(
             self.name, self.config.model_type, form.name, weights, self._active(parts), request, hardware, placement,

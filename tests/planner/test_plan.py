@@ -253,7 +253,7 @@ def test_headers_that_disagree_with_the_config_are_refused(checkpoint):
 @pytest.mark.parametrize("mix", ["Q4_K_M", "Q8_0"])
 def test_a_gguf_or_a_folder_with_weights_is_planned_by_its_own_headers(checkpoint, tmp_path, mix):
     sizes_of = {"hidden_size": 256, "moe_intermediate_size": 256, "intermediate_size": 256}
-    reference, folder = checkpoint("qwen3_moe", dtype=torch.bfloat16, **sizes_of)
+    _, folder = checkpoint("qwen3_moe", dtype=torch.bfloat16, **sizes_of)
     path = tmp_path / "model.gguf"
     quantize_folder(folder, path, mix)
     file = Planner(str(path)).plan(box())
