@@ -152,15 +152,16 @@ def published_format(config: Any) -> Format:
             "checkpoint, or --format."
         )
     skip = _skipped(quantization)
-    experts_only = kind in ("MXFP4",)
+    experts = "MXFP4" if quantization.get("expert_dtype") == "fp4" else kind  # DeepSeek-V4's, in a file of FP8 else
+    experts_only = kind == "MXFP4"
 
     def stored(tensor: str, shape: tuple[int, ...], dtype: Any) -> tuple[str, int]:
-        module = tensor.rpartition(".")[0]
-        if skip(module) or (experts_only and ".experts." not in tensor):
+        module, routed = tensor.rpartition(".")[0], ".experts." in tensor
+        if skip(module) or (experts_only and not routed):
             return _plain(shape, dtype)
-        return _scaled(kind, tensor, shape, dtype)
+        return _scaled(experts if routed else kind, tensor, shape, dtype)
 
-    return Format(f"published ({kind})", stored)
+    return Format(f"published ({'+'.join(dict.fromkeys((kind, experts)))})", stored)
 
 
 def weights_format(source: Any) -> Format:

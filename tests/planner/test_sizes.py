@@ -103,6 +103,15 @@ def test_published_sizes_of_known_models(name):
     assert total / 1e9 == pytest.approx(published, rel=0.03)
 
 
+def test_routed_experts_that_are_stored_otherwise_than_the_rest_are_counted_so():
+    config = read_config("deepseek-v4-flash")
+    form = formats.published_format(config)
+    shape = (2048, 4096)
+    assert form.name == "published (FP8+MXFP4)"
+    assert form.stored("model.layers.3.mlp.experts.gate_up_proj", shape, torch.bfloat16) == ("MXFP4", 2048 * 4096 * 17 // 32)
+    assert form.stored("model.layers.3.mlp.shared_experts.up_proj.weight", shape, torch.bfloat16)[0] == "F8_E4M3"
+
+
 def test_every_known_model_has_a_published_format():
     for name in KNOWN:
         config = read_config(name)
