@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from ktransformers.cli import published_flags
-from ktransformers.cli.common import DevicesOption, errors, passive_openmp
+from ktransformers.cli.common import DevicesOption, OneCommand, passive_openmp
 
 
 def _option(name: str, help: str, **more: Any) -> Any:
@@ -15,14 +15,14 @@ def _option(name: str, help: str, **more: Any) -> Any:
 
 Command = published_flags.command_class(
     {"model": "--model_path", "weights": "--gguf_path", "rule": "--optimize_config_path", "threads": "--cpu_infer",
-     "devices": "--devices", "force_think": "--force-think"}
+     "devices": "--devices", "force_think": "--force-think"},
+    OneCommand,
 )  # fmt: skip
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command(cls=Command)
-@errors
 def main(
     model_path: Annotated[
         str,

@@ -4,11 +4,11 @@ from typing import Any
 
 import typer
 
-from ktransformers.cli.common import errors
+from ktransformers.cli.common import OneCommand
 from ktransformers.cli.quantize import quantize
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-app.command()(errors(quantize))
+app.command(cls=OneCommand)(quantize)
 
 
 def __getattr__(name: str) -> Any:

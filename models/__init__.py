@@ -35,6 +35,13 @@ ONE_BY_ONE = frozenset({"jamba"})
 first piece of the prompt, their tokens are computed one by one."""
 
 
+def register_families() -> None:
+    """Teach transformers' Auto classes the model types that it lacks. Calling it again changes nothing."""
+    from ktransformers.models import kimi_k2
+
+    kimi_k2.register()
+
+
 def family_classes(family: str) -> dict[str, type]:
     """Every class that transformers defines for `family`, such as ``qwen3_moe``, by name."""
     module = import_module(f"transformers.models.{family}.modeling_{family}")

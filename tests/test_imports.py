@@ -15,6 +15,7 @@ FLOORS = [  # lowest first: one row a floor, folders and single files of ktransf
     "gguf_files configs",
     "operators",
     "rules",
+    "checks finish",
     "optimize from_pretrained",
     "engine",
     "planner simulator",

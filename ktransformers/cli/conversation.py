@@ -5,7 +5,6 @@ conversation; `engine/` loads and computes, `messages.py` reads what is said.
 """
 
 import json
-import os
 import sys
 import time
 import traceback
@@ -20,7 +19,7 @@ from rich.text import Text
 
 from ktransformers import env
 from ktransformers.cli import messages
-from ktransformers.cli.common import err, error_object, note, print_error, renamed_devices
+from ktransformers.cli.common import drop_output, err, error_object, note, print_error, renamed_devices
 from ktransformers.errors import KTransformersError
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ def talk(options: Options) -> None:
         code = chat.run([prompt], commands=False) if prompt else chat.run(messages.read(options.as_json))
         code = 0 if messages.at_terminal() and not prompt else code  # who sat there has seen what failed
     except OutputError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that flushing at exit cannot fail again
+        drop_output()
         print_error(f"standard output cannot be written: {error}. Free space, or write elsewhere.")
         code = 1
     raise typer.Exit(code)
@@ -203,10 +202,9 @@ class Chat:
             self.cache.clear()
             if env.debug():
                 traceback.print_exception(error)
+        print_error(_one_line(error))
         if self.options.as_json:
             self._write(json.dumps({"question": question, **error_object(error)}) + "\n")
-        else:
-            print_error(_one_line(error))
 
     def answer(self, text: str) -> str:
         """Stream the answer to `text`, then say how fast it came. Ctrl-C keeps what was said so far."""

@@ -129,10 +129,10 @@ def _replacement(name: str, flag: Flag, value: str, own: Mapping[str, str], noti
     return [option, value] if option else [value]
 
 
-def command_class(own: Mapping[str, str]) -> type[TyperCommand]:
+def command_class(own: Mapping[str, str], base: type[TyperCommand] = TyperCommand) -> type[TyperCommand]:
     """A command that takes published flags too. For `own` see `translate`."""
 
-    class PublishedFlags(TyperCommand):
+    class PublishedFlags(base):
         def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
             if not ctx.resilient_parsing:  # completion
                 args, notices = translate(args, own)

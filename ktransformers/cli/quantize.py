@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from ktransformers.cli.common import err, show
+from ktransformers.cli.common import JsonOption, err, quiet_transformers, show
 
 
 def quantize(
@@ -16,14 +16,12 @@ def quantize(
         str, typer.Option("--type", metavar="TYPE", help="F32, F16, BF16, Q8_0, Q6_K, Q5_K_M or Q4_K_M.")
     ] = "Q4_K_M",
     split: Annotated[int, typer.Option(metavar="N", help="Maximum tensors per file; 0: one file.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="No progress; print one JSON object.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Write a model as one GGUF file, or several, quantized."""
-    from transformers.utils import logging
-
     from ktransformers.gguf_files.write import quantize_folder
 
-    logging.set_verbosity_error()
+    quiet_transformers()
     done = quantize_folder(source, out, mix, split, show=err.is_terminal and not as_json)
     show(done, as_json, lambda: _lines(done))
 
