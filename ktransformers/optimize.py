@@ -23,7 +23,7 @@ from ktransformers.errors import (
     WeightError,
     join_errors,
 )
-from ktransformers.loaders import WeightSource, bind, open_weights
+from ktransformers.loaders import WeightSource, bind, held_as_stored, open_weights
 from ktransformers.loaders.progress import load_progress
 from ktransformers.models import kimi_k2  # noqa: F401  teaches transformers this model type
 from ktransformers.operators import cpu_attention
@@ -44,7 +44,8 @@ def optimize_and_load(
     """Replace the modules that `rule` names by operators, then load every weight from the published checkpoint.
 
     Args:
-        model: a transformers model built on the meta device; changed in place.
+        model: a transformers model built on the meta device; changed in place. Where its config has no dtype and
+            none was given to ``from_config``, it takes the checkpoint's.
         rule: a path, the name of a packaged rule file, or the parsed list of rules.
         weights: a folder, a ``.safetensors`` or a ``.gguf`` file (the first of a split set); None is the local folder
             that the model's config was read from.
@@ -94,7 +95,7 @@ def _run(model, rule, weights, config, default_device, devices, progress) -> nn.
         if env.debug():
             print_plan(model, replacements, source)
         named = set(model.state_dict())
-        with _restored_on_failure(model):
+        with _restored_on_failure(model), held_as_stored(model, files):
             keep_in_fp32(model)
             inject(model, replacements, source, config)
             _load(model, replacements, source, progress)
