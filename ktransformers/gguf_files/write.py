@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -169,7 +170,7 @@ def _folder_beside(out: Path) -> Iterator[Path]:
 
 def _packed(output: Output) -> Tensor:
     """All bytes of one output, uint8 [bytes]."""
-    packed = torch.empty(output.type.packed_bytes(output.shape), dtype=torch.uint8)
+    packed = torch.empty(output.type.packed_bytes(output.shape), dtype=torch.uint8, device="cpu")
     start = 0
     for part in output.parts():
         try:
@@ -242,7 +243,7 @@ def _write_tensors(writer, outputs: list[Output], progress) -> None:
         shape = (*output.shape[:-1], output.type.row_bytes(output.shape[-1]))
         kind = gguf.GGMLQuantizationType(output.type.id)
         writer.add_tensor_info(
-            output.name, shape, torch.empty(0, dtype=torch.uint8).numpy().dtype, nbytes, kind
+            output.name, shape, np.dtype("uint8"), nbytes, kind
         )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -86,7 +86,7 @@ def _f8_e4m3(data: Tensor) -> Tensor:
 
 
 def _f4_e2m1(data: Tensor) -> Tensor:
-    return torch.tensor(_FP4_VALUES, device=data.device)[_nibbles(data).int()]
+    return torch.tensor(_FP4_VALUES, dtype=torch.float32, device=data.device)[_nibbles(data).int()]
 
 
 def _i8(data: Tensor) -> Tensor:
