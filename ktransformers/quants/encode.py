@@ -15,7 +15,7 @@ from torch import Tensor
 from ktransformers.errors import UnsupportedError, WeightError
 from ktransformers.quants.blocks import QuantType, quant_type
 
-CHUNK = 1 << 18
+WEIGHTS_AT_ONCE = 1 << 18
 """Weights encoded at a time; small enough that the search stays in the cache."""
 
 _STARTS = 16  # starting scales tried per sub-block
@@ -40,7 +40,7 @@ def quantize(tensor: Tensor, kind: QuantType | str) -> Tensor:
             f"No encoder for {kind.name}. There are F32, F16, BF16, {', '.join(_ENCODERS)}."
         )
     out = torch.empty(len(flat), kind.nbytes, dtype=torch.uint8, device="cpu")
-    step = max(1, CHUNK // kind.block)
+    step = max(1, WEIGHTS_AT_ONCE // kind.block)
     for start in range(0, len(flat), step):
         blocks = flat[start : start + step].float()
         _require(bool(blocks.isfinite().all()), kind, "the weights hold NaN or infinity")

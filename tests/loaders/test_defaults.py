@@ -42,7 +42,7 @@ DEFAULTS = {"bfloat16": lambda: default_dtype(torch.bfloat16), "float64": lambda
 
 
 def state(model):
-    return {name: tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    return dict((*model.named_parameters(), *model.named_buffers()))
 
 
 @pytest.mark.parametrize("default", DEFAULTS)
