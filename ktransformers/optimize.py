@@ -23,11 +23,11 @@ from ktransformers.errors import (
     WeightError,
     join_errors,
 )
-from ktransformers.loaders import bind, open_weights
+from ktransformers.loaders import WeightSource, bind, held_as_stored, open_weights
 from ktransformers.loaders.progress import load_progress
 from ktransformers.models import kimi_k2  # noqa: F401  teaches transformers this model type
 from ktransformers.operators import cpu_attention
-from ktransformers.operators.base_operator import BaseInjectedModule, device_of, load_weights
+from ktransformers.operators.base_operator import BaseInjectedModule, device_of, load_weights, warn_once
 from ktransformers.rules.plan import Replacement, RulesLike, operator_problems, plan
 from ktransformers.rules.table import print_plan
 
@@ -44,7 +44,8 @@ def optimize_and_load(
     """Replace the modules that `rule` names by operators, then load every weight from the published checkpoint.
 
     Args:
-        model: a transformers model built on the meta device; changed in place.
+        model: a transformers model built on the meta device; changed in place. Where its config has no dtype and
+            none was given to ``from_config``, it takes the checkpoint's.
         rule: a path, the name of a packaged rule file, or the parsed list of rules.
         weights: a folder, a ``.safetensors`` or a ``.gguf`` file (the first of a split set); None is the local folder
             that the model's config was read from.
@@ -94,7 +95,7 @@ def _run(model, rule, weights, config, default_device, devices, progress) -> nn.
         if env.debug():
             print_plan(model, replacements, source)
         named = set(model.state_dict())
-        with _restored_on_failure(model):
+        with _restored_on_failure(model), held_as_stored(model, files):
             keep_in_fp32(model)
             inject(model, replacements, source, config)
             _load(model, replacements, source, progress)
@@ -147,11 +148,10 @@ def _checkpoint_of(config: Any) -> Path:
 
 def check_weights(model: nn.Module, source: Any) -> None:
     """Compare the checkpoint's names and shapes with the whole model's; reads no tensor data."""
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or []:
         expected = {name: shape for name, shape in expected.items() if source.has(name) or not re.search(pattern, name)}
-    ignore = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []), *(re.escape(name) for name in tied)]
+    ignore = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
     if problems := source.problems(expected, ignore):
         raise join_errors(
             WeightError, f"{source.path} does not fit {type(model).__name__}, nothing was loaded:", problems
@@ -222,7 +222,7 @@ def _load(model: nn.Module, replacements: Mapping[str, Replacement], source: Any
     with load_progress(source, enabled=progress):
         load_weights(model, source, "", devices)
     drop_replaced_tensors(model)
-    tie(model)
+    tie(model, source)
     _fill_buffers(model, devices)
     left = [name for name, tensor in _named_tensors(model) if tensor.is_meta]
     if left:
@@ -266,10 +266,18 @@ def drop_replaced_tensors(model: nn.Module) -> None:
                 del table[name]
 
 
-def tie(model: nn.Module) -> None:
-    """Give tied parameters (such as lm_head of a small model) their source, unless they live elsewhere."""
+def tie(model: nn.Module, weights: WeightSource) -> None:
+    """Give tied parameters (such as lm_head of a small model) their source, unless they live elsewhere.
+
+    As in from_pretrained, two tensors in the checkpoint that differ are not tied, whatever the config says.
+    """
     loaded = dict(model.named_parameters(remove_duplicate=False))
-    for target, origin in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+    tied_keys = getattr(model, "all_tied_weights_keys", None) or {}
+    for target, origin in list(tied_keys.items()):
+        if not weights.same(target, origin):
+            warn_once(f"the config ties {target} to {origin}, the checkpoint holds both and they differ: each is used")
+            del tied_keys[target]
+            continue
         module_name, _, name = target.rpartition(".")
         table, source = model.get_submodule(module_name)._parameters, loaded.get(origin)
         tied = table.get(name)

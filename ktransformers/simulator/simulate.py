@@ -178,7 +178,7 @@ class _Run:
         with torch.device("cpu"):
             load_weights(model, source, "", devices)
         optimize.drop_replaced_tensors(model)
-        optimize.tie(model)
+        optimize.tie(model, source)
         _place_buffers(model, devices)
         self.recorder.mark_weights(model)
         self.found.weights = self.recorder.live(WEIGHTS)
