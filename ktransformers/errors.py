@@ -5,7 +5,7 @@ nothing about rules, weights or devices; it is the bottom of the import order to
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 
@@ -36,10 +36,13 @@ class DeviceError(KTransformersError, RuntimeError):
 _E = TypeVar("_E", bound=KTransformersError)
 
 
-def did_you_mean(word: str, candidates: Iterable[str]) -> str:
-    """Return ``" (did you mean 'x'?)"`` for the candidate closest to `word`, or ``""`` when none is close."""
+def did_you_mean(word: str, candidates: Iterable[str], spelled: Mapping[str, str] | None = None) -> str:
+    """Return ``" (did you mean 'x'?)"`` for the candidate closest to `word`, or ``""`` when none is close.
+
+    `spelled`: how a candidate is to be written, where that is not the candidate itself.
+    """
     close = difflib.get_close_matches(str(word), list(candidates), n=1, cutoff=0.6)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    return f" (did you mean {(spelled or {}).get(close[0], close[0])!r}?)" if close else ""
 
 
 def join_errors(kind: type[_E], headline: str, problems: list[str]) -> _E:

@@ -12,12 +12,11 @@ from torch import nn
 from ktransformers.devices import DEVICE_KWARGS, canonical
 from ktransformers.errors import ranges
 from ktransformers.models.traits import TRAITS
-from ktransformers.operators.base_operator import FamilyOperator
+from ktransformers.operators.attention import KDeepseekV2Attention
 from ktransformers.operators.experts import KTransformersExperts
 from ktransformers.operators.inner_ops import final_name, is_cpu
 from ktransformers.operators.linear import KTransformersLinear
 from ktransformers.operators.models import DecoderModel
-from ktransformers.operators.moe import SparseMoEBlock
 from ktransformers.rules.layers import BEFORE
 from ktransformers.rules.plan import Replacement
 
@@ -155,11 +154,17 @@ class _Chain:
             return
         if operator is not None and not getattr(operator, "adopts", True) or TRAITS["rotary"](module):
             return
-        stays = operator is not None and issubclass(operator, (FamilyOperator, SparseMoEBlock))
-        if stays or _owns(module):
+        if _owns(module) or self._holds_kv_b(name, operator):
             yield _Part(name, self._device(name), placed)
         for child_name, child in module.named_children():
             yield from self._parts(f"{name}.{child_name}", child)
+
+    def _holds_kv_b(self, name: str, operator: type | None) -> bool:
+        """Whether it is the MLA operator, and ``kv_b_proj`` is packed, so that it has a dense copy of its own."""
+        if operator is None or not issubclass(operator, KDeepseekV2Attention):
+            return False
+        kv_b = self.plan.get(f"{name}.kv_b_proj")
+        return kv_b is not None and kv_b.operator is not None and not _is_dense_linear(kv_b)
 
     def _first_weight(self, layer: _Layer) -> str | None:
         """Where `DecoderModel` moves a layer's input without a transfer_map: to the layer's first parameter."""

@@ -49,6 +49,14 @@ class Rule:
     matchable: bool = True
     """False when the match part could not be understood; such a rule takes part in nothing but the list of problems."""
 
+    def names_family_of(self, model: nn.Module) -> bool:
+        """Whether it is of the style that upstream published for the model's family, and so in a file for that.
+
+        It then matches on one of the family's classes, or names an operator after it: KQwen3MoeSparseMoeBlock.
+        """
+        family = type(model).__name__.partition("For")[0]
+        return self.published or (self.operator is not None and self.operator.__name__.startswith(f"K{family}"))
+
     def failed_conditions(self, name: str, module: nn.Module, former: Sequence[str] = ()) -> list[str]:
         """Return the match keys that do not hold for the module, so an empty list is a match.
 

@@ -213,7 +213,7 @@ class _Walk:
         So in a file of upstream's published style that is for this family: such files have rules that never matched
         (a class of another family; a layer's name with a class that no layer is), and upstream said nothing.
         """
-        its_file_fits = any(other.published and other not in self.unmatched for other in self.rules)
+        its_file_fits = any(other.names_family_of(model) and other not in self.unmatched for other in self.rules)
         names = [name for name, _ in model.named_modules() if name]
         return its_file_fits and rule.cls is not None and (rule.name is None or any(map(rule.name.search, names)))
 
@@ -263,14 +263,14 @@ def _why_no_match(rule: Rule, model: nn.Module, walk: _Walk) -> str:
     parts = ", ".join(f"{conditions[key]} matches {count}" for key, count in counts.items())
     return (
         f"matches no module of {type(model).__name__} ({parts}). Correct or delete it; `print(model)` shows the modules"
-        f"{_closest_class(rule, model)}"
+        f"{_closest_class(rule, model) if counts.get('class') == 0 else ''}"
     )
 
 
 def _closest_class(rule: Rule, model: nn.Module) -> str:
-    if rule.cls is None:
-        return ""
-    return did_you_mean(rule.cls.__name__, sorted({type(module).__name__ for module in model.modules()}))
+    """For a class that no module of the model is: the one with the closest name that some module is."""
+    there = {cls.__name__: f"{cls.__module__}.{cls.__qualname__}" for cls in map(type, model.modules())}
+    return did_you_mean(rule.cls.__name__, there, there)
 
 
 def operator_problems(model: nn.Module, replacements: Mapping[str, Replacement], weights: Any) -> list[str]:

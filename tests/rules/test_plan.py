@@ -199,6 +199,14 @@ def test_malformed_rules_and_rules_that_match_nothing_are_listed_together(model)
     assert "4 problems" in text and text.count("matches no module") == 2 and "no regular expression" in text
 
 
+def test_a_class_is_suggested_only_for_one_that_no_module_is(model):
+    with pytest.raises(RuleError) as error:
+        plan(model, [rule("^lm_heat", "torch.nn.Linear"), rule(cls="transformers.models.deepseek_v2.modeling_deepseek_v2.DeepseekV2RMSNorm")])
+    name, cls = str(error.value).splitlines()[1:]
+    assert "matches 0, class torch.nn.modules.linear.Linear matches" in name and "did you mean" not in name
+    assert "(did you mean 'transformers.models.deepseek_v3.modeling_deepseek_v3.DeepseekV3RMSNorm'?)" in cls
+
+
 def test_rules_that_do_not_fit_are_listed_together(model):
     with pytest.raises(RuleError) as caught:
         plan(
