@@ -24,6 +24,7 @@ from ktransformers.operators.base_operator import load_weights
 from ktransformers.rules.plan import Replacement, RulesLike, plan
 from ktransformers.rules.table import print_plan
 
+__path__ = [str(Path(__file__).parent / "util" / "optimize")]  # for ktransformers.optimize.optimize, upstream's path
 register_families()  # AutoConfig and AutoModelForCausalLM read them from here on
 
 
@@ -150,6 +151,7 @@ def _restored_on_failure(model: nn.Module) -> Iterator[None]:
 def _load(model: nn.Module, replacements: Mapping[str, Replacement], source: Any, progress: bool) -> None:
     """Load every tensor once. Peak memory: the mapped files plus one tensor."""
     devices = {name: replacement.device for name, replacement in replacements.items()}
+    source.devices = devices  # for operators of users' that load their children themselves
     with load_progress(source, enabled=progress):
         load_weights(model, source, "", devices)
     finish.drop_replaced_tensors(model)

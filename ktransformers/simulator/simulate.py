@@ -175,6 +175,7 @@ class _Run:
     def load(self, source: FakeWeights) -> None:
         """Give every tensor a place, in the order of `optimize_and_load`."""
         model, devices = self.model, {name: replacement.device for name, replacement in self.plan.items()}
+        source.devices = devices
         with torch.device("cpu"):
             load_weights(model, source, "", devices)
         finish.drop_replaced_tensors(model)
