@@ -18,7 +18,7 @@ from ktransformers.operators.inner_ops import final_name, is_cpu
 from ktransformers.operators.linear import KTransformersLinear
 from ktransformers.operators.models import DecoderModel
 from ktransformers.rules.layers import BEFORE
-from ktransformers.rules.plan import Replacement
+from ktransformers.rules.plan import Replacement, rule_label
 
 Plan = Mapping[str, Replacement]
 
@@ -40,14 +40,6 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.module}: {self.text}" if self.module else self.text
-
-
-def rule_name(replacement: Replacement | None) -> str:
-    """The rule that placed a module, as "3 (x.yaml:12)"; "" where no rule did."""
-    if replacement is None or replacement.rule is None:
-        return ""
-    rule = replacement.rule
-    return f"{rule.number}" if rule.where == f"rule {rule.number}" else f"{rule.number} ({rule.where})"
 
 
 def placed_by(name: str, plan: Plan) -> Replacement | None:
@@ -206,7 +198,7 @@ class _Chain:
                 mapped = True
                 if layer.number in transfers:
                     at = transfers[layer.number]
-                    why = f"for the transfer_map of rule {rule_name(self.mover)} says so from layer {layer.number} on"
+                    why = f"for the transfer_map of rule {rule_label(self.mover)} says so from layer {layer.number} on"
                 layer.input, layer.moved, layer.mapped = at, why, True
             else:
                 layer.input = at = self._first_weight(layer) or at
@@ -229,7 +221,7 @@ class _Chain:
             f"{_by(part)} put layer {layer.number} on {own}, but its input is on {layer.input}, {layer.moved}, and "
             f"nothing moves it; add a rule that replaces {self.name!r} by ktransformers.operators.models.DecoderModel"
         )
-        return Problem(part.name, rule_name(part.placed), text, (own, layer.input))
+        return Problem(part.name, rule_label(part.placed), text, (own, layer.input))
 
     def _strangers(self) -> list[Problem]:
         """Parts that are not where their layer's input is: whole layers first, then single modules."""
@@ -255,7 +247,7 @@ class _Chain:
         elif layer.mapped:
             advice = f"give the transfer_map {layer.number}: {part.device}, or {advice}"
         text = f"{_by(part)} put {numbers} on {part.device}, but the input is on {layer.input}, {layer.moved}; {advice}"
-        return Problem(part.name, rule_name(part.placed), text, (part.device, layer.input))
+        return Problem(part.name, rule_label(part.placed), text, (part.device, layer.input))
 
     def _single(self, group: list[tuple[_Layer, _Part]]) -> Problem:
         layer, part = group[0]
@@ -270,7 +262,7 @@ class _Chain:
                 f"{_by(part)} put it on {part.device}, but its layer's input is on {layer.input}, {layer.moved}{more}; "
                 f"place it on {layer.input}"
             )
-        return Problem(part.name, rule_name(part.placed), text, (part.device, layer.input))
+        return Problem(part.name, rule_label(part.placed), text, (part.device, layer.input))
 
     def _forgotten(self, named: set[str]) -> list[Problem]:
         """Layers that no rule names though rules name most others."""
@@ -306,7 +298,7 @@ class _Chain:
                         "copies than layers in one run for each device would need"
                     )
                     found.append(
-                        Problem(part.name, rule_name(part.placed), text, (before.input, layer.input), warning=True)
+                        Problem(part.name, rule_label(part.placed), text, (before.input, layer.input), warning=True)
                     )
             before = layer
         return found
@@ -336,7 +328,7 @@ def _at_end(part: _Part, at: str, why: str) -> Problem:
         f"{_by(part)} put it on {part.device}, but the hidden state that reaches it is on {at}, {why}; place it on "
         f"{at}, or for a linear layer name ktransformers.operators.linear.KTransformersLinear, which moves its input"
     )
-    return Problem(part.name, rule_name(part.placed), text, (part.device, at))
+    return Problem(part.name, rule_label(part.placed), text, (part.device, at))
 
 
 def _has_rule(part: _Part) -> bool:
@@ -348,7 +340,7 @@ def _by(part: _Part) -> str:
     if not _has_rule(part):
         return "no rule names it, so the default"
     names_none = not any(key in part.placed.rule.kwargs for key in DEVICE_KWARGS)
-    return f"rule {rule_name(part.placed)}" + (" names no device, so the default" if names_none else "")
+    return f"rule {rule_label(part.placed)}" + (" names no device, so the default" if names_none else "")
 
 
 def _owns(module: nn.Module) -> bool:

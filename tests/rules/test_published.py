@@ -404,14 +404,14 @@ def planned(checkpoint, name, rules=None):
 def test_the_rotary_rule_of_the_first_layers_places_the_one_that_all_share(checkpoint):
     found, told = planned(checkpoint, "DeepSeek-V3 two GPUs")
     assert found["model.rotary_emb"].rule.number == 1 and found["model.rotary_emb"].device == "cpu:0"
-    assert any("rule 2 places nothing: all layers share model.rotary_emb now" in text for text in told)
+    assert any("rule 2: places nothing: all layers share model.rotary_emb now" in text for text in told)
 
 
 def test_rules_that_never_matched_are_told_of_and_mistakes_are_still_errors(checkpoint):
     for name in ("Qwen3-30B", "Qwen3-30B sft amx"):  # the second names the family in its operators alone
         found, told = planned(checkpoint, name)
         assert found["model.rotary_emb"].rule is None
-        assert any("rule 1 matches no module of Qwen3MoeForCausalLM (class" in text for text in told)
+        assert any("rule 1: matches no module of Qwen3MoeForCausalLM (class" in text for text in told)
     rules = STYLES["Qwen3-30B"].rules()
     for mistake in (rule("default", r"^model\.leyers"), rule("default", "^lm_heat", "torch.nn.Linear")):
         with pytest.raises(RuleError, match="matches no module"):
