@@ -152,8 +152,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _check_type(path: Path, fields: dict[str, Any], model_type: str) -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from ktransformers.models import kimi_k2  # noqa: F401  teaches transformers this model type
+    from ktransformers.models import register_families
 
+    register_families()
     if model_type in CONFIG_MAPPING:
         return
     if fields.get("auto_map"):

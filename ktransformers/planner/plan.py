@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ktransformers import optimize
+from ktransformers import checks
 from ktransformers.configs import meta_model, read_config, text_config
 from ktransformers.errors import KTransformersError, UnsupportedError
 from ktransformers.loaders import bind, open_weights
@@ -129,7 +129,7 @@ class Planner:
             raise KTransformersError("--format and --weights: give one; a checkpoint's headers say how it is stored.")
         if weights is not None:
             source = bind(open_weights(weights), self.model)
-            optimize.check_weights(self.model, source)
+            checks.check_weights(self.model, source)
             return formats.weights_format(source)
         if form is not None and form.lower() != "published":
             return formats.named_format(form, self.layers, self.tied)
