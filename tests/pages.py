@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,7 +100,7 @@ def shown(page: Path, python: str, bash: dict[str, str]) -> Iterator[tuple[Block
 def outputs(page: Path, folder: Path) -> list[tuple[Block, str]]:
     """What the page should show, by running it. Raises RuntimeError if a block that shows something fails."""
     every = blocks(page)
-    showing = [before for before, after in zip(every, every[1:], strict=False) if after.prints is not None]
+    showing = [before for before, after in pairwise(every) if after.prints is not None]
     bash, python = {}, ""
     for block in showing:
         if block.language == "bash":
