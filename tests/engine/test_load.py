@@ -1,11 +1,16 @@
 """From a path to a model and tokenizer: without a word on the terminal, what a person should know goes to `notify`."""
 
+import json
+import shutil
 import subprocess
 import sys
 import warnings
 
 import pytest
+import torch
 from ktransformers.models import embedded_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from ktransformers.engine import load as loading
 from ktransformers.engine.detokenize import Detokenizer
@@ -41,6 +46,17 @@ def test_one_path_stands_for_both():
     folder, file = str(embedded_model()), str(next(embedded_model().glob("*.gguf")))
     assert loading._paths(folder, "") == (folder, folder) and loading._paths("", file) == (file, file)
     assert loading._paths("", "") == (folder, file)
+
+
+def test_a_config_without_a_dtype_leaves_it_to_the_checkpoint(tmp_path):
+    """As in transformers: bf16 weights are held in bf16."""
+    folder = shutil.copytree(embedded_model(), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if "dtype" not in k}))
+    expected = AutoModelForCausalLM.from_pretrained(folder).dtype
+    assert load(str(folder), str(folder / "model.safetensors"))[0].dtype == expected == torch.bfloat16
 
 
 def test_a_model_folder_without_a_config_is_named(tmp_path):
