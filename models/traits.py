@@ -1,4 +1,4 @@
-"""What a module is, told from its structure, so that `match: {trait: ...}` survives renamed classes."""
+"""What a module is, recognized by its structure, so that `match: {trait: ...}` survives renamed classes."""
 
 from collections.abc import Callable
 

@@ -47,7 +47,7 @@ def _group_data(group: "Group", file: "RuleFile") -> dict[str, Any]:
 
 
 def _short(value: Any) -> str:
-    """A value as people want to read it: a mapping with an entry a layer is told by its size."""
+    """A value as people want to read it: of a mapping with one entry per layer only the size."""
     text = str(value)
     return f"a mapping of {len(value)} layers" if isinstance(value, dict) and len(text) > 80 else text
 
