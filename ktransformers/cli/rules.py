@@ -4,19 +4,25 @@ Only what is shown is decided here. What the rules do says `ktransformers.rules.
 `ktransformers.rules.explain`, and the rewriting is `ktransformers.rules.extend`'s. No weights are read.
 """
 
-import os
 import re
-import shutil
 import warnings
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 
 from ktransformers.cli import explained
-from ktransformers.cli.common import complete_model, complete_rule, out, show
+from ktransformers.cli.common import (
+    JsonOption,
+    ModelArgument,
+    RuleArgument,
+    new_file,
+    out,
+    quiet_transformers,
+    show,
+    write_file,
+)
 from ktransformers.errors import KTransformersError, RuleError
 
 if TYPE_CHECKING:
@@ -29,15 +35,6 @@ MOST_GPUS = 64
 
 app = typer.Typer(no_args_is_help=True, help="Check a rule file against a model, explain it, rewrite it.")
 
-RuleArgument = Annotated[
-    str, typer.Argument(help="A rule file, or the name of a packaged one.", autocompletion=complete_rule)
-]
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        help="A folder with config.json, the file itself, a .gguf, or a known model.", autocompletion=complete_model
-    ),
-]
 GpusOption = Annotated[
     int | None,
     typer.Option(
@@ -45,7 +42,6 @@ GpusOption = Annotated[
         help="Plan for cuda:0 to cuda:N-1. Default: those that the file names; one for a file for any machine.",
     ),
 ]  # fmt: skip
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 # --- check ------------------------------------------------------------------------------------------------
@@ -171,11 +167,9 @@ def _plan(net: "nn.Module", rule: Any, gpus: int, mapping: dict[str, str] | None
 
 
 def _meta_model(model: str) -> "nn.Module":
-    from transformers.utils import logging
-
     from ktransformers.configs import meta_model, read_config
 
-    logging.set_verbosity_error()
+    quiet_transformers()
     return meta_model(read_config(model))
 
 
@@ -300,13 +294,13 @@ def extend(
     """
     from ktransformers.rules import extend as rewriting
 
-    target = _target(output, force)
+    target = new_file(output, "-o", force)
     file, count = _read_valid(rule, None)
     net = _meta_model(model)
     on_gpus = any(device.startswith("cuda") for device in _named_devices(file))
     text = rewriting.extend(net, rule, count if on_gpus else 0)
     if target is not None:
-        _write(target, text)
+        write_file(target, text, "-o")
     before, after = len(file), text.count("\n- match:")
     data = {
         "file": file.label, "model": type(net).__name__, "rules_before": before, "rules": after,
@@ -317,32 +311,3 @@ def extend(
         show(data, as_json, lambda: Text(done, style="green"))
     else:
         typer.echo(text, nl=False)
-
-
-def _target(output: str, force: bool) -> Path | None:
-    """The path of -o. Refuses one that cannot be written, or that has a file already, before anything is computed."""
-    if not output:
-        return None
-    path = Path(output).expanduser()
-    if path.is_dir() or not path.parent.is_dir():
-        raise KTransformersError(f"-o {output}: is a folder, or its folder does not exist; expected a file's path.")
-    if path.exists() and not force:
-        raise KTransformersError(f"-o {output}: exists already. Choose another path, or overwrite it with --force.")
-    return path.resolve()
-
-
-def _write(path: Path, text: str) -> None:
-    """Write all of a file or nothing: what is there may be the only copy of the rules."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        try:
-            beside.write_text(text, encoding="utf-8")
-            if path.exists():
-                shutil.copymode(path, beside)
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
-    except OSError as error:
-        raise KTransformersError(
-            f"-o {path}: cannot be written: {error.strerror or error}. Choose another path, or free it."
-        ) from error

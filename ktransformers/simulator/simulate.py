@@ -33,7 +33,7 @@ from ktransformers.rules.chain import Plan, Problem, chain_problems, placed_by
 from ktransformers.rules.plan import RulesLike, rule_label
 from ktransformers.rules.plan import plan as plan_rules
 from ktransformers.simulator.fake import fake_devices
-from ktransformers.simulator.fake_weights import FakeWeights, stand_ins
+from ktransformers.simulator.fake_weights import FakeWeights, Size, stand_ins
 from ktransformers.simulator.recorder import CACHE, WEIGHTS, Failure, Operand, Pass, Recorder, watch_modules
 
 CHUNK = 8192
@@ -103,6 +103,7 @@ def simulate(
     context: int = 0,
     devices: Mapping[str, str] | None = None,
     weights: Any = None,
+    size: Size | None = None,
     on_layer: Callable[[int, int], None] | None = None,
 ) -> Simulation:
     """Run a prefill of [batch, tokens] and one decode step with fake tensors.
@@ -115,8 +116,9 @@ def simulate(
         batch: sequences.
         context: tokens per sequence that the cache holds before the prompt.
         devices: renames devices in the rules, such as ``{"cuda": "cpu"}``.
-        weights: bound weights of a real checkpoint, for the bytes that packed weights take; None counts every weight in
-            the model's dtype.
+        weights: bound weights of a real checkpoint, for the types and bytes that packed weights have.
+        size: without a checkpoint, what tells them by (name, shape, dtype), such as `planner.formats.Format.stored`;
+            None: packed weights too are counted in the model's dtype.
         on_layer: called with (layers done, layers in all), for a progress bar.
 
     Returns:
@@ -132,7 +134,7 @@ def simulate(
         plan = plan_rules(model, rule, devices=devices, gpus=gpus)
         found = Simulation(type(model).__name__, gpus, batch, context, chain_problems(model, plan))
         run = _Run(model, plan, found, on_layer or (lambda done, total: None))
-        source = run.inject(FakeWeights(model, weights))
+        source = run.inject(FakeWeights(model, weights, size))
         with fake_devices(), run.recorder:  # once: the tensors of one fake mode are foreign to another
             run.load(source)
             run.passes(tokens)
@@ -179,7 +181,7 @@ class _Run:
         with torch.device("cpu"):
             load_weights(model, source, "", devices)
         finish.drop_replaced_tensors(model)
-        finish.tie(model)
+        finish.tie(model, source)
         _place_buffers(model, devices)
         self.recorder.mark_weights(model)
         self.found.weights = self.recorder.live(WEIGHTS)

@@ -4,20 +4,22 @@ import copy
 import json
 import re
 import warnings
+from importlib import resources
 
 import pytest
 import torch
-import typer
 import yaml
 from ktransformers.optimize_rules import NAMES
 from torch import nn
 from typer.testing import CliRunner
 
-from ktransformers import configs, native
-from ktransformers.cli import common
+from ktransformers import cli, configs, native
 from ktransformers.cli import simulate as command
 from ktransformers.errors import KTransformersError, RuleError
+from ktransformers.gguf_files.write import quantize_folder
+from ktransformers.machine.hardware import describe
 from ktransformers.operators.base_operator import BaseInjectedModule
+from ktransformers.planner.plan import Planner
 from ktransformers.rules.chain import chain_problems
 from ktransformers.rules.plan import plan
 from ktransformers.simulator.fake import fake_devices
@@ -32,6 +34,8 @@ LAYERS = {0: 2, 1: 2, 2: 2, 4: 4, 8: 8}
 """GPUs -> layers of the model that runs on them."""
 
 FP32 = 4
+
+MOE = resources.files("ktransformers.optimize_rules") / "MoE.yaml"
 
 RIGHT = [
     {
@@ -429,14 +433,42 @@ def test_progress_counts_every_layer_of_both_passes_and_json_has_it_all():
 
 def test_the_command_prints_tables_or_json_and_exits_with_1_on_a_problem(tmp_path, monkeypatch):
     monkeypatch.setattr(configs, "read_config", lambda model: tiny_config("deepseek_v3", num_hidden_layers=6))
-    app = typer.Typer()
-    app.command()(common.errors(command.simulate))
+
+    def kt(*arguments):
+        return CliRunner().invoke(cli.app, ["simulate", *arguments])
+
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text(yaml.safe_dump(mistaken((EXPERTS, kwargs(out_device="cuda:0"))), sort_keys=False))
-    right = CliRunner().invoke(app, ["DeepSeek-V3", "tiny", "--gpus", "2", "--json"])
+    right = kt("DeepSeek-V3", "tiny", "--gpus", "2", "--json")
     assert right.exit_code == 0 and json.loads(right.stdout)["ok"]
     tables = "\n".join(map(str, command._tables(simulate(tiny_config("qwen3_moe"), RIGHT, gpus=1))))
     assert "Every operation found its operands on one device" in tables
-    failed = CliRunner().invoke(app, [str(wrong), "tiny", "--json"])
+    failed = kt(str(wrong), "tiny", "--json")
     assert failed.exit_code == 1 and json.loads(failed.stdout)["problems"][0]["rule"].startswith("10 (wrong.yaml:")
-    assert CliRunner().invoke(app, ["DeepSeek-V9", "tiny"]).exit_code == 1
+    assert kt("DeepSeek-V9", "tiny").exit_code == 1
+
+
+def test_packed_weights_on_the_cpu_are_counted_packed(checkpoint, tmp_path):
+    """In a GGUF, in a named format, and as published; dense only where nothing says how weights are stored."""
+    sizes_of = {"hidden_size": 256, "moe_intermediate_size": 256, "intermediate_size": 256}
+    _, folder = checkpoint("qwen3_moe", dtype=torch.bfloat16, **sizes_of)
+    path = tmp_path / "model.gguf"
+    quantize_folder(folder, path, "Q4_K_M")
+    rule = {"devices": {"cpu": "0-"}, "rules": yaml.safe_load(MOE.read_text())["rules"]}
+    found = {}
+    for name, arguments in {
+        "gguf": [str(path)], "named": [str(folder), "--format", "Q4_K_M"], "published": [str(folder)],
+        "weights": [str(folder), "--weights", str(path)],
+    }.items():  # fmt: skip
+        rule_file = tmp_path / "rule.yaml"
+        rule_file.write_text(yaml.safe_dump(rule))
+        ran = CliRunner().invoke(cli.app, ["simulate", str(rule_file), *arguments, "--gpus", "0", "--tokens", "4", "--json"])
+        assert ran.exit_code == 0, ran.output
+        found[name] = json.loads(ran.stdout)["weights"]["cpu"]
+    for name, nbytes in found.items():
+        form = {"named": "Q4_K_M"}.get(name)
+        model = str(path) if name == "gguf" else str(folder)
+        planned = Planner(model, weights=path if name == "weights" else None, form=form).plan(describe((), "64GiB"))
+        assert nbytes == pytest.approx(planned.memory["cpu"].weights, rel=0.02), name
+    assert found["gguf"] == found["weights"] == pytest.approx(found["named"], rel=0.1)
+    assert found["published"] > 2 * found["gguf"]
