@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -140,3 +142,16 @@ def test_this_machine_is_measured_without_flags():
     ran = kt("models/embedded", "--json")
     data = json.loads(ran.stdout)
     assert data["hardware"]["cpu"]["read_bandwidth"] > 1e8 and data["prefill"]["tokens_per_second"] > 0
+
+
+TUTORIAL = Path(__file__).parents[2] / "tutorials" / "06_will_it_fit.md"
+SHOWN = re.findall(r"^```text\n\$ kt plan ([^\n]+)\n(.*?)^```$", TUTORIAL.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize(("arguments", "lines"), SHOWN, ids=[arguments for arguments, _ in SHOWN])
+def test_the_tutorial_shows_what_the_program_prints(arguments, lines):
+    """Every line shown is printed, in that order; notes may be left out."""
+    printed = iter([line.rstrip() for line in kt(*shlex.split(arguments)).stdout.splitlines()])
+    for line in lines.splitlines():
+        assert line.rstrip() in printed, line
+    assert len(SHOWN) >= 5
