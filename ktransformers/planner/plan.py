@@ -5,7 +5,7 @@ what goes where, rules.plan what a rule file then does, speed how fast that is. 
 """
 
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -325,7 +325,11 @@ _FIELDS = {"chunk_size": "chunk", "context": "context"}
 
 
 def _machine(hardware: Hardware) -> str:
-    gpus = [f"{gpu.name} ({format_bytes(gpu.memory)})" for gpu in hardware.gpus]
+    counts = Counter((gpu.name, format_bytes(gpu.memory)) for gpu in hardware.gpus)
+    gpus = [
+        (f"{count} x " if count > 1 else "") + (name if size in name else f"{name} ({size})")
+        for (name, size), count in counts.items()
+    ]
     return " and ".join([*gpus, f"{format_bytes(hardware.cpu.ram)} of RAM"])
 
 

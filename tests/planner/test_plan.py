@@ -284,6 +284,11 @@ def test_a_folder_whose_weights_are_incomplete_says_how_to_plan_without_them(che
     assert Planner(str(tmp_path), form="published").plan(box()).fits
 
 
+def test_the_header_of_a_rule_file_names_the_machine(planner):
+    text = planner.plan(box("24GiB", "24GiB", "4090")).rule
+    assert "for 2 x 24 GiB GPU and 4090 (24 GiB) and 64 GiB of RAM," in text.splitlines()[0]
+
+
 @pytest.mark.parametrize("name", ["deepseek-v3", "qwen3-30b-a3b", "gpt-oss-20b"])
 def test_the_header_of_a_rule_file_names_the_packaged_file_that_it_was_made_from(name):
     text = Planner(name).plan(box(ram="2TiB")).rule
