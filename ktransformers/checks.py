@@ -50,11 +50,10 @@ def checkpoint_of(config: Any) -> Path:
 
 def check_weights(model: nn.Module, source: Any) -> None:
     """Compare the checkpoint's names and shapes with the whole model's; reads no tensor data."""
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or []:
         expected = {name: shape for name, shape in expected.items() if source.has(name) or not re.search(pattern, name)}
-    ignore = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []), *(re.escape(name) for name in tied)]
+    ignore = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
     if problems := source.problems(expected, ignore):
         raise join_errors(
             WeightError, f"{source.path} does not fit {type(model).__name__}, nothing was loaded:", problems

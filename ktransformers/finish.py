@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from ktransformers.errors import UnsupportedError, WeightError
-from ktransformers.operators.base_operator import BaseInjectedModule, device_of
+from ktransformers.loaders import WeightSource
+from ktransformers.operators.base_operator import BaseInjectedModule, device_of, warn_once
 from ktransformers.rules.plan import Replacement
 
 
@@ -48,10 +49,18 @@ def drop_replaced_tensors(model: nn.Module) -> None:
                 del table[name]
 
 
-def tie(model: nn.Module) -> None:
-    """Give tied parameters (such as lm_head of a small model) their source, unless they live elsewhere."""
+def tie(model: nn.Module, weights: WeightSource) -> None:
+    """Give tied parameters (such as lm_head of a small model) their source, unless they live elsewhere.
+
+    As in from_pretrained, two tensors in the checkpoint that differ are not tied, whatever the config says.
+    """
     loaded = dict(model.named_parameters(remove_duplicate=False))
-    for target, origin in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+    tied_keys = getattr(model, "all_tied_weights_keys", None) or {}
+    for target, origin in list(tied_keys.items()):
+        if not weights.same(target, origin):
+            warn_once(f"the config ties {target} to {origin}, the checkpoint holds both and they differ: each is used")
+            del tied_keys[target]
+            continue
         module_name, _, name = target.rpartition(".")
         table, source = model.get_submodule(module_name)._parameters, loaded.get(origin)
         tied = table.get(name)

@@ -16,7 +16,7 @@ from torch import nn
 
 from ktransformers import checks, env, finish
 from ktransformers.errors import RuleError, WeightError, join_errors
-from ktransformers.loaders import bind, open_weights
+from ktransformers.loaders import bind, held_as_stored, open_weights
 from ktransformers.loaders.progress import load_progress
 from ktransformers.models import register_families
 from ktransformers.operators import cpu_attention
@@ -24,6 +24,7 @@ from ktransformers.operators.base_operator import load_weights
 from ktransformers.rules.plan import Replacement, RulesLike, plan
 from ktransformers.rules.table import print_plan
 
+__path__ = [str(Path(__file__).parent / "util" / "optimize")]  # for ktransformers.optimize.optimize, upstream's path
 register_families()  # AutoConfig and AutoModelForCausalLM read them from here on
 
 
@@ -39,7 +40,8 @@ def optimize_and_load(
     """Replace the modules that `rule` names by operators, then load every weight from the published checkpoint.
 
     Args:
-        model: a transformers model built on the meta device; changed in place.
+        model: a transformers model built on the meta device; changed in place. Where its config has no dtype and
+            none was given to ``from_config``, it takes the checkpoint's.
         rule: a path, the name of a packaged rule file, or the parsed list of rules.
         weights: a folder, a ``.safetensors`` or a ``.gguf`` file (the first of a split set); None is the local folder
             that the model's config was read from.
@@ -89,7 +91,7 @@ def _run(model, rule, weights, config, default_device, devices, progress) -> nn.
         if env.debug():
             print_plan(model, replacements, source)
         named = set(model.state_dict())
-        with _restored_on_failure(model):
+        with _restored_on_failure(model), held_as_stored(model, files):
             finish.keep_in_fp32(model)
             inject(model, replacements, source, config)
             _load(model, replacements, source, progress)
@@ -150,10 +152,11 @@ def _restored_on_failure(model: nn.Module) -> Iterator[None]:
 def _load(model: nn.Module, replacements: Mapping[str, Replacement], source: Any, progress: bool) -> None:
     """Load every tensor once. Peak memory: the mapped files plus one tensor."""
     devices = {name: replacement.device for name, replacement in replacements.items()}
+    source.devices = devices  # for operators of users' that load their children themselves
     with load_progress(source, enabled=progress):
         load_weights(model, source, "", devices)
     finish.drop_replaced_tensors(model)
-    finish.tie(model)
+    finish.tie(model, source)
     finish.fill_buffers(model, devices)
     left = [name for name, tensor in finish.named_tensors(model) if tensor.is_meta]
     if left:

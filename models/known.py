@@ -84,8 +84,8 @@ KNOWN: dict[str, Known] = {
 }
 """Name -> model. The checkpoints' formats: DeepSeek-V3, R1, V3.2, Kimi-K2-Instruct and MiniMax-M2 in FP8 with one scale
 per 128x128 block; the routed experts of Kimi-K2-Thinking and K2.5 in INT4 with one scale per 32 (compressed-tensors),
-of DeepSeek-V4-Flash and gpt-oss in MXFP4; the others in BF16. Llama 4, Kimi-K2.5 and Qwen3.5 are text models here;
-Llama 4's number of parameters includes the vision tower. A release with the sizes of another shares its file."""
+of DeepSeek-V4-Flash and gpt-oss in MXFP4; the others in BF16. Llama 4, Kimi-K2.5 and Qwen3.5 are their text models
+here; Llama 4's number of parameters includes the vision tower. A release with the sizes of another shares its file."""
 
 
 def known_names() -> list[str]:

@@ -116,6 +116,9 @@ class FakeWeights:
     def packed(self, name: str) -> FakePacked:
         return FakePacked(self._type(name), self._known(name)[0], self.nbytes(name))
 
+    def same(self, name: str, other: str) -> bool:
+        return self.stored is None or self.stored.same(name, other)
+
     def has_experts(self, prefix: str) -> bool:
         return prefix in self._experts
 

@@ -29,8 +29,8 @@ from ktransformers.configs import meta_model
 from ktransformers.errors import KTransformersError, is_whole
 from ktransformers.models import ONE_BY_ONE
 from ktransformers.operators.base_operator import device_of, load_weights
-from ktransformers.rules.chain import Plan, Problem, chain_problems, placed_by, rule_name
-from ktransformers.rules.plan import RulesLike
+from ktransformers.rules.chain import Plan, Problem, chain_problems, placed_by
+from ktransformers.rules.plan import RulesLike, rule_label
 from ktransformers.rules.plan import plan as plan_rules
 from ktransformers.simulator.fake import fake_devices
 from ktransformers.simulator.fake_weights import FakeWeights, Size, stand_ins
@@ -177,10 +177,11 @@ class _Run:
     def load(self, source: FakeWeights) -> None:
         """Give every tensor a place, in the order of `optimize_and_load`."""
         model, devices = self.model, {name: replacement.device for name, replacement in self.plan.items()}
+        source.devices = devices
         with torch.device("cpu"):
             load_weights(model, source, "", devices)
         finish.drop_replaced_tensors(model)
-        finish.tie(model)
+        finish.tie(model, source)
         _place_buffers(model, devices)
         self.recorder.mark_weights(model)
         self.found.weights = self.recorder.live(WEIGHTS)
@@ -270,7 +271,7 @@ def explain(failure: Failure, plan: Plan) -> Problem:
     """A failed operation as a problem: the module, the rule that placed it, the devices or shapes, what to do."""
     weights = [operand for operand in failure.operands if operand.weight]
     module = weights[0].weight.rpartition(".")[0] if weights else failure.module
-    rule = rule_name(placed_by(module, plan))
+    rule = rule_label(placed_by(module, plan))
     by = _placed(module, plan)
     operation = failure.operation.removesuffix(".default")
     devices = tuple(dict.fromkeys(o.device for o in failure.operands if o.shape or o.device != "cpu"))
@@ -289,7 +290,7 @@ def explain(failure: Failure, plan: Plan) -> Problem:
 
 
 def _placed(module: str, plan: Plan) -> str:
-    rule = rule_name(placed_by(module, plan))
+    rule = rule_label(placed_by(module, plan))
     return f"rule {rule} placed it" if rule else "no rule names it"
 
 
