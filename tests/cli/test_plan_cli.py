@@ -2,8 +2,6 @@
 
 import json
 import re
-import shlex
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -142,26 +140,3 @@ def test_this_machine_is_measured_without_flags():
     ran = kt("models/embedded", "--json")
     data = json.loads(ran.stdout)
     assert data["hardware"]["cpu"]["read_bandwidth"] > 1e8 and data["prefill"]["tokens_per_second"] > 0
-
-
-TUTORIALS = Path(__file__).parents[2] / "tutorials"
-PAGE = (TUTORIALS / "06_will_it_fit.md").read_text("utf-8")
-SHOWN = re.findall(r"^```text\n\$ kt plan ([^\n]+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-
-
-@pytest.mark.parametrize(("arguments", "lines"), SHOWN, ids=[arguments for arguments, _ in SHOWN])
-def test_the_tutorial_shows_what_the_program_prints(arguments, lines):
-    """Every line shown is printed, in that order; notes may be left out."""
-    printed = iter([line.rstrip() for line in kt(*shlex.split(arguments)).stdout.splitlines()])
-    for line in lines.splitlines():
-        assert line.rstrip() in printed, line
-    assert len(SHOWN) >= 5
-
-
-def test_the_tutorial_shows_the_rule_file_that_is_written(tmp_path):
-    page = (TUTORIALS / "03_multi_gpu.md").read_text("utf-8")
-    arguments = re.search(r"kt plan ([^\n]+) -o ", page)[1]
-    shown = re.search(r"^```text\n(devices:.*?)\.\.\.\n```$", page, re.MULTILINE | re.DOTALL)[1]
-    path = tmp_path / "rule.yaml"
-    kt(*shlex.split(arguments), "-o", str(path))
-    assert "\n" + shown in path.read_text()
