@@ -36,7 +36,7 @@ def simulate(
             min=0, max=64,
             help="Simulate cuda:0 to cuda:N-1. Default: those that the file names; 8 for a file for any machine.",
         ),
-    ] = None,  # fmt: skip
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Prompt tokens of each sequence.")] = 64,
     context: Annotated[int, typer.Option(min=0, help="Tokens that the cache holds before the prompt.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
