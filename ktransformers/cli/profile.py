@@ -22,7 +22,7 @@ GROUPS = 8
 
 
 @dataclass
-class Group:
+class LayerGroup:
     """A row of the table. `top_share`: the share of the hits that falls on the most used tenth of the experts."""
 
     layers: str
@@ -140,7 +140,7 @@ def _progress(texts: list[tuple[int, str]]) -> Iterator[tuple[int, str]]:
 # ---- what people see ---------------------------------------------------------------------------------------
 
 
-def summary(found: "RoutingProfile") -> list[Group]:
+def summary(found: "RoutingProfile") -> list[LayerGroup]:
     """The profile by groups of layers that follow one another."""
     from ktransformers.errors import ranges
 
@@ -150,11 +150,11 @@ def summary(found: "RoutingProfile") -> list[Group]:
     for start in range(0, len(layers), size):
         part = layers[start : start + size]
         counts = [n for layer in part for n in found.layers[layer]]
-        groups.append(Group(ranges(part), sum(counts), found.top_share(layers=part), counts.count(0), len(counts)))
+        groups.append(LayerGroup(ranges(part), sum(counts), found.top_share(layers=part), counts.count(0), len(counts)))
     return groups
 
 
-def _rendered(found: "RoutingProfile", groups: list[Group], prompts: int, output: Path) -> Iterator[Any]:
+def _rendered(found: "RoutingProfile", groups: list[LayerGroup], prompts: int, output: Path) -> Iterator[Any]:
     from rich.table import Table
     from rich.text import Text
 
