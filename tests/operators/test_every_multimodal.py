@@ -1,0 +1,136 @@
+"""The second walk: every model with experts that takes more than text, as published, under the rule file for any of them.
+
+The table is tests/multimodal.py. Text goes in and text comes out; what sees and hears is transformers' own, loaded and
+placed with the rest.
+"""
+
+import functools
+
+import pytest
+import torch
+from ktransformers.models import DEFAULT_RULES, builder
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from ktransformers import KTConfig, optimize_and_load
+from ktransformers.configs import meta_model, read_config
+from ktransformers.engine.generate import Sampling, generate
+from ktransformers.errors import UnsupportedError
+from ktransformers.operators.base_operator import BaseInjectedModule
+from ktransformers.operators.experts import KTransformersExperts
+from tests import multimodal
+from tests.operators.test_every_family import in_pieces, rules
+from tests.tiny import random_ids, randomize, relative_error, save
+
+CPU = {"cuda": "cpu"}
+PROMPT = random_ids(1, 11)
+
+
+@functools.cache
+def reference(model_type):
+    """transformers' own model: random weights, its plainest path."""
+    torch.manual_seed(0)
+    return randomize(multimodal.build(model_type, attn_implementation="eager", experts_implementation="eager").eval())
+
+
+def loaded(model_type, rule, folder):
+    """Ours, of the same class, from the checkpoint that transformers writes."""
+    save(reference(model_type), folder)
+    with torch.device("meta"):
+        model = multimodal.build(model_type)
+    return optimize_and_load(model, rule, folder, devices=CPU, progress=False)
+
+
+WALK = [(model_type, "Default") for model_type in multimodal.known_here()]
+WALK += [(model_type, DEFAULT_RULES[model_type]) for model_type in multimodal.known_here() if model_type in DEFAULT_RULES]
+
+
+@pytest.mark.parametrize(("model_type", "rule"), WALK)
+def test_text_in_and_text_out_as_transformers_has_it(model_type, rule, tmp_path):
+    """Logits, a prefill in pieces by hand and by `generate`, and 32 greedy tokens."""
+    truth, op = reference(model_type), multimodal.operator_of(model_type)
+    model = loaded(model_type, rule if op == "KExpertsCPU" else rules(op), tmp_path)
+    ours = [module for module in model.modules() if isinstance(module, KTransformersExperts)]
+    assert ours and {type(module.active).__name__ for module in ours} == {op}
+    with torch.no_grad():
+        expected = truth(PROMPT).logits
+        assert relative_error(model(PROMPT).logits, expected) < 1e-4
+        assert relative_error(in_pieces(model, PROMPT), in_pieces(truth, PROMPT)) < 1e-4
+    expected = truth.generate(PROMPT, max_new_tokens=32, do_sample=False)
+    assert torch.equal(model.generate(PROMPT, max_new_tokens=32, do_sample=False), expected)
+    tokens = list(generate(model, PROMPT[0].tolist(), max_new_tokens=8, chunk_size=4, sampling=Sampling()))
+    assert tokens == expected[0, 11:19].tolist()
+
+
+@pytest.mark.parametrize("model_type", multimodal.IMAGES)
+def test_an_image_is_seen_as_transformers_sees_it(model_type, tmp_path):
+    truth = reference(model_type)
+    model = loaded(model_type, DEFAULT_RULES[model_type], tmp_path)
+    ours = [name for name, module in model.named_modules() if isinstance(module, BaseInjectedModule)]
+    assert not any(word in name for name in ours for word in ("vis", "projector"))  # these stay transformers' own
+    token = getattr(truth.config, "image_token_id", None) or truth.config.image_token_index
+    ids = torch.tensor([[5, getattr(truth.config, "vision_start_token_id", 7), *[token] * 4, 9, 11, 13]])
+    shape, more = multimodal.IMAGES[model_type]
+    image = {"pixel_values": torch.randn(shape, generator=torch.Generator().manual_seed(3))}
+    image |= {"image_grid_thw": torch.tensor([[1, 4, 4]])} if "grid" in more else {}
+    image |= {"mm_token_type_ids": (ids == token).int()} if "types" in more else {}
+    with torch.no_grad():
+        expected = truth(ids, **image).logits
+        assert relative_error(expected, truth(ids.where(ids != token, 6)).logits) > 0.1  # the image counts
+        assert relative_error(model(ids, **image).logits, expected) < 1e-4
+    expected = truth.generate(ids, max_new_tokens=8, do_sample=False, **image)
+    assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False, **image), expected)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_vl_moe", "llama4"])
+def test_from_pretrained_makes_the_same_model(model_type, tmp_path):
+    folder, rule = save(reference(model_type), tmp_path), DEFAULT_RULES[model_type]
+    given = KTConfig(rule, devices=CPU, progress=False)
+    model = AutoModelForImageTextToText.from_pretrained(folder, quantization_config=given)
+    assert any(isinstance(module, KTransformersExperts) for module in model.modules())
+    with torch.no_grad():
+        assert relative_error(model(PROMPT).logits, reference(model_type)(PROMPT).logits) < 1e-4
+
+
+def test_what_thinks_of_a_model_that_speaks(tmp_path):
+    """Qwen3-Omni's folder holds a thinker, a talker and a vocoder; the thinker is the language model."""
+    torch.manual_seed(0)
+    whole = randomize(multimodal.build("qwen3_omni_moe", attn_implementation="eager").eval())
+    config = read_config(save(whole, tmp_path))
+    model = meta_model(config)
+    assert type(model) is type(whole.thinker)
+    optimize_and_load(model, DEFAULT_RULES[config.model_type], devices=CPU, progress=False)
+    with torch.no_grad():
+        assert relative_error(model(PROMPT).logits, whole.thinker(PROMPT).logits) < 1e-4
+
+
+def test_the_class_that_builds_a_config():
+    """A causal LM where there is one, else the class that takes images or sounds."""
+    expected = {
+        "qwen3_moe": "Qwen3MoeForCausalLM",
+        "llama4": "Llama4ForCausalLM",
+        "qwen3_5_moe": "Qwen3_5MoeForCausalLM",
+        "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+        "mistral4": "Mistral4ForCausalLM",
+        "nemo_speechlm": "Nemotron3_5TranscribeForConditionalGeneration",
+    }
+    found = {name: type(meta_model(multimodal.config_of(name))).__name__ for name in expected}
+    assert found == expected
+
+
+@pytest.mark.parametrize("model_type", multimodal.WITHOUT)
+def test_models_that_do_not_continue_text_are_refused_by_name(model_type):
+    config = AutoConfig.for_model(model_type)
+    assert builder(config) is None
+    with pytest.raises(UnsupportedError, match=f"no model of type '{model_type}' that continues text"):
+        meta_model(config)
+
+
+def test_every_type_with_experts_is_in_a_table():
+    """Fails when a release of transformers brings a model that nobody looked at, or takes one away."""
+    found, tables = set(multimodal.types_with_experts()), multimodal.FAMILIES | multimodal.BY_PART | multimodal.WITHOUT
+    assert not found - tables.keys(), (
+        f"transformers has experts in {', '.join(sorted(found - tables.keys()))}: found in no table of "
+        "tests/multimodal.py. Add each to FAMILIES, with what SIZES does not shrink, and run this file; or to WITHOUT."
+    )
+    generic = {name for name, fields in multimodal.FAMILIES.items() if "model_type" in fields.get("text_config", {})}
+    assert tables.keys() - generic == found
