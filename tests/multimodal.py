@@ -160,9 +160,10 @@ def operator_of(model_type: str) -> str:
     return families.operator_of(config_of(model_type).get_text_config(decoder=True).model_type)
 
 
-def build(model_type: str, **how):
+def build(model_type: str, vision_config: dict | None = None, **how):
     """A tiny model of the class that takes all that the family can take; `how` goes to `from_config`."""
-    return AutoModelForMultimodalLM.from_config(config_of(model_type), **how)
+    changes = {"vision_config": vision_config} if vision_config else {}
+    return AutoModelForMultimodalLM.from_config(config_of(model_type, **changes), **how)
 
 
 def config_of(model_type: str, **overrides):

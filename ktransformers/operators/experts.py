@@ -305,7 +305,8 @@ class KTransformersExperts(StagedOperator):
         rows, one = hidden.repeat_interleave(ids.shape[1], 0), torch.ones_like(weights[:, :1])
         each = self._sum(rows, ids.reshape(-1, 1), one.repeat_interleave(ids.shape[1], 0))
         norm = self.post_expert_norm
-        each = norm(each.to(next(norm.parameters()).device)) * weights.reshape(-1, 1).to(each.dtype)
+        each = norm(each.to(next(norm.parameters()).device))
+        each = each * weights.reshape(-1, 1).to(each)
         return each.view(*ids.shape, -1).sum(1)
 
     def _by_expert(self, hidden: Tensor) -> Tensor:

@@ -9,14 +9,18 @@ import functools
 import pytest
 import torch
 from ktransformers.models import DEFAULT_RULES, builder
+from ktransformers.models.traits import find_layers, layer_of
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from ktransformers import KTConfig, optimize_and_load
+from ktransformers import KTConfig, optimize_and_load, plan
 from ktransformers.configs import meta_model, read_config
 from ktransformers.engine.generate import Sampling, generate
 from ktransformers.errors import UnsupportedError
+from ktransformers.gguf_files.write import quantize_folder
 from ktransformers.operators.base_operator import BaseInjectedModule
 from ktransformers.operators.experts import KTransformersExperts
+from ktransformers.planner import formats, sizes
+from ktransformers.simulator.simulate import simulate
 from tests import multimodal
 from tests.operators.test_every_family import in_pieces, rules
 from tests.tiny import random_ids, randomize, relative_error, save
@@ -101,6 +105,45 @@ def test_what_thinks_of_a_model_that_speaks(tmp_path):
     optimize_and_load(model, DEFAULT_RULES[config.model_type], devices=CPU, progress=False)
     with torch.no_grad():
         assert relative_error(model(PROMPT).logits, whole.thinker(PROMPT).logits) < 1e-4
+
+
+def test_a_gguf_is_refused_by_the_parts_that_it_lacks(checkpoint, tmp_path):
+    quantize_folder(checkpoint("qwen3_moe")[1], tmp_path / "m.gguf", "F16")
+    model = meta_model(multimodal.config_of("qwen3_vl_moe"))
+    message = r"m.gguf: a GGUF file holds a language model alone, and Qwen3VLMoeFor.* also has model.visual\. Use"
+    with pytest.raises(UnsupportedError, match=message):
+        optimize_and_load(model, "Default", tmp_path / "m.gguf", devices=CPU, progress=False)
+
+
+@pytest.mark.parametrize("model_type", ["dots3_note", "kimi_k25", "llama4", "muse_spark", "qwen3_vl_moe"])
+def test_two_gpus_play_it_without_a_tensor_on_the_wrong_one(model_type):
+    """Text through a model whose layers are on two GPUs; what sees is with the first layer."""
+    with torch.device("meta"):
+        model = multimodal.build(model_type)
+    found = simulate(model, DEFAULT_RULES.get(model_type, "Default"), gpus=2, tokens=8)
+    assert not found.problems
+    placed = plan(model, DEFAULT_RULES.get(model_type, "Default"), gpus=2)
+    sees = {str(placed[name].device) for name in placed if "vis" in name and "vision_moe" not in name}
+    assert sees == {"cuda:0"} or sees == {"cuda:0", "cpu"} and model_type == "dots3_note"  # its eye has experts
+
+
+def test_parts_that_text_passes_by_take_memory_and_no_time():
+    model = meta_model(multimodal.config_of("qwen3_vl_moe"))
+    found = sizes.parts(model, plan(model, "Default", gpus=0), formats.named_format("BF16", 2, False))
+    seen = [part for part in found if ".visual." in part.name]
+    assert sum(part.weights for part in found) == sum(p.numel() for p in model.parameters())
+    assert seen and all(part.layer is None and part.held and not part.read and not part.ops for part in seen)
+    assert [cache.layer for cache in sizes.caches(model)] == [0, 1]
+
+
+def test_layers_are_the_decoders():
+    with torch.device("meta"):
+        model = multimodal.build("qwen3_vl_moe", vision_config={"depth": 40, "hidden_size": 64})
+    sizes = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in ("model.visual", "model.language_model")}
+    assert sizes["model.visual"] > sizes["model.language_model"]
+    assert find_layers(model)[0] == "model.language_model.layers"
+    names = {"model.layers.3.mlp": 3, "model.visual.blocks.3.attn": None, "model.language_model.layers.1.mlp.vision_moe": 1}
+    assert {name: layer_of(name) for name in names} == names
 
 
 def test_the_class_that_builds_a_config():
