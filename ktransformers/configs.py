@@ -1,6 +1,6 @@
 """A model's config from wherever a user points to, and its meta model: the two things that planning starts from.
 
-Nothing here opens safetensors, downloads, or runs code from a model's repository. `local_chat.py` reads folders for
+Nothing here opens safetensors, downloads, or runs code from a model's repository. `engine/load.py` reads folders for
 itself, as it wants their tokenizer too. transformers is imported inside the functions: it takes a second.
 """
 

@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ktransformers import optimize_and_load, plan
-from ktransformers.engine.generate import Sampling, generate
+from ktransformers.engine.generate import generate
+from ktransformers.engine.sampling import Sampling
 from ktransformers.errors import RuleError
 from ktransformers.operators.experts import KTransformersExperts
 from ktransformers.rules.plan import load_rules

@@ -5,16 +5,21 @@ placed with the rest.
 """
 
 import functools
+import shutil
 
 import pytest
 import torch
-from ktransformers.models import DEFAULT_RULES, builder
+from ktransformers.models import DEFAULT_RULES, builder, embedded_model
 from ktransformers.models.traits import find_layers, layer_of
 from transformers import AutoConfig, AutoModelForImageTextToText
+from typer.testing import CliRunner
 
 from ktransformers import KTConfig, optimize_and_load, plan
+from ktransformers.cli import app
 from ktransformers.configs import meta_model, read_config
-from ktransformers.engine.generate import Sampling, generate
+from ktransformers.engine.generate import generate
+from ktransformers.engine.load import load
+from ktransformers.engine.sampling import Sampling
 from ktransformers.errors import UnsupportedError
 from ktransformers.gguf_files.write import quantize_folder
 from ktransformers.operators.base_operator import BaseInjectedModule
@@ -23,7 +28,7 @@ from ktransformers.planner import formats, sizes
 from ktransformers.simulator.simulate import simulate
 from tests import multimodal
 from tests.operators.test_every_family import in_pieces, rules
-from tests.tiny import random_ids, randomize, relative_error, save
+from tests.tiny import build, random_ids, randomize, relative_error, save
 
 CPU = {"cuda": "cpu"}
 PROMPT = random_ids(1, 11)
@@ -144,6 +149,45 @@ def test_layers_are_the_decoders():
     assert find_layers(model)[0] == "model.language_model.layers"
     names = {"model.layers.3.mlp": 3, "model.visual.blocks.3.attn": None, "model.language_model.layers.1.mlp.vision_moe": 1}
     assert {name: layer_of(name) for name in names} == names
+
+
+@pytest.fixture(scope="module")
+def chat_folder(tmp_path_factory):
+    """A Qwen3-VL-MoE of the embedded model's vocabulary, with its tokenizer and chat template."""
+    folder = tmp_path_factory.mktemp("vl")
+    torch.manual_seed(0)
+    vocabulary = AutoConfig.from_pretrained(embedded_model()).vocab_size
+    config = multimodal.config_of("qwen3_vl_moe", text_config={"vocab_size": vocabulary + 16, "max_position_embeddings": 40})
+    save(randomize(build(config).eval()), folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(embedded_model() / name, folder)
+    return folder
+
+
+def test_the_engine_loads_a_folder(chat_folder):
+    model, tokenizer = load(str(chat_folder), devices=CPU)
+    assert type(model).__name__ == "Qwen3VLMoeForConditionalGeneration" and tokenizer.chat_template
+    assert any(isinstance(module, KTransformersExperts) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (["plan", "MODEL"], "routed experts"),
+        (["rules", "explain", "Qwen3-VL-MoE", "MODEL", "--gpus", "2"], "model.language_model.layers"),
+        (["simulate", "Qwen3-VL-MoE", "MODEL", "--gpus", "2"], "Qwen3VLMoeForConditionalGeneration: 1 sequence of 64"),
+    ],
+)
+def test_the_program_takes_such_a_folder(chat_folder, command, expected):
+    ran = CliRunner().invoke(app, [str(chat_folder) if word == "MODEL" else word for word in command])
+    assert ran.exit_code == 0, ran.output
+    assert expected in ran.output
+
+
+def test_chat_keeps_to_the_context_of_the_language_model(chat_folder):
+    question = "How are you today, and how is everybody else? " * 8
+    ran = CliRunner().invoke(app, ["chat", str(chat_folder), "--json", "--devices", "cuda=cpu"], input=f"hi\n{question}\n")
+    assert '"answer"' in ran.stdout and "the model takes 40 in all" in ran.output
 
 
 def test_the_class_that_builds_a_config():
