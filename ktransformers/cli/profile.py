@@ -22,6 +22,7 @@ from ktransformers.cli.common import (
     renamed_devices,
     show,
 )
+from ktransformers.configs import text_config
 from ktransformers.errors import KTransformersError
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def _run(model: Any, tokenizer: Any, texts: list[tuple[int, str]], max_new_token
 
     stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     sampling = Sampling(stop_ids=Sampling(model.generation_config, stops).stop_ids)
-    context = getattr(model.config, "max_position_embeddings", None) or 1 << 62
+    context = getattr(text_config(model.config), "max_position_embeddings", None) or 1 << 62
     for number, text in _progress(texts):
         messages = [{"role": "user", "content": text}]
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
