@@ -53,7 +53,8 @@ typedef enum kt_status {
     KT_ERR_MEMORY = 8,      /* out of memory */
     KT_ERR_THREADS = 9,     /* thread count out of range, or threads cannot be started */
     KT_ERR_ISA = 10,        /* instruction set unknown, not built, or not on this machine */
-    KT_ERR_SCALES = 11      /* scales, zero points or column order beside the codes do not fit the type */
+    KT_ERR_SCALES = 11,     /* separate scales, zero points or column order do not fit the type */
+    KT_ERR_CLOSED = 12      /* the queue was closed before the calls were computed */
 } kt_status;
 
 /* Weight types: the ids of the GGUF file format; from 1000 on, types whose scales lie beside the codes. */
@@ -226,7 +227,12 @@ typedef struct kt_wait {
 
 int kt_queue_create(kt_pool *pool, kt_queue **queue);
 
-/* Ends with the call that is being computed; those still waiting are dropped. Before the pool's end. */
+/* Ends with the call that is being computed; those still waiting are dropped. Whoever waits in kt_sync or kt_sync_host is
+ * woken (KT_ERR_CLOSED where what they waited for was dropped) and has left when this returns. From then on kt_submit
+ * fails with KT_ERR_CLOSED, and so does kt_sync while calls are missing. Closing twice is fine. */
+void kt_queue_close(kt_queue *queue);
+
+/* kt_queue_close, and the end of the queue: no other call on it may begin. Before the pool's end. */
 void kt_queue_destroy(kt_queue *queue);
 
 /* Append a call. Copies *call and *call->weight; what they point to must stay until the call is done. `number`, if not
