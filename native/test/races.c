@@ -258,7 +258,8 @@ static void queues(void) {
     kt_queue *queue[3], *none;
     struct layer l[3];
     pthread_t id[6];
-    check(kt_queue_create(NULL, &none) == KT_ERR_NULL && !none && kt_queue_create(pool[0], NULL) == KT_ERR_NULL, "null");
+    check(kt_queue_create(NULL, &none) == KT_ERR_NULL && !none && kt_queue_create(pool[0], NULL) == KT_ERR_NULL,
+          "null");
     for (int i = 0; i < 3; i++) {
         check(kt_queue_create(pool[i % 2], &queue[i]) == KT_OK, "queue");
         init_layer(&l[i], queue[i]);
