@@ -10,7 +10,8 @@ from ktransformers.errors import KTransformersError, did_you_mean
 
 ISAS = ("portable", "avx2", "avx_vnni", "amx_emulated", "avx512", "avx512_vnni", "avx512_vbmi",
         "avx512_bf16", "amx", "neon_dotprod", "neon_i8mm")  # fmt: skip
-"""Instruction-set levels of the C library, lowest first; KT_ISA may lower the detected one.
+"""Instruction sets of the C library, lowest first, as native/src/isas.h lists them (a test holds the two together: this
+module works where the library is not built). KT_ISA may lower the detected one.
 
 amx_emulated computes AMX's instructions in C: slow, for tests where AMX is missing, never chosen by itself."""
 

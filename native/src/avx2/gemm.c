@@ -237,7 +237,7 @@ static block_fn block_of(const struct kt_panel *p) {
 #if VNNI
     return p->group == 16 ? zero16_4 : p->min_group == 16 ? mins16 : p->min_group ? mins_8 : zero_8;
 #else
-    const int steps = 32767 / 254 / p->reach; /* that fit 16 bits */
+    const int steps = 32767 / 254 / p->max_abs; /* that fit 16 bits */
     if (p->group == 16) return steps >= 4 ? zero16_4 : steps >= 2 ? zero16_2 : wide16;
     if (p->min_group == 16) return mins16;
     if (p->min_group) return steps >= 8 ? mins_8 : steps >= 4 ? mins_4 : mins_wide;

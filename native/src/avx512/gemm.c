@@ -37,7 +37,7 @@ INLINE int wide(const struct kt_panel *p) {
     (void)p;
     return 0;
 #else
-    return p->reach > 127;
+    return p->max_abs > 127;
 #endif
 }
 

@@ -17,7 +17,6 @@
 
 enum {
     DOT_TOKENS = 4,
-    DOT_TILES_FROM = 9, /* measured on Zen 4 */
     CHUNK = 8192, /* columns of a row at once: their activations, arranged, share the first-level cache with weights */
     UNITS = CHUNK / 256,
 };

@@ -1,4 +1,4 @@
-/* templates/dot_scales.h: the scales of a row of a matrix that has them beside its codes, as fp32, one for each 32 or 16 columns:
+/* templates/dot_scales.h: the scales of a row of a matrix with separate scales, as fp32, one for each 32 or 16 columns:
  * what a decode kernel multiplies without asking how the checkpoint stores them. */
 #ifndef KT_DOT_SCALES_H
 #define KT_DOT_SCALES_H
