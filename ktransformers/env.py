@@ -15,6 +15,7 @@ ISAS = ("portable", "avx2", "avx_vnni", "amx_emulated", "avx512", "avx512_vnni",
 amx_emulated computes AMX's instructions in C: slow, for tests where AMX is missing, never chosen by itself."""
 
 VARIABLES = {
+    "KT_BUILD": "read by `make setup`: host compiles the C library for this machine, all for every machine of its kind",
     "KT_DEBUG": "0 quiet, 1 print the injection plan while loading",
     "KT_HUGE_PAGES": "1 reads checkpoints into huge pages instead of mapping them: faster decoding, slower to open",
     "KT_ISA": f"highest instruction set the C library may use: {', '.join(ISAS)}",
@@ -35,6 +36,14 @@ def _integer(name: str, default: int | None, low: int, high: int) -> int | None:
             f"Unset {name} or correct it."
         )
     return int(text)
+
+
+def build() -> str | None:
+    """KT_BUILD, or None where setup.py, which is what reads it, chooses."""
+    value = os.environ.get("KT_BUILD", "").strip()
+    if value and value not in ("host", "all"):
+        raise KTransformersError(f"KT_BUILD={value!r}: expected host or all. Unset KT_BUILD or correct it.")
+    return value or None
 
 
 def debug() -> int:
