@@ -56,7 +56,7 @@ def read_config(model: str | Path) -> Any:
     """
     from ktransformers.models.known import find_known, known_config
 
-    name, path = str(model), _path(model)
+    name, path = str(model), model_path(model)
     if path is None:
         if find_known(name):
             return known_config(name)
@@ -75,7 +75,7 @@ def text_config(config: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
-def _path(model: str | Path) -> Path | None:
+def model_path(model: str | Path) -> Path | None:
     """The path that `model` is, or None where there is nothing."""
     try:
         path = Path(model).expanduser()
@@ -89,7 +89,7 @@ def _nothing_there(model: str) -> KTransformersError:
 
     path = Path(model)
     hint = did_you_mean_known(model)
-    if not hint and (parent := _path(path.parent)) is not None:
+    if not hint and (parent := model_path(path.parent)) is not None:
         hint = did_you_mean(path.name, _names_in(parent))
     return KTransformersError(
         f"model {model[:200]!r}: no such folder or file, and no known model of that name{hint}. Give a folder with "
@@ -152,8 +152,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _check_type(path: Path, fields: dict[str, Any], model_type: str) -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from ktransformers.models import kimi_k2  # noqa: F401  teaches transformers this model type
+    from ktransformers.models import register_families
 
+    register_families()
     if model_type in CONFIG_MAPPING:
         return
     if fields.get("auto_map"):

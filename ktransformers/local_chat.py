@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from ktransformers.cli.common import fail, interrupted
 from ktransformers.errors import KTransformersError
 
 EXIT_WORDS = ("exit", "quit", "/exit", "/quit")
@@ -83,11 +84,9 @@ def main(
         model, tokenizer = load(model_path, gguf_path, optimize_config_path, dict(pair(d) for d in device), as_json)
         chat = Chat(model, tokenizer, max_new_tokens, chunk_size, greedy, as_json)
     except KTransformersError as error:
-        err.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(1) from None
+        raise typer.Exit(fail(error, as_json)) from None
     except KeyboardInterrupt:
-        err.print("interrupted while loading; nothing was kept")
-        raise typer.Exit(130) from None
+        raise typer.Exit(interrupted(as_json)) from None
     try:
         code = chat.run([prompt] if prompt_file else _messages(as_json))
     except OSError as error:  # whoever reads the answers went away, or the disk they go to is full

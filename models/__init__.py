@@ -4,9 +4,9 @@
 holds no modelling code of its own.
 """
 
-import inspect
 from importlib import import_module, resources
 from pathlib import Path
+from typing import Any
 
 DEFAULT_RULES = {
     "deepseek_v2": "DeepSeek-V2",
@@ -35,11 +35,18 @@ ONE_BY_ONE = frozenset({"jamba"})
 first piece of the prompt, their tokens are computed one by one."""
 
 
-def family_classes(family: str) -> dict[str, type]:
-    """Every class that transformers defines for `family`, such as ``qwen3_moe``, by name."""
+def register_families() -> None:
+    """Teach transformers' Auto classes the model types that it lacks. Calling it again changes nothing."""
+    from ktransformers.models import kimi_k2
+
+    kimi_k2.register()
+
+
+def family_members(family: str) -> dict[str, Any]:
+    """Every class and function that transformers defines for `family`, such as ``qwen3_moe``, by name."""
     module = import_module(f"transformers.models.{family}.modeling_{family}")
     own = vars(module).items()
-    return {name: cls for name, cls in own if inspect.isclass(cls) and cls.__module__ == module.__name__}
+    return {name: value for name, value in own if getattr(value, "__module__", None) == module.__name__}
 
 
 def embedded_model() -> Path:

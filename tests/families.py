@@ -137,12 +137,12 @@ FAMILIES: dict[str, dict] = {
 ADDED = ["kimi_k2"]
 """Model types that transformers lacks and ktransformers.models adds."""
 
-TORCH_ONLY = {"inkling2_text": "caps gate and up softly (tanh)"}
+TORCH_ONLY = {"inkling2_text": "soft-caps gate and up with tanh"}
 """Families whose experts the C library does not compute -> what it lacks. KExpertsTorch computes them."""
 
 WITHOUT = {
-    "dbrx": "experts flattened to [E*I, H] in a module of their own form; no checkpoint since has it",
-    "jetmoe": "routes attention too, through modules of its own form; no checkpoint since has it",
+    "dbrx": "experts flattened to [E*I, H] in a layout no later model uses",
+    "jetmoe": "routes attention too, through modules of a layout no later model uses",
 }
 """Model types with experts that are not the module of transformers' contract -> why nothing here takes them."""
 

@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from ktransformers.cli import chat, config, doctor, plan, profile, rules, simulate, version
-from ktransformers.cli.common import errors, out
+from ktransformers.cli import chat, config, doctor, listing, plan, profile, rules, simulate, version
+from ktransformers.cli.common import Program, out
 
-PLAN, RUN, LOOK = "Plan", "Run", "Look"
+PLAN, RUN, INSPECT = "Plan", "Run", "Inspect"
 """Headings of `kt --help`, in its order."""
 
 COMMANDS: list[tuple[str, Callable[..., None]]] = [
@@ -20,11 +20,12 @@ COMMANDS: list[tuple[str, Callable[..., None]]] = [
     (PLAN, simulate.simulate),
     (RUN, chat.chat),
     (RUN, profile.profile),
-    (LOOK, doctor.doctor),
-    (LOOK, config.config),
-    (LOOK, version.version),
+    (INSPECT, listing.list_),
+    (INSPECT, doctor.doctor),
+    (INSPECT, config.config),
+    (INSPECT, version.version),
 ]
-"""(heading, function); the function's name is the command's."""
+"""(heading, function); the function's name is the command's, without an underscore at the end."""
 
 GROUPS: list[tuple[str, str, typer.Typer]] = [
     (PLAN, "rules", rules.app),
@@ -33,11 +34,12 @@ GROUPS: list[tuple[str, str, typer.Typer]] = [
 
 app = typer.Typer(
     name="kt",
+    cls=Program,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="KTransformers: run Hugging Face MoE models on the hardware you have, and know beforehand what fits.",
-    epilog="Commands that print results take --json. kt --install-completion teaches your shell.",
+    epilog="Commands that print results take --json. kt --install-completion sets up completion in your shell.",
 )
 
 
@@ -52,7 +54,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _start(
     shown: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     # Before torch loads its OpenMP, as in local_chat: its waiting threads would hold the cores that ours need.
@@ -60,10 +62,8 @@ def _start(
 
 
 for heading, function in COMMANDS:
-    app.command(rich_help_panel=heading)(errors(function))
+    app.command(function.__name__.rstrip("_"), rich_help_panel=heading)(function)
 for heading, name, group in GROUPS:
-    for registered in group.registered_commands:
-        registered.callback = registered.callback and errors(registered.callback)
     app.add_typer(group, name=name, rich_help_panel=heading)
 
 

@@ -60,7 +60,7 @@ def _kwargs(taken: "Replacement | None") -> dict[str, Any]:
 
 
 def _group_text(group: "Group", file: "RuleFile") -> Iterator[Text]:
-    from ktransformers.rules.explain import rule_label
+    from ktransformers.rules.plan import rule_label
 
     many = f", {len(group.names)} modules" if len(group.names) > 1 else ""
     yield Text.assemble((group.pattern, "bold"), f"  {group.cls}{many}")
@@ -77,7 +77,7 @@ def _in_layers(device: str, layers: str) -> str:
 
 
 def _verdict(group: "Group") -> Text:
-    from ktransformers.rules.explain import rule_label
+    from ktransformers.rules.plan import rule_label
 
     taken = group.replacement
     if taken is None:

@@ -1,6 +1,6 @@
 """`kt profile`: run prompts, count which experts they choose, write the counts for the planner.
 
-Counting is planner/profile.py's, loading local_chat's, generating generate.py's; here is what people give and see.
+Counting is planner/profile.py's, loading and generating the engine's; here is what people give and see.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ktransformers.cli.common import complete_rule, err, show
+from ktransformers.cli.common import ForceOption, JsonOption, complete_rule, err, new_file, show
 from ktransformers.errors import KTransformersError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ GROUPS = 8
 
 @dataclass
 class Group:
-    """A row of the table. `top_share`: which part of the hits falls on the most used tenth of the experts."""
+    """A row of the table. `top_share`: the share of the hits that falls on the most used tenth of the experts."""
 
     layers: str
     hits: int
@@ -35,7 +35,7 @@ class Group:
 def profile(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or a .gguf, with weights.")],
     prompts: Annotated[
-        Path, typer.Option(help='One prompt a line, or JSON lines with "prompt"; like those that will be asked.')
+        Path, typer.Option(help='One prompt per line, or JSON lines with "prompt"; like those you will ask.')
     ],
     weights: Annotated[
         str, typer.Option("--weights", "-w", help="A .gguf, a .safetensors or a folder; default: MODEL's own.")
@@ -48,14 +48,14 @@ def profile(
         list[str],
         typer.Option(metavar="NAME=NAME", help="Rename devices of the rules, such as cuda=cpu; may be repeated."),
     ] = [],  # noqa: B006  (typer wants a list)
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to answer each prompt with.")] = 32,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The profile to write.")] = Path("profile.json"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum new tokens per prompt.")] = 32,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Write the profile there.")] = Path("profile.json"),
+    force: ForceOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Count which experts a model chooses for your prompts, so that kt plan can put the most used on the GPU."""
     texts = read_prompts(prompts)
-    if not output.expanduser().parent.is_dir():
-        raise KTransformersError(f"{output}: its folder does not exist. Make it, or name another path.")
+    new_file(str(output), "-o", force)
 
     from ktransformers import local_chat
     from ktransformers.planner.profile import record
@@ -88,7 +88,7 @@ def read_prompts(path: Path) -> list[tuple[int, str]]:
         raise KTransformersError(f"--prompts {path}: cannot be read: {error}. Check the path.") from error
     found = [(n, _prompt(line, path, n)) for n, line in enumerate(lines, 1) if line.strip()]
     if not found:
-        raise KTransformersError(f"--prompts {path}: is empty, expected one prompt a line.")
+        raise KTransformersError(f"--prompts {path}: is empty, expected one prompt per line.")
     return found
 
 
@@ -161,12 +161,12 @@ def _rendered(found: "RoutingProfile", groups: list[Group], prompts: int, output
     title = f"Routing of {found.model_type}: prompts {prompts}, tokens {found.tokens:,}"
     table = Table(title=title, title_justify="left")
     table.add_column("layers")
-    for column in ("hits", "by the top 10% of experts", "never chosen"):
+    for column in ("hits", "share of the top 10% of experts", "never chosen"):
         table.add_column(column, justify="right")
     for group in groups:
         unused = f"{group.never_chosen} of {group.experts}"
         table.add_row(group.layers, f"{group.hits:,}", f"{group.top_share:.0%}", unused)
     yield table
     skew = found.top_share()
-    yield f"The most used 10% of all experts take {skew:.0%} of the hits; even use would be 10%."
+    yield f"The most used 10% of all experts take {skew:.0%} of the hits; uniform use would be 10%."
     yield Text(f"Written to {output}.")

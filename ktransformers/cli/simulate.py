@@ -1,6 +1,6 @@
 """`kt simulate`: a prefill and a decode step of a model under a rule file, on devices that need not exist.
 
-What runs and what that can show is said in `ktransformers.simulator.simulate`; here are only the tables.
+What runs and what that can show is described in `ktransformers.simulator.simulate`; here are only the tables.
 """
 
 import contextlib
@@ -12,40 +12,49 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from ktransformers.cli.common import complete_model, complete_rule, err, show
+from ktransformers.cli.common import (
+    FormatOption,
+    JsonOption,
+    ModelArgument,
+    RuleArgument,
+    WeightsOption,
+    err,
+    quiet_transformers,
+    show,
+)
 
 if TYPE_CHECKING:
     from ktransformers.simulator.simulate import PassReport, Simulation
 
 
 def simulate(
-    rule: Annotated[
-        str, typer.Argument(help="A rule file, or the name of a packaged one.", autocompletion=complete_rule)
-    ],
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="A folder with config.json, the file itself, a .gguf, or a known model.", autocompletion=complete_model
-        ),
-    ],
-    gpus: Annotated[int, typer.Option(min=0, max=64, help="cuda:0 to cuda:N-1 exist.")] = 8,
+    rule: RuleArgument,
+    model: ModelArgument,
+    gpus: Annotated[int, typer.Option(min=0, max=64, help="Simulate cuda:0 to cuda:N-1.")] = 8,
     tokens: Annotated[int, typer.Option(min=1, help="Prompt tokens of each sequence.")] = 64,
     context: Annotated[int, typer.Option(min=0, help="Tokens that the cache holds before the prompt.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    weights: WeightsOption = "",
+    form: FormatOption = "",
+    as_json: JsonOption = False,
 ) -> None:
-    """Run a model under a rule file on pretended devices: does everything meet, and what does it cost?
+    """Run a model under a rule file on simulated devices: device mismatches, copies and memory.
 
-    Needs no GPU, no weights and little memory. Exit code 1 when a problem is found.
+    Needs no GPU, no weights and little memory. Exit code 1: a problem was found.
     """
-    from ktransformers.configs import read_config
+    from ktransformers.configs import meta_model, read_config
+    from ktransformers.planner.formats import format_of
     from ktransformers.simulator import simulate as simulation
 
+    quiet_transformers()
     config = read_config(model)
+    net = meta_model(config)
+    stored = format_of(model, config, net, weights or None, form or None)
     with _bar() as on_layer:
         found = simulation.simulate(
-            config, rule, gpus=gpus, tokens=tokens, batch=batch, context=context, on_layer=on_layer
-        )
+            net, rule, gpus=gpus, tokens=tokens, batch=batch, context=context, weights=stored.source,
+            size=stored.stored, on_layer=on_layer,
+        )  # fmt: skip
     show(found.to_dict(), as_json, lambda: _tables(found))
     if not found.ok:
         raise typer.Exit(1)
@@ -90,7 +99,7 @@ def _transfers(prefill: "PassReport", decode: "PassReport | None", batch: int) -
     table.add_column("to")
     for name in reports:
         table.add_column(f"{name}, copies", justify="right")
-        table.add_column("bytes a token", justify="right")
+        table.add_column("bytes per token", justify="right")
     for pair in pairs:
         cells = []
         for report in reports.values():
@@ -110,11 +119,7 @@ def _problems(found: "Simulation") -> Iterator[Text]:
 
 
 def _size(nbytes: float | None) -> str:
-    """Bytes for people, in binary units; "-" for what is not known."""
-    if nbytes is None:
-        return "-"
-    for unit in ("B", "KiB", "MiB"):
-        if nbytes < 1024:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.2f} GiB"
+    """Bytes for people; "-" for what is not known."""
+    from ktransformers.machine.units import format_bytes
+
+    return "-" if nbytes is None else format_bytes(nbytes)

@@ -13,11 +13,12 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,16 +75,20 @@ def _more_bits(layer: int, layers: int) -> bool:
     return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
 
 
-def plan(weights: ModelWeights, config, shapes: dict[str, tuple[int, ...]], mix: str) -> list[Output]:
-    """Every tensor to write, in the order of the model, named and shaped as the family's files have them."""
+def plan(
+    weights: ModelWeights, config, shapes: dict[str, tuple[int, ...]], mix: str, tied: Collection[str] = ()
+) -> list[Output]:
+    """Every tensor to write, in the order of the model, named and shaped as the family's files have them.
+
+    `tied`: tensors that equal the one they are tied to. They are left out: readers take token_embd for the head.
+    """
     family = next(f for f in gguf_names.FAMILIES.values() if config.model_type in f.model_types)
-    tied = bool(config.tie_word_embeddings)
     outputs = []
     for name, shape in shapes.items():
-        if tied and name == "lm_head.weight":
-            continue  # readers take token_embd for it
+        if name in tied:
+            continue
         for stored, out_shape, parts in _pieces(weights, family, config, name, shape):
-            kind = choose_type(stored, out_shape, mix, config.num_hidden_layers, tied)
+            kind = choose_type(stored, out_shape, mix, config.num_hidden_layers, "lm_head.weight" in tied)
             outputs.append(Output(stored, out_shape, kind, parts))
     return outputs
 
@@ -165,7 +170,7 @@ def _folder_beside(out: Path) -> Iterator[Path]:
 
 def _packed(output: Output) -> Tensor:
     """All bytes of one output, uint8 [bytes]."""
-    packed = torch.empty(output.type.packed_bytes(output.shape), dtype=torch.uint8)
+    packed = torch.empty(output.type.packed_bytes(output.shape), dtype=torch.uint8, device="cpu")
     start = 0
     for part in output.parts():
         try:
@@ -238,7 +243,7 @@ def _write_tensors(writer, outputs: list[Output], progress) -> None:
         shape = (*output.shape[:-1], output.type.row_bytes(output.shape[-1]))
         kind = gguf.GGMLQuantizationType(output.type.id)
         writer.add_tensor_info(
-            output.name, shape, torch.empty(0, dtype=torch.uint8).numpy().dtype, nbytes, kind
+            output.name, shape, np.dtype("uint8"), nbytes, kind
         )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -285,11 +290,10 @@ def quantize_folder(source: Path, out: Path, mix: str = "Q4_K_M", split: int = 0
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     with open_weights(source) as files:
         weights = bind(files, model)
-        tied = model._tied_weights_keys if config.tie_word_embeddings else {}
-        problems = weights.problems({n: s for n, s in shapes.items() if n not in tied})
-        if problems:
+        if problems := weights.problems(shapes):
             raise join_errors(WeightError, f"{source}: the weights do not fit the config:", problems)
-        outputs = plan(weights, config, shapes, mix)
+        tied = {name for name, origin in model.all_tied_weights_keys.items() if weights.same(name, origin)}
+        outputs = plan(weights, config, shapes, mix, tied)
         with _progress(outputs, show) as advance:
             written, notice = write_gguf(out, families[0].arch, config, outputs, mix, source, split, advance)
     return {

@@ -27,7 +27,7 @@ from ktransformers.quants.scaled import ScaledWeight
 
 
 class ModelWeights:
-    """A checkpoint that answers in module names (`model.layers.3.mlp.experts.gate_up_proj`).
+    """A checkpoint that answers in module names (`model.layers.3.mlp.experts.gate_up_proj`): a `WeightSource`.
 
     This is what operators get as `gguf_loader`, whatever the format. Every method that takes a name raises
     WeightError with the closest known one when the checkpoint cannot deliver it.
@@ -123,6 +123,15 @@ class ModelWeights:
             return source.packed()
         except WeightError as error:
             raise WeightError(f"{name}: {error}") from error
+
+    def same(self, name: str, other: str) -> bool:
+        """Whether two names may be one tensor: both have the same numbers, or one is not there. Reads both."""
+        one, two = self._sources.get(name), self._sources.get(other)
+        if one is None or two is None or one is two:
+            return True
+        if one.shape != two.shape or one.broken or two.broken or not (one.can_pack and two.can_pack):
+            return False
+        return _equal(one.packed(), two.packed())
 
     def has_experts(self, prefix: str) -> bool:
         return self.has(f"{prefix}.{self._first(prefix)}") and self.has(f"{prefix}.down_proj")
@@ -226,6 +235,18 @@ class ModelWeights:
             f"ModelWeights({len(self._sources)} tensors from {len(self.files.paths)} {self.format} file(s))"
         )
 
+
+def _equal(one: Packed | ScaledWeight, two: Packed | ScaledWeight) -> bool:
+    """Whether two matrices [N, K] have the same numbers; matrices with separate scales count as different."""
+    if not isinstance(one, Packed) or not isinstance(two, Packed) or len(one.shape) != 2:
+        return False
+    if one.type is two.type:
+        return torch.equal(one.data, two.data)
+    pieces = [(row, min(row + _ROWS, one.shape[0])) for row in range(0, one.shape[0], _ROWS)]
+    return all(torch.equal(one.rows(*piece).dequantize(), two.rows(*piece).dequantize()) for piece in pieces)
+
+
+_ROWS = 256  # of two matrices, compared at once
 
 _OTHER = {
     "gguf": "use another quantization",

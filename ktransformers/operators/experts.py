@@ -296,7 +296,8 @@ class KTransformersExperts(StagedOperator):
     def _by_expert(self, hidden: Tensor) -> Tensor:
         chosen = hidden.any(dim=1).nonzero().squeeze(1)  # an expert without biases makes zeros of zeros
         ids = chosen // (len(hidden) // self.n_experts)
-        rows = self.forward(hidden[chosen], ids.unsqueeze(1), torch.ones(len(ids), 1, device=ids.device))
+        ones = torch.ones(len(ids), 1, dtype=torch.float32, device=ids.device)
+        rows = self.forward(hidden[chosen], ids.unsqueeze(1), ones)
         return rows.new_zeros(hidden.shape).index_copy_(0, chosen.to(rows.device), rows)
 
     def load(self, w: Any = None, mode: InferenceState = InferenceState.GENERATE) -> None:

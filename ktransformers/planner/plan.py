@@ -13,10 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from ktransformers import optimize
 from ktransformers.configs import meta_model, read_config, text_config
-from ktransformers.errors import KTransformersError, UnsupportedError
-from ktransformers.loaders import bind, open_weights
+from ktransformers.errors import UnsupportedError
 from ktransformers.machine.hardware import Hardware
 from ktransformers.machine.units import GIB, format_bytes
 from ktransformers.models import DEFAULT_RULES
@@ -29,6 +27,7 @@ from ktransformers.planner.placement import (
     Placement,
     Room,
     packaged_content,
+    packaged_file,
     place_experts,
     place_layers,
     rule_content,
@@ -103,8 +102,7 @@ class Planner:
     """One model, ready to be planned for many machines, formats and lengths; building it takes a second or two."""
 
     def __init__(self, model: str, weights: str | Path | None = None, form: str | None = None):
-        """`model`: what `read_config` takes; `weights`: a checkpoint whose headers give types and sizes; `form`: a name
-        of `formats.format_names()`, None for the checkpoint's, or as published.
+        """`model`: what `read_config` takes; `weights`, `form`: how its weights are stored, see `formats.format_of`.
 
         Raises KTransformersError, WeightError where headers disagree with the config.
         """
@@ -121,19 +119,8 @@ class Planner:
         self.base_name = DEFAULT_RULES.get(self.config.model_type, "Default")
         self.base = packaged_content(self.base_name)
         self.caches = sizes.caches(self.model)
-        self.form = self._format(weights, form)
+        self.form = formats.format_of(model, self.config, self.model, weights, form)
         self._plans: dict[str, Mapping[str, Replacement]] = {}
-
-    def _format(self, weights: str | Path | None, form: str | None) -> formats.Format:
-        if weights is not None and form is not None:
-            raise KTransformersError("--format and --weights: give one; a checkpoint's headers say how it is stored.")
-        if weights is not None:
-            source = bind(open_weights(weights), self.model)
-            optimize.check_weights(self.model, source)
-            return formats.weights_format(source)
-        if form is not None and form.lower() != "published":
-            return formats.named_format(form, self.layers, self.tied)
-        return formats.published_format(self.config, self.layers, self.tied)
 
     def probes(self, hardware: Hardware, here: bool) -> torch_probes.Probes:
         """What torch costs: measured where the processor is this machine's, assumed elsewhere."""
@@ -232,9 +219,10 @@ class Planner:
 
         prompt = max(1, min(PROMPT, request.context - 1))
         weights = sum(part.weights for part in parts)
+        sequences = "one sequence" if request.batch == 1 else f"{request.batch} sequences"
         header = [
             f"{self.name}, {form.name}: written by `kt plan` for {_machine(hardware)},",
-            f"a context of {request.context} tokens, {request.batch} at a time. Made from {self.base_name}.yaml.",
+            f"{sequences} with a context of {request.context} tokens. Made from {packaged_file(self.base_name)}.",
         ]
         found = Plan(
             self.name, self.config.model_type, form.name, weights, self._active(parts), request, hardware, placement,

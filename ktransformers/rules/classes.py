@@ -4,6 +4,7 @@ A rule file may come from anywhere, so naming a class must not run arbitrary cod
 imported, plus what the user's program has imported already, plus the modules listed in KT_RULE_MODULES.
 """
 
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -11,6 +12,7 @@ import re
 import sys
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 from ktransformers import env
@@ -99,7 +101,8 @@ def _module_hint(name: str) -> str:
     return ""
 
 
-def parameters(operator: type) -> dict[str, Any]:
+@functools.cache
+def parameters(operator: type) -> Mapping[str, Any]:
     """Every kwarg that a rule may give `operator`: name -> annotation (`inspect.Parameter.empty` when it has none).
 
     An ``__init__`` with ``**kwargs`` hands on what it does not name, so the classes behind it count too.
@@ -143,18 +146,19 @@ def is_operator(cls: type) -> bool:
     return issubclass(cls, BaseInjectedModule)
 
 
-def kwargs_problems(operator: type, kwargs: dict[str, Any]) -> list[str]:
+def kwargs_problems(operator: type, kwargs: dict[str, Any]) -> dict[str, str]:
     """Say of every kwarg that `operator` does not take, or takes with another type, what is wrong."""
     known = parameters(operator)
-    problems = []
+    problems = {}
     for name, value in kwargs.items():
         if name not in known:
             expected = ", ".join(sorted(known)) or "none"
-            problems.append(
+            problems[name] = (
                 f"kwarg {name!r} unknown to {operator.__name__}{did_you_mean(name, known)}; it takes: {expected}"
             )
         elif not _fits(value, known[name]):
-            problems.append(f"kwarg {name}: {value!r} is {type_name(value)}, expected {_annotation_name(known[name])}")
+            expected = _annotation_name(known[name])
+            problems[name] = f"kwarg {name}: {value!r} is {type_name(value)}, expected {expected}"
     return problems
 
 

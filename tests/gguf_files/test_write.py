@@ -125,7 +125,7 @@ def test_chunks_do_not_change_the_blocks(kind, monkeypatch):
 
     x = torch.randn(7, 256)
     whole = quantize(x, kind)
-    monkeypatch.setattr(encode, "CHUNK", 512)
+    monkeypatch.setattr(encode, "WEIGHTS_AT_ONCE", 512)
     assert torch.equal(quantize(x, kind), whole)
 
 

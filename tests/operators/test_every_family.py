@@ -90,7 +90,7 @@ def test_every_type_with_experts_is_in_a_table():
 
 def test_the_readme_says_what_is_tested_here():
     text = support.README.read_text(encoding="utf-8")
-    assert support.rewritten(text) == text, "README.md is out of date. Run `make support`."
+    assert support.rewritten(text) == text, "models/README.md is out of date. Run `make support`."
 
 
 def test_no_table_names_a_type_without_experts():

@@ -1,6 +1,8 @@
 """Plans: what fits where, on machines of any shape, and rule files that do what their plan says."""
 
 import re
+import shutil
+from importlib import resources
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import yaml
 
 from ktransformers import optimize_and_load
 from ktransformers.errors import KTransformersError, WeightError
+from ktransformers.gguf_files.write import quantize_folder
 from ktransformers.machine import hardware
 from ktransformers.machine.units import GIB
 from ktransformers.operators.experts import KTransformersExperts
@@ -42,6 +45,35 @@ def test_gpus_are_filled_alike_when_all_layers_fit():
     layers = [Layer(10, 2)] * 8
     devices = placement.place_layers(layers, [Room("cuda:0", 200, 0), Room("cuda:1", 200, 0)], 4, 4)
     assert devices == ["cuda:0"] * 4 + ["cuda:1"] * 4
+
+
+def placed(layers, rooms):
+    """(devices, how many experts each GPU has, bytes of GPU memory left free) of layers without embedding or head."""
+    devices = placement.place_layers(layers, rooms, 0, 0)
+    experts = placement.place_experts(layers, devices, rooms, {}, "uniform")
+    counts, left = {}, {}
+    for room in rooms:
+        mine = [i for i, device in enumerate(devices) if device == room.device]
+        counts[room.device] = sum(len(experts.get(i, ())) for i in mine)
+        used = sum(layers[i].matrices + layers[i].cache + len(experts.get(i, ())) * layers[i].expert for i in mine)
+        left[room.device] = room.free - used
+    return devices, counts, left
+
+
+def test_gpus_too_small_for_all_experts_are_all_full_of_them():
+    """Dense layers first, as DeepSeek's: one GPU of them alone would keep room that no expert can use."""
+    layers = [Layer(200, 10)] * 3 + [Layer(60, 10, 256, 8)] * 58
+    for sizes in ([8000] * 8, [4000] * 4 + [12000] * 2, [2500, 30000]):
+        rooms = [Room(f"cuda:{i}", size, 0) for i, size in enumerate(sizes)]
+        devices, _, left = placed(layers, rooms)
+        assert "cpu" not in devices
+        assert all(free < 8 for free in left.values()), (sizes, left)
+
+
+def test_gpus_large_enough_have_every_expert():
+    layers = [Layer(200, 10)] * 3 + [Layer(60, 10, 256, 8)] * 58
+    devices, counts, _ = placed(layers, [Room(f"cuda:{i}", 20000, 0) for i in range(8)])
+    assert sum(counts.values()) == 58 * 256 and len(set(devices)) == 8
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -83,6 +115,13 @@ def test_everything_on_a_large_gpu(planner):
     assert found.fits and found.placement.layers == ["cuda:0"] * 48
     assert sum(map(len, found.placement.gpu_experts.values())) == 48 * 128
     assert found.memory["cpu"].weights < 2 * GIB and found.prefill.rate > found.decode.rate > found.decode_full.rate
+
+
+def test_deepseek_v3_on_eight_large_gpus_fills_them_with_experts():
+    found = Planner("deepseek-v3", form="Q4_K_M").plan(box(*["80GiB"] * 8, ram="512GiB"))
+    assert found.fits
+    for device, memory in found.memory.items():
+        assert device == "cpu" or memory.total > 0.94 * memory.limit, (device, memory)
 
 
 def test_a_gpu_expert_takes_no_ram(planner):
@@ -209,3 +248,34 @@ def test_headers_that_disagree_with_the_config_are_refused(checkpoint):
         Planner(str(folder), weights=other)
     with pytest.raises(KTransformersError, match="give one"):
         Planner(str(folder), weights=folder, form="Q4_K_M")
+
+
+@pytest.mark.parametrize("mix", ["Q4_K_M", "Q8_0"])
+def test_a_gguf_or_a_folder_with_weights_is_planned_by_its_own_headers(checkpoint, tmp_path, mix):
+    sizes_of = {"hidden_size": 256, "moe_intermediate_size": 256, "intermediate_size": 256}
+    _, folder = checkpoint("qwen3_moe", dtype=torch.bfloat16, **sizes_of)
+    path = tmp_path / "model.gguf"
+    quantize_folder(folder, path, mix)
+    file = Planner(str(path)).plan(box())
+    assert file.format == "model.gguf"
+    assert file.memory["cpu"].mapped == Planner(str(folder), weights=path).plan(box()).memory["cpu"].mapped
+    assert file.memory["cpu"].mapped <= path.stat().st_size < 2 * file.memory["cpu"].weights
+    assert Planner(str(folder)).plan(box()).format == "model.safetensors"
+    assert Planner(str(folder), form="published").form.name == "published"
+    assert Planner(str(path), form="F16").form.name == "F16"
+
+
+def test_a_folder_whose_weights_are_incomplete_says_how_to_plan_without_them(checkpoint, tmp_path):
+    _, folder = checkpoint("qwen3_moe")
+    shutil.copy(folder / "config.json", tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"{}")
+    with pytest.raises(WeightError, match="--format published"):
+        Planner(str(tmp_path))
+    assert Planner(str(tmp_path), form="published").plan(box()).fits
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3", "qwen3-30b-a3b", "gpt-oss-20b"])
+def test_the_header_of_a_rule_file_names_the_packaged_file_that_it_was_made_from(name):
+    text = Planner(name).plan(box(ram="2TiB")).rule
+    named = re.search(r"Made from (\S+)\.$", text, re.MULTILINE)[1]
+    assert resources.files("ktransformers.optimize_rules").joinpath(named).is_file(), named

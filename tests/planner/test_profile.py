@@ -6,14 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 from ktransformers.models import embedded_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from ktransformers import optimize_and_load
+from ktransformers import cli, optimize_and_load
 from ktransformers.cli import profile as command
-from ktransformers.cli.common import errors
 from ktransformers.errors import KTransformersError
 from ktransformers.planner.masks import gpu_experts
 from ktransformers.planner.profile import MAX_BYTES, RoutingProfile, record
@@ -223,9 +221,7 @@ def test_what_cannot_be_written_is_one_error_and_leaves_what_was_there(tmp_path,
 
 
 def kt_profile(*arguments):
-    app = typer.Typer()
-    app.command()(errors(command.profile))
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(cli.app, ["profile", *map(str, arguments)])
 
 
 @pytest.fixture
@@ -258,7 +254,7 @@ def test_the_command_counts_prompts_and_answers(prompts, tmp_path):
     }  # fmt: skip
     masks = gpu_experts("frequency", [1, 2], 8, 8, found)
     assert found.hit_rate(masks) >= 0.5
-    short = kt_profile(embedded_model(), "--prompts", prompts, "--max-new-tokens", 1, "-o", output, "--json")
+    short = kt_profile(embedded_model(), "--prompts", prompts, "--max-new-tokens", 1, "-o", output, "--force", "--json")
     fewer = json.loads(short.stdout)["tokens"]  # an answer's last token is chosen, and never computed
     assert data["tokens"] == fewer + 3 * 3
 
