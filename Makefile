@@ -10,7 +10,7 @@ OBJECTS := build/clib/.compiled
 NATIVE := $(shell find native setup.py -name '*.[ch]' -o -name '*.py' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev chat doctor test test-fast support bench bench-setup bench-peers sanitize bench-model bench-open \
+.PHONY: help setup setup-dev chat doctor test test-fast support pages bench bench-setup bench-start bench-peers sanitize bench-model bench-open \
         bench-plan native train wheel clean tools FORCE
 
 help: ## this list
@@ -86,6 +86,12 @@ sanitize: ## the C library under AddressSanitizer and UBSan
 native: ## rebuild the C library: what has changed, for the machine it runs on now
 	@rm -f $(OBJECTS)
 	@$(MAKE) --no-print-directory setup
+
+bench-start: setup-dev ## seconds until commands show something and end, beside importing torch and a model class
+	$(PY) -m tests.bench.bench_start $(if $(JSON),--json $(JSON)) $(ARGS)
+
+pages: setup-dev ## write what their commands print into README and the tutorials
+	$(PY) -m tests.pages
 
 support: setup-dev ## README's table of families, from the tables that the tests run over
 	$(PY) -m tests.support
