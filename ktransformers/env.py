@@ -10,11 +10,13 @@ from ktransformers.errors import KTransformersError, did_you_mean
 
 ISAS = ("portable", "avx2", "avx_vnni", "amx_emulated", "avx512", "avx512_vnni", "avx512_vbmi",
         "avx512_bf16", "amx", "neon_dotprod", "neon_i8mm")  # fmt: skip
-"""Instruction-set levels of the C library, lowest first; KT_ISA may lower the detected one.
+"""Instruction sets of the C library, lowest first, as native/src/isas.h lists them (a test holds the two together: this
+module works where the library is not built). KT_ISA may lower the detected one.
 
 amx_emulated computes AMX's instructions in C: slow, for tests where AMX is missing, never chosen by itself."""
 
 VARIABLES = {
+    "KT_BUILD": "read by `make setup`: host compiles the C library for this machine, all for every machine of its kind",
     "KT_DEBUG": "0 quiet, 1 print the injection plan while loading",
     "KT_HISTORY": "file that keeps what was typed in kt chat, or off; default: in the user's state folder",
     "KT_HUGE_PAGES": "1 reads checkpoints into huge pages instead of mapping them: faster decoding, slower to open",
@@ -36,6 +38,14 @@ def _integer(name: str, default: int | None, low: int, high: int) -> int | None:
             f"Unset {name} or correct it."
         )
     return int(text)
+
+
+def build() -> str | None:
+    """KT_BUILD, or None where setup.py, which is what reads it, chooses."""
+    value = os.environ.get("KT_BUILD", "").strip()
+    if value and value not in ("host", "all"):
+        raise KTransformersError(f"KT_BUILD={value!r}: expected host or all. Unset KT_BUILD or correct it.")
+    return value or None
 
 
 def debug() -> int:

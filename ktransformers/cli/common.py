@@ -182,7 +182,7 @@ def plain(value: Any) -> Any:
 
 @contextmanager
 def working(text: str) -> Iterator[Callable[[str], None]]:
-    """Show on a terminal that something goes on; call the value with other words as it does. Nothing is left behind."""
+    """Show on a terminal what is going on; call the value with other words as it changes. Nothing stays on screen."""
     with err.status(text) as status:
         yield status.update
 

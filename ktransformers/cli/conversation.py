@@ -20,6 +20,7 @@ from rich.text import Text
 from ktransformers import env
 from ktransformers.cli import messages
 from ktransformers.cli.common import drop_output, err, error_object, note, print_error, renamed_devices
+from ktransformers.configs import text_config
 from ktransformers.errors import KTransformersError
 
 if TYPE_CHECKING:
@@ -265,7 +266,7 @@ class Chat:
 
     def _context(self) -> int:
         """How many tokens prompt and answer may have together."""
-        limit = getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize
+        limit = getattr(text_config(self.model.config), "max_position_embeddings", None) or sys.maxsize
         said = self.options.max_new_tokens or self.sampling.config.max_new_tokens  # goes before max_length, as there
         return limit if said else min(limit, self.sampling.config.max_length or limit)
 

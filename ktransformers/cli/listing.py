@@ -68,7 +68,7 @@ def formats() -> list[dict[str, Any]]:
 
 
 def rules() -> list[dict[str, Any]]:
-    """Packaged rules: a name of each family or file, the file behind it, and the model types that it is default for."""
+    """Packaged rules: a name of each family or file, its file, and the model types that it is default for."""
     from ktransformers.models import DEFAULT_RULES
     from ktransformers.optimize_rules import NAMES
 

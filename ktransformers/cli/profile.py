@@ -22,6 +22,7 @@ from ktransformers.cli.common import (
     renamed_devices,
     show,
 )
+from ktransformers.configs import text_config
 from ktransformers.errors import KTransformersError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ GROUPS = 8
 
 
 @dataclass
-class Group:
+class LayerGroup:
     """A row of the table. `top_share`: the share of the hits that falls on the most used tenth of the experts."""
 
     layers: str
@@ -129,7 +130,7 @@ def _run(model: Any, tokenizer: Any, texts: list[tuple[int, str]], max_new_token
 
     stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     sampling = Sampling(stop_ids=Sampling(model.generation_config, stops).stop_ids)
-    context = getattr(model.config, "max_position_embeddings", None) or 1 << 62
+    context = getattr(text_config(model.config), "max_position_embeddings", None) or 1 << 62
     for number, text in _progress(texts):
         messages = [{"role": "user", "content": text}]
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
@@ -150,7 +151,7 @@ def _progress(texts: list[tuple[int, str]]) -> Iterator[tuple[int, str]]:
 # ---- what people see ---------------------------------------------------------------------------------------
 
 
-def summary(found: "RoutingProfile") -> list[Group]:
+def summary(found: "RoutingProfile") -> list[LayerGroup]:
     """The profile by groups of layers that follow one another."""
     from ktransformers.errors import ranges
 
@@ -160,11 +161,11 @@ def summary(found: "RoutingProfile") -> list[Group]:
     for start in range(0, len(layers), size):
         part = layers[start : start + size]
         counts = [n for layer in part for n in found.layers[layer]]
-        groups.append(Group(ranges(part), sum(counts), found.top_share(layers=part), counts.count(0), len(counts)))
+        groups.append(LayerGroup(ranges(part), sum(counts), found.top_share(layers=part), counts.count(0), len(counts)))
     return groups
 
 
-def _rendered(found: "RoutingProfile", groups: list[Group], prompts: int, output: Path) -> Iterator[Any]:
+def _rendered(found: "RoutingProfile", groups: list[LayerGroup], prompts: int, output: Path) -> Iterator[Any]:
     from rich.table import Table
     from rich.text import Text
 

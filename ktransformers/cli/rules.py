@@ -136,16 +136,16 @@ def _of_warning(message: Warning, strict: bool) -> "Finding":
     return Finding(level, "", None, str(message))
 
 
-def gpus_named(file: "RuleFile", mapping: dict[str, str] | None = None) -> int:
+def gpus_named(file: "RuleFile", mapping: dict[str, str] | None = None, any_machine: int = 1) -> int:
     """Enough GPUs for the highest cuda device that a file or a renaming names, at most MOST_GPUS.
 
-    None for a file that names devices, and no GPU; one for a file that names no device, which is for any machine.
+    None for a file that names devices, and no GPU; `any_machine` for a file that names no device.
     """
     named = [*_named_devices(file), *(mapping or {}), *(mapping or {}).values()]
     found = [re.fullmatch(r"cuda(?::(\d{1,9}))?", name, re.ASCII) for name in named]
     gpus = [int(match[1] or 0) + 1 for match in found if match]
     anywhere = not named or file.devices is not None and file.devices.layers is None
-    return min(max([int(anywhere), *gpus]), MOST_GPUS)
+    return min(max([any_machine if anywhere else 0, *gpus]), MOST_GPUS)
 
 
 def _named_devices(file: "RuleFile") -> list[str]:

@@ -30,7 +30,13 @@ if TYPE_CHECKING:
 def simulate(
     rule: RuleArgument,
     model: ModelArgument,
-    gpus: Annotated[int, typer.Option(min=0, max=64, help="Simulate cuda:0 to cuda:N-1.")] = 8,
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=64,
+            help="Simulate cuda:0 to cuda:N-1. Default: those that the file names; 8 for a file for any machine.",
+        ),
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Prompt tokens of each sequence.")] = 64,
     context: Annotated[int, typer.Option(min=0, help="Tokens that the cache holds before the prompt.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
@@ -42,22 +48,30 @@ def simulate(
 
     Needs no GPU, no weights and little memory. Exit code 1: a problem was found.
     """
+    from ktransformers.cli.rules import gpus_named
     from ktransformers.configs import meta_model, read_config
     from ktransformers.planner.formats import format_of
+    from ktransformers.rules.plan import load_rules
     from ktransformers.simulator import simulate as simulation
 
     quiet_transformers()
+    file = load_rules(rule)
+    gpus = gpus_named(file, any_machine=GPUS) if gpus is None else gpus
     config = read_config(model)
     net = meta_model(config)
     stored = format_of(model, config, net, weights or None, form or None)
     with _bar() as on_layer:
         found = simulation.simulate(
-            net, rule, gpus=gpus, tokens=tokens, batch=batch, context=context, weights=stored.source,
+            net, file, gpus=gpus, tokens=tokens, batch=batch, context=context, weights=stored.source,
             size=stored.stored, on_layer=on_layer,
         )  # fmt: skip
     show(found.to_dict(), as_json, lambda: _tables(found))
     if not found.ok:
         raise typer.Exit(1)
+
+
+GPUS = 8
+"""Simulated for a file that is for any machine, unless --gpus says otherwise."""
 
 
 @contextlib.contextmanager
@@ -79,7 +93,9 @@ def _tables(found: "Simulation") -> Iterator[Any]:
 def _devices(found: "Simulation") -> Table:
     sequences = f"{found.batch} sequence{'s' if found.batch > 1 else ''}"
     tokens = found.context + (found.prefill.tokens if found.prefill else 0)
-    table = Table(title=f"{found.model}: {sequences} of {tokens} tokens, then one more", title_justify="left")
+    on = f"{found.gpus} GPU{'' if found.gpus == 1 else 's'}" if found.gpus else "a machine without GPUs"
+    title = f"{found.model} on {on}: {sequences} of {tokens} tokens, then one more"
+    table = Table(title=title, title_justify="left")
     table.add_column("device")
     for column in ("weights", "cache", "activations, prefill", "activations, decode"):
         table.add_column(column, justify="right")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import log
 from typing import Any
 
-from ktransformers.errors import KTransformersError
+from ktransformers.errors import KTransformersError, is_whole
 from ktransformers.machine import system
 from ktransformers.machine.gpus import GPU_MODELS, GpuModel, closest_names, find_gpu, typical_gpu
 from ktransformers.machine.units import GIB, UNITS, format_bytes, format_rate, parse_bytes, parse_rate
@@ -302,7 +302,7 @@ def parse_cpu(ram_text: str, cores: int | None = None) -> tuple[Cpu, list[str]]:
     """
     what, sign, rate = str(ram_text).partition("@")
     ram = _within(parse_bytes(what, "--ram"), RAM_SIZES, "--ram", ram_text, "64GiB")
-    if cores is not None and (not isinstance(cores, int) or not 1 <= cores <= MOST_CORES):
+    if cores is not None and not is_whole(cores, 1, MOST_CORES):
         raise KTransformersError(f"--cores {cores}: expected a whole number from 1 to {MOST_CORES}.")
     desktop, size = ram <= DESKTOP, format_bytes(ram)
     kind = "desktop" if desktop else "server"

@@ -25,7 +25,7 @@ CPU = "cpu"
 
 @dataclass(frozen=True)
 class Layer:
-    """What a layer takes on a GPU beside its routed experts, and one of those experts there; bytes."""
+    """What a layer takes on a GPU without its routed experts, and one of those experts there; bytes."""
 
     matrices: int
     cache: int
@@ -109,7 +109,7 @@ def place_experts(
 ) -> dict[int, list[int]]:
     """Give each GPU the experts of its own layers that it still has room for, by `strategy` (masks.py).
 
-    `extra`: device -> bytes there beside its layers, such as the head.
+    `extra`: device -> bytes there in addition to its layers, such as the head.
     """
     chosen: dict[int, list[int]] = {}
     for room in rooms:

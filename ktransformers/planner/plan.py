@@ -1,11 +1,11 @@
 """From a config and a machine to memory, speed and a rule file; and, where a model does not fit, to what would.
 
-This ties the other files here together: formats and sizes say what a model takes, hardware what there is, placement who
-goes where, rules.plan what a rule file then does, speed how fast that is. Nothing is loaded or printed.
+This ties the other files here together: formats and sizes say what a model takes, hardware what there is, placement
+what goes where, rules.plan what a rule file then does, speed how fast that is. Nothing is loaded or printed.
 """
 
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -115,7 +115,7 @@ class Planner:
             )
         text = text_config(self.config)
         self.hidden, self.layers = text.hidden_size, text.num_hidden_layers
-        self.tied = bool(getattr(text, "tie_word_embeddings", False))
+        self.tied = bool(getattr(self.model, "all_tied_weights_keys", None))
         self.base_name = DEFAULT_RULES.get(self.config.model_type, "Default")
         self.base = packaged_content(self.base_name)
         self.caches = sizes.caches(self.model)
@@ -208,13 +208,16 @@ class Planner:
 
     # ---- the answer ----
 
-    def _answer(self, hardware, request, form, probes, placement, content, parts) -> Plan:
+    def _answer(
+        self, hardware: Hardware, request: Request, form: formats.Format, probes: torch_probes.Probes,
+        placement: Placement, content: dict[str, Any], parts: list[sizes.Part],
+    ) -> Plan:  # fmt: skip
         where = dict(enumerate(placement.layers))
         memory = self._memory(hardware, request, placement, parts)
 
-        def predict(tokens: int, behind: int) -> speed.Pass:
+        def predict(tokens: int, context: int) -> speed.Pass:
             return speed.forward(
-                parts, self.caches, where, hardware, probes, tokens, behind, request.batch, self.hidden
+                parts, self.caches, where, hardware, probes, tokens, context, request.batch, self.hidden
             )
 
         prompt = max(1, min(PROMPT, request.context - 1))
@@ -242,7 +245,9 @@ class Planner:
                 entry[0], entry[1], entry[2] = entry[0] + part.weights, entry[1] + part.experts, part.chosen
         return rest + sum(weights * k // count for weights, count, k in experts.values() if count)
 
-    def _memory(self, hardware: Hardware, request: Request, placement: Placement, parts) -> dict[str, Memory]:
+    def _memory(
+        self, hardware: Hardware, request: Request, placement: Placement, parts: list[sizes.Part]
+    ) -> dict[str, Memory]:
         tokens = min(request.chunk, request.context) * request.batch
         memory = {"cpu": Memory(hardware.cpu.available, work=BASE_RAM)}
         for i, gpu in enumerate(hardware.gpus):
@@ -266,13 +271,13 @@ class Planner:
         notes = []
         if hardware.gpus:
             notes.append(
-                "GPU: matrices and experts there are dense, in the model's dtype, until packed GPU kernels are built."
+                "GPU: weights there are dense, in the model's dtype: packed GPU kernels are not built yet."
             )
         positions = getattr(text_config(self.config), "max_position_embeddings", None)
         if isinstance(positions, int) and found.request.context > positions:
-            notes.append(f"Context: {found.request.context} tokens, but the model was made for {positions} at most.")
+            notes.append(f"Context: {found.request.context} tokens, but the model is made for at most {positions}.")
         if missing := self.layers - len(self.caches):
-            notes.append(f"Cache: of {missing} layers it is not known and counted as nothing.")
+            notes.append(f"Cache: not known for {missing} layers, which are counted without one.")
         return notes
 
     def _more_gpu(self, hardware: Hardware, request: Request, found: Plan) -> str:
@@ -284,8 +289,8 @@ class Planner:
         left = found.placement.layers.count("cpu")
         room = BASE_GPU + self._gpu_work(request)
         return (
-            f"{left} of {self.layers} layers stay on the CPU: all of them need {format_bytes(need + room)} of GPU "
-            f"memory, {format_bytes(room)} of it to work in."
+            f"{left} of {self.layers} layers stay on the CPU: all layers need {format_bytes(need + room)} of GPU "
+            f"memory ({format_bytes(room)} as work space)."
         )
 
     def _changes(self, hardware: Hardware, request: Request, probes: torch_probes.Probes, found: Plan) -> list[str]:
@@ -309,9 +314,9 @@ class Planner:
         over = found.memory["cpu"].total - found.memory["cpu"].limit
         if over > 0:
             ram = hardware.cpu.ram + over
-            changes.append(f"{format_bytes(over)} more RAM fits: {format_bytes(-(-ram // GIB) * GIB)} in all.")
+            changes.append(f"{format_bytes(over)} more RAM fits: {format_bytes(-(-ram // GIB) * GIB)} in total.")
         if not changes:
-            changes.append("Nothing short of a smaller model fits on this machine.")
+            changes.append("No setting makes it fit: choose a smaller model or a larger machine.")
         return changes
 
 
@@ -320,15 +325,19 @@ _FIELDS = {"chunk_size": "chunk", "context": "context"}
 
 
 def _machine(hardware: Hardware) -> str:
-    gpus = [f"{gpu.name} ({format_bytes(gpu.memory)})" for gpu in hardware.gpus]
+    counts = Counter((gpu.name, format_bytes(gpu.memory)) for gpu in hardware.gpus)
+    gpus = [
+        (f"{count} x " if count > 1 else "") + (name if size in name else f"{name} ({size})")
+        for (name, size), count in counts.items()
+    ]
     return " and ".join([*gpus, f"{format_bytes(hardware.cpu.ram)} of RAM"])
 
 
 def _problems(memory: Mapping[str, Memory]) -> list[str]:
     return [
-        f"{'RAM' if device == 'cpu' else device}: {format_bytes(found.total)} are needed (weights "
+        f"{'RAM' if device == 'cpu' else device}: {format_bytes(found.total)} needed (weights "
         f"{format_bytes(found.weights)}, cache {format_bytes(found.cache)}, work {format_bytes(found.work)}), "
-        f"{format_bytes(found.limit)} are there."
+        f"{format_bytes(found.limit)} available."
         for device, found in memory.items()
         if found.total > found.limit
     ]

@@ -251,7 +251,7 @@ def _shared_evenly(self: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> T
 def stand_ins() -> Iterator[None]:
     """Inside, the C library and the torch experts check their operands and return empty results.
 
-    It works without the C library built. Process-wide, so not beside a model that computes in another thread.
+    It works without the C library built. Process-wide, so not while a model computes in another thread.
     """
     gating_of = experts_module.gating_of
 

@@ -26,7 +26,7 @@ from torch import nn
 
 from ktransformers import finish, optimize
 from ktransformers.configs import meta_model
-from ktransformers.errors import KTransformersError
+from ktransformers.errors import KTransformersError, is_whole
 from ktransformers.models import ONE_BY_ONE
 from ktransformers.operators.base_operator import device_of, load_weights
 from ktransformers.rules.chain import Plan, Problem, chain_problems, placed_by
@@ -34,9 +34,9 @@ from ktransformers.rules.plan import RulesLike, rule_label
 from ktransformers.rules.plan import plan as plan_rules
 from ktransformers.simulator.fake import fake_devices
 from ktransformers.simulator.fake_weights import FakeWeights, Size, stand_ins
-from ktransformers.simulator.recorder import CACHE, WEIGHTS, Failure, Operand, Pass, Recorder, watch_modules
+from ktransformers.simulator.recorder import CACHE, WEIGHTS, Failure, Operand, PassRecord, Recorder, watch_modules
 
-CHUNK = 8192
+CHUNK_TOKENS = 8192
 """Tokens of context that are computed at once, as `ktransformers.engine.generate` does."""
 
 
@@ -54,7 +54,7 @@ class Transfer:
 class PassReport:
     """One forward pass: its tokens per sequence, the most bytes of activations at once per device, and the copies.
 
-    `moves` tells the copies by the module in which they happen: (module, source, target, count, bytes).
+    `moves` has the copies by the module in which they happen: (module, source, target, count, bytes).
     """
 
     tokens: int
@@ -144,8 +144,8 @@ def simulate(
 
 def _check_sizes(**sizes: tuple[Any, int]) -> None:
     for name, (value, least) in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise KTransformersError(f"{name}: found {value!r}, expected a whole number from {least} on.")
+        if not is_whole(value, least):
+            raise KTransformersError(f"{name}: found {value!r}, expected a whole number of at least {least}.")
 
 
 def _meta_model(model_or_config: Any) -> nn.Module:
@@ -204,8 +204,8 @@ class _Run:
         context = self.found.context
         if getattr(self.model.config, "model_type", None) in ONE_BY_ONE:
             return context  # such a model takes several tokens at once only at the beginning
-        for begin in range(0, context, CHUNK):
-            self._forward(min(CHUNK, context - begin))
+        for begin in range(0, context, CHUNK_TOKENS):
+            self._forward(min(CHUNK_TOKENS, context - begin))
         return 0
 
     def _pass(self, tokens: int) -> PassReport:
@@ -227,7 +227,7 @@ class _Run:
 
     def _layers(self) -> int:
         count = sum(name.split(".")[-2:-1] == ["layers"] for name, _ in self.model.named_modules())
-        chunks = -(-self.found.context // CHUNK)
+        chunks = -(-self.found.context // CHUNK_TOKENS)
         return count * (2 + chunks)
 
     @contextlib.contextmanager
@@ -253,7 +253,7 @@ def _place_buffers(model: nn.Module, devices: Mapping[str, str]) -> None:
                 module._buffers[key] = torch.empty(buffer.shape, dtype=buffer.dtype, device=place)
 
 
-def _report(tokens: int, record: Pass) -> PassReport:
+def _report(tokens: int, record: PassRecord) -> PassReport:
     between: dict[tuple[str, str], list[int]] = {}
     for (_, source, target), (count, nbytes) in record.moves.items():
         total = between.setdefault((source, target), [0, 0])

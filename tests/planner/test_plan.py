@@ -14,7 +14,7 @@ from ktransformers.gguf_files.write import quantize_folder
 from ktransformers.machine import hardware
 from ktransformers.machine.units import GIB
 from ktransformers.operators.experts import KTransformersExperts
-from ktransformers.planner import placement, probes, speed
+from ktransformers.planner import placement, probes, shares, speed
 from ktransformers.planner.placement import Layer, Placement, Room
 from ktransformers.planner.plan import Planner, Request
 from ktransformers.planner.profile import RoutingProfile
@@ -195,10 +195,20 @@ def test_experts_by_hand():
     part = Part("e", 0, "experts", "cpu", "Q4_K", 800, True, 100.0, 50.0, 1600, 1.0, 8, 1)
     machine = box(ram="64GiB@10GB/s")
     one = speed.forward([part], [], {}, machine, probes.assumed(1), 1, 0)
-    assert one.seconds["cpu", "routed experts"] == pytest.approx(100 / (10e9 * speed.READ_SHARE["Q4_K"]))
+    assert one.seconds["cpu", "routed experts"] == pytest.approx(100 / (10e9 * shares.KERNELS["Q4_K"].read))
     many = speed.forward([part], [], {}, machine, probes.assumed(1), 10_000, 0)
-    ops = 50.0 * 10_000 / (machine.cpu.int8_ops * speed.PEAK_SHARE["Q4_K"])
+    ops = 50.0 * 10_000 / (machine.cpu.int8_ops * shares.KERNELS["Q4_K"].peak)
     assert many.seconds["cpu", "routed experts"] == pytest.approx(max(800 / (10e9 * 0.93), ops), rel=0.01)
+
+
+def test_shares_are_of_types_that_exist_and_below_the_limit():
+    from ktransformers.planner.sizes import DENSE, in_c
+
+    for name, share in shares.KERNELS.items():
+        assert name == DENSE or in_c(name), name
+        assert 0 < share.read <= 1 and (share.peak is None or 0 < share.peak <= 1), name
+    assert shares.read_share("no such type") == shares.OTHER.read
+    assert shares.peak_share("Q3_K") == shares.OTHER.peak and shares.peak_share("Q4_K") == 0.57
 
 
 # --- rule files that do it ----------------------------------------------------------------------------------
@@ -272,6 +282,11 @@ def test_a_folder_whose_weights_are_incomplete_says_how_to_plan_without_them(che
     with pytest.raises(WeightError, match="--format published"):
         Planner(str(tmp_path))
     assert Planner(str(tmp_path), form="published").plan(box()).fits
+
+
+def test_the_header_of_a_rule_file_names_the_machine(planner):
+    text = planner.plan(box("24GiB", "24GiB", "4090")).rule
+    assert "for 2 x 24 GiB GPU and 4090 (24 GiB) and 64 GiB of RAM," in text.splitlines()[0]
 
 
 @pytest.mark.parametrize("name", ["deepseek-v3", "qwen3-30b-a3b", "gpt-oss-20b"])

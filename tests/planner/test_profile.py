@@ -127,7 +127,7 @@ def test_a_profile_knows_whose_it_is():
     for arguments, message in (
         (([4, 1], 5, "y"), "found model type x, expected y"),
         (([1, 2], 5), "found layers 1,4, expected 1-2"),
-        (([1, 4], 6), "found 5 experts a layer, expected 6"),
+        (([1, 4], 6), "found 5 experts per layer, expected 6"),
     ):
         with pytest.raises(KTransformersError, match=message):
             KNOWN.require(*arguments)
@@ -263,7 +263,7 @@ def test_the_table_is_readable_at_100_columns(prompts, tmp_path):
     gguf = next(embedded_model().glob("*.gguf"))
     ran = kt_profile(gguf, "--prompts", prompts, "--max-new-tokens", 2, "-o", tmp_path / "p.json")
     assert ran.exit_code == 0, ran.output
-    assert "by the top 10% of experts" in ran.stdout and "p.json" in ran.stdout
+    assert "share of the top 10% of experts" in ran.stdout and "p.json" in ran.stdout
     assert max(map(len, ran.stdout.splitlines()[:-1])) <= 100
 
 
@@ -276,7 +276,7 @@ def test_deep_models_are_shown_in_groups():
 
 BAD = [
     (["--prompts", "/no/such/file"], "--prompts /no/such/file: cannot be read"),
-    (["--prompts", "{empty}"], "is empty, expected one prompt a line"),
+    (["--prompts", "{empty}"], "is empty, expected one prompt per line"),
     (["--prompts", "{long}"], "tokens, but the model takes 1024"),
     (["--prompts", "{good}", "-o", "/no/such/folder/p.json"], "its folder does not exist"),
     (["--prompts", "{good}", "--devices", "cuda"], "expected NAME=NAME"),

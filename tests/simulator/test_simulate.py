@@ -448,6 +448,16 @@ def test_the_command_prints_tables_or_json_and_exits_with_1_on_a_problem(tmp_pat
     assert kt("DeepSeek-V9", "tiny").exit_code == 1
 
 
+def test_the_command_simulates_the_gpus_that_the_file_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(configs, "read_config", lambda model: tiny_config("qwen3_moe"))
+    rules = yaml.safe_load(MOE.read_text())["rules"]
+    for devices, gpus in (({"cpu": "0-"}, 0), ({"cuda:0": "0", "cuda:1": "1-"}, 2), ("auto", 8)):
+        path = tmp_path / "rule.yaml"
+        path.write_text(yaml.safe_dump({"devices": devices, "rules": rules}))
+        ran = CliRunner().invoke(cli.app, ["simulate", str(path), "tiny", "--tokens", "4", "--json"])
+        assert json.loads(ran.stdout)["gpus"] == gpus, ran.output
+
+
 def test_packed_weights_on_the_cpu_are_counted_packed(checkpoint, tmp_path):
     """In a GGUF, in a named format, and as published; dense only where nothing says how weights are stored."""
     sizes_of = {"hidden_size": 256, "moe_intermediate_size": 256, "intermediate_size": 256}
@@ -462,7 +472,7 @@ def test_packed_weights_on_the_cpu_are_counted_packed(checkpoint, tmp_path):
     }.items():  # fmt: skip
         rule_file = tmp_path / "rule.yaml"
         rule_file.write_text(yaml.safe_dump(rule))
-        ran = CliRunner().invoke(cli.app, ["simulate", str(rule_file), *arguments, "--gpus", "0", "--tokens", "4", "--json"])
+        ran = CliRunner().invoke(cli.app, ["simulate", str(rule_file), *arguments, "--tokens", "4", "--json"])
         assert ran.exit_code == 0, ran.output
         found[name] = json.loads(ran.stdout)["weights"]["cpu"]
     for name, nbytes in found.items():
