@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ktransformers import env
 from ktransformers.errors import WeightError, did_you_mean
+from ktransformers.machine.system import memory
 from ktransformers.quants.blocks import Packed, QuantType
 from ktransformers.quants.scaled import ScaledType, ScaledWeight
 
@@ -33,8 +34,8 @@ _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" el
 _HUGE = 2 << 20
 """Bytes of a huge page, on x86-64 and on ARM64 with pages of 4 KiB."""
 
-CHUNK = 64 << 20
-"""Bytes read at once into huge pages."""
+READ_BYTES = 64 << 20
+"""Read at once into huge pages."""
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,8 @@ def _mapped(file: BinaryIO, size: int) -> memoryview:
 
 def _huge(file: BinaryIO, path: Path, size: int) -> memoryview:
     """The file's bytes in anonymous memory that starts at a huge page and asks for more of them."""
-    free = available_memory()
-    if free is not None and size > free:
+    _, free = memory()
+    if size > free:
         raise WeightError(
             f"{path}: {size} bytes, but {free} bytes of memory are available. Unset KT_HUGE_PAGES to map the file."
         )
@@ -157,23 +158,13 @@ def _huge(file: BinaryIO, path: Path, size: int) -> memoryview:
     view, file_at = memoryview(room)[start : start + size], 0
     file.seek(0)
     while file_at < size:
-        count = file.readinto(view[file_at : file_at + CHUNK])
+        count = file.readinto(view[file_at : file_at + READ_BYTES])
         if not count:
             raise WeightError(f"{path}: ends after {file_at} of {size} bytes. Is it still being written?")
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), file_at, count, os.POSIX_FADV_DONTNEED)
         file_at += count
     return view
-
-
-def available_memory() -> int | None:
-    """Bytes that could be taken without swapping, or None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0]) * 1024 if found else None
 
 
 class WeightFiles(ABC):

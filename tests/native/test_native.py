@@ -1,6 +1,8 @@
 """The border: bad arguments become named errors; threads, forks, dtypes and KT_* do what they should."""
 
+import ctypes
 import os
+import platform
 import re
 import runpy
 import subprocess
@@ -74,7 +76,9 @@ def test_tables_agree():
     assert {f"KT_SCALE_{name}": i for name, i in native.SCALES.items()} == {
         name: getattr(lib, name) for name in dir(lib) if name.startswith("KT_SCALE_")
     }
-    assert tuple(state.text(lib.kt_isa_name(i)) for i in range(lib.kt_isa_count())) == env.ISAS
+    assert tuple(native.isa_needs()) == env.ISAS
+    built = [isa for isas in runpy.run_path(str(ROOT / "setup.py"))["ISA_FLAGS"].values() for isa in isas]
+    assert sorted([*built, "portable"]) == sorted(env.ISAS)
 
 
 def test_grids_are_those_of_python():
@@ -97,7 +101,7 @@ def test_every_status_has_words():
     header = (ROOT / "native/include/kt_native.h").read_text()
     codes = [int(n) for n in re.findall(r"KT_(?:OK|ERR_\w+) = (\d+)", header)]
     words = [state.text(state.lib.kt_status_message(c)) for c in [*codes, 99]]
-    assert len(codes) == 12 and len(set(words)) == len(words)
+    assert codes == list(range(13)) and len(set(words)) == len(words)
 
 
 # ---- bad arguments -----------------------------------------------------------------------------------------
@@ -416,6 +420,19 @@ def test_set_isa():
             native.set_isa(bad)
     assert native.isas()[0] == "portable"
     assert ("avx2" in native.isas()) <= native.cpu_features()["avx2"]
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists() or platform.machine() != "x86_64", reason="x86-64 Linux only")
+def test_cpu_features_are_those_of_the_kernel():
+    """cpuid as we read it says what /proc/cpuinfo says; AMX counts where the kernel lets this process use tiles."""
+    listed = re.search(r"^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE).group(1)
+    flags = {flag.replace("_", "") for flag in listed.split()}
+    granted = ctypes.c_uint64()
+    ctypes.CDLL(None).syscall(158, 0x1022, ctypes.byref(granted))  # arch_prctl(ARCH_GET_XCOMP_PERM)
+    tiles = bool(granted.value >> 18 & 1)
+    for name, found in native.cpu_features().items():
+        if name not in ("asimddp", "i8mm", "arm_bf16"):
+            assert found == (name.replace("_", "") in flags and (tiles or not name.startswith("amx"))), name
 
 
 def test_not_built_is_explained(monkeypatch):
