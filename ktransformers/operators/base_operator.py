@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ktransformers.errors import UnsupportedError, WeightError
+from ktransformers.operators import failures
 
 
 class InferenceState(enum.Enum):
@@ -44,6 +45,9 @@ class BaseInjectedModule(nn.Module):
     loaded. A class that replaces the weights by something else says ``adopts = False`` and starts empty.
     """
 
+    rule: str = ""
+    """The place of the rule that put it here, such as "my.yaml:12"; for messages."""
+
     adopts: ClassVar[bool]  # no value here: a mixin such as KLinearBase, later in the MRO, may say False
 
     def __init__(
@@ -69,6 +73,12 @@ class BaseInjectedModule(nn.Module):
             if getattr(self, "adopts", True):
                 for shared in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
                     self.__dict__[shared] = orig_module.__dict__[shared]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A forward of a user's own says where it failed; those of this package are not slowed down."""
+        super().__init_subclass__(**kwargs)
+        if "forward" in vars(cls) and not cls.__module__.startswith("ktransformers."):
+            cls.forward = failures.noting_failures(cls.forward)
 
     @classmethod
     def check(
@@ -197,7 +207,8 @@ def load_weights(
     devices = devices or {}
     if callable(getattr(module, "load", None)):
         module.devices = devices
-        module.load()
+        with failures.named(type(module), "load", prefix, getattr(module, "rule", "")):
+            module.load()
         return
     load_own_weights(module, gguf_loader, prefix, device_of(prefix, devices))
     load_children(module, gguf_loader, prefix, devices)

@@ -16,8 +16,9 @@ from typing import Any
 from torch import nn
 
 from ktransformers import devices as device_names
-from ktransformers.errors import did_you_mean
+from ktransformers.errors import KTransformersError, did_you_mean
 from ktransformers.models.traits import TRAITS
+from ktransformers.operators import failures
 from ktransformers.rules import classes
 from ktransformers.rules.files import Rule, RuleFile, RulesLike, load_rules, packaged_rules, read_rules
 from ktransformers.rules.findings import Finding, Keys, RuleWarning, rule_error
@@ -360,10 +361,9 @@ def operator_complaints(
     """(rule, key of it that is at fault, what the operator says, modules) for each complaint of an operator."""
     seen: dict[tuple[int, str], list[str]] = {}
     for key, replacement in replacements.items():
-        check = getattr(replacement.operator, "check", None)
-        if check is None:
+        if not hasattr(replacement.operator, "check"):
             continue
-        for text in check(key, model.get_submodule(key), dict(replacement.kwargs), weights):
+        for text in _asked(replacement, model.get_submodule(key), weights):
             pattern = text.replace(key, module_pattern(key))
             seen.setdefault((replacement.rule.number, pattern), []).append(key)
     for (_, text), modules in seen.items():
@@ -373,6 +373,23 @@ def operator_complaints(
         many = f" ({len(modules)} modules)" if len(modules) > 1 else ""
         subject = module_pattern(modules[0]) if len(modules) > 1 else modules[0]
         yield rule, keys, f"{subject}: {text}{many}", modules
+
+
+def _asked(replacement: Replacement, module: nn.Module, weights: Any) -> list[str]:
+    """What the operator says about its module. Users' `check` may also return one text, or fail."""
+    operator, key = replacement.operator, replacement.key
+    try:
+        said = operator.check(key, module, dict(replacement.kwargs), weights)
+    except KTransformersError as error:
+        return [str(error)]
+    except Exception as error:
+        return [failures.failure(error, operator, "check", "", "")]
+    if isinstance(said, str):
+        return [said] if said else []
+    if isinstance(said, (list, tuple)) and all(isinstance(text, str) for text in said):
+        return list(said)
+    found = "nothing (None)" if said is None else repr(said)[:80]
+    return [f"{operator.__name__}.check returned {found}, expected a list of problems, empty when there are none"]
 
 
 def module_pattern(name: str) -> str:
