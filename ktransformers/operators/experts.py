@@ -9,7 +9,6 @@ ways of gating. Some experts of a layer may be on a GPU and the others elsewhere
 Letters: T tokens, H hidden, I intermediate, E experts, K experts per token.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -111,9 +110,12 @@ class KExpertsCPU(KExpertsBase):
         if packed.copied:
             stored = "experts are stored by columns, or gate and up row by row in turn"
             warn_once(f"{stored}: KExpertsCPU computes from a copy in memory, not from the file")
-        biases = {"gate_bias": packed.gate_bias, "up_bias": packed.up_bias, "down_bias": packed.down_bias}
-        more = {name: bias for name, bias in biases.items() if bias is not None} | _numbers(gating)
-        self.experts = native.Experts(packed.gate, packed.up, packed.down, gating.activation, name=self.key, **more)
+        glu = native.Glu(
+            gating.activation, gating.alpha, gating.limit, packed.gate_bias, packed.up_bias, packed.down_bias
+        )
+        self.experts = native.Experts(packed.gate, packed.up, packed.down, glu, name=self.key)
+        if len(native.nodes()) > 1:  # else the first token that needs a page would place it, on whatever node that is
+            self.experts.place()
 
     def unload(self) -> None:
         self.experts = None
@@ -373,12 +375,6 @@ def _method_problem(name: Any, key: str, weights: Any) -> str:
 def first_projection(experts: nn.Module) -> str:
     """The name of what multiplies the input: gate and up in one, or up alone."""
     return "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
-
-
-def _numbers(gating: Gating) -> dict[str, float]:
-    """The numbers of a gating that are not its defaults."""
-    numbers = {"alpha": (gating.alpha, 1.0), "limit": (gating.limit, math.inf)}
-    return {name: value for name, (value, usual) in numbers.items() if value != usual}
 
 
 def _not_in_c(experts: nn.Module, gating: Gating | None) -> str:

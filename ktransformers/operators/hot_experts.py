@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ktransformers.devices import device_problem
-from ktransformers.errors import RuleError, ranges
+from ktransformers.errors import RuleError, parse_ranges, ranges
 from ktransformers.loaders.sources import ExpertWeights, Matrices
 from ktransformers.models.traits import is_interleaved, layer_of
 
@@ -44,7 +44,7 @@ def expert_ids(spec: GpuExperts, layer: int | None, n_experts: int) -> list[int]
     if spec is None:
         return []
     if isinstance(spec, str):
-        ids = [n for first, last in _parse_ranges(spec, n_experts) for n in range(first, last + 1)]
+        ids = [n for first, last in _spans(spec, n_experts) for n in range(first, last + 1)]
     elif isinstance(spec, int) and not isinstance(spec, bool):
         if not 0 <= spec <= n_experts:
             raise RuleError(f"gpu_experts: found {spec}, expected 0 to {n_experts}, the layer's experts")
@@ -60,18 +60,16 @@ def expert_ids(spec: GpuExperts, layer: int | None, n_experts: int) -> list[int]
     return sorted(ids)
 
 
-def _parse_ranges(text: str, n_experts: int) -> list[tuple[int, int]]:
+def _spans(text: str, n_experts: int) -> list[tuple[int, int]]:
     """First and last of each range in `text`, bounded before anyone counts from one to the other."""
-    found = []
-    for part in text.split(",") if text.strip() else ():
-        match = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", part, re.ASCII)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if first > last:
-            raise RuleError(f"gpu_experts: {part.strip()[:40]!r} is no id and no range; {FORMS}")
-        if last >= n_experts:
-            raise RuleError(f"gpu_experts: no expert {last} here; expected ids from 0 to {n_experts - 1}")
-        found.append((first, last))
-    return found
+    spans, wrong = parse_ranges(text)
+    if wrong is None:
+        wrong = next((f"{first}-" for first, last in spans if last is None), None)
+    if wrong is not None:
+        raise RuleError(f"gpu_experts: {wrong.strip()[:40]!r} is no id and no range; {FORMS}")
+    if beyond := [last for _, last in spans if last >= n_experts]:
+        raise RuleError(f"gpu_experts: no expert {beyond[0]} here; expected ids from 0 to {n_experts - 1}")
+    return spans
 
 
 def _by_layer(spec: Mapping[Any, Any]) -> dict[int, Any]:
