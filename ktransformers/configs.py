@@ -1,6 +1,6 @@
 """A model's config from wherever a user points to, and its meta model: the two things that planning starts from.
 
-Nothing here opens safetensors, downloads, or runs code from a model's repository. The chat program reads folders for
+Nothing here opens safetensors, downloads, or runs code from a model's repository. `engine/load.py` reads folders for
 itself, as it wants their tokenizer too. transformers is imported inside the functions: it takes a second.
 """
 
@@ -220,28 +220,35 @@ def _out_of_range(name: str, values: list[Any], least: int, most: int) -> Iterat
 
 
 def meta_model(config: Any) -> Any:
-    """The causal LM of `config` on the meta device: every module and shape, no memory, in about a tenth of a second.
+    """The language model of `config` on the meta device: every module and shape, no memory, in a tenth of a second.
 
-    `config` is left as it is; the model has a copy. The first model of a family takes seconds of imports more.
+    Its class is the one that `ktransformers.models.builder` names. `config` is left as it is; the model has a copy. The
+    first model of a family takes seconds of imports more.
 
     Raises:
-        UnsupportedError: transformers has no causal LM for this config.
+        UnsupportedError: transformers has no class for this config that continues text.
         KTransformersError: the config's numbers contradict each other.
     """
     import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+    from ktransformers.models import builder
 
     name = getattr(config, "name_or_path", "") or "model"
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    found = builder(config)
+    if found is None:
         raise UnsupportedError(
-            f"{name}: transformers has no causal LM for model type {config.model_type!r}. Give a language model."
+            f"{name}: transformers has no model of type {config.model_type!r} that continues text token by token (a "
+            "causal LM, or one that takes images or sounds too). Give a language model."
         )
+    auto, part = found
     try:
         with torch.device("meta"):
             # False, not left out: transformers would ask on the terminal whether to run the repository's code.
-            return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+            model = auto.from_config(copy.deepcopy(part), trust_remote_code=False)
     except Exception as error:  # whatever a family's constructor does with numbers that do not fit each other
         raise KTransformersError(
             f"{name}: transformers cannot build {config.model_type} from this config: {_reason(error)}. Correct the "
             "numbers that it names in config.json."
         ) from error
+    model.config.name_or_path = getattr(config, "name_or_path", "")  # a part of a config does not know its folder
+    return model

@@ -10,7 +10,7 @@ from ktransformers.models import DEFAULT_RULES
 from ktransformers.optimize_rules import NAMES
 
 from ktransformers.loaders import gguf_names
-from tests import families
+from tests import families, multimodal
 
 README = Path(__file__).resolve().parent.parent / "models" / "README.md"
 BEGIN, END = "<!-- families: made by `make support` -->", "<!-- end of families -->"
@@ -41,12 +41,17 @@ def formats(model_type: str) -> str:
     return "; ".join(found)
 
 
+def operator_of(model_type: str) -> str:
+    """The inner operator that computes a family's experts."""
+    return (families if model_type in families.FAMILIES else multimodal).operator_of(model_type)
+
+
 def rows() -> dict[tuple[str, ...], list[str]]:
     """(checkpoint formats, rule file) -> the model types that they are the same for."""
     found: dict[tuple[str, ...], list[str]] = {}
-    for model_type in families.FAMILIES:
-        name = DEFAULT_RULES.get(model_type, "Default")
-        rule = f"`{NAMES.get(name, name)}`" + (" with `KExpertsTorch`" if model_type in families.TORCH_ONLY else "")
+    for model_type in families.FAMILIES | multimodal.FAMILIES | multimodal.BY_PART:
+        name, operator = DEFAULT_RULES.get(model_type, "Default"), operator_of(model_type)
+        rule = f"`{NAMES.get(name, name)}`" + ("" if operator == "KExpertsCPU" else f" with `{operator}`")
         found.setdefault((formats(model_type), rule), []).append(model_type)
     return dict(sorted(found.items(), key=lambda row: ("`Default`" in row[0][1], len(row[1]), row[1])))
 
@@ -61,10 +66,20 @@ def section() -> str:
     ]
     for (checkpoints, rule), types in rows().items():
         lines.append(f"| {', '.join(f'`{name}`' for name in types)} | {checkpoints} | {rule} |")
-    lines += ["", "Unsupported, or torch only:", ""]
+    others = ", ".join(f"`{name}`" for name in multimodal.FAMILIES | multimodal.BY_PART)
+    seen = ", ".join(f"`{name}`" for name in multimodal.IMAGES)
+    lines += [
+        "",
+        f"Classes that take images or sounds too, with text in and text out (images: {seen}): {others}. Their language "
+        "model is in a row above, or may be any that is.",
+        "",
+        "Unsupported, or torch only:",
+        "",
+    ]
     refused = {
         **{name: f"{why}; use `KExpertsTorch`" for name, why in families.TORCH_ONLY.items()},
         **families.WITHOUT,
+        **multimodal.WITHOUT,
         **families.ABSENT,
     }
     lines += [f"- `{name}`: {why}" for name, why in refused.items()]

@@ -246,7 +246,7 @@ def test_a_model_with_other_towers():
 
 
 def test_a_config_without_a_language_model():
-    with pytest.raises(UnsupportedError, match="no causal LM for model type 'vit'"):
+    with pytest.raises(UnsupportedError, match="no model of type 'vit' that continues text"):
         meta_model(AutoConfig.for_model("vit"))
 
 

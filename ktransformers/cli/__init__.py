@@ -3,14 +3,13 @@
 A new command is one line in COMMANDS, or in GROUPS for a command with commands of its own.
 """
 
-import os
 from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
-from ktransformers.cli import chat, config, doctor, listing, plan, profile, rules, simulate, version
-from ktransformers.cli.common import Program, out
+from ktransformers.cli import chat, config, doctor, listing, plan, profile, quantize, rules, simulate, version
+from ktransformers.cli.common import Program, out, passive_openmp
 
 PLAN, RUN, INSPECT = "Plan", "Run", "Inspect"
 """Headings of `kt --help`, in its order."""
@@ -20,12 +19,16 @@ COMMANDS: list[tuple[str, Callable[..., None]]] = [
     (PLAN, simulate.simulate),
     (RUN, chat.chat),
     (RUN, profile.profile),
+    (RUN, quantize.quantize),
     (INSPECT, listing.list_),
     (INSPECT, doctor.doctor),
     (INSPECT, config.config),
     (INSPECT, version.version),
 ]
 """(heading, function); the function's name is the command's, without an underscore at the end."""
+
+CLASSES = {chat.chat: chat.Command}
+"""Of commands that take more flags than they show."""
 
 GROUPS: list[tuple[str, str, typer.Typer]] = [
     (PLAN, "rules", rules.app),
@@ -57,12 +60,11 @@ def _start(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    # Before torch loads its OpenMP, as in local_chat: its waiting threads would hold the cores that ours need.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    passive_openmp()
 
 
 for heading, function in COMMANDS:
-    app.command(function.__name__.rstrip("_"), rich_help_panel=heading)(function)
+    app.command(function.__name__.rstrip("_"), rich_help_panel=heading, cls=CLASSES.get(function))(function)
 for heading, name, group in GROUPS:
     app.add_typer(group, name=name, rich_help_panel=heading)
 

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from inspect import Parameter, Signature
@@ -19,7 +19,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 from rich.text import Text
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from ktransformers.errors import KTransformersError
 
@@ -52,8 +52,8 @@ class _Interrupted(Exception):
     """Ctrl-C, as an exception that typer leaves alone."""
 
 
-class Program(TyperGroup):
-    """A program of commands whose errors, whatever command they come from, end alike.
+class _Endings:
+    """A program whose errors, wherever they come from, end alike.
 
     An error is a message on standard error and an exit code; with --json among the arguments also one line on standard
     output, ``{"error": {"message": ..., "type": ...}}``. So for KTransformersError, wrong arguments and Ctrl-C; any
@@ -71,12 +71,12 @@ class Program(TyperGroup):
             from typer.rich_utils import rich_format_error
 
             rich_format_error(error)
-            _error_object(error, error.format_message(), as_json)
+            _print_object(error_object(error, error.format_message()), as_json)
             code = error.exit_code
         except _Interrupted:
             code = interrupted(as_json)
         except Exception as error:
-            _error_object(error, str(error), as_json)
+            _print_object(error_object(error), as_json)
             raise
         sys.exit(code if isinstance(code, int) else 0)
 
@@ -88,30 +88,53 @@ class Program(TyperGroup):
             raise _Interrupted from error
 
 
+class Program(_Endings, TyperGroup):
+    """A program of several commands."""
+
+
+class OneCommand(_Endings, TyperCommand):
+    """A program that is one command."""
+
+
+def note(text: str) -> None:
+    """Print what a person should know though it stops nothing."""
+    err.print(Text.assemble(("note: ", "yellow"), text), soft_wrap=True)
+
+
+def print_error(text: str) -> None:
+    """Print what stopped a command, or a part of it."""
+    err.print(Text.assemble(("error: ", "red"), text), soft_wrap=True)
+
+
+def error_object(error: BaseException, message: str = "") -> dict[str, Any]:
+    """What --json prints where something failed. `message`: where the error's own text is not it."""
+    return {"error": {"message": message or str(error), "type": type(error).__name__}}
+
+
 def fail(error: KTransformersError, as_json: bool) -> int:
     """Report an error; returns the exit code."""
-    err.print(Text.assemble(("error: ", "red"), str(error)), soft_wrap=True)
-    _error_object(error, str(error), as_json)
+    print_error(str(error))
+    _print_object(error_object(error), as_json)
     return 1
 
 
 def interrupted(as_json: bool) -> int:
     """Report Ctrl-C; returns the exit code, a shell's own."""
     err.print("interrupted")
-    _error_object(KeyboardInterrupt(), "interrupted", as_json)
+    _print_object(error_object(KeyboardInterrupt(), "interrupted"), as_json)
     return 130
 
 
-def _error_object(error: BaseException, message: str, as_json: bool) -> None:
+def _print_object(data: dict[str, Any], as_json: bool) -> None:
     if not as_json:
         return
     try:
-        print(json.dumps({"error": {"message": message, "type": type(error).__name__}}), flush=True)
+        print(json.dumps(data), flush=True)
     except OSError:
-        _drop_output()  # standard error has said it
+        drop_output()  # standard error has said it
 
 
-def _drop_output() -> None:
+def drop_output() -> None:
     """Nothing reaches standard output any more, so that flushing it at exit cannot fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -136,7 +159,7 @@ def show(data: Any, as_json: bool, render: Callable[[], Any]) -> None:
     except BrokenPipeError:
         raise  # whoever read this has seen enough; typer ends quietly
     except OSError as error:
-        _drop_output()
+        drop_output()
         raise KTransformersError(
             f"standard output cannot be written: {error}. Free space, or write elsewhere."
         ) from error
@@ -199,6 +222,26 @@ def write_file(path: Path, text: str, flag: str) -> None:
         raise KTransformersError(
             f"{flag} {path}: cannot be written: {error.strerror or error}. Choose another path, or free space."
         ) from error
+
+
+def passive_openmp() -> None:
+    """Let OpenMP's idle threads sleep; called before torch loads it.
+
+    Those that spin hold the cores that the C library's threads need. On two cores with one of them busy elsewhere,
+    decoding was 17 times slower with spinning than with sleeping.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def renamed_devices(pairs: Iterable[str]) -> dict[str, str]:
+    """What --devices says: name in the rules -> device. Raises KTransformersError."""
+    named = {}
+    for text in pairs:
+        name, sign, becomes = text.partition("=")
+        if not (name and sign and becomes):
+            raise KTransformersError(f"--devices {text!r}: expected NAME=NAME, such as cuda=cpu.")
+        named[name] = becomes
+    return named
 
 
 def quiet_transformers() -> None:
@@ -284,5 +327,12 @@ FormatOption = Annotated[
         "weights, without them as published.",
     ),
 ]
+DevicesOption = Annotated[
+    list[str],
+    typer.Option(
+        "--devices", metavar="NAME=NAME", help="Rename devices of the rules, such as cuda=cpu; may be repeated."
+    ),
+]
+"""Read by `renamed_devices`."""
 ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ktransformers.cli.common import ForceOption, JsonOption, complete_rule, err, new_file, show
+from ktransformers.cli.common import (
+    DevicesOption,
+    ForceOption,
+    JsonOption,
+    complete_rule,
+    err,
+    new_file,
+    note,
+    renamed_devices,
+    show,
+)
+from ktransformers.configs import text_config
 from ktransformers.errors import KTransformersError
 
 if TYPE_CHECKING:
@@ -44,10 +55,7 @@ def profile(
         str,
         typer.Option("--rule", "-r", autocompletion=complete_rule, help="Rule file, or its name; default: by family."),
     ] = "",
-    devices: Annotated[
-        list[str],
-        typer.Option(metavar="NAME=NAME", help="Rename devices of the rules, such as cuda=cpu; may be repeated."),
-    ] = [],  # noqa: B006  (typer wants a list)
+    devices: DevicesOption = [],  # noqa: B006  (typer wants a list)
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum new tokens per prompt.")] = 32,
     output: Annotated[Path, typer.Option("--output", "-o", help="Write the profile there.")] = Path("profile.json"),
     force: ForceOption = False,
@@ -57,11 +65,13 @@ def profile(
     texts = read_prompts(prompts)
     new_file(str(output), "-o", force)
 
-    from ktransformers import local_chat
+    from ktransformers.engine.load import load
     from ktransformers.planner.profile import record
 
-    renamed = dict(local_chat.pair(text) for text in devices)
-    loaded, tokenizer = local_chat.load(model, weights, rule, renamed, as_json, talks=False)
+    loaded, tokenizer = load(
+        model, weights, rule,
+        devices=renamed_devices(devices), needs_template=False, progress=not as_json, notify=note,
+    )  # fmt: skip
     with record(loaded) as found:
         _run(loaded, tokenizer, texts, max_new_tokens, prompts)
     found.write(output)
@@ -115,11 +125,12 @@ def _prompt(line: str, path: Path, number: int) -> str:
 
 def _run(model: Any, tokenizer: Any, texts: list[tuple[int, str]], max_new_tokens: int, path: Path) -> None:
     """Answer every prompt greedily, each in a conversation of its own."""
-    from ktransformers.engine.generate import Sampling, generate
+    from ktransformers.engine.generate import generate
+    from ktransformers.engine.sampling import Sampling
 
     stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    sampling = Sampling(stop_ids=Sampling.from_config(model.generation_config, stops).stop_ids)
-    context = getattr(model.config, "max_position_embeddings", None) or 1 << 62
+    sampling = Sampling(stop_ids=Sampling(model.generation_config, stops).stop_ids)
+    context = getattr(text_config(model.config), "max_position_embeddings", None) or 1 << 62
     for number, text in _progress(texts):
         messages = [{"role": "user", "content": text}]
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)

@@ -14,12 +14,14 @@ from rich.text import Text
 
 from ktransformers.cli import explained
 from ktransformers.cli.common import (
+    DevicesOption,
     JsonOption,
     ModelArgument,
     RuleArgument,
     new_file,
     out,
     quiet_transformers,
+    renamed_devices,
     show,
     write_file,
 )
@@ -67,10 +69,7 @@ def check(
     rule: RuleArgument,
     model: ModelArgument,
     gpus: GpusOption = None,
-    devices: Annotated[
-        list[str],
-        typer.Option(metavar="NAME=NAME", help="Rename devices of the rules, such as cuda=cpu; may be repeated."),
-    ] = [],  # noqa: B006  (typer wants a list)
+    devices: DevicesOption = [],  # noqa: B006  (typer wants a list)
     strict: Annotated[bool, typer.Option("--strict", help="Warnings are errors.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -80,7 +79,7 @@ def check(
     works in a roundabout way. The rules' own warnings, and layers, are looked at once loading would refuse nothing.
     Exit code 1: there is an error.
     """
-    result = find(rule, model, gpus, _device_mapping(devices), strict)
+    result = find(rule, model, gpus, renamed_devices(devices), strict)
     shown = [{key: getattr(finding, key) for key in ("level", "where", "rule", "text")} for finding in result.found]
     data = {
         "file": _label(rule), "model": result.model, "gpus": result.gpus, "rules": result.rules,
@@ -171,16 +170,6 @@ def _meta_model(model: str) -> "nn.Module":
 
     quiet_transformers()
     return meta_model(read_config(model))
-
-
-def _device_mapping(pairs: list[str]) -> dict[str, str]:
-    named = {}
-    for text in pairs:
-        name, _, becomes = text.partition("=")
-        if not name or not becomes:
-            raise KTransformersError(f"--devices {text!r}: expected NAME=NAME, such as cuda=cpu.")
-        named[name] = becomes
-    return named
 
 
 def _of_the_chain(net: "nn.Module", plan: Any) -> "list[Finding]":

@@ -115,7 +115,7 @@ class Planner:
             )
         text = text_config(self.config)
         self.hidden, self.layers = text.hidden_size, text.num_hidden_layers
-        self.tied = bool(getattr(text, "tie_word_embeddings", False))
+        self.tied = bool(getattr(self.model, "all_tied_weights_keys", None))
         self.base_name = DEFAULT_RULES.get(self.config.model_type, "Default")
         self.base = packaged_content(self.base_name)
         self.caches = sizes.caches(self.model)

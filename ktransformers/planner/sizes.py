@@ -6,14 +6,14 @@ Operations count two for a multiply-add. Letters: E experts of a layer, K of the
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from ktransformers import native
-from ktransformers.models.traits import TRAITS, layer_of
+from ktransformers.models.traits import TRAITS, is_beside_text, layer_of
 from ktransformers.operators.experts import KTransformersExperts
 from ktransformers.operators.hot_experts import gpu_device, ids_of
 from ktransformers.operators.inner_ops import final_name, given, is_cpu
@@ -112,13 +112,20 @@ def parts(
             if f"{name}.{key}" not in tied
         }
         placed = placed_by(name, plan)
-        if TRAITS["experts"](module):
+        if is_beside_text(name):
+            found += [_unread(_matrix(name, module, own, placed, form))] if own else []
+        elif TRAITS["experts"](module):
             found += _experts(name, module, own, placed, form, model.config, hits)
         elif own:
             found.append(_matrix(name, module, own, placed, form))
     for target, origin in tied.items():
         found += _untied(target, origin, plan, found, model)
     return found
+
+
+def _unread(part: Part) -> Part:
+    """What sees or hears: it takes memory, and text passes it by."""
+    return replace(part, kind="rest", layer=None, read=0.0, ops=0.0)
 
 
 def _buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -234,7 +241,7 @@ def _untied(
 def caches(model: nn.Module) -> list[Cache]:
     """What every layer caches, in order, by the modules that make it."""
     config = model.config.get_text_config(decoder=True)
-    size = (getattr(config, "dtype", None) or torch.float32).itemsize
+    size = (getattr(model, "dtype", None) or torch.float32).itemsize
     found: dict[int, Cache] = {}
     for name, module in model.named_modules():
         layer = layer_of(name)

@@ -368,6 +368,11 @@ def _parse_rule(item: Any, number: int, label: str, replace_keys: Sequence[str],
 class _RuleReader(Reporter):
     """Reads the parts of one rule. What is wrong with a part is reported, and a harmless value returned for it."""
 
+    @property
+    def folder(self) -> Path | None:
+        """The rule file's."""
+        return Path(self.where).parent if self.lines else None
+
     def unknown_keys(self, mapping: dict, known: Sequence[str], *keys: Any) -> None:
         for key in mapping:
             if key not in known:
@@ -406,7 +411,7 @@ class _RuleReader(Reporter):
             kind = classes.type_name(dotted)
             self(f"{subject}: found {kind}, expected a dotted path such as torch.nn.Linear", *keys)
             return None
-        found, problem = classes.find_class(dotted)
+        found, problem = classes.find_class(dotted, self.folder)
         if problem:
             self(f"{subject}: {problem}", *keys)
         return found

@@ -155,7 +155,9 @@ BEFORE = ("per_layer_",)
 
 
 def _behind(model: nn.Module, stack: str) -> list[str]:
-    """Names, as short as possible, of what the walk meets behind the layers, but for what all layers share."""
+    """Names, as short as possible, of what works after the layers: the rest of the decoder, but for what all layers
+    share, and what stands next to the head. What sees or hears works before them, wherever the walk meets it."""
+    decoder = f"{stack.rpartition('.')[0]}.".lstrip(".")
     names: list[str] = []
     behind = False
     for name, module in model.named_modules():
@@ -163,6 +165,15 @@ def _behind(model: nn.Module, stack: str) -> list[str]:
             behind = True
         elif behind and not name.startswith(f"{stack}.") and not any(name.startswith(f"{top}.") for top in names):
             before = name.rpartition(".")[2].startswith(BEFORE)
-            if not before and not TRAITS["rotary"](module) and not TRAITS["embedding"](module):
+            shared = before or TRAITS["rotary"](module) or TRAITS["embedding"](module)
+            if not shared and (name.startswith(decoder) or _is_next_to_the_head(model, name, stack)):
                 names.append(name)
     return names
+
+
+def _is_next_to_the_head(model: nn.Module, name: str, stack: str) -> bool:
+    """Whether `name`, outside of the decoder, is the head or a single module like it: a cap on the logits."""
+    parent = name.rpartition(".")[0]
+    around = parent == "" or stack.startswith(f"{parent}.")
+    heads = any(child.endswith("head") for child, _ in model.get_submodule(parent).named_children())
+    return around and heads and next(model.get_submodule(name).children(), None) is None

@@ -335,6 +335,7 @@ BAD_VALUES = [
     ("KT_PIN", "2", "from 0 to 1"),
     ("KT_HUGE_PAGES", "on", "from 0 to 1"),
     ("KT_NUMA", "all", "lists of CPUs"),
+    ("KT_BUILD", "fast", "expected host or all"),
     ("KT_THREAD", "3", "did you mean 'KT_THREADS'?"),
 ]
 
@@ -367,7 +368,6 @@ BAD_CHATS = [
     (["--weights", "/no/such/file.gguf"], 1, "no such file"),
     (["--rule", "DeepSek-V3"], 1, "did you mean 'DeepSeek-V3'"),
     (["--prompt-file", "/no/such/prompt"], 1, "cannot be read"),
-    (["--threads", "100000"], 1, "the cores this process may use"),
     (["--threads", "-1"], 2, "threads"),
     (["--max-new-tokens", "0"], 2, "max-new-tokens"),
     (["--devices", "cuda"], 1, "expected NAME=NAME"),

@@ -247,6 +247,7 @@ def test_the_whole_plan_says_where_layers_live_and_what_is_left(model, two):
     out = kt("explain", two(), model)
     assert "Where layers live: layers 0-2 cuda:0, layers 3-5 cuda:1, experts cpu." in " ".join(out.split())
     assert "Left to the default: model.embed_tokens (1)." in " ".join(out.split())
+    assert "Planned for 2 GPUs; --gpus N plans for another." in out
     assert max(map(len, out.splitlines())) <= 100
     found = json.loads(kt("explain", two(), model, "--json"))
     assert found["layers"] == {"cuda:0": "0-2", "cuda:1": "3-5"} and found["experts"] == {"cpu": "1-5"}

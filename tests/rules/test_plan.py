@@ -1,6 +1,7 @@
 """Rules mean what upstream's mean, and every mistake in them is found before anything is touched, all at once."""
 
 import re
+import sys
 import time
 
 import pytest
@@ -344,6 +345,30 @@ def test_a_rule_whose_matches_are_all_taken_warns(model):
 def test_a_class_of_the_users_own_program_needs_no_permission(model):
     found = plan(model, [rule("lm_head", operator=f"{__name__}.MyLinear", my_param=2)])
     assert found["lm_head"].operator is MyLinear
+
+
+@pytest.mark.parametrize("there", ["rules", "here"])
+def test_a_listed_module_may_lie_beside_the_rules_or_in_the_current_folder(model, tmp_path, monkeypatch, there):
+    for folder in ("rules", "here"):
+        (tmp_path / folder).mkdir()
+    name = f"my_ops_in_{there}"
+    (tmp_path / there / f"{name}_sizes.py").write_text("TWO = 2\n")
+    (tmp_path / there / f"{name}.py").write_text(
+        f"from ktransformers.operators.base_operator import BaseInjectedModule\nfrom {name}_sizes import TWO\n\n\nclass Mine(BaseInjectedModule):\n    two = TWO\n"
+    )
+    path = tmp_path / "rules" / "mine.yaml"
+    path.write_text(f"- match: {{name: lm_head}}\n  replace: {{class: {name}.Mine}}\n")
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(RuleError, match=f"KT_RULE_MODULES={name}"):
+        plan(model, path, default_device="cpu")
+    monkeypatch.setenv("KT_RULE_MODULES", name)
+    before = list(sys.path)
+    assert plan(model, path, default_device="cpu")["lm_head"].operator.two == 2
+    assert sys.path == before
+    monkeypatch.setenv("KT_RULE_MODULES", "no_such_ops")
+    path.write_text("- match: {name: lm_head}\n  replace: {class: no_such_ops.Mine}\n")
+    with pytest.raises(RuleError, match=rf"No module named 'no_such_ops' \(looked in {tmp_path}/rules, {tmp_path}/here too\)"):
+        plan(model, path, default_device="cpu")
 
 
 class MyLinear(BaseInjectedModule):
