@@ -89,8 +89,10 @@ _BIASES: dict[bool, dict[str, Layout]] = {
     for interleaved, how in ((False, layouts.EXPERT_BIASES), (True, layouts.EXPERT_BIASES_IN_TURN))
 }
 
-IGNORED = re.compile(r"^rope_freqs\.weight$|^rope_factors_(long|short)\.weight$|\.attn_rot_embd$|\.rope_freqs\.weight$")
-"""Tensors that repeat what the config says about RoPE; transformers computes them itself."""
+IGNORED = re.compile(r"(^|^blk\.\d+\.)rope_(freqs|factors_(long|short))\.weight$|\.attn_rot_embd(\.weight)?$")
+"""Tensors about RoPE, which no module has: transformers computes frequencies from the config. What they scale is in the
+config of a lone file (gguf_files/rope.py) and is checked against any other (bind_gguf.py); `attn_rot_embd`, of files of
+2023, are the frequencies that `rope.freq_base` gives."""
 
 _EXCEPTIONS = {
     r"(.+\.)?(e_score_correction_bias|expert_bias)": "exp_probs_b.bias",
