@@ -2,7 +2,7 @@
 
 Written so that llama.cpp finds the keys it needs; keys and their meanings follow
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and llama.cpp's own converter. Most keys are one field of the
-config, told by FIELDS in both directions; what is more than that stands in gguf_families.py.
+config, told by FIELDS in both directions; what is more than that stands in families.py.
 It knows no tensors but their names: some settings are told only by a tensor that is there or is not.
 """
 

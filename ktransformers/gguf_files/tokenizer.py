@@ -2,7 +2,7 @@
 
 The file's own tokenizer.json (`tokenizer.huggingface.json`, which we write) is taken as it is. Files without one, such
 as llama.cpp's, name a vocabulary and how text is split; from these the same tokenizer is built for byte-level BPE
-("gpt2") and for SentencePiece's BPE ("llama"). What a name of a split means stands in gguf_splits.py. Nothing is
+("gpt2") and for SentencePiece's BPE ("llama"). What a name of a split means stands in pretokenizers.py. Nothing is
 guessed: a tokenizer that cannot be built right is an error, as wrong tokens look like a bad model.
 """
 

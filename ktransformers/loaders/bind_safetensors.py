@@ -148,6 +148,3 @@ def _add_stacked(
     if target in binding.sources:
         binding.notes.append(f"{target}: stacked and per expert in the checkpoint")
     binding.sources[target] = Stacked(files, names)
-
-
-# --- GGUF -------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """GGUF's names and layouts, family by family: what the gguf package's name map does not say.
 
-The map turns `model.layers.3.self_attn.q_proj` into `blk.3.attn_q`. Exceptions stand here, once, and are read by the
-loader (names.py) and by the writer (quantize.py). A new family is a row in FAMILIES; what its converter in llama.cpp
-does to tensors on the way is a layout (gguf_layouts.py).
+The map turns `model.layers.3.self_attn.q_proj` into `blk.3.attn_q`. Exceptions are here, once, and are read by the
+loader (bind_gguf.py) and by the writer (gguf_files/write.py). A new family is a row in FAMILIES; what its converter in
+llama.cpp does to tensors on the way is a layout (gguf_layouts.py).
 """
 
 import re

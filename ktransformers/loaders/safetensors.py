@@ -48,7 +48,7 @@ TYPES |= {
     )
 }
 """Every dtype of the format by name and size. On their own F32, F16 and BF16 are computed; what others mean together,
-companions.py says."""
+schemes.py says."""
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict:
