@@ -10,12 +10,15 @@ from ktransformers.errors import KTransformersError, did_you_mean
 
 ISAS = ("portable", "avx2", "avx_vnni", "amx_emulated", "avx512", "avx512_vnni", "avx512_vbmi",
         "avx512_bf16", "amx", "neon_dotprod", "neon_i8mm")  # fmt: skip
-"""Instruction-set levels of the C library, lowest first; KT_ISA may lower the detected one.
+"""Instruction sets of the C library, lowest first, as native/src/isas.h lists them (a test holds the two together: this
+module works where the library is not built). KT_ISA may lower the detected one.
 
 amx_emulated computes AMX's instructions in C: slow, for tests where AMX is missing, never chosen by itself."""
 
 VARIABLES = {
+    "KT_BUILD": "read by `make setup`: host compiles the C library for this machine, all for every machine of its kind",
     "KT_DEBUG": "0 quiet, 1 print the injection plan while loading",
+    "KT_HISTORY": "file that keeps what was typed in kt chat, or off; default: in the user's state folder",
     "KT_HUGE_PAGES": "1 reads checkpoints into huge pages instead of mapping them: faster decoding, slower to open",
     "KT_ISA": f"highest instruction set the C library may use: {', '.join(ISAS)}",
     "KT_NUMA": "CPUs of each NUMA node, such as 0-3,8;4-7; default: what the system reports",
@@ -37,9 +40,28 @@ def _integer(name: str, default: int | None, low: int, high: int) -> int | None:
     return int(text)
 
 
+def build() -> str | None:
+    """KT_BUILD, or None where setup.py, which is what reads it, chooses."""
+    value = os.environ.get("KT_BUILD", "").strip()
+    if value and value not in ("host", "all"):
+        raise KTransformersError(f"KT_BUILD={value!r}: expected host or all. Unset KT_BUILD or correct it.")
+    return value or None
+
+
 def debug() -> int:
     """KT_DEBUG as an integer, 0 when unset."""
     return _integer("KT_DEBUG", 0, 0, 1)
+
+
+def history() -> str:
+    """KT_HISTORY: the path of the file that keeps what was typed in the chat program, or "off"."""
+    given = os.environ.get("KT_HISTORY", "").strip()
+    if given:
+        return "off" if given.lower() in ("off", "0") else os.path.expanduser(given)
+    state = os.environ.get("XDG_STATE_HOME", "")
+    if not os.path.isabs(state):  # the XDG base directory specification ignores relative paths
+        state = os.path.join(os.path.expanduser("~"), ".local", "state")
+    return os.path.join(state, "ktransformers", "chat_history")
 
 
 def threads() -> int | None:

@@ -1,4 +1,4 @@
-"""A transformers folder to a GGUF file: `python -m ktransformers.quantize SRC_FOLDER OUT.gguf --type Q4_K_M`.
+"""A transformers folder to a GGUF file: `kt quantize SOURCE OUT.gguf --type Q4_K_M`.
 
 Reads through the loaders, one tensor at a time, names and lays tensors out as llama.cpp does, and encodes
 them with encode.py. Peak memory is one packed tensor and one expert in fp32. The file appears whole or not at
@@ -6,11 +6,8 @@ all.
 It is not a converter for every model: the families are those of loaders/gguf_names.py.
 """
 
-import argparse
-import json
 import re
 import shutil
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
@@ -23,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ktransformers.errors import KTransformersError, UnsupportedError, WeightError, did_you_mean, join_errors
+from ktransformers.errors import UnsupportedError, WeightError, did_you_mean, join_errors
 from ktransformers.gguf_files.config import add_config
 from ktransformers.gguf_files.tokenizer import add_tokenizer
 from ktransformers.loaders import ModelWeights, bind, gguf_names, open_weights
@@ -254,7 +251,7 @@ def _write_tensors(writer, outputs: list[Output], progress) -> None:
         progress(output)
 
 
-# --- the program ------------------------------------------------------------------------------------------
+# --- the whole ----------------------------------------------------------------------------------------------
 
 
 def quantize_folder(source: Path, out: Path, mix: str = "Q4_K_M", split: int = 0, show: bool = False) -> dict:
@@ -337,41 +334,3 @@ def _progress(outputs: list[Output], show: bool) -> Iterator[Callable[[Output], 
     with Progress() as bar:
         task = bar.add_task("quantizing", total=sum(map(size, outputs)))
         yield lambda output: bar.update(task, advance=size(output))
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns the exit status: 0, or after one line of error 1, or 130 for Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        "ktransformers.gguf_files.write", description="A Hugging Face folder to a GGUF file."
-    )
-    parser.add_argument("source", type=Path, help="folder with config.json and safetensors")
-    parser.add_argument("out", type=Path, help="the file to write, NAME.gguf")
-    parser.add_argument(
-        "--type", default="Q4_K_M", metavar="TYPE", help=f"one of {', '.join(FILE_TYPES)} (Q4_K_M)"
-    )
-    parser.add_argument(
-        "--split", type=int, default=0, metavar="N", help="at most N tensors in a file; 0: one file (0)"
-    )
-    parser.add_argument("--json", action="store_true", help="no progress; one JSON object on stdout")
-    options = parser.parse_args(arguments)
-    try:
-        done = quantize_folder(
-            options.source, options.out, options.type, options.split, show=not options.json
-        )
-    except (KTransformersError, KeyboardInterrupt) as error:
-        stopped = isinstance(error, KeyboardInterrupt)
-        text = "interrupted, nothing was left behind" if stopped else str(error)
-        print(json.dumps({"error": text}) if options.json else f"error: {text}", file=sys.stderr)
-        return 130 if stopped else 1
-    if options.json:
-        print(json.dumps(done))
-        return 0
-    kinds = ", ".join(f"{count} {name}" for name, count in done["types"].items())
-    print(f"wrote {', '.join(done['files'])}: {done['bytes'] / 1e6:.1f} MB, tensors: {kinds}")
-    for notice in done["notices"]:
-        print(f"note: {notice}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

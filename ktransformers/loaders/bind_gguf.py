@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from ktransformers.errors import UnsupportedError
 from ktransformers.loaders import gguf_names
 from ktransformers.loaders.base import WeightFiles
 from ktransformers.loaders.binding import Binding, Shapes, extra_layers
@@ -16,10 +17,17 @@ from ktransformers.loaders.sources import (
     Stacked,
     StackedColumns,
 )
+from ktransformers.models.traits import is_beside_text
 
 
 def bind_gguf(files: WeightFiles, model, shapes: Shapes, binding: Binding) -> None:
     config = model.config
+    if beside := sorted({".".join(name.split(".")[:2]) for name in shapes if is_beside_text(name)}):
+        raise UnsupportedError(
+            f"{files.paths[0]}: a GGUF file holds a language model alone, and {type(model).__name__} also has "
+            f"{', '.join(beside)}. Use the model's safetensors, or build the class of its text alone where there is "
+            "one (AutoModelForCausalLM)."
+        )
     family = gguf_names.family_of(files.metadata.get("general.architecture"), config.model_type)
     binding.notes += _mismatches(files, family.arch, config)
     for notice in _notices(files.metadata, family.arch, config):

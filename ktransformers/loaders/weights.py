@@ -16,8 +16,10 @@ from ktransformers.loaders.sources import (
     Converted,
     ExpertWeights,
     ModelTransposed,
+    RowsInTurn,
     Source,
     StoredTransposed,
+    TransposedRows,
     split_down,
     split_gate_up,
     split_gate_up_bias,
@@ -144,7 +146,7 @@ class ModelWeights:
         """Say why `experts(prefix)` cannot deliver packed rows, or return ``""``."""
         for name in (f"{prefix}.{self._first(prefix)}", f"{prefix}.down_proj"):
             source = self._source(name)
-            exchanged = isinstance(source, (ModelTransposed, StoredTransposed))
+            exchanged = isinstance(source, (ModelTransposed, StoredTransposed)) and type(source) is not TransposedRows
             if isinstance(source, Converted) or exchanged != (name in self._binding.transposed):
                 return f"{name} is stored in another form than its rows, so there are no packed rows of it"
             rows = source.shape[-1 if exchanged else 1] if len(source.shape) == 3 else 1
@@ -168,7 +170,7 @@ class ModelWeights:
         if self.has(name := f"{prefix}.down_proj_bias"):
             down_bias = self.tensor(name, dtype=torch.float32)
         gate, up = split_gate_up(gate_up, interleaved) if first == "gate_up_proj" else (None, split_down(gate_up))
-        copied = isinstance(down, StoredTransposed)
+        copied = isinstance(down, StoredTransposed) or isinstance(gate_up, RowsInTurn)
         return ExpertWeights(gate, up, split_down(down), gate_bias, up_bias, down_bias, copied)
 
     def problems(self, expected: Shapes, ignore_unexpected: Iterable[str] = ()) -> list[str]:

@@ -79,3 +79,16 @@ def checked_output(out: Any, like: torch.Tensor, shape: list[int], name: str) ->
     begin, end = out.data_ptr(), out.data_ptr() + out.nbytes
     if begin < like.data_ptr() + like.nbytes and like.data_ptr() < end:
         raise NativeError(f"{name} (out): found memory shared with the input, expected a tensor of its own.")
+
+
+def check_pinned(tensors: dict[str, torch.Tensor], name: str) -> None:
+    """Where there is a CUDA device, tensors (by role) that a stream copies must be in pinned memory: copies from and to
+    any other are synchronous, and cannot be captured in a graph."""
+    if not torch.cuda.is_available():
+        return
+    pageable = [role for role, tensor in tensors.items() if not tensor.is_pinned()]
+    if pageable:
+        raise NativeError(
+            f"{name} ({', '.join(pageable)}): found memory that is not pinned, expected pinned memory, which a CUDA "
+            "stream copies asynchronously. Make the tensors with pin_memory=True, or call .pin_memory()."
+        )

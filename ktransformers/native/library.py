@@ -113,6 +113,16 @@ def isas() -> list[str]:
     return loaded().isas()
 
 
+def isa_needs() -> dict[str, tuple[str, ...]]:
+    """Every instruction set that the library knows, lowest first -> the features of the processor that it needs."""
+    state = loaded()
+    lib, names = state.lib, list(cpu_features())
+    return {
+        state.text(lib.kt_isa_name(i)): tuple(n for bit, n in enumerate(names) if lib.kt_isa_needs(i) >> bit & 1)
+        for i in range(lib.kt_isa_count())
+    }
+
+
 def isa() -> str:
     """The instruction set in use."""
     state = loaded()
@@ -193,7 +203,7 @@ def bench_peak(kind: str, iterations: int) -> float:
 
 
 class Pool:
-    """Threads beside the module's own, to give a queue its share of the machine. They start with the first call."""
+    """Threads other than the module's own, to give a queue its share of the machine. They start with the first call."""
 
     def __init__(self, threads: int | None = None, pin: bool | None = None, numa: str | None = None) -> None:
         """`threads`, the calling one included; `pin` and `numa` as KT_PIN and KT_NUMA say. None: as the variables say,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ktransformers.errors import NativeError
-from ktransformers.native.checks import DTYPES, checked_input, checked_output, whole_number
+from ktransformers.native.checks import DTYPES, check_pinned, checked_input, checked_output, whole_number
 from ktransformers.native.experts import Experts
 from ktransformers.native.library import Pool, State, pooled
 from ktransformers.native.linear import Linear
@@ -33,7 +33,7 @@ class _Submitted:
 class Queue:
     """Calls that a thread of the queue's own computes in order, while Python goes on or a GPU works.
 
-    Thread-safe. `close`, or the end of the object, waits for the call being computed and drops those behind it.
+    Thread-safe. `close`, or the end of the object, waits for the call being computed and drops those after it.
     """
 
     def __init__(self, pool: Pool | None = None) -> None:
@@ -50,8 +50,8 @@ class Queue:
             submitted.clear()  # not before: the library may have been reading them
             _ = handle  # the pool ends after the queue
 
-        self._state, self._submitted = state, submitted
-        self._queue = state.ffi.gc(out[0], destroy)
+        self._state, self._submitted, self._closed = state, submitted, False
+        self._queue = state.ffi.gc(out[0], destroy)  # threads inside calls and host functions hold it as well
 
     def submit(
         self, experts: Experts, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, out: torch.Tensor
@@ -86,7 +86,8 @@ class Queue:
         self, experts: Experts, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, out: torch.Tensor
     ) -> HostCall:
         """`submit` as a host function that may run many times. It reads these very tensors each time, so all must be
-        contiguous on the cpu, ids int64 and weights float32."""
+        contiguous on the cpu, ids int64 and weights float32; where there is a CUDA device also pinned, as a stream's
+        copies from and to other memory are not asynchronous."""
         name, call, keep = self._experts_call(experts, hidden, ids, weights, out)
         for role, mine, read in (("hidden", hidden, keep[1]), ("ids", ids, keep[2]), ("weights", weights, keep[3])):
             if mine.data_ptr() != read.data_ptr():
@@ -94,22 +95,26 @@ class Queue:
                     f"{name} ({role}): found {mine.dtype} on {mine.device}, contiguous={mine.is_contiguous()}; "
                     f"expected {read.dtype}, contiguous, on the cpu: a host function reads it each time it runs."
                 )
-        return HostCall(self._state.ffi.addressof(self._state.lib, "kt_submit_host"), call, (self, keep), self._state)
+        check_pinned({"hidden": hidden, "ids": ids, "weights": weights, "out": out}, name)
+        keep = (self._queue, keep)
+        return HostCall(self._state.ffi.addressof(self._state.lib, "kt_submit_host"), call, keep, self._state)
 
     def host_sync(self, allow_pending: int = 0) -> HostCall:
         """`sync` as a host function. What failed is raised by the next `sync`."""
         whole_number(allow_pending, 0, 2**62, "Queue.host_sync (allow_pending)")
         wait = self._state.ffi.new("kt_wait *", {"queue": self._open(), "allow_pending": allow_pending})
-        return HostCall(self._state.ffi.addressof(self._state.lib, "kt_sync_host"), wait, self, self._state)
+        return HostCall(self._state.ffi.addressof(self._state.lib, "kt_sync_host"), wait, self._queue, self._state)
 
     def close(self) -> None:
-        """End the queue now. Calling it twice is fine; any other use of a closed queue raises NativeError."""
-        if self._queue is not None:
-            queue, self._queue = self._queue, None
-            self._state.ffi.release(queue)
+        """End the queue now. A `sync` under way in another thread raises NativeError if calls it waits for are dropped.
+
+        Calling it twice is fine; any other use of a closed queue raises NativeError, and host functions do nothing."""
+        self._closed = True
+        self._state.lib.kt_queue_close(self._queue)
+        self._submitted.clear()
 
     def _open(self) -> Any:
-        if self._queue is None:
+        if self._closed:
             raise NativeError("Queue: found it closed, expected an open one. Make a new Queue.")
         return self._queue
 
@@ -118,7 +123,7 @@ class Queue:
         self._submitted[entry] = None  # first, so that Ctrl-C at any moment leaves the tensors alive
         status = self._state.lib.kt_submit(call, number)
         if status:
-            del self._submitted[entry]
+            self._submitted.pop(entry, None)
         self._state.check(status, name)
         entry.number = number[0]
 

@@ -23,7 +23,7 @@ SUPPORTED_TYPES = frozenset(
 """Block formats with C kernels (with SCALED_TYPES the rows of traits.c; a test holds them together)."""
 
 SCALED_TYPES = frozenset(["F8_E4M3", "F4_E2M1", "I8", "U8", "I4", "GPTQ4", "GPTQ8", "AWQ4"])
-"""Types with C kernels whose scales lie beside the codes (ktransformers.quants.scaled)."""
+"""Types with C kernels with separate scales (ktransformers.quants.scaled)."""
 
 SCALES = {"F32": 0, "F16": 1, "BF16": 2, "E8M0": 3, "E4M3": 4}
 """Names of kt_scale; a test holds them to the header."""
@@ -59,7 +59,7 @@ def fill_weight(state: State, weight: Packed, subject: str, keep: list[Any], int
 
 
 def _scaled_weight(state: State, weight: ScaledWeight, subject: str, keep: list[Any], into: Any) -> Any:
-    """The same for a weight whose scales lie beside its codes. C checks the sizes; here only that memory is memory."""
+    """The same for a weight with separate scales. C checks the sizes; here only that memory is memory."""
     name, cast = weight.type.name, state.ffi.cast
     if name not in state.type_ids or weight.scale_type not in SCALES or len(weight.shape) != 2:
         raise UnsupportedError(

@@ -1,7 +1,8 @@
 /* kt_native.h: the whole C API of the KTransformers CPU library.
  *
  * What it computes: y = x @ W^T (kt_linear) and routed experts (kt_experts_*), where W is read from the
- * bytes of a published checkpoint as they lie on disk (GGUF block formats and plain floats).
+ * bytes of a published checkpoint as they lie on disk: plain floats, GGUF's block formats, and safetensors' FP8, FP4
+ * and integers with separate scales (compressed-tensors, GPTQ, AWQ).
  * What it never does: print, exit, raise a signal, or keep a copy of a weight.
  *
  * Letters: T tokens, H hidden size, I expert intermediate size, E experts, K experts per token,
@@ -19,14 +20,14 @@
  *
  * Numerics (met by portable C, equalled by every other instruction set up to fp32 summation order)
  *  - Float weights (F32, F16, BF16): products and sums in fp32 against the activations in fp32. One exception:
- *    with avx512_bf16 and amx, BF16 weights meeting BF16 activations use a bf16 multiplier. It takes kt_linear's
- *    and the experts' inputs as they are; the experts' intermediates are rounded to bf16 (nearest even) before
- *    down. F32 and F16 activations are never rounded to bf16. F8_E4M3 weights use that multiplier too, on those sets for any
- *    number of tokens and with any activations, which are rounded to bf16; its sums are fp32.
+ *    with avx512_bf16, amx and neon_i8mm, BF16 weights meeting BF16 activations use a bf16 multiplier. It takes
+ *    kt_linear's and the experts' inputs as they are; the experts' intermediates are rounded to bf16 (nearest even)
+ * before    down. F32 and F16 activations are never rounded to bf16. F8_E4M3 weights use that multiplier too, on
+ * those sets    for any number of tokens and with any activations, which are rounded to bf16; its sums are fp32.
  *  - Quantized weights: each 32 activations become int8 codes with one fp32 scale. They are rounded to nearest even so
  *    that the largest becomes 127, and again so that it becomes 126; the scale of either is the least squares fit, and
- *    the better of the two stays. Dot products inside a group are exact int32; groups are added in fp32. With a weight written as
- *    w = s*(u - z) - m (u the unsigned code, z the format's constant) a group adds
+ *    the better of the two stays. Dot products inside a group are exact int32; groups are added in fp32. With a
+ *    weight written as w = s*(u - z) - m (u the unsigned code, z the format's constant) a group adds
  *    s_a * (s*(sum u*a - z*sum a) - m*sum a).
  *  - A token whose activations, given or intermediate, hold an infinity or a NaN is computed in fp32 throughout, so
  *    that these go where IEEE arithmetic takes them; other tokens keep their bits.
@@ -53,10 +54,11 @@ typedef enum kt_status {
     KT_ERR_MEMORY = 8,      /* out of memory */
     KT_ERR_THREADS = 9,     /* thread count out of range, or threads cannot be started */
     KT_ERR_ISA = 10,        /* instruction set unknown, not built, or not on this machine */
-    KT_ERR_SCALES = 11      /* scales, zero points or column order beside the codes do not fit the type */
+    KT_ERR_SCALES = 11,     /* separate scales, zero points or column order do not fit the type */
+    KT_ERR_CLOSED = 12      /* the queue was closed before the calls were computed */
 } kt_status;
 
-/* Weight types: the ids of the GGUF file format; from 1000 on, types whose scales lie beside the codes. */
+/* Weight types: the ids of the GGUF file format; from 1000 on, types with separate scales. */
 typedef enum kt_type {
     KT_TYPE_F32 = 0,
     KT_TYPE_F16 = 1,
@@ -94,7 +96,7 @@ typedef enum kt_type {
     KT_TYPE_U8 = 1007       /* code - 128 (compressed-tensors) */
 } kt_type;
 
-/* Types of the scales beside the codes. */
+/* Types of separate scales. */
 typedef enum kt_scale {
     KT_SCALE_F32 = 0, KT_SCALE_F16 = 1, KT_SCALE_BF16 = 2,
     KT_SCALE_E8M0 = 3, /* 2^(code - 127) */
@@ -124,8 +126,8 @@ typedef struct kt_glu {
 typedef enum kt_peak { KT_PEAK_INT8 = 0, KT_PEAK_BF16 = 1, KT_PEAK_F32 = 2 } kt_peak;
 
 /* A packed weight matrix [rows, cols]. Dense (stride 0): `bytes` is exactly what rows, cols and type need. Otherwise
- * a row starts `stride` bytes after the one before, and `bytes` reaches at least to the end of the last.
- * A "line" below is a row; of the types GPTQ and AWQ, whose memory runs along rows, one index of packed columns.
+ * a row starts `stride` bytes after the one before, and `bytes` reaches at least to the end of the last. GPTQ and AWQ
+ * are stored by columns: a stored row holds one index of packed columns, of all rows of the matrix.
  *
  * The fields from `scales` on are read for types from 1000 on only. Weight [r, c] meets the scale
  * [r / scale_rows, c / scale_cols] (GPTQ, AWQ: scales are [cols / scale_cols, rows]); scale_cols is a multiple of 16
@@ -170,6 +172,9 @@ const char *kt_isa_name(int index);
 int kt_isa_usable(int index);
 int kt_isa_active(void);
 int kt_isa_force(const char *name);
+
+/* The processor features that a set needs, one bit each. */
+uint32_t kt_isa_needs(int index);
 
 /* Processor features that the operating system enables too, one bit each. */
 uint32_t kt_cpu_features(void);
@@ -226,7 +231,12 @@ typedef struct kt_wait {
 
 int kt_queue_create(kt_pool *pool, kt_queue **queue);
 
-/* Ends with the call that is being computed; those still waiting are dropped. Before the pool's end. */
+/* Ends with the call that is being computed; those still waiting are dropped. Whoever waits in kt_sync or
+ * kt_sync_host is woken (KT_ERR_CLOSED where what they waited for was dropped) and has left when this returns. From
+ * then on kt_submit fails with KT_ERR_CLOSED, and so does kt_sync while calls are missing. Closing twice is fine. */
+void kt_queue_close(kt_queue *queue);
+
+/* kt_queue_close, and the end of the queue: no other call on it may begin. Before the pool's end. */
 void kt_queue_destroy(kt_queue *queue);
 
 /* Append a call. Copies *call and *call->weight; what they point to must stay until the call is done. `number`, if not

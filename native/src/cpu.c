@@ -30,20 +30,21 @@ static uint64_t xgetbv(void) {
 }
 
 uint32_t kt_cpu_detect(void) {
-    uint32_t a, b, c, d, a1, b1, c1, found = 0;
-    if (!__get_cpuid(1, &a, &b, &c1, &d)) return 0;
-    if (!(c1 & 1u << 27)) return 0; /* OSXSAVE: xgetbv exists */
+    uint32_t a, b, c, d, found = 0;
+    uint32_t basic_c, more_a, ignored; /* of leaf 1, and of the second part of leaf 7 */
+    if (!__get_cpuid(1, &ignored, &ignored, &basic_c, &ignored)) return 0;
+    if (!(basic_c & 1u << 27)) return 0; /* OSXSAVE: xgetbv exists */
     uint64_t saved = xgetbv();
     if ((saved & 0x06) != 0x06) return 0;         /* XMM and YMM */
     int zmm = (saved & 0xe6) == 0xe6;             /* and mask registers and both halves of ZMM */
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
     uint32_t max_subleaf = a;
     if (b & 1u << 5) found |= 1u << KT_CPU_AVX2;
-    if (c1 & 1u << 12) found |= 1u << KT_CPU_FMA;
-    if (c1 & 1u << 29) found |= 1u << KT_CPU_F16C;
-    if (max_subleaf >= 1 && __get_cpuid_count(7, 1, &a1, &b1, &c1, &d)) {
-        if (a1 & 1u << 4) found |= 1u << KT_CPU_AVXVNNI;
-        if (zmm && a1 & 1u << 5) found |= 1u << KT_CPU_AVX512BF16;
+    if (basic_c & 1u << 12) found |= 1u << KT_CPU_FMA;
+    if (basic_c & 1u << 29) found |= 1u << KT_CPU_F16C;
+    if (max_subleaf >= 1 && __get_cpuid_count(7, 1, &more_a, &ignored, &ignored, &ignored)) {
+        if (more_a & 1u << 4) found |= 1u << KT_CPU_AVXVNNI;
+        if (zmm && more_a & 1u << 5) found |= 1u << KT_CPU_AVX512BF16;
     }
     if (!zmm) return found;
     if (b & 1u << 16) found |= 1u << KT_CPU_AVX512F;

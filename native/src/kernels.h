@@ -14,13 +14,14 @@
 
 #include "../include/kt_native.h"
 #include "formats/traits.h"
+#include "isas.h"
 
 #define KT_TILE 16          /* weight rows interleaved in a panel tile */
-#define KT_BLOCK_ROWS 128   /* weight rows of a panel and of a job. Measured beside 64 on Zen 4: prefill 2 to 6 % faster */
-#define KT_SHARD_ROWS 64    /* NUMA nodes' shares of a matrix are multiples of it: two nodes halve 1408 rows, not 128 by 128 */
+#define KT_BLOCK_ROWS 128   /* weight rows of a panel and of a job. Prefill is 2 to 6 % faster than with 64 (Zen 4) */
+#define KT_SHARD_ROWS 64    /* NUMA nodes' shares of a matrix are multiples of it, so that two nodes halve 1408 rows */
 #define KT_DOT_ROWS 128     /* weight rows of a decode kernel's call: what rearranging activations is spread over */
 #define KT_DOT_TOKENS 4     /* tokens of it, at most */
-#define KT_SCALES_AHEAD 16  /* lines of scales beside the codes that are fetched before they are needed */
+#define KT_SCALES_AHEAD 16  /* rows of separate scales that are fetched before they are needed */
 #define KT_ACT_GROUP 32     /* activations that share an int8 scale */
 #define KT_PANEL_BYTES 2048 /* bytes of a panel row: 2048 codes, 1024 bf16 or 512 floats. 128 rows take 256 KiB of L2 */
 #define KT_CACHE_BYTES 512  /* of them, what a GEMM takes at once: two tiles are 16 KiB and stay in L1 for all tokens */
@@ -56,11 +57,11 @@ struct kt_matrix {
     enum kt_kind kind;
     int64_t rows, cols;
     const uint8_t *data;
-    size_t stride; /* bytes from a row to the next; traits->by_column: from one line of all rows to the next */
+    size_t stride; /* bytes from a row to the next; of a type by columns: from a stored row to the next */
 
-    /* Types whose scales lie beside the codes (traits->beside). One scale for scale_rows x scale_cols weights. */
+    /* Types with separate scales (traits->scales_separate). One scale for scale_rows x scale_cols weights. */
     const uint8_t *scales;
-    size_t scale_stride; /* bytes from a line of scales to the next */
+    size_t scale_stride; /* bytes from a stored row of scales to the next */
     int scale_type;
     int64_t scale_rows, scale_cols;
     const uint8_t *zeros; /* packed zero points, as many as scales; NULL: the format's own */
@@ -71,33 +72,6 @@ struct kt_matrix {
     int group, min_group; /* columns of a panel that share a scale, a min (0: there are none) */
     int zero;             /* Q8 kind: z */
 };
-
-/* Bytes of a scale, 0 for an unknown type. */
-static inline size_t kt_scale_size(int type) {
-    switch (type) {
-    case KT_SCALE_F32: return 4;
-    case KT_SCALE_F16:
-    case KT_SCALE_BF16: return 2;
-    case KT_SCALE_E8M0:
-    case KT_SCALE_E4M3: return 1;
-    }
-    return 0;
-}
-
-/* Zero points in a dword, 0 for a type that has none. */
-static inline int kt_zeros_per_dword(int format) {
-    switch (format) {
-    case KT_FMT_I4:
-    case KT_FMT_GPTQ4:
-    case KT_FMT_AWQ4: return 8;
-    case KT_FMT_U8:
-    case KT_FMT_GPTQ8: return 4;
-    default: return 0;
-    }
-}
-
-/* The nibble of an AWQ dword that holds row 0, 1, ... of its eight. */
-static const uint8_t kt_awq_nibble[8] = {0, 4, 1, 5, 2, 6, 3, 7};
 
 /* Where the next weights lie: lines of memory that a GEMM fetches while it computes. Empty when rows is 0. */
 struct kt_ahead {
@@ -117,7 +91,11 @@ static inline void kt_ahead_spread(struct kt_ahead *a, int64_t steps) {
 static inline void kt_ahead_step(struct kt_ahead *a) {
     for (int i = 0; i < a->step && a->rows; i++) {
         __builtin_prefetch(a->row + a->at, 0, 2);
-        if ((a->at += 64) >= a->bytes) a->at = 0, a->row += a->stride, a->rows--;
+        a->at += 64;
+        if (a->at < a->bytes) continue;
+        a->at = 0;
+        a->row += a->stride;
+        a->rows--;
     }
 }
 
@@ -131,7 +109,7 @@ struct kt_panel {
     const uint32_t *data; /* 64-byte aligned; a tile has k rounded up to its dwords, times 16 */
     int group, min_group; /* columns that share a scale (0: no scales), a min (0: no mins) */
     int zero;             /* Q8 kind: z */
-    int reach;            /* Q8 kind: the largest |u - z| */
+    int max_abs;          /* Q8 kind: the largest |u - z| */
     const float *scales;  /* per tile [k / group][16]: s */
     const float *mins;    /* per tile [k / min_group][16]: m, or NULL */
     struct kt_ahead *ahead;
@@ -143,11 +121,11 @@ struct kt_tile {
     float *scales, *mins;
 };
 
-/* out[i * ldc + r] = dot(row first + r of w, a[i]) for r < rows <= KT_DOT_ROWS, i < tokens <= KT_DOT_TOKENS. `ahead`: bytes
- * from a weight to what is worth fetching meanwhile, modulo the size of memory; of a type by columns, from this call's part
- * of a line to the next call's. */
-typedef void (*kt_dot_fn)(const struct kt_matrix *w, int64_t first, int rows, const struct kt_act *a, int tokens, size_t ahead,
-                          float *out, int64_t ldc);
+/* out[i * ldc + r] = dot(row first + r of w, a[i]) for r < rows <= KT_DOT_ROWS, i < tokens <= KT_DOT_TOKENS. `ahead`:
+ * bytes from a weight to what is worth fetching meanwhile, modulo the size of memory; of a type by columns, from this
+ * call's part of a stored row to the next call's. */
+typedef void (*kt_dot_fn)(const struct kt_matrix *w, int64_t first, int rows, const struct kt_act *a, int tokens,
+                          size_t ahead, float *out, int64_t ldc);
 
 /* Unpack n columns of one row from its block at `w` (n a multiple of the block, or anything for floats).
  * Q8 kind: data = n unsigned codes, scales [n / group], mins [n / min_group] (if the format has them).
@@ -155,8 +133,9 @@ typedef void (*kt_dot_fn)(const struct kt_matrix *w, int64_t first, int rows, co
 typedef void (*kt_unpack_fn)(const uint8_t *w, int64_t n, void *data, float *scales, float *mins);
 
 /* Unpack columns k0 .. k0 + n of rows first .. first + 15, all of them there, straight into a tile. Of types with
- * scales beside the codes only the codes. */
-typedef void (*kt_unpack_tile_fn)(const struct kt_matrix *w, int64_t first, int64_t k0, int64_t n, const struct kt_tile *out);
+ * separate scales only the codes. */
+typedef void (*kt_unpack_tile_fn)(const struct kt_matrix *w, int64_t first, int64_t k0, int64_t n,
+                                  const struct kt_tile *out);
 
 /* c[i, r] (+)= panel row r . activations of token[i], columns from k0 on; ldc floats between tokens.
  * c has room for tiles*16 rows. `add` 0 overwrites. */
@@ -166,7 +145,7 @@ typedef void (*kt_gemm_fn)(const struct kt_panel *p, const struct kt_acts *a, co
 struct kt_kernels {
     const char *name;
     kt_dot_fn dot[KT_FORMATS];          /* NULL: decode goes through tiles as well */
-    int tiles_from[KT_FORMATS];         /* tokens from which tiles beat dot; 0: as one pass a token has it, see matmul.c */
+    int tiles_from[KT_FORMATS];         /* tokens from which tiles beat dot, see matmul/thresholds.c */
     int dot_bf16;                       /* dot of BF16 and F8_E4M3 meets bf16 activations where it is given them */
     kt_unpack_fn unpack[KT_FORMATS];    /* NULL: a type by columns, which has a tile function */
     kt_unpack_tile_fn tile[KT_FORMATS]; /* NULL: unpack and interleave */
@@ -179,9 +158,10 @@ struct kt_kernels {
 
     /* scales [count][16] (times w->scale) of rows first .. first + rows, rows <= 16, in groups from .. from + count of
      * scale_cols columns; 0 past `rows`. zeros, if not NULL: their packed zero points likewise. */
-    void (*beside)(const struct kt_matrix *w, int64_t first, int rows, int64_t from, int64_t count, float *scales, float *zeros);
+    void (*read_scales)(const struct kt_matrix *w, int64_t first, int rows, int64_t from, int64_t count, float *scales,
+                        float *zeros);
 
-    /* v[k][16] *= scales[k / group][16], k < n: an fp32 tile meets the scales that lie beside its codes. */
+    /* v[k][16] *= scales[k / group][16], k < n: an fp32 tile meets its separate scales. */
     void (*scale_tile)(float *v, int64_t n, int group, const float *scales);
 
     /* Quantize n (a multiple of 32) activations; see kt_native.h for the rule. Same bits on every ISA. */
@@ -203,28 +183,10 @@ struct kt_kernels {
     double (*peak)(int kind, int64_t iterations);
 };
 
-/* Each src/<isa>/<part>.c fills its slots. */
-#define KT_DECLARE_ISA(isa)                            \
-    void kt_fill_dot_##isa(struct kt_kernels *k);      \
-    void kt_fill_unpack_##isa(struct kt_kernels *k);   \
-    void kt_fill_gemm_##isa(struct kt_kernels *k);     \
-    void kt_fill_gemm_f32_##isa(struct kt_kernels *k); \
-    void kt_fill_dot_float_##isa(struct kt_kernels *k); \
-    void kt_fill_tile_float_##isa(struct kt_kernels *k); \
-    void kt_fill_iq_dot_##isa(struct kt_kernels *k);   \
-    void kt_fill_iq_tile_##isa(struct kt_kernels *k);  \
-    void kt_fill_act_##isa(struct kt_kernels *k);
-KT_DECLARE_ISA(portable)
-KT_DECLARE_ISA(avx2)
-KT_DECLARE_ISA(avx_vnni)
-KT_DECLARE_ISA(avx512)
-KT_DECLARE_ISA(avx512_vnni)
-KT_DECLARE_ISA(avx512_vbmi)
-KT_DECLARE_ISA(avx512_bf16)
-KT_DECLARE_ISA(amx)
-KT_DECLARE_ISA(amx_emulated)
-KT_DECLARE_ISA(neon_dotprod)
-KT_DECLARE_ISA(neon_i8mm)
+/* Each src/<isa>/<part>.c fills its slots by kt_fill_<part>_<isa>: those that isas.h lists. */
+#define KT_DECLARE_FILL(isa, part) void kt_fill_##part##_##isa(struct kt_kernels *k);
+#define KT_DECLARE_ISA(isa, upper, base, need) KT_PARTS_##isa(KT_DECLARE_FILL)
+KT_ISAS(KT_DECLARE_ISA)
 
 #define KT_JOIN2(a, b) a##b
 #define KT_JOIN(a, b) KT_JOIN2(a, b)

@@ -13,7 +13,8 @@ const char *kt_status_message(int status) {
     case KT_ERR_MEMORY: return "out of memory";
     case KT_ERR_THREADS: return "thread count out of range, or threads cannot be started";
     case KT_ERR_ISA: return "instruction set unknown, not built, or not available on this machine";
-    case KT_ERR_SCALES: return "scales, zero points or column order beside the codes do not fit the weight type";
+    case KT_ERR_SCALES: return "separate scales, zero points or column order do not fit the weight type";
+    case KT_ERR_CLOSED: return "the queue was closed before it was done";
     }
     return "unknown status";
 }

@@ -119,7 +119,7 @@ static kt_weight valid(int64_t rows, int64_t cols) {
         w.bytes = (size_t)(rows - 1) * (size_t)w.stride + line + (size_t)below(3);
     }
     w.data = random_bytes(w.bytes, 1);
-    if (!t->beside) return w;
+    if (!t->scales_separate) return w;
 
     w.scale_type = (int32_t)below(5);
     w.scale_rows = t->by_column || chance(2) ? 1 : PICK(16, 128, rows);
@@ -241,10 +241,12 @@ static void two_outputs(uint8_t *out[2], size_t bytes, int dtype) {
 static void linear_case(void) {
     const kt_weight w = truthful(random_size(), random_size());
     const int dtype = (int)PICK(0, 1, 2, 0, 1, 2, 3, -1);
-    const int64_t tokens = chance(20) ? PICK(-1, INT64_MIN, INT64_MAX, ((int64_t)1 << 30) + 1) : PICK(0, 1, 1, 2, 3, 5, 17, 40);
+    const int64_t tokens =
+        chance(20) ? PICK(-1, INT64_MIN, INT64_MAX, ((int64_t)1 << 30) + 1) : PICK(0, 1, 1, 2, 3, 5, 17, 40);
     /* Who has more than this must be refused: then nothing may touch the buffers, which are empty. */
     const int sane = tokens >= 0 && tokens <= 40 && w.rows > 0 && w.cols > 0 && w.rows < 1 << 16 && w.cols < 1 << 16;
-    const size_t in = sane ? (size_t)(tokens * w.cols) : 0, bytes = sane ? (size_t)(tokens * w.rows) * size_of(dtype) : 0;
+    const size_t in = sane ? (size_t)(tokens * w.cols) : 0,
+                 bytes = sane ? (size_t)(tokens * w.rows) * size_of(dtype) : 0;
     const void *x = chance(30) ? NULL : random_input(dtype, (int64_t)in);
     const float *bias = chance(2) || !sane ? NULL : random_floats(w.rows);
     uint8_t *out[2];

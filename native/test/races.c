@@ -6,6 +6,7 @@
 #define _GNU_SOURCE
 #endif
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -197,12 +198,68 @@ static void queue_errors(struct layer *l) {
     check(kt_sync(l->queue, 5, &failed) == KT_ERR_SHAPE && failed > numbers[3], "a host function's failure is kept");
 }
 
+/* ---- the end of a queue while others wait ------------------------------------------------------------- */
+
+enum { WAITERS = 4 };
+
+struct waiter {
+    kt_queue *queue;
+    int host; /* waits as a CUDA stream does */
+    int status;
+};
+
+static void *wait_for_all(void *arg) {
+    struct waiter *w = arg;
+    kt_wait wait = {w->queue, 0};
+    if (w->host) kt_sync_host(&wait);
+    else w->status = kt_sync(w->queue, 0, NULL);
+    return NULL;
+}
+
+/* Calls are submitted until the queue is closed. */
+static void *submit_for_ever(void *arg) {
+    struct layer *l = arg;
+    static float out[ROWS]; /* written by one thread, the queue's */
+    kt_call call = call_of(l, out);
+    while (kt_submit(&call, NULL) == KT_OK) sched_yield();
+    return NULL;
+}
+
+/* Everybody leaves, with KT_ERR_CLOSED where calls were dropped; whoever comes later finds the queue closed. */
+static void closing(void) {
+    kt_pool *pool = new_pool(2, NULL);
+    kt_queue *queue;
+    struct layer l;
+    struct waiter w[WAITERS];
+    pthread_t id[WAITERS], submitter;
+    check(kt_queue_create(pool, &queue) == KT_OK, "queue");
+    init_layer(&l, queue);
+    pthread_create(&submitter, NULL, submit_for_ever, &l);
+    usleep(500);
+    for (int i = 0; i < WAITERS; i++) {
+        w[i] = (struct waiter){queue, i % 2, KT_OK};
+        pthread_create(&id[i], NULL, wait_for_all, &w[i]);
+    }
+    usleep(500);
+    kt_queue_close(queue);
+    kt_queue_close(queue);
+    kt_queue_close(NULL);
+    for (int i = 0; i < WAITERS; i++) pthread_join(id[i], NULL);
+    pthread_join(submitter, NULL);
+    for (int i = 0; i < WAITERS; i++) check(w[i].status == KT_OK || w[i].status == KT_ERR_CLOSED, "woken");
+    kt_call call = {.queue = queue};
+    check(kt_submit(&call, NULL) == KT_ERR_CLOSED, "closed to calls");
+    kt_queue_destroy(queue);
+    kt_pool_destroy(pool);
+}
+
 static void queues(void) {
     kt_pool *pool[2] = {new_pool(3, NULL), new_pool(2, "0;1")};
     kt_queue *queue[3], *none;
     struct layer l[3];
     pthread_t id[6];
-    check(kt_queue_create(NULL, &none) == KT_ERR_NULL && !none && kt_queue_create(pool[0], NULL) == KT_ERR_NULL, "null");
+    check(kt_queue_create(NULL, &none) == KT_ERR_NULL && !none && kt_queue_create(pool[0], NULL) == KT_ERR_NULL,
+          "null");
     for (int i = 0; i < 3; i++) {
         check(kt_queue_create(pool[i % 2], &queue[i]) == KT_OK, "queue");
         init_layer(&l[i], queue[i]);
@@ -304,7 +361,7 @@ int main(int argc, char **argv) {
         cost();
         return 0;
     }
-    for (int i = 0; i < 20; i++) pools(), queues();
+    for (int i = 0; i < 20; i++) pools(), queues(), closing();
     fprintf(stderr, failures ? "%d failures\n" : "pools and queues: no failures\n", (int)failures);
     return failures != 0;
 }

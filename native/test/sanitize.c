@@ -47,12 +47,12 @@ static const struct {
     {KT_TYPE_MXFP4, 1, {0}, 0xff, 0x78},   {KT_TYPE_NVFP4, 4, {0, 1, 2, 3}, 0x78, 0x08},
 };
 
-/* Types with scales beside the codes: how those are stored, what shares one, and whether there are zero points. */
-static const struct beside {
+/* Types with separate scales: how those are stored, what shares one, and whether there are zero points. */
+static const struct separate {
     int type, scale_type;
     int64_t scale_rows, scale_cols;
     int zeros;
-} besides[] = {
+} separates[] = {
     {KT_TYPE_F8_E4M3, KT_SCALE_F32, 128, 128, 0}, {KT_TYPE_F8_E4M3, KT_SCALE_E8M0, 1, 32, 0},
     {KT_TYPE_F4_E2M1, KT_SCALE_E4M3, 1, 16, 0},   {KT_TYPE_F4_E2M1, KT_SCALE_E8M0, 1, 32, 0},
     {KT_TYPE_I8, KT_SCALE_F32, 1, 1 << 20, 0},    {KT_TYPE_I8, KT_SCALE_BF16, 1, 16, 0},
@@ -61,9 +61,14 @@ static const struct beside {
     {KT_TYPE_GPTQ8, KT_SCALE_F16, 1, 64, 0},      {KT_TYPE_GPTQ8, KT_SCALE_F16, 1, 128, 1},
     {KT_TYPE_AWQ4, KT_SCALE_F16, 1, 128, 1},
 };
-enum { BLOCKS = sizeof blocks / sizeof blocks[0], FORMATS = BLOCKS + sizeof besides / sizeof besides[0], Q8_0 = 7, THREADS = 3 };
+enum {
+    BLOCKS = sizeof blocks / sizeof blocks[0],
+    FORMATS = BLOCKS + sizeof separates / sizeof separates[0],
+    Q8_0 = 7,
+    THREADS = 3
+};
 
-static int type_of(int format) { return format < BLOCKS ? blocks[format].type : besides[format - BLOCKS].type; }
+static int type_of(int format) { return format < BLOCKS ? blocks[format].type : separates[format - BLOCKS].type; }
 
 /* A weight whose bytes end where the allocation ends and start at an odd address; so do its scales and zero points. */
 struct weight {
@@ -84,7 +89,7 @@ static void set_bits(uint8_t *p, size_t n, size_t at, size_t size, uint8_t bits,
 
 static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-static void add_scales(const struct beside *f, struct weight *m) {
+static void add_scales(const struct separate *f, struct weight *m) {
     static const struct {
         size_t size;
         uint8_t bits, value;
@@ -111,11 +116,12 @@ static struct weight make(int format, int64_t rows, int64_t cols) {
     struct weight m = {.room = random_bytes(bytes), .w = {.type = type, .rows = rows, .cols = cols, .bytes = bytes}};
     m.w.data = m.room + 1;
     if (format >= BLOCKS) {
-        add_scales(&besides[format - BLOCKS], &m);
+        add_scales(&separates[format - BLOCKS], &m);
         return m;
     }
     for (int j = 0; j < blocks[format].count; j++)
-        set_bits(m.room + 1, bytes, (size_t)blocks[format].at[j], (size_t)size, blocks[format].bits, blocks[format].value);
+        set_bits(m.room + 1, bytes, (size_t)blocks[format].at[j], (size_t)size, blocks[format].bits,
+                 blocks[format].value);
     return m;
 }
 
@@ -193,8 +199,8 @@ static void linear_case(kt_pool *pool, int format, int64_t rows, int64_t cols, i
         double d = difference(found, expected, n);
         if (!(d < bound)) {
             failures++;
-            fprintf(stderr, "FAILED: linear %s [%ld, %ld] T=%ld %s threshold=%d: %g\n", kt_type_name(m.w.type), (long)rows,
-                    (long)cols, (long)tokens, kt_isa_name(isa), threshold, d);
+            fprintf(stderr, "FAILED: linear %s [%ld, %ld] T=%ld %s threshold=%d: %g\n", kt_type_name(m.w.type),
+                    (long)rows, (long)cols, (long)tokens, kt_isa_name(isa), threshold, d);
         }
     }
     drop(&m), free(x), free(h), free(bias), free(expected), free(found);
@@ -250,7 +256,8 @@ static int moe_run(const struct moe *m, kt_pool *pool, float *out) {
     return kt_experts_forward(m->experts, pool, m->x, KT_F32, m->tokens, m->ids, K, m->weights, out);
 }
 
-static void experts_case(kt_pool *pool, const int format[3], int64_t hidden, int64_t inner, int64_t tokens, int threshold) {
+static void experts_case(kt_pool *pool, const int format[3], int64_t hidden, int64_t inner, int64_t tokens,
+                         int threshold) {
     struct moe m = moe_make(format, hidden, inner, tokens, (int)(next() % 4));
     size_t n = (size_t)(tokens * hidden);
     float *expected = malloc(n * 4 + 1), *found = malloc(n * 4 + 1);
@@ -262,13 +269,14 @@ static void experts_case(kt_pool *pool, const int format[3], int64_t hidden, int
         if (kt_isa_force(kt_isa_name(isa)) != KT_OK) continue;
         check(moe_run(&m, pool, found) == KT_OK, "experts status");
         double d = difference(found, expected, n);
-        check(kt_experts_forward(m.experts, pool, m.h, KT_BF16, tokens, m.ids, K, m.weights, y) == KT_OK, "experts bf16");
+        check(kt_experts_forward(m.experts, pool, m.h, KT_BF16, tokens, m.ids, K, m.weights, y) == KT_OK,
+              "experts bf16");
         widen(y, n, found);
         d = fmax(d, difference(found, expected, n));
         if (tokens && !(d < 1e-2)) {
             failures++;
-            fprintf(stderr, "FAILED: experts %s T=%ld %s threshold=%d: %g\n", kt_type_name(type_of(format[0])), (long)tokens,
-                    kt_isa_name(isa), threshold, d);
+            fprintf(stderr, "FAILED: experts %s T=%ld %s threshold=%d: %g\n", kt_type_name(type_of(format[0])),
+                    (long)tokens, kt_isa_name(isa), threshold, d);
         }
     }
     free(expected), free(found), free(y);
@@ -415,7 +423,8 @@ static void format_cases(kt_pool *pool, int i, int few) {
         for (int threshold = 1; threshold < 1002; threshold += 1000)
             for (int64_t tokens = 0; tokens < 20; tokens += tokens < 8 ? 1 : 5)
                 for (int64_t rows = 1; rows < 100; rows += 41) {
-                    if (few && (rows == 1 || (rows == 42) != (tokens < 8) || (tokens % 2 == 0) != (threshold == 1))) continue;
+                    if (few && (rows == 1 || (rows == 42) != (tokens < 8) || (tokens % 2 == 0) != (threshold == 1)))
+                        continue;
                     linear_case(pool, i, divide_up(rows, each) * each, cols[c], tokens, threshold);
                 }
     }

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -116,29 +115,21 @@ def test_right_kernels_are_well_within_the_limits():
             assert 0 < error < 0.6 * limit, (result.isa, name, error)
 
 
-def test_what_instruction_sets_need_is_what_the_library_asks_for():
-    """Read from dispatch.c: the macros, then the table of rungs."""
-    source = (ROOT / "native/src/dispatch.c").read_text()
-    header = re.search(r"enum kt_cpu_bit \{(.*?)\}", (ROOT / "native/src/cpu.h").read_text(), re.DOTALL)[1]
-    names = re.search(r'= \{\s*("avx2".*?)\}', (ROOT / "native/src/cpu.c").read_text(), re.DOTALL)[1]
-    bits = dict(zip(re.findall(r"KT_CPU_(\w+)", header), re.findall(r'"(\w+)"', names), strict=False))
-    macros = {}
-
-    def features(text):
-        found = set()
-        for word in re.findall(r"NEED_\w+|BIT\(\w+\)", text):
-            found |= macros[word] if word in macros else {bits[word[4:-1]]}
-        return found
-
-    for name, text in re.findall(r"#define (NEED_\w+) (.*)", source):
-        macros[name] = features(text)
-    rungs = re.findall(r'\{"(\w+)", \w+, (.*?), fill_\w+\}', source)
-    assert {name: features(need) for name, need in rungs} == {k: set(v) for k, v in instruction_sets.NEEDS.items()}
-    assert set(instruction_sets.NEEDS) == set(env.ISAS)
+def test_what_instruction_sets_need():
+    """The library says it, from native/src/isas.h; each set needs what the sets below it on the way need."""
+    needs = {name: set(features) for name, features in native.isa_needs().items()}
+    assert needs["portable"] == set() and needs["avx2"] == {"avx2", "fma", "f16c"} and needs["neon_dotprod"] == {"asimddp"}
+    assert needs["avx512"] == needs["amx_emulated"] == needs["avx2"] | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
+    assert needs["avx512_vbmi"] - needs["avx512_vnni"] == {"avx512_vbmi", "gfni"}
+    assert needs["amx"] - needs["avx512_bf16"] == {"amx_tile", "amx_int8", "amx_bf16"}
+    assert needs["avx2"] < needs["avx512"] < needs["avx512_vnni"] < needs["avx512_bf16"]
+    features = native.cpu_features()
+    for name in native.isas():
+        assert all(features[feature] for feature in needs[name])
 
 
 def test_instruction_sets_that_do_not_run_say_why(monkeypatch):
-    features = dict.fromkeys(native.cpu_features(), False) | dict.fromkeys(instruction_sets.NEEDS["avx512"], True)
+    features = dict.fromkeys(native.cpu_features(), False) | dict.fromkeys(native.isa_needs()["avx512"], True)
     monkeypatch.setattr(native, "cpu_features", lambda: features)
     monkeypatch.setattr(native, "isas", lambda: ["portable", "avx2"])
     found = instruction_sets.missing()

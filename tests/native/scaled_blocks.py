@@ -1,4 +1,4 @@
-"""Random weights whose scales lie beside the codes, in the layouts of published checkpoints. Not a test.
+"""Random weights with separate scales, in the layouts of published checkpoints. Not a test.
 
 ktransformers.quants.scaled is the truth of their values; it is held to the formats' own libraries in tests/loaders.
 """
@@ -29,8 +29,8 @@ KINDS = {
     "FP8": Kind("F8_E4M3", "F32", 128, 128),  # DeepSeek-V3
     "FP8_PERCHANNEL": Kind("F8_E4M3", "F32", 1, 0),
     "MXFP8": Kind("F8_E4M3", "E8M0", 1, 32),
-    "MXFP4_BESIDE": Kind("F4_E2M1", "E8M0", 1, 32),  # gpt-oss, DeepSeek-V4
-    "NVFP4_BESIDE": Kind("F4_E2M1", "E4M3", 1, 16, global_scale=0.125),
+    "MXFP4_SEPARATE": Kind("F4_E2M1", "E8M0", 1, 32),  # gpt-oss, DeepSeek-V4
+    "NVFP4_SEPARATE": Kind("F4_E2M1", "E4M3", 1, 16, global_scale=0.125),
     "RAWINT4": Kind("I4", "BF16", 1, 32),  # Kimi-K2
     "INT4_ASYM": Kind("I4", "F16", 1, 128, zeros=True),
     "INT8_ROW": Kind("I8", "F32", 1, 0),

@@ -46,7 +46,7 @@ def test_every_number_of_tokens(name):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_scales_beside_the_codes(name):
+def test_separate_scales(name):
     """Every published type, FP8 among them, whose scales the bf16 GEMM applies to sums of tiles."""
     rng = rng_for("amx", name)
     linear, x = native.Linear(random_scaled(rng, name, 80, 1152)), activations(rng, 40, 1152, nasty=False)

@@ -1,6 +1,8 @@
 """The border: bad arguments become named errors; threads, forks, dtypes and KT_* do what they should."""
 
+import ctypes
 import os
+import platform
 import re
 import runpy
 import subprocess
@@ -74,7 +76,9 @@ def test_tables_agree():
     assert {f"KT_SCALE_{name}": i for name, i in native.SCALES.items()} == {
         name: getattr(lib, name) for name in dir(lib) if name.startswith("KT_SCALE_")
     }
-    assert tuple(state.text(lib.kt_isa_name(i)) for i in range(lib.kt_isa_count())) == env.ISAS
+    assert tuple(native.isa_needs()) == env.ISAS
+    built = [isa for isas in runpy.run_path(str(ROOT / "setup.py"))["ISA_FLAGS"].values() for isa in isas]
+    assert sorted([*built, "portable"]) == sorted(env.ISAS)
 
 
 def test_grids_are_those_of_python():
@@ -97,7 +101,7 @@ def test_every_status_has_words():
     header = (ROOT / "native/include/kt_native.h").read_text()
     codes = [int(n) for n in re.findall(r"KT_(?:OK|ERR_\w+) = (\d+)", header)]
     words = [state.text(state.lib.kt_status_message(c)) for c in [*codes, 99]]
-    assert len(codes) == 12 and len(set(words)) == len(words)
+    assert codes == list(range(13)) and len(set(words)) == len(words)
 
 
 # ---- bad arguments -----------------------------------------------------------------------------------------
@@ -399,12 +403,12 @@ def test_kt_isa_and_kt_threads(monkeypatch):
     """KT_ISA lowers the instruction set, KT_THREADS sets the pool; an unusable KT_ISA lists what works."""
     monkeypatch.setenv("KT_ISA", "portable")
     monkeypatch.setenv("KT_THREADS", "3")
-    monkeypatch.setattr(native, "_state", None)
+    monkeypatch.setattr(native.library, "_state", None)
     assert (native.isa(), native.threads()) == ("portable", 3)
     native.set_isa(native.isas()[-1])
     for name in [n for n in env.ISAS if n not in native.isas()]:
         monkeypatch.setenv("KT_ISA", name)
-        monkeypatch.setattr(native, "_state", None)
+        monkeypatch.setattr(native.library, "_state", None)
         with pytest.raises(NativeError, match="Usable here"):
             native.isa()
 
@@ -421,9 +425,22 @@ def test_set_isa():
     assert ("avx2" in native.isas()) <= native.cpu_features()["avx2"]
 
 
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists() or platform.machine() != "x86_64", reason="x86-64 Linux only")
+def test_cpu_features_are_those_of_the_kernel():
+    """cpuid as we read it says what /proc/cpuinfo says; AMX counts where the kernel lets this process use tiles."""
+    listed = re.search(r"^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE).group(1)
+    flags = {flag.replace("_", "") for flag in listed.split()}
+    granted = ctypes.c_uint64()
+    ctypes.CDLL(None).syscall(158, 0x1022, ctypes.byref(granted))  # arch_prctl(ARCH_GET_XCOMP_PERM)
+    tiles = bool(granted.value >> 18 & 1)
+    for name, found in native.cpu_features().items():
+        if name not in ("asimddp", "i8mm", "arm_bf16"):
+            assert found == (name.replace("_", "") in flags and (tiles or not name.startswith("amx"))), name
+
+
 def test_not_built_is_explained(monkeypatch):
     """Without the compiled module, available() is False and the first use names the command to run."""
-    monkeypatch.setattr(native, "_state", None)
+    monkeypatch.setattr(native.library, "_state", None)
     monkeypatch.setitem(sys.modules, "ktransformers._native", None)
     monkeypatch.delattr("ktransformers._native")
     assert not native.available()

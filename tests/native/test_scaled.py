@@ -1,4 +1,4 @@
-"""Weights whose scales lie beside their codes, through the C library: every type, scale type, group, zero point and
+"""Weights with separate scales, through the C library: every type, scale type, group, zero point and
 layout, on every path and instruction set, is the product with what ktransformers.quants.scaled dequantizes.
 
 `threshold` chooses the path: 1 = panels for any number of tokens, 1000 = a decode kernel where there is one.
@@ -56,7 +56,7 @@ EACH = pytest.mark.parametrize("name", ALL)
 
 
 def shapes(kind: Kind) -> list[tuple[int, int]]:
-    """Rows that end within a tile and within a block of scales, columns that end within a block and behind a panel."""
+    """Rows that end within a tile and within a block of scales, columns that end within a block and after a panel."""
     words = 8 if kind.type == "AWQ4" or (kind.type.startswith("GPTQ") and kind.zeros) else 1
     return [(words, 32), (40 if words == 8 else 37, 352), (152 if words == 8 else 149, 2080)]
 

@@ -489,6 +489,62 @@ def test_host_functions():
         queue.host_submit(e, c[0].T.contiguous().T, c[1], c[2], out)
 
 
+@pytest.mark.parametrize("how", ["sync", "host function"])
+def test_closing_wakes_who_waits(how):
+    """A thread that waits for calls which are dropped is woken with an error, and has left when close returns."""
+    e, x = experts(), call(2000)
+    queue, heard = native.Queue(native.Pool(1)), []
+    for _ in range(200):
+        queue.submit(e, *x, torch.empty_like(x[0]))
+    wait = queue.host_sync()
+
+    def waiter():
+        if how == "sync":
+            with pytest.raises(NativeError, match=r"^queue.*closed before"):
+                queue.sync()
+        else:
+            ctypes.CFUNCTYPE(None, ctypes.c_void_p)(wait.function)(wait.argument)
+        heard.append(how)
+
+    threads = [threading.Thread(target=waiter, daemon=True) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.02)  # whoever comes late finds the queue closed
+    queue.close()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert heard == [how] * 3
+
+
+def test_a_closed_queue_under_host_functions():
+    """What a stream still holds may run after the queue was closed, and after Python has let go of it: nothing happens."""
+    e, c = experts(), call(5)
+    queue, out = native.Queue(), torch.zeros(5, 512)
+    submit, sync = queue.host_submit(e, *c, out), queue.host_sync()
+    queue.close()
+    del queue
+    gc.collect()
+    function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    for _ in range(3):
+        function(submit.function)(submit.argument)
+        function(sync.function)(sync.argument)
+    assert not out.any()
+
+
+def test_host_functions_want_pinned_memory(monkeypatch):
+    """Where there is a CUDA device, all four tensors must be pinned; without one nothing is asked."""
+    e, c, out = experts(), call(5), torch.empty(5, 512)
+    queue = native.Queue()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    queue.host_submit(e, *c, out)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: tensor is out)
+    with pytest.raises(NativeError, match=r"^experts.*\(hidden, ids, weights\): found memory that is not pinned"):
+        queue.host_submit(e, *c, out)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: True)
+    queue.host_submit(e, *c, out)
+
+
 def test_several_pools_and_models():
     """Queues of several pools and models work side by side; closing one with calls pending leaves the others be."""
     models = [experts(("Q4_K",) * 3), experts(("Q8_0",) * 3), experts(("BF16",) * 3)]

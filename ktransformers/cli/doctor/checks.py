@@ -1,6 +1,6 @@
-"""The checks of `kt doctor`. Each group is a generator of Checks that may raise; doctor.py catches and shows.
+"""The checks of `kt doctor`. Each group is a generator of Checks that may raise; the command catches and shows.
 
-Imports torch, through native: doctor.py imports this file when it runs.
+Imports torch, through native: the command imports this file when it runs.
 """
 
 import os
@@ -113,9 +113,8 @@ def processor() -> Iterator[Check]:
     yield Check("Processor", "also run here", "ok", ", ".join(usable) or "none")
     for name, why in instruction_sets.missing().items():
         if why == instruction_sets.NOT_COMPILED:
-            yield Check(
-                "Processor", name, "note", f"not here: {why}", "Build again with a newer compiler: `make native`."
-            )
+            fix = "Build again, if need be with a newer compiler: `make native`."
+            yield Check("Processor", name, "note", f"not here: {why}", fix)
         else:
             yield Check("Processor", name, "ok", f"not here: {why}")
 

@@ -90,8 +90,8 @@ static void shape_q8(struct tile_config *config, int tokens, int group) {
 }
 
 /* sums[i] = products over scale group first + i, for i < count <= AT_ONCE */
-INLINE void multiply_q8(const struct variant v, const struct q8_slice *s, const uint32_t *data, int64_t first, int64_t count,
-                        sums_tile *sums) {
+INLINE void multiply_q8(const struct variant v, const struct q8_slice *s, const uint32_t *data, int64_t first,
+                        int64_t count, sums_tile *sums) {
     const uint32_t *codes = data + first * (v.group / 4) * KT_TILE;
 #define PRODUCT(i, ta, tb, tc)                                                                       \
     if (i < count) {                                                                                 \
@@ -112,9 +112,10 @@ INLINE void multiply_q8(const struct variant v, const struct q8_slice *s, const 
     if (3 < count) tile_store(7, sums[3], 64);
 }
 
-/* acc[n] += what sums[i] are worth, for scale groups first + i, i < count. The operations are those of avx512/gemm.c. */
-INLINE void scale_q8(const int N, const struct variant v, const struct q8_slice *s, const float *scales, const float *mins,
-                     int64_t first, int64_t count, const sums_tile *sums, __m512 *acc) {
+/* acc[n] += what sums[i] are worth, for scale groups first + i, i < count. The operations are those of
+ * avx512/gemm.c. */
+INLINE void scale_q8(const int N, const struct variant v, const struct q8_slice *s, const float *scales,
+                     const float *mins, int64_t first, int64_t count, const sums_tile *sums, __m512 *acc) {
     const int parts = KT_ACT_GROUP / v.group;
     for (int64_t i = 0; i < count; i += parts) {
         const int64_t g = (first + i) / parts;

@@ -8,5 +8,5 @@
 
 void KT_JOIN(kt_fill_dot_, KT_ISA)(struct kt_kernels *k) {
     fill_dot_blocks(k);
-    fill_dot_beside(k);
+    fill_dot_scaled(k);
 }

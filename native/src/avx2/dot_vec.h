@@ -9,7 +9,6 @@
 
 enum { LANES = 2, VECTOR = 16 * LANES };
 enum { DOT_TOKENS = 2 }; /* tokens of a pass: two or three sums each, of sixteen registers */
-enum { DOT_TILES_FROM = 5 }; /* quantized types */
 
 typedef __m256i vint;
 typedef __m256 vfloat;
@@ -57,7 +56,9 @@ INLINE vint v_odd_lanes(vint a, vint b) { return _mm256_permute2x128_si256(a, b,
 INLINE vint v_halves(const uint8_t *p, size_t step) { return (void)step, load256(p); }
 
 /* Entry v[i] (0..15) of a table of 16 bytes. */
-INLINE vint v_look_up(const uint8_t *table, vint v) { return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load128(table)), v); }
+INLINE vint v_look_up(const uint8_t *table, vint v) {
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load128(table)), v);
+}
 
 /* u + 2^n in each byte that meets a byte of `bits` which has the bits of `mask` set; u is below 2^n. */
 INLINE vint v_add_where(vint u, vint bits, vint mask, const int value) {
@@ -66,7 +67,8 @@ INLINE vint v_add_where(vint u, vint bits, vint mask, const int value) {
 
 /* The first two bytes of each lane (part 1: the next two), each eight times: what holds the bits of 16 values. */
 INLINE vint v_spread_bits(vint of, const int part) {
-    const __m128i first = _mm_set_epi64x(0x0101010101010101, 0), second = _mm_set_epi64x(0x0303030303030303, 0x0202020202020202);
+    const __m128i first = _mm_set_epi64x(0x0101010101010101, 0),
+                  second = _mm_set_epi64x(0x0303030303030303, 0x0202020202020202);
     return _mm256_shuffle_epi8(of, _mm256_broadcastsi128_si256(part ? second : first));
 }
 
@@ -128,7 +130,9 @@ INLINE vfloat v_halves_of(const float *s) { return _mm256_broadcast_ss(s); }
 INLINE vfloat v_add8(vfloat acc, __m256 v) { return _mm256_add_ps(acc, v); }
 
 /* acc + sum * scale. */
-INLINE vfloat v_scaled(vfloat acc, vint sum, vfloat scale) { return _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, acc); }
+INLINE vfloat v_scaled(vfloat acc, vint sum, vfloat scale) {
+    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, acc);
+}
 
 /* int32 number i of a sum meets scale first + i / per; `then` is for longer vectors. */
 INLINE vfloat v_pick8(__m256 s, const int first, const int per, const int then) {
@@ -182,7 +186,8 @@ INLINE __m256i dwords_20(const uint8_t *p) {
 
 /* The fp16 numbers in the low halves of dwords. */
 INLINE __m256 low_halves(__m256i v) {
-    const __m256i words = _mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(_mm_set_epi32(-1, -1, 0x0d0c0908, 0x05040100)));
+    const __m256i words =
+        _mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(_mm_set_epi32(-1, -1, 0x0d0c0908, 0x05040100)));
     return _mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(words, 0x08)));
 }
 

@@ -1,4 +1,5 @@
-/* The fp32 panel GEMM for AVX2: a tile (16 weight rows, two registers) by up to six tokens, which sixteen registers hold. */
+/* The fp32 panel GEMM for AVX2: a tile (16 weight rows, two registers) by up to six tokens, which sixteen registers
+ * hold. */
 #include "common.h"
 
 enum {

@@ -24,6 +24,6 @@ void kt_fill_unpack_avx2(struct kt_kernels *k) {
     k->unpack[KT_FMT_F16] = unpack_f16;
     k->unpack[KT_FMT_BF16] = unpack_bf16;
     k->interleave = interleave;
-    k->beside = beside;
+    k->read_scales = read_scales;
     fill_tiles(k);
 }

@@ -1,15 +1,14 @@
 /* dot_vec.h: what the decode texts (../dot_*.h) need of a vector, for AVX-512. avx2/dot_vec.h has the same names.
  *
- * A vector is 64 bytes: four lanes of 16 bytes, 16 int32 or 16 floats. A decode kernel multiplies a vector of codes with a
- * vector of activations; each int32 of the result holds four products. */
+ * A vector is 64 bytes: four lanes of 16 bytes, 16 int32 or 16 floats. A decode kernel multiplies a vector of codes
+ * with a vector of activations; each int32 of the result holds four products. */
 #ifndef KT_AVX512_DOT_VEC_H
 #define KT_AVX512_DOT_VEC_H
 
 #include "common.h"
 
 enum { LANES = 4, VECTOR = 16 * LANES };
-enum { DOT_TOKENS = 4 }; /* tokens of a pass, 1 to 4: two or three sums each, beside codes, scales and constants */
-enum { DOT_TILES_FROM = 9 }; /* quantized types; measured on Zen 4 */
+enum { DOT_TOKENS = 4 }; /* tokens of a pass, 1 to 4: two or three sums each, and codes, scales, constants */
 
 typedef __m512i vint;
 typedef __m512 vfloat;
@@ -30,8 +29,9 @@ INLINE vint v_bytes(int x) { return _mm512_set1_epi8((char)x); }
 INLINE vint v_bytes_halves(int x, int y) { return _mm512_inserti64x4(v_bytes(x), _mm256_set1_epi8((char)y), 1); }
 /* Lane l: bytes of x << l * step. */
 INLINE vint v_bytes_lanes(const int x, const int step) {
-    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_set_m128i(_mm_set1_epi8((char)(x << step)), _mm_set1_epi8((char)x))),
-                              _mm256_set_m128i(_mm_set1_epi8((char)(x << 3 * step)), _mm_set1_epi8((char)(x << 2 * step))), 1);
+    return _mm512_inserti64x4(
+        _mm512_castsi256_si512(_mm256_set_m128i(_mm_set1_epi8((char)(x << step)), _mm_set1_epi8((char)x))),
+        _mm256_set_m128i(_mm_set1_epi8((char)(x << 3 * step)), _mm_set1_epi8((char)(x << 2 * step))), 1);
 }
 INLINE vint v_bit_of_byte(void) { return _mm512_set1_epi64((long long)0x8040201008040201); } /* bit i % 8 of byte i */
 INLINE vint v_and(vint a, vint b) { return _mm512_and_si512(a, b); }
@@ -61,7 +61,9 @@ INLINE vint v_halves(const uint8_t *p, size_t step) {
 }
 
 /* Entry v[i] (0..15) of a table of 16 bytes. */
-INLINE vint v_look_up(const uint8_t *table, vint v) { return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(load128(table)), v); }
+INLINE vint v_look_up(const uint8_t *table, vint v) {
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(load128(table)), v);
+}
 
 /* u + 2^n in each byte that meets a byte of `bits` which has the bits of `mask` set; u is below 2^n. */
 INLINE vint v_add_where(vint u, vint bits, vint mask, const int value) {
@@ -70,7 +72,8 @@ INLINE vint v_add_where(vint u, vint bits, vint mask, const int value) {
 
 /* The first two bytes of each lane (part 1: the next two), each eight times: what holds the bits of 16 values. */
 INLINE vint v_spread_bits(vint of, const int part) {
-    const __m128i first = _mm_set_epi64x(0x0101010101010101, 0), second = _mm_set_epi64x(0x0303030303030303, 0x0202020202020202);
+    const __m128i first = _mm_set_epi64x(0x0101010101010101, 0),
+                  second = _mm_set_epi64x(0x0303030303030303, 0x0202020202020202);
     return _mm512_shuffle_epi8(of, _mm512_broadcast_i32x4(part ? second : first));
 }
 
@@ -155,13 +158,15 @@ INLINE __m256 v_scales_and_mins(float16s s, const float *d, vfloat *acc) {
 }
 
 /* acc + sum * scale. */
-INLINE vfloat v_scaled(vfloat acc, vint sum, vfloat scale) { return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, acc); }
+INLINE vfloat v_scaled(vfloat acc, vint sum, vfloat scale) {
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, acc);
+}
 
 /* Which scale each int32 of a sum meets: first + i / per for the first eight, and `then` more for the other eight. */
 INLINE __m512i pick(const int first, const int per, const int then) {
 #define AT(j) first + (j) % 8 / per + (j) / 8 * then
-    return _mm512_set_epi32(AT(15), AT(14), AT(13), AT(12), AT(11), AT(10), AT(9), AT(8), AT(7), AT(6), AT(5), AT(4), AT(3),
-                            AT(2), AT(1), AT(0));
+    return _mm512_set_epi32(AT(15), AT(14), AT(13), AT(12), AT(11), AT(10), AT(9), AT(8), AT(7), AT(6), AT(5), AT(4),
+                            AT(3), AT(2), AT(1), AT(0));
 #undef AT
 }
 INLINE vfloat v_pick8(__m256 s, const int first, const int per, const int then) {
@@ -188,14 +193,17 @@ INLINE vfloat v_fma16(float16s a, float16s b, vfloat acc) { return _mm512_fmadd_
 
 /* Words 0, step, 2 * step ... of 128 bytes. */
 INLINE __m128i words8(const uint8_t *p, const int step) {
-    const __m512i at = _mm512_castsi128_si512(_mm_set_epi16((short)(7 * step), (short)(6 * step), (short)(5 * step), (short)(4 * step),
-                                                            (short)(3 * step), (short)(2 * step), (short)step, 0));
+    const __m512i at =
+        _mm512_castsi128_si512(_mm_set_epi16((short)(7 * step), (short)(6 * step), (short)(5 * step), (short)(4 * step),
+                                             (short)(3 * step), (short)(2 * step), (short)step, 0));
     return _mm512_castsi512_si128(_mm512_permutex2var_epi16(_mm512_loadu_si512(p), at, _mm512_loadu_si512(p + 64)));
 }
 
 /* fp16 numbers at p + i * 18, and p + i * 34, i < 8. */
 INLINE __m256 halves_18(const uint8_t *p) { return _mm256_cvtph_ps(words8(p, 9)); }
-INLINE __m256 halves_34(const uint8_t *p) { return _mm256_cvtph_ps(_mm_unpacklo_epi64(words8(p, 17), words8(p + 136, 17))); }
+INLINE __m256 halves_34(const uint8_t *p) {
+    return _mm256_cvtph_ps(_mm_unpacklo_epi64(words8(p, 17), words8(p + 136, 17)));
+}
 
 /* Dwords at p + i * 20, i < 8. */
 INLINE __m256i dwords_20(const uint8_t *p) {

@@ -92,7 +92,8 @@ INLINE void index_masks(const int count, const __m512i *index, const __m512i *up
         __mmask64 m[2][4];                                                                                             \
         __m512i low[2], high[2];                                                                                       \
         index_masks(count, index, upper, 0, m);                                                                        \
-        table##bits(kt_##name##_bytes[0], count, index, m, low), table##bits(kt_##name##_bytes[1], count, index, m, high); \
+        table##bits(kt_##name##_bytes[0], count, index, m, low); \
+        table##bits(kt_##name##_bytes[1], count, index, m, high); \
         for (int n = 0; n < count; n++) out[n] = (struct points){low[n], high[n]};                                     \
     }
 
@@ -129,7 +130,9 @@ TABLE(11, 10)
 #undef TABLE
 
 /* The even and the odd indices as words. */
-INLINE __m512i even_index(__m512i index, __m512i upper, const int at) { return merge(_mm512_set1_epi16(255), index, shift_left(upper, 8 - at)); }
+INLINE __m512i even_index(__m512i index, __m512i upper, const int at) {
+    return merge(_mm512_set1_epi16(255), index, shift_left(upper, 8 - at));
+}
 INLINE __m512i odd_index(__m512i index, __m512i upper, const int at) {
     return merge(_mm512_set1_epi16(255), shift_right(index, 8), at ? shift_right(upper, at) : upper);
 }
@@ -170,7 +173,8 @@ INLINE __m512i even_signs(__m512i x, const int low) {
 
 /* T64(F, ...): F(0, ...) .. F(63, ...) */
 #define T4(F, i, ...) F(i, __VA_ARGS__), F((i) + 1, __VA_ARGS__), F((i) + 2, __VA_ARGS__), F((i) + 3, __VA_ARGS__)
-#define T16(F, i, ...) T4(F, i, __VA_ARGS__), T4(F, (i) + 4, __VA_ARGS__), T4(F, (i) + 8, __VA_ARGS__), T4(F, (i) + 12, __VA_ARGS__)
+#define T16(F, i, ...) \
+    T4(F, i, __VA_ARGS__), T4(F, (i) + 4, __VA_ARGS__), T4(F, (i) + 8, __VA_ARGS__), T4(F, (i) + 12, __VA_ARGS__)
 #define T64(F, ...) {T16(F, 0, __VA_ARGS__), T16(F, 16, __VA_ARGS__), T16(F, 32, __VA_ARGS__), T16(F, 48, __VA_ARGS__)}
 
 /* Magnitudes of levels, of three (the fourth does not occur) and of eight. */

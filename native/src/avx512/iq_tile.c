@@ -44,7 +44,8 @@ INLINE __m512i all_bytes(__m512i v, const int b) {
 }
 
 INLINE __m512i signed_codes(__m512i m, struct signs s, const int n, const int zero) {
-    __mmask64 minus = _mm512_test_epi8_mask(all_bytes(s.bits, n / 2), _mm512_set1_epi32(n & 1 ? (int)0x80402010 : 0x08040201));
+    __mmask64 minus =
+        _mm512_test_epi8_mask(all_bytes(s.bits, n / 2), _mm512_set1_epi32(n & 1 ? (int)0x80402010 : 0x08040201));
     return _mm512_mask_sub_epi8(_mm512_add_epi8(bytes(zero), m), minus, bytes(zero), m);
 }
 #endif
@@ -76,9 +77,11 @@ static const struct levels8 iq3_s = {{T16(IQ3_S_CODE, 0, 1, 0)}, {T16(MAGNITUDE,
 INLINE __m512i iq3_codes(struct points p, const int b, struct signs s, const int n, const struct levels8 *t) {
     const __mmask64 second = 0xcccccccccccccccc;
 #if IQ_VBMI
-    __m512i v = _mm512_mask_multishift_epi64_epi8(fields(p.low, 8 * b - 1, 3), second, bit_numbers(8 * b - 7, 3), p.high);
+    __m512i v =
+        _mm512_mask_multishift_epi64_epi8(fields(p.low, 8 * b - 1, 3), second, bit_numbers(8 * b - 7, 3), p.high);
     v = merge(bytes(1), _mm512_srli_epi32(n & 1 ? s.odd : s.even, (unsigned)(3 - n / 2)), v);
-    return _mm512_permutexvar_epi8(v, _mm512_broadcast_i32x4(load128(t->codes))); /* what is above four bits does not count */
+    /* What is above four bits does not count */
+    return _mm512_permutexvar_epi8(v, _mm512_broadcast_i32x4(load128(t->codes)));
 #else
     __m512i twice = _mm512_mask_blend_epi8(second, all_bytes(p.low, b), all_bytes(p.high, b));
     __m512i v = _mm512_and_si512(merge(_mm512_set1_epi16(255), twice, shift_right(twice, 3)), bytes(7));
@@ -129,7 +132,9 @@ INLINE __m512 scale_of_block(const struct rows *rows, size_t at) {
     return (__m512)halves(v[0], 0);
 }
 
-INLINE void put(const struct kt_tile *to, const int dword, __m512i v) { _mm512_store_si512(to->data + dword * KT_TILE, v); }
+INLINE void put(const struct kt_tile *to, const int dword, __m512i v) {
+    _mm512_store_si512(to->data + dword * KT_TILE, v);
+}
 
 /* d times what the bits of n from `first` on stand for. */
 INLINE void put_scale(const struct kt_tile *to, const int group, __m512 d, __m512 table, __m512i n, const int first) {
@@ -137,14 +142,16 @@ INLINE void put_scale(const struct kt_tile *to, const int group, __m512 d, __m51
     _mm512_store_ps(to->scales + group * KT_TILE, _mm512_mul_ps(d, scale));
 }
 
-#define TILE(name, bytes)                                                                                                 \
-    static void tile_##name(const struct kt_matrix *w, int64_t first, int64_t k0, int64_t n, const struct kt_tile *out) { \
-        const struct rows rows = rows_of(w->data + (size_t)first * w->stride + (size_t)(k0 / KT_QK * (bytes)), w->stride); \
-        struct kt_tile to = *out;                                                                                         \
-        for (int64_t at = 0; at < n / KT_QK * (bytes); at += (bytes)) {                                                   \
-            name##_block(&rows, (size_t)at, &to);                                                                         \
-            to.data += KT_QK / 4 * KT_TILE, to.scales += KT_QK / w->traits->group * KT_TILE;                              \
-        }                                                                                                                 \
+#define TILE(name, bytes) \
+    static void tile_##name(const struct kt_matrix *w, int64_t first, int64_t k0, int64_t n, \
+                             const struct kt_tile *out) { \
+        const uint8_t *p = w->data + (size_t)first * w->stride + (size_t)(k0 / KT_QK * (bytes)); \
+        const struct rows rows = rows_of(p, w->stride); \
+        struct kt_tile to = *out; \
+        for (int64_t at = 0; at < n / KT_QK * (bytes); at += (bytes)) { \
+            name##_block(&rows, (size_t)at, &to); \
+            to.data += KT_QK / 4 * KT_TILE, to.scales += KT_QK / w->traits->group * KT_TILE; \
+        } \
     }
 
 /* ---- IQ2 --------------------------------------------------------------------------------------------- */
@@ -229,7 +236,8 @@ TILE(iq2_s, 82)
 /* ---- IQ3 --------------------------------------------------------------------------------------------- */
 
 /* Group g of 32 columns, two times four points. */
-INLINE void put_iq3(const struct kt_tile *to, const int g, const struct points p[2], struct signs s, const struct levels8 *t) {
+INLINE void put_iq3(const struct kt_tile *to, const int g, const struct points p[2], struct signs s,
+                    const struct levels8 *t) {
 #pragma GCC unroll 8
     for (int n = 0; n < 8; n++) put(to, 8 * g + n, iq3_codes(p[n / 4], n % 4, s, n, t));
 }
@@ -312,7 +320,8 @@ INLINE __m512 iq1_m_scale(__m512i a, __m512i b) {
     return (__m512)halves((vec)merge(_mm512_set1_epi32(0xff), low, high), 0);
 }
 
-/* A nibble an index: its three upper bits, sign of 1/8. Four words with four scales of 3 bits and a nibble of d each. */
+/* A nibble an index: its three upper bits, sign of 1/8. Four words with four scales of 3 bits and a nibble of d
+ * each. */
 INLINE void iq1_m_block(const struct rows *rows, size_t at, const struct kt_tile *to) {
     const __m512 table = scale_table(0.25f, 0.125f, 8);
     __m512i v[8], nibbles[4], last[4];

@@ -1,5 +1,5 @@
-/* Decode of BF16 and FP8 (e4m3) weights that meet bf16 activations: two columns a multiply-add. Where there are none, in
- * fp32 as on the rung below. One row after the other: see ../dot_rows.h. */
+/* Decode of BF16 and FP8 (e4m3) weights that meet bf16 activations: two columns a multiply-add. Where there are none,
+ * in fp32 as on the rung below. One row after the other: see ../dot_rows.h. */
 #define KT_ISA avx512_bf16
 #include <math.h>
 
@@ -15,8 +15,8 @@ INLINE vfloat dot_pairs(vfloat sum, __m512i w, const uint16_t *x) {
 /* ---- BF16 ------------------------------------------------------------------------------------------- */
 
 /* Activations are zero from the last column to a multiple of 64. */
-INLINE void bf16_pass(const int T, const struct kt_matrix *m, int64_t first, int rows, const struct kt_act *a, size_t ahead,
-                      float *out, int64_t ldc) {
+INLINE void bf16_pass(const int T, const struct kt_matrix *m, int64_t first, int rows, const struct kt_act *a,
+                      size_t ahead, float *out, int64_t ldc) {
     const int64_t cols = m->cols;
     vfloat sum[DOT_TOKENS][16];
     for (int r = 0; r < rows; r++) {
@@ -65,8 +65,8 @@ INLINE void f8_vector(const int T, __m512i v, const uint16_t *x, const float *sc
         sum[t] = v_fma(dot_pairs(dot_pairs(v_zero(), low, x), high, x + 32), of, sum[t]);
 }
 
-INLINE void f8_pass(const int T, const struct kt_matrix *m, int64_t first, int rows, const struct kt_act *a, size_t ahead,
-                    float *out, int64_t ldc) {
+INLINE void f8_pass(const int T, const struct kt_matrix *m, int64_t first, int rows, const struct kt_act *a,
+                    size_t ahead, float *out, int64_t ldc) {
     _Alignas(64) uint16_t x[DOT_TOKENS * F8_ROOM];
     float scale[F8_CHUNK / 32 + 32], line[F8_CHUNK / 32 + 32];
     for (int64_t c = 0; c < m->cols; c += F8_CHUNK) {
@@ -104,18 +104,17 @@ DOT_FOR_TOKENS(f8)
 
 static kt_dot_fn bf16_below, f8_below;
 
-static void either_bf16(const struct kt_matrix *w, int64_t first, int rows, const struct kt_act *a, int tokens, size_t ahead,
-                        float *out, int64_t ldc) {
+static void either_bf16(const struct kt_matrix *w, int64_t first, int rows, const struct kt_act *a, int tokens,
+                        size_t ahead, float *out, int64_t ldc) {
     (a->h ? dot_bf16 : bf16_below)(w, first, rows, a, tokens, ahead, out, ldc);
 }
-static void either_f8(const struct kt_matrix *w, int64_t first, int rows, const struct kt_act *a, int tokens, size_t ahead,
-                      float *out, int64_t ldc) {
+static void either_f8(const struct kt_matrix *w, int64_t first, int rows, const struct kt_act *a, int tokens,
+                      size_t ahead, float *out, int64_t ldc) {
     (a->h ? dot_f8 : f8_below)(w, first, rows, a, tokens, ahead, out, ldc);
 }
 
 void kt_fill_dot_avx512_bf16(struct kt_kernels *k) {
     bf16_below = k->dot[KT_FMT_BF16], f8_below = k->dot[KT_FMT_F8_E4M3];
     k->dot[KT_FMT_BF16] = either_bf16, k->dot[KT_FMT_F8_E4M3] = either_f8;
-    k->tiles_from[KT_FMT_BF16] = k->tiles_from[KT_FMT_F8_E4M3] = 9; /* measured on Zen 4 */
     k->dot_bf16 = 1;
 }

@@ -6,11 +6,12 @@
 
 /* seeeemmm is s, exponent eeee + 120 and mantissa mmm0000: the high byte of the bf16 depends on the high nibble, the
  * low byte is the low nibble moved up. Below 2^-5 (eee_ is zero; half of these are subnormal, which bf16
- * multipliers take for zero) the value is the low nibble times 2^-9. Codes 0x7f and 0xff, which are NaN, become 480; most:
- * the largest magnitudes so far, by which they are found.
+ * multipliers take for zero) the value is the low nibble times 2^-9. Codes 0x7f and 0xff, which are NaN, become 480;
+ * most: the largest magnitudes so far, by which they are found.
  * low: of each lane the first eight bytes, high: the last. */
 INLINE void e4m3_to_bf16(__m512i v, __m512i *low, __m512i *high, __m512i *most) {
-    const __m512i highs = _mm512_broadcast_i32x4(_mm_set_epi8(-61, -62, -63, -64, -65, -66, -67, -68, 67, 66, 65, 64, 63, 62, 61, 60));
+    const __m512i highs =
+        _mm512_broadcast_i32x4(_mm_set_epi8(-61, -62, -63, -64, -65, -66, -67, -68, 67, 66, 65, 64, 63, 62, 61, 60));
     const __m512i small_highs = _mm512_broadcast_i32x4(
         _mm_set_epi8(60, 60, 60, 60, 60, 60, 60, 60, 60, 60, 60, 60, 59, 59, 59, 0));
     const __m512i small_lows = _mm512_broadcast_i32x4(

@@ -18,7 +18,8 @@ INLINE __m512bh broadcast2(const uint16_t *p) {
     return as_bf16(_mm512_set1_epi32(v));
 }
 
-/* Pairs k .. k + n of a panel's columns meet up to six tokens. An odd last column is paired with a zero on both sides. */
+/* Pairs k .. k + n of a panel's columns meet up to six tokens. An odd last column is paired with a zero on both
+ * sides. */
 struct slice {
     const struct kt_panel *p;
     int64_t k, n;
@@ -91,7 +92,8 @@ static void gemm_bf16(const struct kt_panel *p, const struct kt_acts *a, const i
     for (int64_t k = 0; k < all; k += PAIRS)
         for (int b = 0, t = 0; b < blocks; b++) {
             const int n = (tokens - t + blocks - b - 1) / (blocks - b);
-            struct slice s = {.p = p, .k = k, .n = all - k < PAIRS ? all - k : PAIRS, .c = c + t * ldc, .ldc = ldc, .add = add || k};
+            struct slice s = {
+                .p = p, .k = k, .n = all - k < PAIRS ? all - k : PAIRS, .c = c + t * ldc, .ldc = ldc, .add = add || k};
             for (int i = 0; i < n; i++) s.x[i] = a->h + token[t + i] * a->stride + k0 + 2 * k;
             for (int i = n; i < 2 * n && t + i < tokens; i++) /* what the next block multiplies */
                 for (int j = 0; j < 2 * PAIRS; j += 32)

@@ -5,7 +5,8 @@
 /* Columns k0 .. k0 + n of 16 rows, of `size` bytes: each 16 bytes of them as four dwords a row. An odd number of bytes
  * at the end of a row is padded with zeros. */
 #define BF16_TILE(name, size)                                                                                          \
-    static void tile_##name(const struct kt_matrix *w, int64_t first, int64_t k0, int64_t n, const struct kt_tile *to) { \
+    static void tile_##name(const struct kt_matrix *w, int64_t first, int64_t k0, int64_t n, \
+                             const struct kt_tile *to) { \
         const struct rows rows = rows_of(w->data + (size_t)first * w->stride + (size_t)k0 * (size), w->stride);        \
         const size_t bytes = (size_t)n * (size);                                                                       \
         const int64_t dwords = (n + 1) / 2;                                                                            \
@@ -33,7 +34,9 @@ INLINE void bf16_piece(const struct rows *rows, size_t at, uint32_t *out, struct
     columns4(rows, at, v);
     for (int i = 0; i < 4; i++) store(out + i * KT_TILE, v[i]);
 }
-INLINE void bf16_end(const struct bf16_state *state, uint32_t *data, int64_t dwords) { (void)state, (void)data, (void)dwords; }
+INLINE void bf16_end(const struct bf16_state *state, uint32_t *data, int64_t dwords) {
+    (void)state, (void)data, (void)dwords;
+}
 BF16_TILE(bf16, 2)
 
 /* ---- e4m3 ------------------------------------------------------------------------------------------- */
@@ -45,7 +48,8 @@ struct f8_state {
 INLINE void f8_dwords(__m512i v, uint32_t *out, struct f8_state *state) {
     const __m512i pairs = _mm512_broadcast_i32x4(_mm_set_epi8(15, 14, 11, 10, 7, 6, 3, 2, 13, 12, 9, 8, 5, 4, 1, 0));
     __m512i low, high;
-    e4m3_to_bf16(_mm512_shuffle_epi8(v, pairs), &low, &high, &state->most); /* columns 0 and 1 of four rows, then 2 and 3 */
+    /* Columns 0 and 1 of four rows, then 2 and 3 */
+    e4m3_to_bf16(_mm512_shuffle_epi8(v, pairs), &low, &high, &state->most);
     _mm512_store_si512(out, low);
     _mm512_store_si512(out + KT_TILE, high);
 }

@@ -1,6 +1,6 @@
 /* moe.c: routed experts. No intrinsics here, and no knowledge of formats.
  *
- *   sort the (token, slot) pairs by expert                        counting sort; a pair's place is its `pos`
+ *   sort the (token, slot) pairs by expert                        counting sort; `pos` is where a pair lands
  *   for each token:             x[t]   = fp32, int8 or bf16 form of hidden[t]
  *   for each expert, 128 rows:  g      = gate_e @ x[tokens of e]         decode or panel path, by their number
  *                               u      = up_e   @ x[tokens of e]
@@ -14,8 +14,8 @@
  *    memory, and every sum has one owner and one order: the result does not depend on the threads.
  *  - Decode has one token, so each expert meets one token and every weight byte is read once: bandwidth.
  *  - Prefill gives an expert T*K/E tokens: 48 for T=512, K=6, E=64. Panels are unpacked once for all of them.
- *  - On several NUMA nodes each has a share of every expert's gate and up rows, and of its down rows: threads compute the
- *    rows whose pages lie near them (kt_experts_place), and m, small beside the weights, crosses between nodes.
+ *  - On several NUMA nodes each has a share of every expert's gate and up rows, and of its down rows: threads compute
+ * the    rows whose pages lie near them (placement.c), and m, small against the weights, crosses between nodes.
  *  - Some experts get no token at all and cost nothing; one may get them all.
  *
  * EXAMPLE (H=2048, I=1408, E=64, K=6, T=512): 3072 pairs; 64 x 11 gate/up jobs of up to 128 rows x 2048 columns
@@ -26,14 +26,9 @@
 
 #include "../../include/kt_native.h"
 #include "../matmul/matmul.h"
+#include "experts.h"
 
-enum { MOST_TOKENS = 4096 }; /* of a chunk */
-
-struct kt_experts {
-    int64_t count, hidden, inner; /* E, H, I */
-    kt_glu glu;
-    struct kt_matrix *gate, *up, *down; /* [E] each, one allocation; gate NULL: there is none */
-};
+enum { CHUNK_TOKENS = 4096 }; /* at most */
 
 /* An expert that has tokens. */
 struct group {
@@ -49,19 +44,19 @@ struct forward {
     const float *weights;
     void *out;
     int dtype, slots;       /* slots: K */
-    int32_t tokens, pairs, groups, most; /* most: tokens of the busiest expert */
+    int32_t tokens, pairs, groups, busiest; /* busiest: tokens of the expert that has most of them */
     int32_t *group_of;      /* [E] scratch of the sort: counts, then next free pos */
     struct group *group;    /* [groups], busiest first */
-    int32_t *pos;           /* [T, K] place of each pair, -1 if skipped */
-    int32_t *token;         /* [pairs] token of each place */
-    int32_t *place;         /* [pairs] 0, 1, 2, ... */
+    int32_t *pos;           /* [T, K] of each pair, -1 if skipped */
+    int32_t *token;         /* [pairs] by pos */
+    int32_t *row;           /* [pairs] rows of m by pos: 0, 1, 2, ... */
     struct kt_acts x, m;
     float *y;               /* [pairs, y_stride] */
     int64_t y_stride;
-    int need_x, need_m;
-    _Atomic(uint8_t) odd[MOST_TOKENS]; /* whether a token meets infinities or NaNs, which int8 cannot hold */
-    int rows;                              /* of a job */
-    struct kt_shards by_inner, by_hidden;  /* which expert and rows a job is: gate and up, down */
+    int forms_x, forms_m;   /* of the activations of gate and up, of down: KT_NEED_... */
+    _Atomic(uint8_t) nonfinite[CHUNK_TOKENS]; /* whether a token meets infinities or NaNs, which int8 cannot hold */
+    int rows;                                 /* of a job */
+    struct kt_shards by_inner, by_hidden;     /* which expert and rows a job is: gate and up, down */
     int32_t per_job_x, per_job_m;
     struct kt_scratch *scratch;
 };
@@ -70,7 +65,10 @@ struct forward {
 
 static int check_expert(struct kt_experts *e, int64_t i) {
     const struct kt_matrix *g = e->gate ? &e->gate[i] : NULL, *u = &e->up[i], *d = &e->down[i];
-    if (i == 0) e->hidden = u->cols, e->inner = u->rows;
+    if (i == 0) {
+        e->hidden = u->cols;
+        e->inner = u->rows;
+    }
     int fits = u->cols == e->hidden && u->rows == e->inner && d->cols == e->inner && d->rows == e->hidden;
     if (g) fits = fits && g->cols == e->hidden && g->rows == e->inner;
     return fits ? KT_OK : KT_ERR_SHAPE;
@@ -130,12 +128,15 @@ static int chosen(const struct forward *f, int64_t i) { return f->ids[i] >= 0 &&
 /* Count first: the memory layout depends on the number of pairs and groups. */
 static void count_pairs(struct forward *f) {
     memset(f->group_of, 0, (size_t)f->e->count * sizeof *f->group_of);
-    f->pairs = f->groups = f->most = 0;
+    f->pairs = f->groups = f->busiest = 0;
     for (int64_t i = 0; i < (int64_t)f->tokens * f->slots; i++)
-        if (chosen(f, i)) f->pairs++, f->group_of[f->ids[i]]++;
+        if (chosen(f, i)) {
+            f->pairs++;
+            f->group_of[f->ids[i]]++;
+        }
     for (int64_t e = 0; e < f->e->count; e++) {
         if (f->group_of[e]) f->groups++;
-        if (f->group_of[e] > f->most) f->most = f->group_of[e];
+        if (f->group_of[e] > f->busiest) f->busiest = f->group_of[e];
     }
 }
 
@@ -153,18 +154,23 @@ static void sort_pairs(struct forward *f) {
             f->pos[i] = chosen(f, i) ? f->group_of[f->ids[i]]++ : -1;
             if (f->pos[i] >= 0) f->token[f->pos[i]] = t;
         }
-    for (int32_t i = 0; i < f->pairs; i++) f->place[i] = i;
+    for (int32_t i = 0; i < f->pairs; i++) f->row[i] = i;
     qsort(f->group, (size_t)f->groups, sizeof *f->group, busiest_first);
 }
 
 /* ---- jobs ------------------------------------------------------------------------------------------- */
+
+/* Several pairs of a token may. */
+static void mark_nonfinite(struct forward *f, int64_t token) {
+    atomic_store_explicit(&f->nonfinite[token], 1, memory_order_relaxed);
+}
 
 static void prepare_x(void *ctx, int32_t job, int thread) {
     (void)thread;
     struct forward *f = ctx;
     for (int64_t t = (int64_t)job * f->per_job_x; t < kt_min((int64_t)(job + 1) * f->per_job_x, f->tokens); t++) {
         kt_load_row(f->k, f->hidden, f->dtype, t * f->e->hidden, f->e->hidden, f->x.f + t * f->x.stride);
-        if (!kt_acts_derive(f->k, &f->x, t, f->need_x)) atomic_store_explicit(&f->odd[t], 1, memory_order_relaxed);
+        if (!kt_acts_derive(f->k, &f->x, t, f->forms_x)) mark_nonfinite(f, t);
     }
 }
 
@@ -188,11 +194,21 @@ static void gate_up(void *ctx, int32_t job, int thread) {
     const struct kt_matrix *gate = e->gate ? &e->gate[g->expert] : NULL, *up = &e->up[g->expert];
     int64_t first = (int64_t)block * f->rows;
     int rows = (int)kt_min(e->inner - first, f->rows);
-    const int32_t *token = f->token + g->begin;
     float *m = f->m.f + g->begin * f->m.stride + first;
-    struct kt_next after = next_block(f, &f->by_inner, job, node, gate ? e->gate : e->up), then = {up, first};
-    if (gate) kt_matmul_block(f->k, gate, first, rows, &f->x, token, g->tokens, then, s, s->c, KT_BLOCK_ROWS);
-    kt_matmul_block(f->k, up, first, rows, &f->x, token, g->tokens, after, s, m, f->m.stride);
+    struct kt_block b = {.k = f->k, .first = first, .rows = rows, .a = &f->x, .token = f->token + g->begin,
+                                .tokens = g->tokens, .s = s};
+    if (gate) {
+        b.w = gate;
+        b.next = (struct kt_next){up, first};
+        b.c = s->c;
+        b.ldc = KT_BLOCK_ROWS;
+        kt_matmul_block(&b);
+    }
+    b.w = up;
+    b.next = next_block(f, &f->by_inner, job, node, gate ? e->gate : e->up);
+    b.c = m;
+    b.ldc = f->m.stride;
+    kt_matmul_block(&b);
     const int64_t bias = g->expert * e->inner + first;
     for (int64_t i = 0; i < g->tokens; i++) {
         float *gated = s->c + i * KT_BLOCK_ROWS, *out = m + i * f->m.stride;
@@ -206,7 +222,7 @@ static void prepare_m(void *ctx, int32_t job, int thread) {
     (void)thread;
     struct forward *f = ctx;
     for (int64_t p = (int64_t)job * f->per_job_m; p < kt_min((int64_t)(job + 1) * f->per_job_m, f->pairs); p++)
-        if (!kt_acts_derive(f->k, &f->m, p, f->need_m)) atomic_store_explicit(&f->odd[f->token[p]], 1, memory_order_relaxed);
+        if (!kt_acts_derive(f->k, &f->m, p, f->forms_m)) mark_nonfinite(f, f->token[p]);
 }
 
 static void down(void *ctx, int32_t job, int thread) {
@@ -218,9 +234,10 @@ static void down(void *ctx, int32_t job, int thread) {
     int64_t first = (int64_t)block * f->rows;
     int rows = (int)kt_min(f->e->hidden - first, f->rows);
     float *y = f->y + g->begin * f->y_stride + first;
-    kt_matmul_block(f->k, w, first, rows, &f->m, f->place + g->begin, g->tokens,
-                    next_block(f, &f->by_hidden, job, node, f->e->down), &f->scratch[thread],
-                    y, f->y_stride);
+    kt_matmul_block(&(struct kt_block){
+        .k = f->k, .w = w, .first = first, .rows = rows, .a = &f->m, .token = f->row + g->begin, .tokens = g->tokens,
+        .next = next_block(f, &f->by_hidden, job, node, f->e->down), .s = &f->scratch[thread], .c = y,
+        .ldc = f->y_stride});
     const float *bias = f->e->glu.down_bias;
     for (int64_t i = 0; bias && i < g->tokens; i++)
         f->k->add(bias + g->expert * f->e->hidden + first, y + i * f->y_stride, rows);
@@ -235,7 +252,10 @@ static void combine(void *ctx, int32_t job, int thread) {
         float *sum = f->x.f + t * f->x.stride;
         int add = 0;
         for (int64_t i = t * f->slots; i < (t + 1) * f->slots; i++)
-            if (f->pos[i] >= 0) f->k->scale_add(f->weights[i], f->y + f->pos[i] * f->y_stride, sum, H, add), add = 1;
+            if (f->pos[i] >= 0) {
+                f->k->scale_add(f->weights[i], f->y + f->pos[i] * f->y_stride, sum, H, add);
+                add = 1;
+            }
         if (!add) memset(sum, 0, (size_t)H * sizeof *sum);
         kt_store_row(f->k, sum, H, f->dtype, f->out, t * H);
     }
@@ -244,13 +264,13 @@ static void combine(void *ctx, int32_t job, int thread) {
 /* ---- the call --------------------------------------------------------------------------------------- */
 
 static void needs(struct forward *f) {
-    f->need_x = f->need_m = 0;
+    f->forms_x = f->forms_m = 0;
     for (int64_t i = 0; i < f->e->count; i++) {
         int32_t tokens = f->group_of[i];
         if (!tokens) continue;
-        if (f->e->gate) f->need_x |= kt_forms_needed(f->k, &f->e->gate[i], tokens, f->dtype);
-        f->need_x |= kt_forms_needed(f->k, &f->e->up[i], tokens, f->dtype);
-        f->need_m |= kt_forms_needed(f->k, &f->e->down[i], tokens, f->dtype);
+        if (f->e->gate) f->forms_x |= kt_forms_needed(f->k, &f->e->gate[i], tokens, f->dtype);
+        f->forms_x |= kt_forms_needed(f->k, &f->e->up[i], tokens, f->dtype);
+        f->forms_m |= kt_forms_needed(f->k, &f->e->down[i], tokens, f->dtype);
     }
 }
 
@@ -259,21 +279,24 @@ static void layout(struct forward *f, struct kt_arena *arena, int threads) {
     f->group_of = kt_arena_take(arena, f->e->count, sizeof *f->group_of); /* first: filled between two layouts */
     f->pos = kt_arena_take(arena, pairs, sizeof *f->pos);
     f->token = kt_arena_take(arena, f->pairs, sizeof *f->token);
-    f->place = kt_arena_take(arena, f->pairs, sizeof *f->place);
+    f->row = kt_arena_take(arena, f->pairs, sizeof *f->row);
     f->group = kt_arena_take(arena, f->groups, sizeof *f->group);
     f->scratch = kt_arena_take(arena, threads, sizeof *f->scratch);
-    kt_acts_take(arena, f->tokens, f->e->hidden, f->need_x, &f->x);
-    kt_acts_take(arena, f->pairs, f->e->inner, f->need_m, &f->m);
+    kt_acts_take(arena, f->tokens, f->e->hidden, f->forms_x, &f->x);
+    kt_acts_take(arena, f->pairs, f->e->inner, f->forms_m, &f->m);
     f->y_stride = kt_round_up(f->e->hidden, KT_TILE);
     f->y = kt_arena_take(arena, f->pairs * f->y_stride, sizeof *f->y);
     for (int i = 0; i < threads; i++) {
         struct kt_scratch s;
-        kt_scratch_take(arena, f->most, &s);
+        kt_scratch_take(arena, f->busiest, &s);
         if (arena->base) f->scratch[i] = s;
     }
 }
 
-static int run_chunk(struct forward *f, kt_pool *pool) {
+/* The call's memory, from the pool's one piece. How much that is depends on how many pairs there are, which takes
+ * memory to count (group_of): so a count in what the pool has, then the layout's size, then the layout. When the
+ * piece grows it loses what it held, the counts among it. */
+static int take_memory(struct forward *f, kt_pool *pool) {
     const int threads = kt_pool_threads(pool);
     f->group_of = kt_pool_shared(pool, (size_t)f->e->count * sizeof *f->group_of);
     if (!f->group_of) return KT_ERR_MEMORY;
@@ -285,32 +308,45 @@ static int run_chunk(struct forward *f, kt_pool *pool) {
     if (!arena.base) return KT_ERR_MEMORY;
     arena.used = 0;
     layout(f, &arena, threads);
-    count_pairs(f); /* growing the memory lost the first count */
-    sort_pairs(f);
+    count_pairs(f);
+    return KT_OK;
+}
 
-    f->rows = kt_job_rows(pool, f->groups * kt_min(f->e->inner, f->e->hidden));
-    f->per_job_x = (int32_t)(1 + 16384 / f->e->hidden);
-    f->per_job_m = (int32_t)(1 + 16384 / f->e->inner);
-    const int64_t most = f->e->inner > f->e->hidden ? f->e->inner : f->e->hidden;
-    if (f->groups * ((most + f->rows - 1) / f->rows) > INT32_MAX) return KT_ERR_SHAPE;
-    kt_pool_shard_jobs(pool, f->e->inner, KT_SHARD_ROWS, f->rows, f->groups, &f->by_inner);
-    kt_pool_shard_jobs(pool, f->e->hidden, KT_SHARD_ROWS, f->rows, f->groups, &f->by_hidden);
+/* How the work is cut into jobs. */
+static int cut_jobs(struct forward *f, const kt_pool *pool) {
+    const int64_t inner = f->e->inner, hidden = f->e->hidden, longer = inner > hidden ? inner : hidden;
+    f->rows = kt_job_rows(pool, f->groups * kt_min(inner, hidden));
+    f->per_job_x = (int32_t)(1 + 16384 / hidden);
+    f->per_job_m = (int32_t)(1 + 16384 / inner);
+    if (f->groups * ((longer + f->rows - 1) / f->rows) > INT32_MAX) return KT_ERR_SHAPE;
+    kt_pool_shard_jobs(pool, inner, KT_SHARD_ROWS, f->rows, f->groups, &f->by_inner);
+    kt_pool_shard_jobs(pool, hidden, KT_SHARD_ROWS, f->rows, f->groups, &f->by_hidden);
+    return KT_OK;
+}
+
+/* The lines of the algorithm above, in order. */
+static int run_chunk(struct forward *f, kt_pool *pool) {
+    int status = take_memory(f, pool);
+    if (status) return status;
+    sort_pairs(f);
+    status = cut_jobs(f, pool);
+    if (status) return status;
     const int32_t token_jobs = (f->tokens + f->per_job_x - 1) / f->per_job_x;
     kt_pool_run(pool, prepare_x, f, token_jobs);
     kt_pool_run_sharded(pool, gate_up, f, f->by_inner.jobs_of_node);
-    if (f->need_m) kt_pool_run(pool, prepare_m, f, (f->pairs + f->per_job_m - 1) / f->per_job_m);
+    if (f->forms_m) kt_pool_run(pool, prepare_m, f, (f->pairs + f->per_job_m - 1) / f->per_job_m);
     kt_pool_run_sharded(pool, down, f, f->by_hidden.jobs_of_node);
     kt_pool_run(pool, combine, f, token_jobs);
     return KT_OK;
 }
 
-/* Odd tokens once more, each alone, in fp32: then infinities and NaNs go where IEEE arithmetic takes them, and the
- * other tokens keep their bits. */
-static int run_odd(const struct forward *f, kt_pool *pool) {
+/* Tokens with infinities or NaNs once more, each alone, in fp32: these go where IEEE arithmetic takes them then, and
+ * the other tokens keep their bits. */
+static int run_nonfinite(const struct forward *f, kt_pool *pool) {
     const size_t row = (size_t)f->e->hidden * kt_dtype_size(f->dtype);
     int status = KT_OK;
     for (int32_t t = 0; t < f->tokens && !status; t++) {
-        if (!f->odd[t]) continue;
+        if (!f->nonfinite[t]) continue;
         struct forward one = {.e = f->e, .k = kt_exact_kernels(), .dtype = f->dtype, .slots = f->slots, .tokens = 1};
         one.hidden = (const uint8_t *)f->hidden + (size_t)t * row;
         one.out = (uint8_t *)f->out + (size_t)t * row;
@@ -325,7 +361,7 @@ static int run_odd(const struct forward *f, kt_pool *pool) {
 static int64_t chunk_tokens(const struct kt_experts *e, int64_t slots) {
     int64_t bytes = slots * 4 * (2 * e->inner + e->hidden) + 12 * e->hidden;
     int64_t n = ((int64_t)512 << 20) / bytes;
-    return n < 16 ? 16 : n > MOST_TOKENS ? MOST_TOKENS : n;
+    return n < 16 ? 16 : n > CHUNK_TOKENS ? CHUNK_TOKENS : n;
 }
 
 int kt_experts_forward(const kt_experts *e, kt_pool *pool, const void *hidden, int dtype, int64_t tokens,
@@ -348,42 +384,10 @@ int kt_experts_forward(const kt_experts *e, kt_pool *pool, const void *hidden, i
         f.out = (uint8_t *)out + (size_t)(t * e->hidden) * size;
         f.ids = per_token ? ids + t * per_token : NULL;
         f.weights = per_token ? weights + t * per_token : NULL;
-        memset((void *)f.odd, 0, (size_t)f.tokens);
+        memset((void *)f.nonfinite, 0, (size_t)f.tokens);
         status = run_chunk(&f, pool);
-        if (!status) status = run_odd(&f, pool);
+        if (!status) status = run_nonfinite(&f, pool);
     }
     kt_pool_unlock(pool);
-    return status;
-}
-
-/* ---- NUMA ------------------------------------------------------------------------------------------- */
-
-/* The lines of a matrix that each node will read: its rows. A type by columns has lines that every node reads; they are
- * shared out all the same, so that no node serves them all. */
-static int32_t place_matrix(const struct kt_matrix *w, const kt_pool *pool, struct kt_range *ranges) {
-    int64_t begin[KT_MAX_NODES + 1];
-    int32_t n = 0;
-    if (w->traits->by_column) kt_pool_shard(pool, w->cols / w->traits->block, 1, begin);
-    else kt_pool_shard(pool, w->rows, KT_SHARD_ROWS, begin);
-    for (int node = 0; node < kt_pool_nodes(pool); node++)
-        if (begin[node + 1] > begin[node])
-            ranges[n++] = (struct kt_range){w->data + (size_t)begin[node] * w->stride,
-                                            (size_t)(begin[node + 1] - begin[node] - 1) * w->stride + 1, node};
-    return n;
-}
-
-int kt_experts_place(const kt_experts *e, kt_pool *pool) {
-    if (!e || !pool) return KT_ERR_NULL;
-    kt_pool_lock(pool);
-    struct kt_range *ranges = malloc((size_t)e->count * 3 * (size_t)kt_pool_nodes(pool) * sizeof *ranges);
-    int32_t n = 0;
-    for (int64_t i = 0; ranges && i < e->count; i++) {
-        if (e->gate) n += place_matrix(&e->gate[i], pool, ranges + n);
-        n += place_matrix(&e->up[i], pool, ranges + n);
-        n += place_matrix(&e->down[i], pool, ranges + n);
-    }
-    int status = ranges && kt_pool_touch(pool, ranges, n) ? KT_OK : KT_ERR_MEMORY;
-    kt_pool_unlock(pool);
-    free(ranges);
     return status;
 }

@@ -1,7 +1,10 @@
 /* queue.c: calls in order on a thread of their own. It computes nothing itself and knows no weights.
  *
  * Calls lie in a ring; number n is at n % capacity from its submission until it is done. The thread copies a call out
- * before it runs it, so that the ring may grow meanwhile. */
+ * before it runs it, so that the ring may grow meanwhile.
+ *
+ * Closing wakes everybody who waits and returns when they have left and the thread has ended: what they waited for and
+ * was dropped is an error of theirs, KT_ERR_CLOSED. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -20,13 +23,14 @@ struct entry {
 struct kt_queue {
     kt_pool *pool;
     pthread_mutex_t lock; /* guards all below */
-    pthread_cond_t more, fewer;
+    pthread_cond_t more, fewer, left; /* a call came; one is done; somebody left a queue that is being closed */
     struct entry *ring; /* [capacity], a power of two */
     int64_t capacity;
     int64_t submitted, done;
     int64_t failed;
     int status; /* of `failed`, KT_OK if none */
-    int started, quit;
+    int started, closed;
+    int inside; /* threads that wait, and the queue's own */
     pthread_t id;
     struct kt_queue *next; /* all queues, for fork */
 };
@@ -41,8 +45,16 @@ static int compute(kt_pool *pool, const struct entry *e) {
     return kt_linear(pool, c->weight ? &e->weight : NULL, c->bias, c->input, c->dtype, c->tokens, c->out);
 }
 
+/* Functions without kt_ in their name are called with the lock held, but for compute and queue_main. */
 static void fail(struct kt_queue *q, int status, int64_t number) {
-    if (status && !q->status) q->status = status, q->failed = number;
+    if (!status || q->status) return;
+    q->status = status;
+    q->failed = number;
+}
+
+static void leave(struct kt_queue *q) {
+    q->inside--;
+    if (q->closed) pthread_cond_broadcast(&q->left);
 }
 
 static void *queue_main(void *arg) {
@@ -50,8 +62,8 @@ static void *queue_main(void *arg) {
     kt_pool_adopt(q->pool);
     pthread_mutex_lock(&q->lock);
     for (;;) {
-        while (q->done == q->submitted && !q->quit) pthread_cond_wait(&q->more, &q->lock);
-        if (q->quit) break;
+        while (q->done == q->submitted && !q->closed) pthread_cond_wait(&q->more, &q->lock);
+        if (q->closed) break;
         const struct entry e = q->ring[(q->done + 1) & (q->capacity - 1)];
         pthread_mutex_unlock(&q->lock);
         int status = compute(q->pool, &e);
@@ -59,11 +71,11 @@ static void *queue_main(void *arg) {
         fail(q, status, ++q->done);
         pthread_cond_broadcast(&q->fewer);
     }
+    leave(q);
     pthread_mutex_unlock(&q->lock);
     return NULL;
 }
 
-/* With the lock held. */
 static int start(struct kt_queue *q) {
     if (q->started) return KT_OK;
     sigset_t all, old;
@@ -71,6 +83,7 @@ static int start(struct kt_queue *q) {
     pthread_sigmask(SIG_SETMASK, &all, &old);
     q->started = !pthread_create(&q->id, NULL, queue_main, q);
     pthread_sigmask(SIG_SETMASK, &old, NULL);
+    q->inside += q->started;
     return q->started ? KT_OK : KT_ERR_THREADS;
 }
 
@@ -86,7 +99,8 @@ static void init_sync(struct kt_queue *q) {
     pthread_mutex_init(&q->lock, NULL);
     pthread_cond_init(&q->more, NULL);
     pthread_cond_init(&q->fewer, NULL);
-    q->started = 0;
+    pthread_cond_init(&q->left, NULL);
+    q->started = q->inside = 0;
 }
 
 static void before_fork(void) {
@@ -122,8 +136,21 @@ int kt_queue_create(kt_pool *pool, kt_queue **queue) {
     return KT_OK;
 }
 
-void kt_queue_destroy(kt_queue *q) {
+void kt_queue_close(kt_queue *q) {
     if (!q) return;
+    pthread_mutex_lock(&q->lock);
+    q->closed = 1;
+    pthread_cond_broadcast(&q->more);
+    pthread_cond_broadcast(&q->fewer);
+    while (q->inside) pthread_cond_wait(&q->left, &q->lock);
+    const pthread_t id = q->id;
+    const int join = q->started; /* the first of several that close */
+    q->started = 0;
+    pthread_mutex_unlock(&q->lock);
+    if (join) pthread_join(id, NULL);
+}
+
+static void forget(const struct kt_queue *q) {
     pthread_mutex_lock(&queues_lock);
     for (struct kt_queue **at = &queues; *at; at = &(*at)->next)
         if (*at == q) {
@@ -131,19 +158,21 @@ void kt_queue_destroy(kt_queue *q) {
             break;
         }
     pthread_mutex_unlock(&queues_lock);
-    pthread_mutex_lock(&q->lock);
-    q->quit = 1;
-    pthread_cond_broadcast(&q->more);
-    pthread_mutex_unlock(&q->lock);
-    if (q->started) pthread_join(q->id, NULL);
+}
+
+void kt_queue_destroy(kt_queue *q) {
+    if (!q) return;
+    kt_queue_close(q);
+    forget(q);
     pthread_mutex_destroy(&q->lock);
     pthread_cond_destroy(&q->more);
     pthread_cond_destroy(&q->fewer);
+    pthread_cond_destroy(&q->left);
     free(q->ring);
     free(q);
 }
 
-/* Room for one more, with the lock held. */
+/* Room for one more. */
 static int grow(struct kt_queue *q) {
     if (q->submitted - q->done < q->capacity) return KT_OK;
     int64_t capacity = q->capacity ? 2 * q->capacity : 16;
@@ -156,30 +185,35 @@ static int grow(struct kt_queue *q) {
     return KT_OK;
 }
 
+static int append(struct kt_queue *q, const kt_call *call, int64_t *number) {
+    if (q->closed) return KT_ERR_CLOSED;
+    int status = grow(q);
+    if (!status) status = start(q);
+    if (status) return status;
+    struct entry *e = &q->ring[++q->submitted & (q->capacity - 1)];
+    *e = (struct entry){.call = *call};
+    if (call->weight) e->weight = *call->weight;
+    if (number) *number = q->submitted;
+    pthread_cond_signal(&q->more);
+    return KT_OK;
+}
+
 int kt_submit(const kt_call *call, int64_t *number) {
     if (number) *number = 0;
     if (!call || !call->queue) return KT_ERR_NULL;
-    struct kt_queue *q = call->queue;
-    pthread_mutex_lock(&q->lock);
-    int status = grow(q);
-    if (!status) status = start(q);
-    if (!status) {
-        struct entry *e = &q->ring[++q->submitted & (q->capacity - 1)];
-        *e = (struct entry){.call = *call};
-        if (call->weight) e->weight = *call->weight;
-        if (number) *number = q->submitted;
-        pthread_cond_signal(&q->more);
-    }
-    pthread_mutex_unlock(&q->lock);
+    pthread_mutex_lock(&call->queue->lock);
+    int status = append(call->queue, call, number);
+    pthread_mutex_unlock(&call->queue->lock);
     return status;
 }
 
-/* Wait; with the lock held. */
 static int wait_for(struct kt_queue *q, int64_t allow_pending) {
     const int64_t until = q->submitted - (allow_pending > 0 ? allow_pending : 0);
-    if (q->done < until && start(q)) return KT_ERR_THREADS;
-    while (q->done < until) pthread_cond_wait(&q->fewer, &q->lock);
-    return KT_OK;
+    if (q->done < until && !q->closed && start(q)) return KT_ERR_THREADS;
+    q->inside++;
+    while (q->done < until && !q->closed) pthread_cond_wait(&q->fewer, &q->lock);
+    leave(q);
+    return q->done < until ? KT_ERR_CLOSED : KT_OK;
 }
 
 int kt_sync(kt_queue *q, int64_t allow_pending, int64_t *failed) {
@@ -206,18 +240,16 @@ int64_t kt_queue_done(kt_queue *q) {
 
 void kt_submit_host(void *user) {
     const kt_call *call = user;
-    int status = kt_submit(call, NULL);
-    if (!status || !call || !call->queue) return;
+    if (!call || !call->queue) return;
     pthread_mutex_lock(&call->queue->lock);
-    fail(call->queue, status, 0);
+    fail(call->queue, append(call->queue, call, NULL), 0);
     pthread_mutex_unlock(&call->queue->lock);
 }
 
 void kt_sync_host(void *user) {
     const kt_wait *wait = user;
     if (!wait || !wait->queue) return;
-    struct kt_queue *q = wait->queue;
-    pthread_mutex_lock(&q->lock);
-    fail(q, wait_for(q, wait->allow_pending), 0);
-    pthread_mutex_unlock(&q->lock);
+    pthread_mutex_lock(&wait->queue->lock);
+    fail(wait->queue, wait_for(wait->queue, wait->allow_pending), 0);
+    pthread_mutex_unlock(&wait->queue->lock);
 }

@@ -5,8 +5,9 @@
  * 8 bits for 256 entries (IQ2_XXS, IQ3_XXS), 9 for 512 (IQ2_XS, IQ3_S), 10 for 1024 (IQ2_S), 11 for 2048 (IQ1), 7 for
  * 128 (signs), 4 for 16 (codebooks).
  *
- * Each grid exists twice. `_packed`, a uint16_t a point: value i in bits 2i (8 values of levels 0..2), or in bits 0, 3, 8
- * and 11 (4 values of levels 0..7): small enough for registers or a byte shuffle. `_grid`, a byte a value, value 0 in the lowest:
+ * Each grid exists twice. `_packed`, a uint16_t a point: value i in bits 2i (8 values of levels 0..2), or in bits 0,
+ * 3, 8 and 11 (4 values of levels 0..7): small enough for registers or a byte shuffle. `_grid`, a byte a value, value
+ * 0 in the lowest:
  *   IQ2  magnitudes 8, 25, 43      u = 43 +- magnitude
  *   IQ3_XXS  4, 12, 20 .. 52, 62   u = 62 +- magnitude
  *   IQ3_S  1, 3, 5 .. 15           u = 15 +- magnitude

@@ -10,6 +10,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "../../include/kt_native.h"
+
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "packed weights are little-endian"
 #endif
@@ -314,5 +316,22 @@ static inline float kt_ue4m3_half(uint8_t x) {
     if (exponent == 0) return (float)mantissa * 0x1p-10f;
     return kt_bits_float((uint32_t)(exponent + 119) << 23 | (uint32_t)mantissa << 20);
 }
+
+/* ---- separate scales and zero points ------------------------------------------------------------------ */
+
+/* Bytes of a scale, 0 for an unknown type. */
+static inline size_t kt_scale_size(int type) {
+    switch (type) {
+    case KT_SCALE_F32: return 4;
+    case KT_SCALE_F16:
+    case KT_SCALE_BF16: return 2;
+    case KT_SCALE_E8M0:
+    case KT_SCALE_E4M3: return 1;
+    }
+    return 0;
+}
+
+/* The nibble of an AWQ dword that holds row 0, 1, ... of its eight. */
+static const uint8_t kt_awq_nibble[8] = {0, 4, 1, 5, 2, 6, 3, 7};
 
 #endif

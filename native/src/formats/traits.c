@@ -20,9 +20,10 @@
 
 /* clang-format off */
 #define ROW(name, block, bytes, kind, group, zero, top, min_group) \
-    [KT_FMT_##name] = {KT_TYPE_##name, #name, block, bytes, KT_KIND_##kind, group, zero, top, min_group, 0, 0}
-#define BESIDE(name, block, bytes, kind, zero, top, by_column) \
-    [KT_FMT_##name] = {KT_TYPE_##name, #name, block, bytes, KT_KIND_##kind, 32, zero, top, 0, 1, by_column}
+    [KT_FMT_##name] = {KT_TYPE_##name, #name, block, bytes, KT_KIND_##kind, group, zero, top, min_group, 0, 0, 0}
+#define SEPARATE(name, block, bytes, kind, zero, top, zeros_per_dword, by_column) \
+    [KT_FMT_##name] = {KT_TYPE_##name, #name, block, bytes, KT_KIND_##kind, 32, zero, top, 0, 1, zeros_per_dword, \
+                       by_column}
 
 const struct kt_traits kt_traits_table[KT_FORMATS] = {
     /*  name     block  bytes                    kind  group  zero  top   min_group */
@@ -52,15 +53,15 @@ const struct kt_traits kt_traits_table[KT_FORMATS] = {
     ROW(TQ2_0,   KT_QK, sizeof(kt_block_tq2_0),  Q8,   32,    1,    3,    0),
     ROW(MXFP4,   32,    sizeof(kt_block_mxfp4),  Q8,   32,    12,   24,   0),
     ROW(NVFP4,   64,    sizeof(kt_block_nvfp4),  Q8,   16,    12,   24,   0),
-    /*     name     block  bytes  kind  zero  top  by_column */
-    BESIDE(F8_E4M3, 1,     1,     BF16, 0,    0,   0),
-    BESIDE(F4_E2M1, 2,     1,     Q8,   12,   24,  0), /* twice the value, plus 12 */
-    BESIDE(I8,      1,     1,     Q8,   128,  255, 0),
-    BESIDE(U8,      1,     1,     Q8,   128,  255, 0),
-    BESIDE(I4,      2,     1,     Q8,   8,    15,  0),
-    BESIDE(GPTQ4,   8,     4,     Q8,   8,    15,  1),
-    BESIDE(GPTQ8,   4,     4,     Q8,   128,  255, 1),
-    BESIDE(AWQ4,    1,     1,     Q8,   8,    15,  1), /* a row takes half a byte of a line */
+    /*       name     block  bytes  kind  zero  top   zeros_per_dword  by_column */
+    SEPARATE(F8_E4M3, 1,     1,     BF16, 0,    0,    0,               0),
+    SEPARATE(F4_E2M1, 2,     1,     Q8,   12,   24,   0,               0), /* twice the value, plus 12 */
+    SEPARATE(I8,      1,     1,     Q8,   128,  255,  0,               0),
+    SEPARATE(U8,      1,     1,     Q8,   128,  255,  4,               0),
+    SEPARATE(I4,      2,     1,     Q8,   8,    15,   8,               0),
+    SEPARATE(GPTQ4,   8,     4,     Q8,   8,    15,   8,               1),
+    SEPARATE(GPTQ8,   4,     4,     Q8,   128,  255,  4,               1),
+    SEPARATE(AWQ4,    1,     1,     Q8,   8,    15,   8,               1), /* a row takes half a byte of a stored row */
 };
 /* clang-format on */
 

@@ -34,8 +34,9 @@ struct kt_traits {
     int zero;         /* Q8 kind: z of w = s*(u - z) - m. Codes above 127 require z = 128 (see traits.c) */
     int top;          /* Q8 kind: the largest u: how many products a sum of 16 bits holds */
     int min_group;    /* Q8 kind: values that share a min m: 16 or 32, a divisor of group; 0: m is always zero */
-    int beside;       /* scales lie beside the codes, not in the blocks; group is 32 unless a scale covers fewer columns */
-    int by_column;    /* a line of memory holds `block` columns of all rows, not all columns of a row */
+    int scales_separate; /* scales are no part of the blocks; group is 32 unless a scale covers fewer columns */
+    int zeros_per_dword; /* packed zero points in a dword; 0: such a format has none */
+    int by_column;    /* a row of memory holds `block` columns of all rows, not all columns of a row */
 };
 
 extern const struct kt_traits kt_traits_table[KT_FORMATS];

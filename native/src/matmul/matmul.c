@@ -1,7 +1,7 @@
 /* matmul.c: one block of W @ x: a few rows of one matrix and all tokens that meet it. Three paths:
  *
- *   dot     few tokens: a pass over packed bytes that unpacks in registers, for up to four tokens (formats that have such
- *           a kernel)
+ *   dot     few tokens: a pass over packed bytes that unpacks in registers, for up to four tokens (formats that have
+ * such           a kernel)
  *   strips  not many tokens: 16 rows x 512 columns are unpacked into the first-level cache and met by all tokens
  *   panels  many tokens: 128 rows x 2048 columns are unpacked into the second-level cache; while a GEMM works on
  *           them it fetches the packed bytes of the next panel
@@ -17,10 +17,8 @@
 enum path { DOT, STRIPS, PANELS };
 
 enum {
-    FLOAT_TILES_FROM = 12, /* tokens from which unpacking once beats a dot; floats unpack in an instruction */
-    Q8_TILES_FROM = 3,     /* where a dot unpacks for every token; kernels of several tokens bring their own numbers */
-    PANELS_FROM = 8,       /* tokens from which a panel's second trip through the caches is repaid */
-    STRIP_BYTES = 512,     /* of a row */
+    PANELS_FROM = 8,   /* tokens from which a panel's second trip through the caches is repaid */
+    STRIP_BYTES = 512, /* of a row */
 };
 
 static _Atomic(int) forced_threshold;
@@ -32,12 +30,16 @@ static enum kt_kind kind_of(const struct kt_kernels *k, const struct kt_matrix *
     return w->kind == KT_KIND_Q8 && !k->gemm_q8 ? KT_KIND_F32 : w->kind;
 }
 
+/* Whether the format's decode kernel computes this very matrix: not where its columns are scattered over the groups,
+ * which makes it fp32. */
+static int has_dot(const struct kt_kernels *k, const struct kt_matrix *w) {
+    return k->dot[w->format] && w->kind == w->traits->kind;
+}
+
 static enum path path_of(const struct kt_kernels *k, const struct kt_matrix *w, int64_t tokens) {
-    int forced = atomic_load(&forced_threshold);
-    int64_t tiles = w->traits->kind == KT_KIND_Q8 ? Q8_TILES_FROM : FLOAT_TILES_FROM;
-    if (k->tiles_from[w->format]) tiles = k->tiles_from[w->format];
-    if (forced > 0) tiles = forced;
-    if (k->dot[w->format] && w->kind == w->traits->kind && (!w->zeros || w->traits->by_column || w->group == 32) && tokens < tiles) return DOT;
+    const int forced = atomic_load(&forced_threshold);
+    const int tiles_from = forced > 0 ? forced : k->tiles_from[w->format];
+    if (has_dot(k, w) && tokens < tiles_from) return DOT;
     return tokens < PANELS_FROM ? STRIPS : PANELS;
 }
 
@@ -45,7 +47,7 @@ int kt_forms_needed(const struct kt_kernels *k, const struct kt_matrix *w, int64
     enum kt_kind kind = kind_of(k, w);
     if (kind == KT_KIND_Q8) return KT_NEED_Q8;
     if (kind != KT_KIND_BF16 || !k->gemm_bf16 || (path_of(k, w, tokens) == DOT && !k->dot_bf16)) return 0;
-    return w->traits->beside || dtype == KT_BF16 ? KT_NEED_BF16 : 0;
+    return w->traits->scales_separate || dtype == KT_BF16 ? KT_NEED_BF16 : 0;
 }
 
 /* ---- activations ------------------------------------------------------------------------------------ */
@@ -66,19 +68,19 @@ void kt_acts_take(struct kt_arena *arena, int64_t tokens, int64_t cols, int need
 }
 
 int kt_acts_derive(const struct kt_kernels *k, struct kt_acts *a, int64_t t, int need) {
-    int holds = 1;
+    int finite = 1;
     const float *x = a->f + t * a->stride;
     int64_t g = t * a->stride / KT_ACT_GROUP;
     if (need & KT_NEED_Q8) { /* such a matrix has cols % 32 == 0 */
         k->quantize(x, a->cols, a->q + t * a->stride, a->d + g, a->ds + g, a->low + g, a->high + g);
-        for (int64_t i = 0; i < a->cols / KT_ACT_GROUP; i++) holds &= a->d[g + i] == a->d[g + i];
+        for (int64_t i = 0; i < a->cols / KT_ACT_GROUP; i++) finite &= a->d[g + i] == a->d[g + i];
     }
     if (need & KT_NEED_BF16) {
         uint16_t *h = a->h + t * a->stride;
         k->to_bf16(x, a->cols, h);
         memset(h + a->cols, 0, (size_t)(a->stride - a->cols) * 2);
     }
-    return holds;
+    return finite;
 }
 
 size_t kt_dtype_size(int dtype) { return dtype == KT_F32 ? 4 : dtype == KT_F16 || dtype == KT_BF16 ? 2 : 0; }
@@ -96,116 +98,128 @@ void kt_store_row(const struct kt_kernels *k, const float *x, int64_t n, int dty
 
 /* ---- what comes next -------------------------------------------------------------------------------- */
 
-/* Of a type by columns: bytes that some rows, an even number, take in a line. */
-static size_t line_bytes(const struct kt_matrix *w, int64_t rows) {
+/* Of a type by columns: bytes that some rows, an even number, take in a stored row. */
+static size_t column_bytes(const struct kt_matrix *w, int64_t rows) {
     return (size_t)(w->format == KT_FMT_AWQ4 ? rows / 2 : rows * 4);
 }
 
 /* The packed bytes of columns k0 .. k0 + n of `rows` rows, as far as the matrix has them. */
-static struct kt_ahead lines_of(const struct kt_matrix *w, int64_t first, int64_t rows, int64_t k0, int64_t n) {
-    struct kt_ahead a = {0};
+static struct kt_ahead packed_bytes(const struct kt_matrix *w, int64_t first, int64_t rows, int64_t k0, int64_t n) {
     const struct kt_traits *t = w->traits;
     rows = kt_min(rows, w->rows - first);
     n = kt_min(n, w->cols - k0);
-    if (rows <= 0 || n <= 0) return a;
-    if (t->by_column) {
-        a = (struct kt_ahead){.row = w->data + (size_t)(k0 / t->block) * w->stride + line_bytes(w, first),
-                              .stride = w->stride, .bytes = line_bytes(w, rows), .rows = (int)(n / t->block)};
-    } else {
-        a = (struct kt_ahead){.row = w->data + (size_t)first * w->stride + kt_row_bytes(t, k0), .stride = w->stride,
-                              .bytes = kt_row_bytes(t, n), .rows = (int)rows};
-        if (a.bytes == a.stride) a.bytes *= (size_t)rows, a.rows = 1; /* contiguous */
+    if (rows <= 0 || n <= 0) return (struct kt_ahead){0};
+    if (t->by_column)
+        return (struct kt_ahead){.row = w->data + (size_t)(k0 / t->block) * w->stride + column_bytes(w, first),
+                                 .stride = w->stride, .bytes = column_bytes(w, rows), .rows = (int)(n / t->block)};
+    struct kt_ahead a = {.row = w->data + (size_t)first * w->stride + kt_row_bytes(t, k0), .stride = w->stride,
+                         .bytes = kt_row_bytes(t, n), .rows = (int)rows};
+    if (a.bytes == a.stride) { /* contiguous */
+        a.bytes *= (size_t)rows;
+        a.rows = 1;
     }
     return a;
 }
 
-/* ---- the paths -------------------------------------------------------------------------------------- */
-
 /* How far what is read FETCH bytes after row r of a block lies from it: rows of this block, then of the next. */
-static size_t ahead_of(const struct kt_matrix *w, int64_t first, int64_t r, int64_t rows, struct kt_next next) {
+static size_t rows_ahead(const struct kt_block *b, int64_t r) {
     enum { FETCH = 8192 }; /* the latency of memory at its full speed, twice over; a quarter of the first-level cache */
+    const struct kt_matrix *w = b->w, *next = b->next.w;
     const int64_t skip = (int64_t)((FETCH + w->stride - 1) / w->stride);
-    if (r + skip < rows) return (size_t)skip * w->stride;
-    if (!next.w) return 0;
-    const uint8_t *then = next.w->data + (size_t)(next.first + r + skip - rows) * next.w->stride;
-    return (uintptr_t)then - (uintptr_t)(w->data + (size_t)(first + r) * w->stride);
+    if (r + skip < b->rows) return (size_t)skip * w->stride;
+    if (!next) return 0;
+    const uint8_t *then = next->data + (size_t)(b->next.first + r + skip - b->rows) * next->stride;
+    return (uintptr_t)then - (uintptr_t)(w->data + (size_t)(b->first + r) * w->stride);
 }
 
-/* The same for a type by columns: how far the next call's part of a line lies from this one's. */
-static size_t columns_ahead_of(const struct kt_matrix *w, int64_t first, int64_t r, int64_t rows, struct kt_next next) {
-    if (r + KT_DOT_ROWS < rows) return line_bytes(w, KT_DOT_ROWS);
-    if (!next.w) return 0;
-    return (uintptr_t)(next.w->data + line_bytes(next.w, next.first)) - (uintptr_t)(w->data + line_bytes(w, first + r));
+/* The same for a type by columns: how far the next call's part of a stored row lies from this one's. */
+static size_t columns_ahead(const struct kt_block *b, int64_t r) {
+    const struct kt_matrix *w = b->w, *next = b->next.w;
+    if (r + KT_DOT_ROWS < b->rows) return column_bytes(w, KT_DOT_ROWS);
+    if (!next) return 0;
+    const uint8_t *then = next->data + column_bytes(next, b->next.first);
+    return (uintptr_t)then - (uintptr_t)(w->data + column_bytes(w, b->first + r));
 }
 
 /* The scales that the next block meets first. */
 static void fetch_scales(struct kt_next next) {
     const struct kt_matrix *w = next.w;
     if (!w || !w->scales || w->traits->by_column) return;
-    const uint8_t *line = w->scales + (size_t)(next.first / w->scale_rows) * w->scale_stride;
+    const uint8_t *scales = w->scales + (size_t)(next.first / w->scale_rows) * w->scale_stride;
     const size_t bytes = w->scale_stride * (w->scale_rows == 1 ? KT_SCALES_AHEAD : 1);
-    for (size_t b = 0; b < bytes && b < 4096; b += 64) __builtin_prefetch(line + b);
+    for (size_t i = 0; i < bytes && i < 4096; i += 64) __builtin_prefetch(scales + i);
 }
+
+/* ---- the paths -------------------------------------------------------------------------------------- */
 
 static struct kt_act act_of(const struct kt_acts *a, int32_t token) {
     const int64_t at = token * a->stride, g = at / KT_ACT_GROUP;
     struct kt_act one = {.f = a->f + at, .h = a->h ? a->h + at : NULL};
-    if (a->q) one.q = a->q + at, one.d = a->d + g, one.ds = a->ds + g, one.low = a->low + g, one.high = a->high + g;
+    if (!a->q) return one;
+    one.q = a->q + at;
+    one.d = a->d + g;
+    one.ds = a->ds + g;
+    one.low = a->low + g;
+    one.high = a->high + g;
     return one;
 }
 
 /* A few rows at a time, each met by every token while its bytes are in the first-level cache. */
-static void dot_block(const struct kt_kernels *k, const struct kt_matrix *w, int64_t first, int rows,
-                      const struct kt_acts *a, const int32_t *token, int tokens, struct kt_next next, float *c, int64_t ldc) {
-    kt_dot_fn dot = k->dot[w->format];
-    const int passes = (tokens + KT_DOT_TOKENS - 1) / KT_DOT_TOKENS; /* of equal size, or one less: five tokens are 3 + 2 */
-    for (int r = 0; r < rows; r += KT_DOT_ROWS) {
-        int n = (int)kt_min(rows - r, KT_DOT_ROWS);
-        const size_t ahead = w->traits->by_column ? columns_ahead_of(w, first, r, rows, next) : ahead_of(w, first, r, rows, next);
-        for (int p = 0, i = 0; p < passes; p++) {
+static void dot_block(const struct kt_block *b) {
+    const kt_dot_fn dot = b->k->dot[b->w->format];
+    /* Passes of equal size, or one less: five tokens are 3 + 2. */
+    const int passes = (b->tokens + KT_DOT_TOKENS - 1) / KT_DOT_TOKENS;
+    for (int r = 0; r < b->rows; r += KT_DOT_ROWS) {
+        const int rows = (int)kt_min(b->rows - r, KT_DOT_ROWS);
+        const size_t ahead = b->w->traits->by_column ? columns_ahead(b, r) : rows_ahead(b, r);
+        for (int pass = 0, i = 0; pass < passes; pass++) {
             struct kt_act few[KT_DOT_TOKENS];
-            const int some = (tokens - i + passes - p - 1) / (passes - p);
-            for (int j = 0; j < some; j++) few[j] = act_of(a, token[i + j]);
-            dot(w, first + r, n, few, some, ahead, c + i * ldc + r, ldc);
+            const int some = (b->tokens - i + passes - pass - 1) / (passes - pass);
+            for (int j = 0; j < some; j++) few[j] = act_of(b->a, b->token[i + j]);
+            dot(b->w, b->first + r, rows, few, some, ahead, b->c + i * b->ldc + r, b->ldc);
             i += some;
         }
     }
-    fetch_scales(next);
+    fetch_scales(b->next);
 }
 
-/* Rows first .. first + rows, `bytes` of a panel row at a time. */
-static void panel_block(const struct kt_kernels *k, const struct kt_matrix *w, int64_t first, int rows, int bytes,
-                        const struct kt_acts *a, const int32_t *token, int tokens, struct kt_next next,
-                        const struct kt_scratch *s, float *c, int64_t ldc) {
+/* `bytes` of a panel row at a time. */
+static void panel_block(const struct kt_block *b, int bytes) {
+    const struct kt_kernels *k = b->k;
+    const struct kt_matrix *w = b->w;
     enum kt_kind kind = kind_of(k, w);
-    if (kind == KT_KIND_BF16 && !(k->gemm_bf16 && a->h)) kind = KT_KIND_F32;
-    kt_gemm_fn gemm = kind == KT_KIND_Q8 ? k->gemm_q8 : kind == KT_KIND_BF16 ? k->gemm_bf16 : k->gemm_f32;
+    if (kind == KT_KIND_BF16 && !(k->gemm_bf16 && b->a->h)) kind = KT_KIND_F32;
+    const kt_gemm_fn gemm = kind == KT_KIND_Q8 ? k->gemm_q8 : kind == KT_KIND_BF16 ? k->gemm_bf16 : k->gemm_f32;
     int64_t columns = bytes / 4 * kt_values_per_dword(kind);
     if (columns < KT_BLOCK_COLS) columns = KT_BLOCK_COLS;
-    const int tiles = (rows + KT_TILE - 1) / KT_TILE;
+    const int tiles = (b->rows + KT_TILE - 1) / KT_TILE;
     for (int64_t k0 = 0; k0 < w->cols; k0 += columns) {
         struct kt_panel p = {.kind = kind, .tiles = tiles, .k = kt_min(w->cols - k0, columns)};
-        kt_panel_fill(k, w, first, rows, k0, s, &p);
+        kt_panel_fill(b, k0, &p);
         struct kt_ahead ahead = {0};
-        if (k0 + columns < w->cols) ahead = lines_of(w, first, rows, k0 + columns, columns);
-        else if (next.w) ahead = lines_of(next.w, next.first, rows, 0, columns);
+        if (k0 + columns < w->cols) ahead = packed_bytes(w, b->first, b->rows, k0 + columns, columns);
+        else if (b->next.w) ahead = packed_bytes(b->next.w, b->next.first, b->rows, 0, columns);
         p.ahead = &ahead;
-        gemm(&p, a, token, tokens, k0, c, ldc, k0 > 0);
+        gemm(&p, b->a, b->token, b->tokens, k0, b->c, b->ldc, k0 > 0);
     }
 }
 
-void kt_matmul_block(const struct kt_kernels *k, const struct kt_matrix *w, int64_t first, int rows,
-                     const struct kt_acts *a, const int32_t *token, int tokens, struct kt_next next,
-                     const struct kt_scratch *s, float *c, int64_t ldc) {
-    switch (path_of(k, w, tokens)) {
-    case DOT: dot_block(k, w, first, rows, a, token, tokens, next, c, ldc); break;
-    case PANELS: panel_block(k, w, first, rows, KT_PANEL_BYTES, a, token, tokens, next, s, c, ldc); break;
-    case STRIPS:
-        for (int r = 0; r < rows; r += KT_TILE) {
-            int n = (int)kt_min(rows - r, KT_TILE);
-            struct kt_next then = r + n < rows ? (struct kt_next){w, first + r + n} : next;
-            panel_block(k, w, first + r, n, STRIP_BYTES, a, token, tokens, then, s, c + r, ldc);
-        }
+static void strips_block(const struct kt_block *b) {
+    for (int r = 0; r < b->rows; r += KT_TILE) {
+        struct kt_block strip = *b;
+        strip.first = b->first + r;
+        strip.rows = (int)kt_min(b->rows - r, KT_TILE);
+        strip.c = b->c + r;
+        if (r + strip.rows < b->rows) strip.next = (struct kt_next){b->w, strip.first + strip.rows};
+        panel_block(&strip, STRIP_BYTES);
+    }
+}
+
+void kt_matmul_block(const struct kt_block *b) {
+    switch (path_of(b->k, b->w, b->tokens)) {
+    case DOT: dot_block(b); break;
+    case STRIPS: strips_block(b); break;
+    case PANELS: panel_block(b, KT_PANEL_BYTES); break;
     }
 }
 

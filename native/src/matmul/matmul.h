@@ -1,6 +1,6 @@
 /* matmul.h: what linear.c and moe.c share: prepared activations, and one block of W @ x.
  *
- * Which path is decided per matrix from the number of tokens that meet it (kt_path). */
+ * Which path is decided per matrix from the number of tokens that meet it (path_of in matmul.c). */
 #ifndef KT_MATMUL_H
 #define KT_MATMUL_H
 
@@ -28,16 +28,7 @@ size_t kt_dtype_size(int dtype); /* 0 if unknown */
 
 /* ---- the product ---- */
 
-/* Rows of a matrix that are likely to be read next by this thread: fetched while it computes. NULL w: unknown. */
-struct kt_next {
-    const struct kt_matrix *w;
-    int64_t first;
-};
-
-/* c[i, r] = row (first + r) of w . token[i], r < rows <= KT_BLOCK_ROWS; c needs rows rounded up to 16. */
-void kt_matmul_block(const struct kt_kernels *k, const struct kt_matrix *w, int64_t first, int rows,
-                     const struct kt_acts *a, const int32_t *token, int tokens, struct kt_next next,
-                     const struct kt_scratch *s, float *c, int64_t ldc);
+void kt_matmul_block(const struct kt_block *b);
 
 /* Rows of a job so that `rows_total` rows make several jobs a thread. Does not change any result. */
 int kt_job_rows(const kt_pool *pool, int64_t rows_total);

@@ -13,7 +13,9 @@
 INLINE uint8x16_t load128(const void *p) { return vld1q_u8(p); }
 INLINE float32x4_t load_f32(const void *p) { return vreinterpretq_f32_u8(vld1q_u8(p)); }
 INLINE float32x4_t load_f16(const void *p) { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p))); }
-INLINE float32x4_t load_bf16(const void *p) { return vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8(p)), 16)); }
+INLINE float32x4_t load_bf16(const void *p) {
+    return vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8(p)), 16));
+}
 
 /* a += w * lane `i` of x. The lane is part of the instruction, so it must be a constant where this is used. */
 INLINE float32x4_t fma_lane(float32x4_t a, float32x4_t w, float32x4_t x, const int i) {

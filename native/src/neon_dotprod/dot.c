@@ -1,4 +1,5 @@
-/* Decode of floats for NEON, one row after the other: see ../dot_rows.h for why. Quantized formats decode through tiles. */
+/* Decode of floats for NEON, one row after the other: see ../dot_rows.h for why. Quantized formats decode through
+ * tiles. */
 #include "common.h"
 
 enum { VECTOR = 16, DOT_TOKENS = 4 };

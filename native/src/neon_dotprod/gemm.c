@@ -1,7 +1,7 @@
-/* The int8 panel GEMM for NEON with dot products (ARMv8.2). A tile (16 weight rows) is four registers; up to four tokens
- * meet it, sixteen columns of a token in one register: sixteen sums, four tokens and the weights on their way fill
- * the 32 registers. The products of sdot are signed: codes of eight bits lose 128 on the way, which is their zero point or
- * is given back with the start of each sum; smaller codes are signed as they are. */
+/* The int8 panel GEMM for NEON with dot products (ARMv8.2). A tile (16 weight rows) is four registers; up to four
+ * tokens meet it, sixteen columns of a token in one register: sixteen sums, four tokens and the weights on their way
+ * fill the 32 registers. The products of sdot are signed: codes of eight bits lose 128 on the way, which is their
+ * zero point or is given back with the start of each sum; smaller codes are signed as they are. */
 #include "common.h"
 
 enum { TOKENS = 4, GROUPS = KT_CACHE_BYTES / KT_ACT_GROUP };
@@ -12,7 +12,8 @@ struct slice {
     int64_t k, n;
     const int8_t *q[TOKENS]; /* at column k */
     float d[GROUPS][TOKENS];
-    int32_t start[GROUPS][2][TOKENS]; /* minus zero point times sum of activations: of the group, or of its two halves */
+    /* Minus zero point times sum of activations: of the group, or of its two halves */
+    int32_t start[GROUPS][2][TOKENS];
     float ds[GROUPS][2][TOKENS];      /* scale times sum of activations: likewise */
     float *c;
     int64_t ldc;
@@ -26,11 +27,12 @@ struct variant {
     int wide;      /* whether codes have 8 bits */
 };
 
-INLINE int is_wide(const struct kt_panel *p) { return p->reach > 127; }
+INLINE int is_wide(const struct kt_panel *p) { return p->max_abs > 127; }
 
 static void prepare(struct slice *s, int n, const struct kt_acts *a, int64_t at) {
     const int64_t first = at / KT_ACT_GROUP;
-    const int halves = s->p->group == 16, min_halves = s->p->min_group == 16, zero = s->p->zero - (is_wide(s->p) ? 128 : 0);
+    const int halves = s->p->group == 16, min_halves = s->p->min_group == 16,
+              zero = s->p->zero - (is_wide(s->p) ? 128 : 0);
     s->q[n] = a->q + at;
     for (int64_t g = 0; g < s->n / KT_ACT_GROUP; g++) {
         const float d = a->d[first + g];

@@ -5,7 +5,8 @@
 enum { TOKENS = 4 };
 
 /* One column of 16 rows: column i of the four in x. */
-INLINE void column(const int N, const float *data, const float32x4_t x[TOKENS], const int i, float32x4_t acc[TOKENS][4]) {
+INLINE void column(const int N, const float *data, const float32x4_t x[TOKENS], const int i,
+                   float32x4_t acc[TOKENS][4]) {
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
         const float32x4_t w = vld1q_f32(data + 4 * j);
@@ -13,8 +14,8 @@ INLINE void column(const int N, const float *data, const float32x4_t x[TOKENS], 
     }
 }
 
-INLINE void micro(const int N, const struct kt_panel *p, int64_t k0, int64_t n_k, int tile, const float *const *x, float *c,
-                  int64_t ldc, int add) {
+INLINE void micro(const int N, const struct kt_panel *p, int64_t k0, int64_t n_k, int tile, const float *const *x,
+                  float *c, int64_t ldc, int add) {
     const float *data = (const float *)p->data + (tile * p->k + k0) * KT_TILE;
     float32x4_t acc[TOKENS][4], v[TOKENS];
     for (int n = 0; n < N; n++)
@@ -34,8 +35,8 @@ INLINE void micro(const int N, const struct kt_panel *p, int64_t k0, int64_t n_k
     for (int n = 0; n < N; n++) store_tile(c + n * ldc + tile * KT_TILE, acc[n], add);
 }
 
-INLINE void tiles(const int N, const struct kt_panel *p, int64_t k, int64_t n_k, const float *const *x, float *c, int64_t ldc,
-                  int add) {
+INLINE void tiles(const int N, const struct kt_panel *p, int64_t k, int64_t n_k, const float *const *x, float *c,
+                  int64_t ldc, int add) {
     for (int tile = 0; tile < p->tiles; tile++) micro(N, p, k, n_k, tile, x, c, ldc, add);
 }
 

@@ -18,7 +18,9 @@ struct rows {
 };
 
 INLINE struct rows rows_of(const uint8_t *p, size_t stride) { return (struct rows){p, stride}; }
-INLINE const uint8_t *row_at(const struct rows *rows, const int r, size_t at) { return rows->base + (size_t)r * rows->stride + at; }
+INLINE const uint8_t *row_at(const struct rows *rows, const int r, size_t at) {
+    return rows->base + (size_t)r * rows->stride + at;
+}
 
 /* v[i] = dword i of the 16 bytes at `at` of each row. */
 INLINE void columns4(const struct rows *rows, size_t at, vec v[4]) {

@@ -41,6 +41,6 @@ void kt_fill_unpack_neon_dotprod(struct kt_kernels *k) {
     k->unpack[KT_FMT_BF16] = unpack_bf16;
     k->unpack[KT_FMT_F8_E4M3] = unpack_f8;
     k->interleave = interleave;
-    k->beside = beside;
+    k->read_scales = read_scales;
     fill_tiles(k);
 }

@@ -55,7 +55,8 @@ INLINE void products(const int P, const int columns, const uint32_t *data, const
 }
 
 /* c[2 P tokens][8 rows from `row` on] (+)= the slice; as micro_q8 of ../neon_dotprod/gemm.c. */
-INLINE void micro(const int P, const struct variant v, const struct slice *s, const struct groups *of, int tile, int row) {
+INLINE void micro(const int P, const struct variant v, const struct slice *s, const struct groups *of, int tile,
+                  int row) {
     const struct kt_panel *p = s->p;
     const int64_t k = tile * p->k + s->k;
     const uint32_t *data = p->data + k / 4 * KT_TILE + row;

@@ -1,4 +1,5 @@
-/* The bf16 panel GEMM for NEON with matrix multiplies (bf16 of ARMv8.6): bfmmla, four columns at a time. See pairs.h. */
+/* The bf16 panel GEMM for NEON with matrix multiplies (bf16 of ARMv8.6): bfmmla, four columns at a time. See
+ * pairs.h. */
 #include "pairs.h"
 
 /* sum[pair of rows][pair of tokens] += `count` dwords of two columns each, from chunk `chunk` on. An odd last dword

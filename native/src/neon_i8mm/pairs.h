@@ -1,7 +1,8 @@
 /* pairs.h: what the int8 and the bf16 GEMM share. A matrix multiply instruction takes two weight rows and two tokens,
  * eight bytes of each, and adds 2 x 2 sums [row][token]: twice what a dot product does. So two dwords of four rows of a
  * tile are zipped into two pairs of rows, tokens are laid out in pairs beforehand, and sums stay as they come out until
- * a slice is done. Eight rows meet up to four pairs of tokens: sixteen sums, four pairs and the weights on their way. */
+ * a slice is done. Eight rows meet up to four pairs of tokens: sixteen sums, four pairs and the weights on their
+ * way. */
 #ifndef KT_NEON_PAIRS_H
 #define KT_NEON_PAIRS_H
 
@@ -30,7 +31,8 @@ struct rows4 {
     uint8x16_t pair[2];
 };
 INLINE struct rows4 zip(uint32x4_t first, uint32x4_t second) {
-    return (struct rows4){{vreinterpretq_u8_u32(vzip1q_u32(first, second)), vreinterpretq_u8_u32(vzip2q_u32(first, second))}};
+    return (struct rows4){
+        {vreinterpretq_u8_u32(vzip1q_u32(first, second)), vreinterpretq_u8_u32(vzip2q_u32(first, second))}};
 }
 
 /* Numbers of eight rows as they meet the 2 x 2 sums: rows 0 0 1 1, then 2 2 3 3, ... */

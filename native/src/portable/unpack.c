@@ -131,7 +131,7 @@ static void unpack_tq2_0(const uint8_t *w, int64_t n, void *data, float *scales,
 
 void kt_fill_unpack_k_portable(struct kt_kernels *k);
 void kt_fill_unpack_iq_portable(struct kt_kernels *k);
-void kt_fill_unpack_beside_portable(struct kt_kernels *k);
+void kt_fill_unpack_separate_portable(struct kt_kernels *k);
 
 void kt_fill_unpack_portable(struct kt_kernels *k) {
     k->unpack[KT_FMT_F32] = unpack_f32;
@@ -148,5 +148,5 @@ void kt_fill_unpack_portable(struct kt_kernels *k) {
     k->unpack[KT_FMT_NVFP4] = unpack_nvfp4;
     kt_fill_unpack_k_portable(k);
     kt_fill_unpack_iq_portable(k);
-    kt_fill_unpack_beside_portable(k);
+    kt_fill_unpack_separate_portable(k);
 }

@@ -55,8 +55,9 @@ static inline int is_better(const struct kt_fit *b, float less, const struct kt_
     return b->product * b->product * a->square > a->product * a->product * b->square * (less * less);
 }
 
-/* The better of two fits, each with the scale of least squares. Beside amax / 127 alone the error of a group falls by 5 % (normally distributed values) and 3 %
- * (products of silu and a normal value), which keeps a whole layer's below 1.2 %; a third scale would bring 1 % more. */
+/* The better of two fits, each with the scale of least squares. Beside amax / 127 alone the error of a group falls by
+ * 5 % (normally distributed values) and 3 % (products of silu and a normal value), which keeps a whole layer's below
+ * 1.2 %; a third scale would bring 1 % more. */
 static void quantize(const float *x, int64_t n, int8_t *q, float *d, float *ds, int32_t *low, int32_t *high) {
     for (int64_t g = 0; g < n / KT_ACT_GROUP; g++, x += KT_ACT_GROUP, q += KT_ACT_GROUP) {
         uint32_t most = 0; /* bits of a magnitude order like the magnitude; inf and NaN come out on top */

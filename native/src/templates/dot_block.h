@@ -1,5 +1,5 @@
-/* templates/dot_block.h: decode of GGUF's quantized blocks, compiled for AVX2 and AVX-512 alike: the includer brings dot_vec.h.
- * Grids (IQ1 to IQ3) and ternary digits (TQ1_0) are not here: they decode through tiles.
+/* templates/dot_block.h: decode of GGUF's quantized blocks, compiled for AVX2 and AVX-512 alike: the includer brings
+ * dot_vec.h. Grids (IQ1 to IQ3) and ternary digits (TQ1_0) are not here: they decode through tiles.
  *
  * Each format says how a window's codes leave its bytes, and what its scales are. */
 #include "dot_rows.h"
@@ -7,8 +7,8 @@
 
 /* ---- scales ------------------------------------------------------------------------------------------ */
 
-/* What a window's scales are, and what becomes of them for one token; mins go to their own sum. `plain` and `mins` are of
- * groups of 32, of which a window has eight; `plain16` and `mins16` of groups of 16. */
+/* What a window's scales are, and what becomes of them for one token; mins go to their own sum. `plain` and `mins`
+ * are of groups of 32, of which a window has eight; `plain16` and `mins16` of groups of 16. */
 typedef __m256 plain;
 typedef float16s mins; /* eight scales, then eight mins */
 typedef float16s plain16;
@@ -116,7 +116,9 @@ INLINE void look_up_iq4(vint v, vint *low, vint *high) {
     *low = v_wide_unsigned(v_look_up(kt_iq4_codes, v_low4(v)));
     *high = v_wide_unsigned(v_look_up(kt_iq4_codes, v_high4(v)));
 }
-INLINE vint dot_two_wide(vint start, vint u, vint a, vint v, vint b) { return v_dot_wide(v_dot_wide(start, u, a), v, b); }
+INLINE vint dot_two_wide(vint start, vint u, vint a, vint v, vint b) {
+    return v_dot_wide(v_dot_wide(start, u, a), v, b);
+}
 
 INLINE plain iq4_nl_scales(const uint8_t *p) { return q4_0_scales(p); }
 INLINE void iq4_nl_codes(const uint8_t *p, const int i, vint *low, vint *high) {
@@ -152,7 +154,8 @@ NIBBLES(q8_0, plain, 34, WIDE_ZERO, dot_two_wide)
 
 /* IQ4_XS: 136 bytes for 8 such blocks, whose scales of 6 bits come first. */
 INLINE plain iq4_xs_scales(const uint8_t *p) {
-    const __m256i fours = _mm256_set_epi32(28, 24, 20, 16, 12, 8, 4, 0), twos = _mm256_set_epi32(14, 12, 10, 8, 6, 4, 2, 0);
+    const __m256i fours = _mm256_set_epi32(28, 24, 20, 16, 12, 8, 4, 0),
+                  twos = _mm256_set_epi32(14, 12, 10, 8, 6, 4, 2, 0);
     __m256i low = _mm256_srlv_epi32(_mm256_set1_epi32((int)kt_load32(p + 4)), fours);
     __m256i high = _mm256_srlv_epi32(_mm256_set1_epi32(kt_load16(p + 2)), twos);
     low = _mm256_and_si256(low, _mm256_set1_epi32(15));
@@ -279,7 +282,8 @@ VECTORS16(q6_k, plain16, 210, IN_ORDER, 1, 32)
 
 INLINE mins16 q2_k_scales(const uint8_t *p) {
     const __m128i both = load128(p), low = _mm_set1_epi8(15);
-    const float16s s = f16s_signed(_mm_and_si128(both, low)), m = f16s_signed(_mm_and_si128(_mm_srli_epi16(both, 4), low));
+    const float16s s = f16s_signed(_mm_and_si128(both, low)),
+                   m = f16s_signed(_mm_and_si128(_mm_srli_epi16(both, 4), low));
     return (mins16){f16s_scale(s, f16_at(p + 80)), f16s_scale(m, f16_at(p + 82))};
 }
 INLINE void q2_k_codes(const uint8_t *p, const int i, vint *u) { two_bits(p + 16, i, u); }
@@ -302,11 +306,13 @@ VECTORS16(q3_k, plain16, 110, QUARTERS, 4, 4)
 
 /* NVFP4: four blocks of 64 a window, each with four scales of 16. */
 INLINE plain16 nvfp4_scales(const uint8_t *p) {
-    const __m128i e = _mm_set_epi32((int)kt_load32(p + 108), (int)kt_load32(p + 72), (int)kt_load32(p + 36), (int)kt_load32(p));
+    const __m128i e =
+        _mm_set_epi32((int)kt_load32(p + 108), (int)kt_load32(p + 72), (int)kt_load32(p + 36), (int)kt_load32(p));
     const __m256i words = _mm256_cvtepu8_epi16(_mm_and_si128(e, _mm_set1_epi8(127)));
     const __m256i nan = _mm256_cmpeq_epi16(words, _mm256_set1_epi16(127));
     const __m256i half = _mm256_slli_epi16(_mm256_andnot_si256(nan, words), 7); /* as fp16: 2^-8 of e4m3 */
-    const float16s s = f16s_join(_mm256_cvtph_ps(_mm256_castsi256_si128(half)), _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1)));
+    const float16s s =
+        f16s_join(_mm256_cvtph_ps(_mm256_castsi256_si128(half)), _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1)));
     return f16s_scale(s, 128.0f); /* codes are doubled */
 }
 INLINE void nvfp4_row(const uint8_t *w, size_t ahead, const struct ready *a, const int T, struct sums *t) {

@@ -1,6 +1,7 @@
-/* templates/dot_columns.h: decode of types whose memory runs along rows, for AVX-512: sixteen rows a vector, which meet a
- * broadcast dword of activations. GPTQ: a line's dword of each row holds its columns, and nothing is transposed. AWQ: bytes
- * of four lines come together in a dword, whose nibbles are rows 32 apart from lane to lane; scales take that order. */
+/* templates/dot_columns.h: decode of types whose memory runs along rows, for AVX-512: sixteen rows a vector, which
+ * meet a broadcast dword of activations. GPTQ: a line's dword of each row holds its columns, and nothing is
+ * transposed. AWQ: bytes of four lines come together in a dword, whose nibbles are rows 32 apart from lane to lane;
+ * scales take that order. */
 #ifndef KT_DOT_COLUMNS_IMPL_H
 #define KT_DOT_COLUMNS_IMPL_H
 
@@ -22,7 +23,8 @@ INLINE __m512 column_scales(const struct kt_matrix *w, int64_t line, int64_t row
     case KT_SCALE_BF16: s = load_bf16_mask(rows, p + 2 * row); break;
     default:
         _mm_store_si128((__m128i *)bytes, _mm_maskz_loadu_epi8(rows, p + row));
-        s = w->scale_type == KT_SCALE_E8M0 ? two_float8s(e8m0_8(bytes), e8m0_8(bytes + 8)) : two_float8s(e4m3_8(bytes), e4m3_8(bytes + 8));
+        s = w->scale_type == KT_SCALE_E8M0 ? two_float8s(e8m0_8(bytes), e8m0_8(bytes + 8))
+                                           : two_float8s(e4m3_8(bytes), e4m3_8(bytes + 8));
     }
     return _mm512_mul_ps(s, _mm512_set1_ps(w->scale));
 }
@@ -41,7 +43,8 @@ INLINE __m512i column_zeros(const struct kt_matrix *w, int64_t line, int64_t row
     return _mm512_add_epi32(_mm512_and_si512(z, _mm512_set1_epi32(15)), bias);
 }
 
-/* Activations of a group in the order in which a line's dwords hold their columns: of 4 bits, first the even ones of 8. */
+/* Activations of a group in the order in which a line's dwords hold their columns: of 4 bits, first the even ones of
+ * 8. */
 INLINE void column_acts(const int8_t *q, const int bits, const int group, int8_t *out) {
     const __m128i even_odd = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
     for (int i = 0; i < group; i += 16) {
@@ -52,8 +55,8 @@ INLINE void column_acts(const int8_t *q, const int bits, const int group, int8_t
 
 INLINE __m512i four_acts(const int8_t *q) { return _mm512_set1_epi32((int)kt_load32(q)); }
 
-INLINE void columns_dot(const struct kt_matrix *w, int64_t first, int rows, const struct kt_act *a, const int tokens, size_t ahead,
-                        float *out, int64_t ldc, const int bits, const int group) {
+INLINE void columns_dot(const struct kt_matrix *w, int64_t first, int rows, const struct kt_act *a, const int tokens,
+                        size_t ahead, float *out, int64_t ldc, const int bits, const int group) {
     const int vectors = (rows + 15) / 16, each = 32 / bits, lines = group / each;
     const int64_t all = w->cols / each;
     const __m512i low4 = _mm512_set1_epi8(15);
@@ -96,7 +99,8 @@ INLINE void columns_dot(const struct kt_matrix *w, int64_t first, int rows, cons
                 }
             }
             for (int i = 0; i < tokens; i++)
-                sum[i][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[i]), _mm512_mul_ps(scale[v], _mm512_set1_ps(a[i].d[c / 32])), sum[i][v]);
+                sum[i][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[i]),
+                                            _mm512_mul_ps(scale[v], _mm512_set1_ps(a[i].d[c / 32])), sum[i][v]);
         }
         if (same == 0) line++, same = w->scale_cols;
     }
@@ -109,8 +113,8 @@ INLINE void columns_dot(const struct kt_matrix *w, int64_t first, int rows, cons
 
 /* ---- AWQ --------------------------------------------------------------------------------------------- */
 
-/* Sums of 128 rows are eight vectors: number 2v + h holds, in lane l, rows 32l + 8v + 0, 4, 1, 5 (low nibbles of bytes 4v ..
- * 4v + 3 of the lane) or, h = 1, 2, 6, 3, 7 (high nibbles). */
+/* Sums of 128 rows are eight vectors: number 2v + h holds, in lane l, rows 32l + 8v + 0, 4, 1, 5 (low nibbles of
+ * bytes 4v .. 4v + 3 of the lane) or, h = 1, 2, 6, 3, 7 (high nibbles). */
 _Static_assert(KT_DOT_ROWS == 128, "eight sums of sixteen rows");
 enum { AWQ_SUMS = 8, AWQ_TOKENS = 2 /* of a pass: sixteen sums */ };
 
@@ -171,8 +175,8 @@ INLINE void awq_four(const uint8_t *p, size_t stride, size_t far, __mmask16 word
     }
 }
 
-INLINE void awq_dot(const struct kt_matrix *w, int64_t first, int rows, const struct kt_act *a, const int T, size_t ahead,
-                    float *out, int64_t ldc, const int group) {
+INLINE void awq_dot(const struct kt_matrix *w, int64_t first, int rows, const struct kt_act *a, const int T,
+                    size_t ahead, float *out, int64_t ldc, const int group) {
     const __mmask16 words = (__mmask16)((1u << (rows + 7) / 8) - 1);
     __m512 sum[AWQ_TOKENS][AWQ_SUMS], scale[AWQ_SUMS];
     __m512i zero[AWQ_SUMS], dot[AWQ_TOKENS][AWQ_SUMS];
@@ -193,7 +197,8 @@ INLINE void awq_dot(const struct kt_matrix *w, int64_t first, int rows, const st
             for (int s = 0; s < AWQ_SUMS; s++) dot[t][s] = _mm512_mullo_epi32(zero[s], minus);
         }
         const int64_t then = c + AWQ_LINES_AHEAD;
-        const size_t far = then < w->cols ? AWQ_LINES_AHEAD * w->stride : (AWQ_LINES_AHEAD - (size_t)w->cols) * w->stride + ahead;
+        const size_t far =
+            then < w->cols ? AWQ_LINES_AHEAD * w->stride : (AWQ_LINES_AHEAD - (size_t)w->cols) * w->stride + ahead;
 #pragma GCC unroll 1
         for (int l = 0; l < group; l += 4, p += 4 * w->stride) awq_four(p, w->stride, far, words, T, q[0] + l, dot);
         for (int t = 0; t < T; t++) {
@@ -211,11 +216,12 @@ INLINE void awq_dot(const struct kt_matrix *w, int64_t first, int rows, const st
         }
 }
 
-static void dot_awq4(const struct kt_matrix *w, int64_t first, int rows, const struct kt_act *a, int tokens, size_t ahead,
-                     float *out, int64_t ldc) {
+static void dot_awq4(const struct kt_matrix *w, int64_t first, int rows, const struct kt_act *a, int tokens,
+                     size_t ahead, float *out, int64_t ldc) {
     for (; tokens > 0; tokens -= AWQ_TOKENS, a += AWQ_TOKENS, out += AWQ_TOKENS * ldc) {
         if (w->group == 16)
-            for (int i = 0; i < tokens && i < AWQ_TOKENS; i++) awq_dot(w, first, rows, a + i, 1, ahead, out + i * ldc, ldc, 16);
+            for (int i = 0; i < tokens && i < AWQ_TOKENS; i++)
+                awq_dot(w, first, rows, a + i, 1, ahead, out + i * ldc, ldc, 16);
         else if (tokens == 1) awq_dot(w, first, rows, a, 1, ahead, out, ldc, 32);
         else awq_dot(w, first, rows, a, 2, ahead, out, ldc, 32);
     }
@@ -223,19 +229,20 @@ static void dot_awq4(const struct kt_matrix *w, int64_t first, int rows, const s
 
 /* ---- GPTQ -------------------------------------------------------------------------------------------- */
 
-#define COLUMNS_DOT(name, bits)                                                                                            \
-    static void dot_##name(const struct kt_matrix *w, int64_t first, int rows, const struct kt_act *a, int tokens,         \
-                           size_t ahead, float *out, int64_t ldc) {                                                        \
-        if (w->group == 16) {                                                                                              \
-            for (int i = 0; i < tokens; i++) columns_dot(w, first, rows, a + i, 1, ahead, out + i * ldc, ldc, bits, 16);   \
-            return;                                                                                                        \
-        }                                                                                                                  \
-        switch (tokens) {                                                                                                  \
-        case 1: columns_dot(w, first, rows, a, 1, ahead, out, ldc, bits, 32); break;                                       \
-        case 2: columns_dot(w, first, rows, a, 2, ahead, out, ldc, bits, 32); break;                                       \
-        case 3: columns_dot(w, first, rows, a, 3, ahead, out, ldc, bits, 32); break;                                       \
-        default: columns_dot(w, first, rows, a, 4, ahead, out, ldc, bits, 32);                                             \
-        }                                                                                                                  \
+#define COLUMNS_DOT(name, bits) \
+    static void dot_##name(const struct kt_matrix *w, int64_t first, int rows, const struct kt_act *a, int tokens, \
+                           size_t ahead, float *out, int64_t ldc) { \
+        if (w->group == 16) { \
+            for (int i = 0; i < tokens; i++) \
+                columns_dot(w, first, rows, a + i, 1, ahead, out + i * ldc, ldc, bits, 16); \
+            return; \
+        } \
+        switch (tokens) { \
+        case 1: columns_dot(w, first, rows, a, 1, ahead, out, ldc, bits, 32); break; \
+        case 2: columns_dot(w, first, rows, a, 2, ahead, out, ldc, bits, 32); break; \
+        case 3: columns_dot(w, first, rows, a, 3, ahead, out, ldc, bits, 32); break; \
+        default: columns_dot(w, first, rows, a, 4, ahead, out, ldc, bits, 32); \
+        } \
     }
 
 COLUMNS_DOT(gptq4, 4)

@@ -1,4 +1,4 @@
-/* templates/dot_f8.h: decode of FP8 (e4m3), whose scales lie beside the codes; after dot_float.h, for x86. */
+/* templates/dot_f8.h: decode of FP8 (e4m3), which has separate scales; after dot_float.h, for x86. */
 #ifndef KT_DOT_F8_IMPL_H
 #define KT_DOT_F8_IMPL_H
 
@@ -13,7 +13,8 @@
 /* Columns of a row at once: their activations, rearranged, are half of a small first-level cache. */
 enum { F8_CHUNK = 4096, F8_ROOM = F8_CHUNK + VECTOR, F8_EXPONENT = 120 };
 
-/* The power of two by which the activations may be multiplied. Infinities and NaNs, which stay what they are, count as 0. */
+/* The power of two by which the activations may be multiplied. Infinities and NaNs, which stay what they are, count
+ * as 0. */
 INLINE int room_above(const float *x, int64_t n) {
     uint32_t most = 0;
     for (int64_t i = 0; i < n; i++) {
@@ -26,7 +27,8 @@ INLINE int room_above(const float *x, int64_t n) {
 
 INLINE float power_of_two(int n) { return kt_bits_float((uint32_t)(n + 127) << 23); }
 
-/* n activations times 2^power: of each VECTOR columns those of the first bytes of dwords, then of the second .. fourth. */
+/* n activations times 2^power: of each VECTOR columns those of the first bytes of dwords, then of the second ..
+ * fourth. */
 INLINE void part_dwords(const float *x, int64_t n, int power, float *out) {
     const float factor = power_of_two(power);
     int64_t c = 0;
@@ -57,7 +59,8 @@ INLINE void f8_vector(struct f8_sums *sums, const int T, const int chain, vint v
     sums->most = v_max(sums->most, v_and(v, v_bytes(127)));
 }
 
-INLINE void f8_row(struct f8_sums *t, const int T, const uint8_t *p, size_t ahead, const float *x, int64_t n, const float *scale) {
+INLINE void f8_row(struct f8_sums *t, const int T, const uint8_t *p, size_t ahead, const float *x, int64_t n,
+                   const float *scale) {
     int64_t c = 0;
     for (; c + 2 * VECTOR <= n; c += 2 * VECTOR) {
         for (int i = 0; i < 2 * VECTOR; i += 64) PREFETCH(p + c + i, ahead);
@@ -72,8 +75,8 @@ INLINE void f8_row(struct f8_sums *t, const int T, const uint8_t *p, size_t ahea
 }
 
 /* The scales hold one power of two for all tokens: the least that any of them allows. */
-INLINE void f8_pass(const int T, const struct kt_matrix *m, int64_t first, int rows, const struct kt_act *a, size_t ahead,
-                    float *out, int64_t ldc) {
+INLINE void f8_pass(const int T, const struct kt_matrix *m, int64_t first, int rows, const struct kt_act *a,
+                    size_t ahead, float *out, int64_t ldc) {
     _Alignas(64) float x[DOT_TOKENS * F8_ROOM], scale[F8_CHUNK / 32 + 32], line[F8_CHUNK / 32 + 32];
     struct f8_sums t[KT_DOT_ROWS];
     memset(t, 0, sizeof t);

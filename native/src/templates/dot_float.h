@@ -1,5 +1,5 @@
-/* templates/dot_float.h: decode of plain floats, compiled for AVX2, AVX-512 and NEON alike: the includer brings dot_vec.h, and of each plain
- * format what to do with the last columns. One row after the other: see dot_rows.h. */
+/* templates/dot_float.h: decode of plain floats, compiled for AVX2, AVX-512 and NEON alike: the includer brings
+ * dot_vec.h, and of each plain format what to do with the last columns. One row after the other: see dot_rows.h. */
 #ifndef KT_DOT_FLOAT_IMPL_H
 #define KT_DOT_FLOAT_IMPL_H
 
@@ -33,6 +33,7 @@ enum { EACH = VECTOR / 4 }; /* floats of a vector */
     }                                                                                                                \
     DOT_FOR_TOKENS(name)
 
-#define FILL_FLOATS(k) ((k)->dot[KT_FMT_F32] = dot_f32, (k)->dot[KT_FMT_F16] = dot_f16, (k)->dot[KT_FMT_BF16] = dot_bf16)
+#define FILL_FLOATS(k) \
+    ((k)->dot[KT_FMT_F32] = dot_f32, (k)->dot[KT_FMT_F16] = dot_f16, (k)->dot[KT_FMT_BF16] = dot_bf16)
 
 #endif

@@ -1,5 +1,5 @@
-/* templates/dot_tokens.h: decode kernels of several tokens from one text. A pass unpacks weights once, in registers, and meets up to
- * DOT_TOKENS tokens: as many as the instruction set has registers for their sums (dot_vec.h). */
+/* templates/dot_tokens.h: decode kernels of several tokens from one text. A pass unpacks weights once, in registers,
+ * and meets up to DOT_TOKENS tokens: as many as the instruction set has registers for their sums (dot_vec.h). */
 #ifndef KT_DOT_TOKENS_H
 #define KT_DOT_TOKENS_H
 
@@ -22,7 +22,7 @@
         name##_pass(T <= DOT_TOKENS ? T : DOT_TOKENS, w, first, rows, a, ahead, out, ldc);                           \
     }
 
-/* The kernel of a format, and the number of tokens from which the instruction set's tiles beat it. */
-#define DOT_FILL(k, format, name) ((k)->dot[KT_FMT_##format] = dot_##name, (k)->tiles_from[KT_FMT_##format] = DOT_TILES_FROM)
+/* The kernel of a format; from how many tokens on tiles beat it is in matmul/thresholds.c. */
+#define DOT_FILL(k, format, name) ((k)->dot[KT_FMT_##format] = dot_##name)
 
 #endif

@@ -1,10 +1,10 @@
-/* templates/tile.h: 16 rows of packed weights straight into a tile of a panel, in one text for every instruction set that
- * has a tile_vec.h. What kt_matrix and kt_tile are says kernels.h; what the codes mean says portable C, whose numbers
- * these functions give bit for bit.
+/* templates/tile.h: 16 rows of packed weights straight into a tile of a panel, in one text for every instruction set
+ * that has a tile_vec.h. What kt_matrix and kt_tile are says kernels.h; what the codes mean says portable C, whose
+ * numbers these functions give bit for bit.
  *
  * A vector holds a dword of each of W rows. So the transpose comes first, on packed dwords, and every operation then
  * takes four columns of W rows apart at once. Nothing here is specific to a machine: and, or, shift, add and multiply
- * are C on vector types, all else is in tile_vec.h. Blocks of 32 and types with scales beside the codes are here,
+ * are C on vector types, all else is in tile_vec.h. Blocks of 32 and types with separate scales are here,
  * super-blocks in tile_k.h. */
 #ifndef KT_TILE_IMPL_H
 #define KT_TILE_IMPL_H
@@ -105,7 +105,7 @@ INLINE void run_small(const struct block f, codes_fn codes, struct part p) {
 #pragma GCC unroll 18
         for (int i = 0; i < (bytes + 15) / 16; i++)
             if (16 * i >= begin && 16 * i < end) {
-                const int over = (16 * i + 16 - bytes) / 4; /* dwords of the last piece that lie behind the run */
+                const int over = (16 * i + 16 - bytes) / 4; /* dwords of the last piece that lie after the run */
                 columns4(&p.rows, p.at + (size_t)(over > 0 ? bytes - 16 : 16 * i), w + 4 * i);
                 for (int j = 0; j < 4 - over && over > 0; j++) w[4 * i + j] = w[4 * i + j + over];
             }
@@ -228,7 +228,7 @@ INLINE void nvfp4_codes(const struct kt_tile *to, const vec *w, const int off, c
 }
 TILE_SMALL(nvfp4, 64, 36, 4, 0, 4, 4)
 
-/* ---- types with scales beside the codes: only codes, column after column ----------------------------- */
+/* ---- types with separate scales: only codes, column after column ----------------------------- */
 
 /* 32 bytes, moved from signed to unsigned where `flip`. */
 INLINE void put_bytes(const struct rows *rows, size_t at, const uint32_t flip, const struct kt_tile *to) {

@@ -1,6 +1,6 @@
-/* templates/tile_float.h: 16 rows of floats straight into an fp32 tile, in one text for AVX2 and AVX-512: the includer brings
- * tile_vec.h. The transpose comes first, on dwords as they lie in memory; then a dword of each row becomes the one,
- * two or four columns that it holds. */
+/* templates/tile_float.h: 16 rows of floats straight into an fp32 tile, in one text for AVX2 and AVX-512: the
+ * includer brings tile_vec.h. The transpose comes first, on dwords as they lie in memory; then a dword of each row
+ * becomes the one, two or four columns that it holds. */
 #ifndef KT_TILE_FLOAT_IMPL_H
 #define KT_TILE_FLOAT_IMPL_H
 
@@ -15,10 +15,12 @@ typedef int8_t bytes8 __attribute__((vector_size(4 * W)));
         columns4(rows, at, v);                                                                                        \
         for (int i = 0; i < 4; i++) name##_dword(v[i], out + i * (each)*KT_TILE);                                     \
     }                                                                                                                 \
-    static void tile_##name(const struct kt_matrix *w, int64_t first, int64_t k0, int64_t n, const struct kt_tile *to) { \
+    static void tile_##name(const struct kt_matrix *w, int64_t first, int64_t k0, int64_t n, \
+                             const struct kt_tile *to) { \
         const size_t size = 4 / (each);                                                                               \
         for (int r = 0; r < KT_TILE; r += W) {                                                                        \
-            const struct rows rows = rows_of(w->data + (size_t)(first + r) * w->stride + (size_t)k0 * size, w->stride); \
+            const uint8_t *p = w->data + (size_t)(first + r) * w->stride + (size_t)k0 * size; \
+            const struct rows rows = rows_of(p, w->stride); \
             float *out = (float *)to->data + r;                                                                       \
             int64_t c = 0;                                                                                            \
             for (; c + 4 * (each) <= n; c += 4 * (each)) name##_piece(&rows, (size_t)c * size, out + c * KT_TILE);    \

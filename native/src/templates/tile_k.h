@@ -197,7 +197,7 @@ INLINE void tq2_0_block(const struct rows *rows, size_t at, const struct kt_tile
 }
 TILE_BLOCKS(tq2_0, KT_QK, 66, 8, 0)
 
-/* `count` digits of each of `dwords` dwords, each digit `apart` dwords behind the one before. A byte holds a fraction
+/* `count` digits of each of `dwords` dwords, each digit `apart` dwords after the one before. A byte holds a fraction
  * in base 3: three times it is 256 times a digit, plus the byte of the rest. Even bytes keep to the upper halves of
  * words, odd ones to the lower. */
 INLINE void put_digits(const struct kt_tile *to, const int dword, const int apart, const int count, const vec *v,

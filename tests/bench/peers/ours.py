@@ -44,7 +44,7 @@ def nibbles(codes: np.ndarray) -> np.ndarray:
 
 
 def weight(name: str, size: tuple[int, int], data: torch.Tensor, tensors: Tensors) -> Any:
-    """What native.Experts takes: `data`, bytes of the codes, with the scales that lie beside them in `tensors`."""
+    """What native.Experts takes: `data`, bytes of the codes, with their separate scales in `tensors`."""
     if name not in SCALED:
         return Packed(data, Type(name), size)
     kind, scale_type, rows, cols = SCALED[name]

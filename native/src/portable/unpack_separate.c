@@ -1,4 +1,4 @@
-/* Unpacking in portable C of types whose scales lie beside the codes. */
+/* Unpacking in portable C of types with separate scales. */
 #include <string.h>
 
 #include "../templates/scales_zeros.h"
@@ -40,8 +40,8 @@ static void scale_tile(float *v, int64_t n, int group, const float *scales) {
         for (int r = 0; r < KT_TILE; r++) v[c * KT_TILE + r] *= scales[c / group * KT_TILE + r];
 }
 
-void kt_fill_unpack_beside_portable(struct kt_kernels *k) {
-    k->beside = beside;
+void kt_fill_unpack_separate_portable(struct kt_kernels *k) {
+    k->read_scales = read_scales;
     k->scale_tile = scale_tile;
     k->unpack[KT_FMT_F8_E4M3] = unpack_f8;
     k->unpack[KT_FMT_F4_E2M1] = unpack_f4;
