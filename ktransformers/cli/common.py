@@ -230,8 +230,8 @@ def before_torch() -> None:
 
     OpenMP's idle threads sleep: those that spin hold the cores that the C library's threads need. On two cores with
     one of them busy elsewhere, decoding was 17 times slower with spinning than with sleeping. The garbage collector
-    looks for cycles less often: torch and transformers make millions of objects that stay, and looking at them again and
-    again takes 10 to 15 % of the time to import both.
+    looks for cycles less often: torch and transformers make millions of objects that stay, and looking at them again
+    and again takes 10 to 15 % of the time to import both.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     gc.set_threshold(200_000, 20, 100)
