@@ -1,6 +1,6 @@
 """A model's config from wherever a user points to, and its meta model: the two things that planning starts from.
 
-Nothing here opens safetensors, downloads, or runs code from a model's repository. `local_chat.py` reads folders for
+Nothing here opens safetensors, downloads, or runs code from a model's repository. `engine/load.py` reads folders for
 itself, as it wants their tokenizer too. transformers is imported inside the functions: it takes a second.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ktransformers.errors import KTransformersError, UnsupportedError, did_you_mean
+from ktransformers.errors import KTransformersError, UnsupportedError, did_you_mean, is_whole
 
 _MOST_BYTES = 16 << 20
 """Of a config.json. The largest published ones have some 100 KB; a file of weights given by mistake is not read."""
@@ -34,7 +34,7 @@ _LIMITS: dict[str, tuple[int, int]] = {
     "max_position_embeddings": (1, 1 << 31),
 }
 """Field that sizes a model -> the smallest and the largest number that are no mistake. Each layer takes time to build
-and memory in lists with a value a layer, so this is checked before transformers sees the numbers."""
+and memory in lists with one value per layer, so this is checked before transformers sees the numbers."""
 
 _HOW = {"attn_implementation", "experts_implementation"} | {"_attn_implementation", "_experts_implementation"}
 """Fields that say how to compute, not what: a name there can ask for a library that is missing, or for a download."""
@@ -56,7 +56,7 @@ def read_config(model: str | Path) -> Any:
     """
     from ktransformers.models.known import find_known, known_config
 
-    name, path = str(model), _path(model)
+    name, path = str(model), model_path(model)
     if path is None:
         if find_known(name):
             return known_config(name)
@@ -75,7 +75,7 @@ def text_config(config: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
-def _path(model: str | Path) -> Path | None:
+def model_path(model: str | Path) -> Path | None:
     """The path that `model` is, or None where there is nothing."""
     try:
         path = Path(model).expanduser()
@@ -89,7 +89,7 @@ def _nothing_there(model: str) -> KTransformersError:
 
     path = Path(model)
     hint = did_you_mean_known(model)
-    if not hint and (parent := _path(path.parent)) is not None:
+    if not hint and (parent := model_path(path.parent)) is not None:
         hint = did_you_mean(path.name, _names_in(parent))
     return KTransformersError(
         f"model {model[:200]!r}: no such folder or file, and no known model of that name{hint}. Give a folder with "
@@ -111,7 +111,7 @@ def _config_in(folder: Path) -> Path:
         return folder / "config.json"
     gguf = sorted(name for name in names if name.endswith(".gguf"))
     step = f"Give {folder / gguf[0]}" if gguf else "Give a Hugging Face model folder, a .gguf, or a known model's name"
-    raise KTransformersError(f"{folder}: has no config.json that can be seen. {step}.")
+    raise KTransformersError(f"{folder}: no readable config.json. {step}.")
 
 
 def _from_file(path: Path, folder: Path) -> Any:
@@ -133,7 +133,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         if not path.is_file() or path.stat().st_size > _MOST_BYTES:
             raise KTransformersError(
-                f"{path}: is no file, or one too large for a config.json, which has some kilobytes. Give the model's "
+                f"{path}: not a file, or too large for a config.json, which has some kilobytes. Give the model's "
                 "folder, its config.json or a .gguf."
             )
         fields = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -143,7 +143,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(fields, dict):
         raise KTransformersError(
-            f"{path}: holds a {type(fields).__name__}, expected an object with model_type and sizes. Give the model's "
+            f"{path}: found a {type(fields).__name__}, expected an object with model_type and sizes. Give the model's "
             "config.json."
         )
     return fields
@@ -152,8 +152,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _check_type(path: Path, fields: dict[str, Any], model_type: str) -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from ktransformers.models import kimi_k2  # noqa: F401  teaches transformers this model type
+    from ktransformers.models import register_families
 
+    register_families()
     if model_type in CONFIG_MAPPING:
         return
     if fields.get("auto_map"):
@@ -179,7 +180,7 @@ def _build(path: Path, fields: dict[str, Any], model_type: str) -> Any:
         return CONFIG_MAPPING[model_type].from_dict(fields)
     except Exception as error:  # transformers and what it validates with raise many kinds
         raise KTransformersError(
-            f"{path}: makes no {model_type} config: {_reason(error)}. Correct the file, or download it again."
+            f"{path}: not a valid {model_type} config: {_reason(error)}. Correct the file, or download it again."
         ) from error
 
 
@@ -193,7 +194,7 @@ def _reason(error: Exception) -> str:
 
 
 def _absurd(fields: dict[str, Any], where: str = "") -> Iterator[str]:
-    """What is wrong with the sizes of a config and of the configs in it, a clause each."""
+    """What is wrong with the sizes of a config and of the configs in it, one clause each."""
     dense = any(fields.get(name) == 0 for name in _CHOSEN)  # member of a family with experts that has none
     for name, value in fields.items():
         if isinstance(value, dict):
@@ -203,48 +204,51 @@ def _absurd(fields: dict[str, Any], where: str = "") -> Iterator[str]:
             if isinstance(value, list) or dense and name in _EXPERTS:  # a list has a number for each layer
                 least = 0
             yield from _out_of_range(where + name, value if isinstance(value, list) else [value], least, most)
-    chosen, experts = ([fields[n] for n in names if _whole(fields.get(n))] for names in (_CHOSEN, _EXPERTS))
+    chosen, experts = ([fields[n] for n in names if is_whole(fields.get(n))] for names in (_CHOSEN, _EXPERTS))
     if chosen and experts and max(chosen) > max(experts) > 0:
         yield f"{where or 'the model '}chooses {max(chosen)} of {max(experts)} experts"
 
 
 def _out_of_range(name: str, values: list[Any], least: int, most: int) -> Iterator[str]:
     for value in values:
-        if not _whole(value) or not least <= value <= most:
+        if not is_whole(value, least, most):
             yield f"{name} is {repr(value)[:40]}, expected a whole number from {least} to {most:,}"
             return
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 # --- meta model -------------------------------------------------------------------------------------------
 
 
 def meta_model(config: Any) -> Any:
-    """The causal LM of `config` on the meta device: every module and shape, no memory, in about a tenth of a second.
+    """The language model of `config` on the meta device: every module and shape, no memory, in a tenth of a second.
 
-    `config` is left as it is; the model has a copy. The first model of a family takes seconds of imports more.
+    Its class is the one that `ktransformers.models.builder` names. `config` is left as it is; the model has a copy. The
+    first model of a family takes seconds of imports more.
 
     Raises:
-        UnsupportedError: transformers has no causal LM for this config.
+        UnsupportedError: transformers has no class for this config that continues text.
         KTransformersError: the config's numbers contradict each other.
     """
     import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+    from ktransformers.models import builder
 
     name = getattr(config, "name_or_path", "") or "model"
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    found = builder(config)
+    if found is None:
         raise UnsupportedError(
-            f"{name}: transformers has no causal LM for model type {config.model_type!r}. Give a language model."
+            f"{name}: transformers has no model of type {config.model_type!r} that continues text token by token (a "
+            "causal LM, or one that takes images or sounds too). Give a language model."
         )
+    auto, part = found
     try:
         with torch.device("meta"):
             # False, not left out: transformers would ask on the terminal whether to run the repository's code.
-            return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+            model = auto.from_config(copy.deepcopy(part), trust_remote_code=False)
     except Exception as error:  # whatever a family's constructor does with numbers that do not fit each other
         raise KTransformersError(
             f"{name}: transformers cannot build {config.model_type} from this config: {_reason(error)}. Correct the "
             "numbers that it names in config.json."
         ) from error
+    model.config.name_or_path = getattr(config, "name_or_path", "")  # a part of a config does not know its folder
+    return model

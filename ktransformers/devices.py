@@ -94,13 +94,13 @@ def device_problem(name: Any) -> str:
     return ""
 
 
-def problems_of(named: Mapping[str, Any]) -> list[str]:
-    """Say of every device in `named` (what it is for -> name) why it cannot be used."""
-    return [f"{what}: {problem}" for what, device in named.items() if (problem := device_problem(device))]
+def problems_of(named: Mapping[str, Any]) -> dict[str, str]:
+    """Say of the devices in `named` (what it is for -> name) that cannot be used, why."""
+    return {what: problem for what, device in named.items() if (problem := device_problem(device))}
 
 
-def kwargs_problems(kwargs: Mapping[str, Any]) -> list[str]:
-    """Say of every device name in a rule's kwargs why it cannot be used; null means "not given"."""
+def kwargs_problems(kwargs: Mapping[str, Any]) -> dict[str, str]:
+    """Say of the device names in a rule's kwargs that cannot be used, why; null means "not given"."""
     named = {key: kwargs[key] for key in DEVICE_KWARGS if kwargs.get(key) is not None}
     if isinstance(kwargs.get("transfer_map"), Mapping):
         named |= {f"transfer_map[{layer}]": device for layer, device in kwargs["transfer_map"].items()}

@@ -17,6 +17,7 @@ amx_emulated computes AMX's instructions in C: slow, for tests where AMX is miss
 
 VARIABLES = {
     "KT_DEBUG": "0 quiet, 1 print the injection plan while loading",
+    "KT_HISTORY": "file that keeps what was typed in kt chat, or off; default: in the user's state folder",
     "KT_HUGE_PAGES": "1 reads checkpoints into huge pages instead of mapping them: faster decoding, slower to open",
     "KT_ISA": f"highest instruction set the C library may use: {', '.join(ISAS)}",
     "KT_NUMA": "CPUs of each NUMA node, such as 0-3,8;4-7; default: what the system reports",
@@ -41,6 +42,17 @@ def _integer(name: str, default: int | None, low: int, high: int) -> int | None:
 def debug() -> int:
     """KT_DEBUG as an integer, 0 when unset."""
     return _integer("KT_DEBUG", 0, 0, 1)
+
+
+def history() -> str:
+    """KT_HISTORY: the path of the file that keeps what was typed in the chat program, or "off"."""
+    given = os.environ.get("KT_HISTORY", "").strip()
+    if given:
+        return "off" if given.lower() in ("off", "0") else os.path.expanduser(given)
+    state = os.environ.get("XDG_STATE_HOME", "")
+    if not os.path.isabs(state):  # the XDG base directory specification ignores relative paths
+        state = os.path.join(os.path.expanduser("~"), ".local", "state")
+    return os.path.join(state, "ktransformers", "chat_history")
 
 
 def threads() -> int | None:

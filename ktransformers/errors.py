@@ -5,12 +5,16 @@ nothing about rules, weights or devices; it is the bottom of the import order to
 """
 
 import difflib
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 
 class KTransformersError(Exception):
     """Root of every error this package raises on purpose. Never raised directly for a known kind of fault."""
+
+    problems: Sequence[object] = ()
+    """What `join_errors` listed, each with a text of its own."""
 
 
 class RuleError(KTransformersError, ValueError):
@@ -36,15 +40,20 @@ class DeviceError(KTransformersError, RuntimeError):
 _E = TypeVar("_E", bound=KTransformersError)
 
 
-def did_you_mean(word: str, candidates: Iterable[str]) -> str:
-    """Return ``" (did you mean 'x'?)"`` for the candidate closest to `word`, or ``""`` when none is close."""
+def did_you_mean(word: str, candidates: Iterable[str], spelled: Mapping[str, str] | None = None) -> str:
+    """Return ``" (did you mean 'x'?)"`` for the candidate closest to `word`, or ``""`` when none is close.
+
+    `spelled`: how a candidate is to be written, where that is not the candidate itself.
+    """
     close = difflib.get_close_matches(str(word), list(candidates), n=1, cutoff=0.6)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    return f" (did you mean {(spelled or {}).get(close[0], close[0])!r}?)" if close else ""
 
 
-def join_errors(kind: type[_E], headline: str, problems: list[str]) -> _E:
+def join_errors(kind: type[_E], headline: str, problems: Sequence[object]) -> _E:
     """Build one exception of `kind` that lists every problem on a line of its own below `headline`."""
-    return kind(headline + "".join(f"\n  - {problem}" for problem in problems))
+    error = kind(headline + "".join(f"\n  - {problem}" for problem in problems))
+    error.problems = tuple(problems)
+    return error
 
 
 def ranges(numbers: Iterable[int]) -> str:
@@ -56,3 +65,8 @@ def ranges(numbers: Iterable[int]) -> str:
         else:
             runs.append([number, number])
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def is_whole(value: object, least: float = -math.inf, most: float = math.inf) -> bool:
+    """Whether `value` is a whole number from `least` to `most`; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most

@@ -21,6 +21,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ktransformers.errors import DeviceError, RuleError, UnsupportedError, WeightError
+from ktransformers.loaders import checkpoint_dtype, open_weights
 from ktransformers.optimize import optimize_and_load
 from ktransformers.rules.plan import RulesLike, load_rules
 
@@ -94,7 +95,9 @@ class KTQuantizer(HfQuantizer):
         folder = Path(str(getattr(config, "_name_or_path", "") or ""))
         if folder.is_dir() and not any(folder.glob("*.safetensors*")):
             config.transformers_weights = _UNREAD
-            config.dtype = config.dtype or torch.get_default_dtype()  # which transformers would read from the weights
+            if config.dtype is None:  # transformers would look for it in that file
+                with open_weights(self.quantization_config.weights or folder) as files:
+                    config.dtype = checkpoint_dtype(files)
         return config
 
     def update_weight_conversions(self, weight_conversions: list, model: nn.Module) -> list:

@@ -1,12 +1,12 @@
 """The story: rules -> plan -> check -> inject -> load.
 
 `optimize_and_load` turns a transformers model on the meta device into one that runs. Everything that can be wrong is
-found before the model is touched; if loading fails after that (a full disk, Ctrl-C), the model is put back as it was.
+found before the model is touched (`checks.py`); if loading fails after that (a full disk, Ctrl-C), the model is put
+back as it was. What a model needs beyond operators and tensors is in `finish.py`.
 """
 
 import contextlib
 import inspect
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,22 +14,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from ktransformers import env
-from ktransformers.errors import (
-    DeviceError,
-    KTransformersError,
-    RuleError,
-    UnsupportedError,
-    WeightError,
-    join_errors,
-)
-from ktransformers.loaders import bind, open_weights
+from ktransformers import checks, env, finish
+from ktransformers.errors import RuleError, WeightError, join_errors
+from ktransformers.loaders import bind, held_as_stored, open_weights
 from ktransformers.loaders.progress import load_progress
-from ktransformers.models import kimi_k2  # noqa: F401  teaches transformers this model type
+from ktransformers.models import register_families
 from ktransformers.operators import cpu_attention
-from ktransformers.operators.base_operator import BaseInjectedModule, device_of, load_weights
-from ktransformers.rules.plan import Replacement, RulesLike, operator_problems, plan
+from ktransformers.operators.base_operator import load_weights
+from ktransformers.rules.plan import Replacement, RulesLike, plan
 from ktransformers.rules.table import print_plan
+
+__path__ = [str(Path(__file__).parent / "util" / "optimize")]  # for ktransformers.optimize.optimize, upstream's path
+register_families()  # AutoConfig and AutoModelForCausalLM read them from here on
 
 
 def optimize_and_load(
@@ -44,7 +40,8 @@ def optimize_and_load(
     """Replace the modules that `rule` names by operators, then load every weight from the published checkpoint.
 
     Args:
-        model: a transformers model built on the meta device; changed in place.
+        model: a transformers model built on the meta device; changed in place. Where its config has no dtype and
+            none was given to ``from_config``, it takes the checkpoint's.
         rule: a path, the name of a packaged rule file, or the parsed list of rules.
         weights: a folder, a ``.safetensors`` or a ``.gguf`` file (the first of a split set); None is the local folder
             that the model's config was read from.
@@ -77,7 +74,7 @@ def optimize_and_load_gguf(
 
 
 def _optimize_and_load(model, rule, weights, config, default_device, devices, progress) -> nn.Module:
-    _check_arguments(model, default_device, devices)
+    checks.check_arguments(model, default_device, devices)
     config = config or model.config
     with torch.device("cpu"):  # a caller may still be inside `with torch.device("meta")`
         return _run(model, rule, weights, config, default_device, devices, progress)
@@ -85,88 +82,29 @@ def _optimize_and_load(model, rule, weights, config, default_device, devices, pr
 
 def _run(model, rule, weights, config, default_device, devices, progress) -> nn.Module:
     replacements = plan(model, rule, default_device=default_device, devices=devices)
-    files = open_weights(weights if weights is not None else _checkpoint_of(config))
+    files = open_weights(weights if weights is not None else checks.checkpoint_of(config))
     try:
         source = bind(files, model)
-        generation_config = _generation_config(config)
-        check_weights(model, source)
-        _check_operators(model, replacements, source)
+        generation_config = finish.generation_config(config)
+        checks.check_weights(model, source)
+        checks.check_operators(model, replacements, source)
         if env.debug():
             print_plan(model, replacements, source)
         named = set(model.state_dict())
-        with _restored_on_failure(model):
-            keep_in_fp32(model)
+        with _restored_on_failure(model), held_as_stored(model, files):
+            finish.keep_in_fp32(model)
             inject(model, replacements, source, config)
             _load(model, replacements, source, progress)
     except BaseException:
         files.close()
         raise
     model.gguf_loader = source  # upstream's name; also keeps the mapped files open while operators point into them
-    model.hf_device_map = _device_map(model, replacements)
+    model.hf_device_map = finish.device_map(model, replacements)
     model.generation_config = generation_config or model.generation_config
-    _refuse_saving(model, source, named)
+    finish.refuse_saving(model, source, named)
     if any(placed.device == "cpu" for placed in replacements.values()):
         cpu_attention.use(model)
     return model.eval()
-
-
-def _check_arguments(model: Any, default_device: Any, devices: Any) -> None:
-    """Refuse what is no model or device. Rules are checked where they are parsed, weights where they are opened."""
-    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
-        raise KTransformersError(
-            f"model: found {type(model).__name__}, expected a transformers model, such as "
-            "AutoModelForCausalLM.from_config(config)."
-        )
-    if any(isinstance(module, BaseInjectedModule) for module in model.modules()):
-        raise KTransformersError(
-            "model: operators are in it already. Build it again on the meta device, then optimize it once."
-        )
-    if not isinstance(default_device, (str, torch.device, type(None))):
-        raise DeviceError(
-            f"default_device: found {default_device!r}, expected a name such as 'cpu' or 'cuda:0', or None."
-        )
-    named = isinstance(devices, Mapping) and all(isinstance(n, str) for pair in devices.items() for n in pair)
-    if devices is not None and not named:
-        raise DeviceError(f"devices: found {devices!r}, expected a mapping of device names, such as {{'cuda': 'cpu'}}.")
-
-
-def _checkpoint_of(config: Any) -> Path:
-    name = str(getattr(config, "_name_or_path", "") or "")
-    if not name or not Path(name).is_dir():
-        raise WeightError(
-            f"weights: not given, and the config was not read from a local folder (found {name!r}). "
-            "Pass weights=<folder, .safetensors or .gguf>."
-        )
-    return Path(name)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Check
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def check_weights(model: nn.Module, source: Any) -> None:
-    """Compare the checkpoint's names and shapes with the whole model's; reads no tensor data."""
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
-    for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or []:
-        expected = {name: shape for name, shape in expected.items() if source.has(name) or not re.search(pattern, name)}
-    ignore = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []), *(re.escape(name) for name in tied)]
-    if problems := source.problems(expected, ignore):
-        raise join_errors(
-            WeightError, f"{source.path} does not fit {type(model).__name__}, nothing was loaded:", problems
-        )
-
-
-def _check_operators(model, replacements, source) -> None:
-    """Ask the operators again, now that the types of their tensors are known."""
-    if problems := operator_problems(model, replacements, source):
-        raise join_errors(RuleError, f"the rules do not fit {source.path}, nothing was loaded:", problems)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Inject
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def inject(model: nn.Module, replacements: Mapping[str, Replacement], source: Any, config: Any = None) -> None:
@@ -211,130 +149,15 @@ def _restored_on_failure(model: nn.Module) -> Iterator[None]:
         raise
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Load
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def _load(model: nn.Module, replacements: Mapping[str, Replacement], source: Any, progress: bool) -> None:
     """Load every tensor once. Peak memory: the mapped files plus one tensor."""
     devices = {name: replacement.device for name, replacement in replacements.items()}
+    source.devices = devices  # for operators of users' that load their children themselves
     with load_progress(source, enabled=progress):
         load_weights(model, source, "", devices)
-    drop_replaced_tensors(model)
-    tie(model)
-    _fill_buffers(model, devices)
-    left = [name for name, tensor in _named_tensors(model) if tensor.is_meta]
+    finish.drop_replaced_tensors(model)
+    finish.tie(model, source)
+    finish.fill_buffers(model, devices)
+    left = [name for name, tensor in finish.named_tensors(model) if tensor.is_meta]
     if left:
         raise join_errors(WeightError, "tensors without a value after loading, please report this:", left)
-
-
-def keep_in_fp32(model: nn.Module) -> None:
-    """Raise the meta tensors that a family wants in fp32 whatever its dtype, such as a router's correction bias.
-
-    from_pretrained does so too (the two `_keep_in_fp32_modules` lists; the plain one holds for fp16 only).
-    """
-    names = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    if getattr(model, "dtype", None) == torch.float16:
-        names |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    wanted = re.compile(r"(^|\.)(" + "|".join(names) + r")($|\.)") if names else None
-    for prefix, module in model.named_modules() if wanted else ():
-        for table in (module._parameters, module._buffers):
-            for name, tensor in table.items():
-                if (
-                    tensor is not None
-                    and tensor.is_meta
-                    and tensor.is_floating_point()
-                    and wanted.search(f"{prefix}.{name}")
-                ):
-                    raised = tensor.detach().float()
-                    table[name] = nn.Parameter(raised, tensor.requires_grad) if table is module._parameters else raised
-
-
-def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
-
-
-def drop_replaced_tensors(model: nn.Module) -> None:
-    """Remove the meta tensors that operators adopted but loaded into attributes of their own instead."""
-    for operator in model.modules():
-        if not isinstance(operator, BaseInjectedModule) or type(operator).load is BaseInjectedModule.load:
-            continue
-        for table in (operator._parameters, operator._buffers):
-            for name in [name for name, tensor in table.items() if tensor is not None and tensor.is_meta]:
-                del table[name]
-
-
-def tie(model: nn.Module) -> None:
-    """Give tied parameters (such as lm_head of a small model) their source, unless they live elsewhere."""
-    loaded = dict(model.named_parameters(remove_duplicate=False))
-    for target, origin in (getattr(model, "all_tied_weights_keys", None) or {}).items():
-        module_name, _, name = target.rpartition(".")
-        table, source = model.get_submodule(module_name)._parameters, loaded.get(origin)
-        tied = table.get(name)
-        if tied is not None and source is not None and (tied.is_meta or tied.device == source.device):
-            table[name] = source
-
-
-def _fill_buffers(model: nn.Module, devices: Mapping[str, str]) -> None:
-    """Compute what no checkpoint holds (rotary frequencies and kin) with the family's own initialization."""
-    waiting = False
-    for name, module in model.named_modules():
-        for key, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_meta and key in module._non_persistent_buffers_set:
-                module._buffers[key] = torch.empty_like(buffer, device=device_of(name, devices))
-                waiting = True
-    if not waiting:
-        return
-    fresh = {id(b) for m in model.modules() for k, b in m._buffers.items() if k in m._non_persistent_buffers_set}
-    for _, tensor in _named_tensors(model):
-        tensor._is_hf_initialized = id(tensor) not in fresh
-    for module in model.modules():  # some families write to loaded tensors without asking for the flag
-        module._is_hf_initialized = all(id(buffer) not in fresh for buffer in module.buffers())
-    with torch.no_grad():
-        model.initialize_weights()
-
-
-def _device_map(model: nn.Module, replacements: Mapping[str, Replacement]) -> dict[str, str]:
-    """`hf_device_map` in accelerate's form. Trainers leave a model that has one where its rules put it."""
-    layer = re.compile(r"^(.*\.\d+)\.")
-    device_map: dict[str, str] = {}
-    for name, replacement in replacements.items():
-        whole = layer.match(name + ".")
-        module = model.get_submodule(name) if replacement.operator is None else None
-        owns = module is None or next(module.parameters(recurse=False), None) is not None
-        if whole and whole.group(1) == name or owns and not whole:
-            device_map[name] = str(replacement.device)
-    return device_map
-
-
-def _generation_config(config: Any) -> Any:
-    """Stop tokens and sampling defaults from the config's folder, as from_pretrained reads them; None without any."""
-    from transformers import GenerationConfig
-
-    name = str(getattr(config, "_name_or_path", "") or "")
-    path = Path(name) / "generation_config.json"
-    if not name or not path.is_file():
-        return None
-    try:
-        return GenerationConfig.from_pretrained(path.parent)
-    except (OSError, ValueError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise WeightError(f"{path}: cannot be read: {reason}. Correct it, or delete it to use the defaults.") from error
-
-
-def _refuse_saving(model: nn.Module, source: Any, named: set[str]) -> None:
-    """Make save_pretrained an error where operators hold tensors that the state dict had: the copy would lack them."""
-    held = len(named - set(model.state_dict()))
-    if not held:
-        return
-
-    def save_pretrained(*args: Any, **kwargs: Any) -> None:
-        raise UnsupportedError(
-            f"save_pretrained: operators compute {held} of {len(named)} tensors from the bytes of {source.path} and "
-            "have no weights to save. Copy that checkpoint, or write another with `python -m ktransformers.quantize`. "
-            "An adapter (PEFT) is saved by its own save_pretrained."
-        )
-
-    model.save_pretrained = save_pretrained

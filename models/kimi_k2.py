@@ -1,8 +1,8 @@
 """Kimi-K2's text checkpoints: DeepSeek-V3's architecture under a model type of their own, which transformers lacks.
 
 Their repositories bring code instead. Nothing here runs that: the model type is registered as what it is, so
-`AutoConfig` and `AutoModelForCausalLM` build transformers' own DeepSeek-V3. `ktransformers.optimize` imports this file;
-the model class waits in modeling_kimi_k2.py for the first config, as it brings seconds of imports.
+`AutoConfig` and `AutoModelForCausalLM` build transformers' own DeepSeek-V3. The model class waits in
+modeling_kimi_k2.py for the first config, as it brings seconds of imports.
 """
 
 from functools import cache
@@ -32,5 +32,7 @@ def _register_model() -> None:
     conversion_mapping.register_checkpoint_conversion_mapping("kimi_k2", as_deepseek)
 
 
-if "kimi_k2" not in CONFIG_MAPPING:  # or transformers has learned it by itself
-    AutoConfig.register("kimi_k2", KimiK2Config)
+def register() -> None:
+    """Teach transformers the model type, unless it knows it already."""
+    if "kimi_k2" not in CONFIG_MAPPING:
+        AutoConfig.register("kimi_k2", KimiK2Config)

@@ -1,13 +1,13 @@
-"""Class names that published DeepSeek-V2 rule files match on: transformers' own classes."""
+"""Names that published DeepSeek-V2 rule files match on and operators import: transformers' own."""
 
-from ktransformers.models import family_classes
+from ktransformers.models import family_members
 
-classes = family_classes("deepseek_v2")
+members = family_members("deepseek_v2")
 # The names of the original modeling_deepseek.py; transformers has one class where that file had several.
 rotary = [f"DeepseekV2{kind}RotaryEmbedding" for kind in ("Yarn", "LinearScaling", "DynamicNTKScaling")]
 globals().update(
-    classes,
-    **dict.fromkeys(rotary, classes["DeepseekV2RotaryEmbedding"]),
-    DeepseekV2MoE=classes["DeepseekV2Moe"],
-    MoEGate=classes["DeepseekV2TopkRouter"],
+    members,
+    **dict.fromkeys(rotary, members["DeepseekV2RotaryEmbedding"]),
+    DeepseekV2MoE=members["DeepseekV2Moe"],
+    MoEGate=members["DeepseekV2TopkRouter"],
 )

@@ -1,5 +1,5 @@
-"""Class names that published GLM-4-MoE rule files match on: transformers' own classes."""
+"""Names that published GLM-4-MoE rule files match on and operators import: transformers' own."""
 
-from ktransformers.models import family_classes
+from ktransformers.models import family_members
 
-globals().update(family_classes("glm4_moe"))
+globals().update(family_members("glm4_moe"))

@@ -1,5 +1,5 @@
-"""Class names that published Llama (and InternLM in its form) rule files match on: transformers' own classes."""
+"""Names that published Llama (and InternLM in its form) rule files match on and operators import: transformers' own."""
 
-from ktransformers.models import family_classes
+from ktransformers.models import family_members
 
-globals().update(family_classes("llama"))
+globals().update(family_members("llama"))

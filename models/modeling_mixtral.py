@@ -1,5 +1,5 @@
-"""Class names that published Mixtral rule files match on: transformers' own classes."""
+"""Names that published Mixtral rule files match on and operators import: transformers' own."""
 
-from ktransformers.models import family_classes
+from ktransformers.models import family_members
 
-globals().update(family_classes("mixtral"))
+globals().update(family_members("mixtral"))

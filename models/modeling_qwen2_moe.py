@@ -1,5 +1,5 @@
-"""Class names that published Qwen2-MoE rule files match on: transformers' own classes."""
+"""Names that published Qwen2-MoE rule files match on and operators import: transformers' own."""
 
-from ktransformers.models import family_classes
+from ktransformers.models import family_members
 
-globals().update(family_classes("qwen2_moe"))
+globals().update(family_members("qwen2_moe"))

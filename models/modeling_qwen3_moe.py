@@ -1,5 +1,5 @@
-"""Class names that published Qwen3-MoE rule files match on: transformers' own classes."""
+"""Names that published Qwen3-MoE rule files match on and operators import: transformers' own."""
 
-from ktransformers.models import family_classes
+from ktransformers.models import family_members
 
-globals().update(family_classes("qwen3_moe"))
+globals().update(family_members("qwen3_moe"))

@@ -1,5 +1,6 @@
-"""What a module is, told from its structure, so that `match: {trait: ...}` survives renamed classes."""
+"""What a module is, recognized by its structure, so that `match: {trait: ...}` survives renamed classes."""
 
+import re
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -74,12 +75,32 @@ TRAITS: dict[str, Callable[[nn.Module], bool]] = {
 
 
 def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
-    """The decoder's list of layers and its name: the list of modules that holds most parameters. None without any."""
+    """The decoder's list of layers and its name; None without any.
+
+    Of several lists it is the one that holds most parameters, among those of decoders where there is a decoder: what
+    sees or hears has layers too.
+    """
+    decoders = [(name, module) for name, module in model.named_modules() if _is_decoder(module)]
+    lists = [(f"{name}.layers".lstrip("."), module.layers) for name, module in decoders] or _outermost_lists(model)
+    return max(lists, key=lambda found: sum(p.numel() for p in found[1].parameters()), default=None)
+
+
+def _outermost_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    outermost = [(n, m) for n, m in lists if not any(n.startswith(f"{other}.") for other, _ in lists)]
-    return max(outermost, key=lambda found: sum(p.numel() for p in found[1].parameters()), default=None)
+    return [(n, m) for n, m in lists if not any(n.startswith(f"{other}.") for other, _ in lists)]
+
+
+_SENSES = re.compile(r"visual|vision|audio|image|speech|projector|resampler|talker|code2wav|timestamp")
+"""In names of what a model has besides its language model."""
+
+
+def is_beside_text(name: str) -> bool:
+    """Whether module or tensor `name` is of a part that text alone does not pass, such as ``model.visual.blocks.3``."""
+    return _SENSES.search(name) is not None
 
 
 def layer_of(key: str) -> int | None:
-    """The number of the layer that module `key` is in, or None: 3 for ``model.layers.3.mlp.experts``."""
-    return next((int(part) for part in key.split(".") if part.isdecimal()), None)
+    """The number of the decoder's layer that module `key` is in, or None: 3 for ``model.layers.3.mlp.experts``."""
+    parts = key.split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+    return None if at is None or is_beside_text(".".join(parts[:at])) else int(parts[at])

@@ -32,6 +32,10 @@ class DictWeights:
     def infos(self, name):
         return [SimpleNamespace(type=quant_type(self.quant_type(name)))]
 
+    def nbytes(self, name):
+        shape = self.shape(name)
+        return quant_type(self.quant_type(name)).packed_bytes(shape)
+
     def can_pack(self, name):
         return self.has(name)
 
@@ -51,6 +55,9 @@ class DictWeights:
 
     def tensor(self, name, device="cpu", dtype=None):
         return self.packed(name).dequantize(dtype or torch.float32, device)
+
+    def same(self, name, other):
+        return name not in self.tensors or other not in self.tensors or self.tensors[name] is self.tensors[other]
 
     def methods(self, name):
         return ["LLAMAFILE"] if name in self.types else [self.quant_type(name)]

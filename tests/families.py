@@ -137,12 +137,12 @@ FAMILIES: dict[str, dict] = {
 ADDED = ["kimi_k2"]
 """Model types that transformers lacks and ktransformers.models adds."""
 
-TORCH_ONLY = {"inkling2_text": "caps gate and up softly (tanh)"}
+TORCH_ONLY = {"inkling2_text": "soft-caps gate and up with tanh"}
 """Families whose experts the C library does not compute -> what it lacks. KExpertsTorch computes them."""
 
 WITHOUT = {
-    "dbrx": "experts flattened to [E*I, H] in a module of their own form; no checkpoint since has it",
-    "jetmoe": "routes attention too, through modules of its own form; no checkpoint since has it",
+    "dbrx": "experts flattened to [E*I, H] in a layout no later model uses",
+    "jetmoe": "routes attention too, through modules of a layout no later model uses",
 }
 """Model types with experts that are not the module of transformers' contract -> why nothing here takes them."""
 
@@ -180,9 +180,14 @@ def operator_of(model_type: str) -> str:
 
 def types_with_experts() -> list[str]:
     """The model types of transformers' causal-LM mapping whose modeling file defines or names an experts module."""
+    return types_in(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def types_in(mapping: dict) -> list[str]:
+    """The model types of one of transformers' mappings whose modeling file defines or names an experts module."""
     models = Path(transformers.__file__).parent / "models"
     found = []
-    for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    for model_type in mapping:
         files = (models / model_type_to_module_name(model_type)).glob("modeling_*.py")
         if any(re.search(r"\bself\.experts = ", file.read_text()) for file in files):
             found.append(model_type)
@@ -194,7 +199,13 @@ def config_of(model_type: str, **overrides):
     fields = AutoConfig.for_model(model_type).to_dict()
     if "text_config" in fields:
         return AutoConfig.for_model(model_type, text_config=config_of(f"{model_type}_text").to_dict(), **FAMILIES[model_type])
-    shrunk = {name: value for name, value in SIZES.items() if name in fields}
+    return AutoConfig.for_model(model_type, **shrunk(AutoConfig.for_model(model_type), overrides))
+
+
+def shrunk(default, overrides: dict) -> dict:
+    """The fields that make a language model of the family of config `default` tiny; `overrides` are more of them."""
+    fields, model_type = default.to_dict(), default.model_type
+    small = {name: value for name, value in SIZES.items() if name in fields}
     if "kv_lora_rank" in fields:  # latent attention has as many keys as queries
-        shrunk["num_key_value_heads"] = shrunk["num_attention_heads"]
-    return AutoConfig.for_model(model_type, **{**shrunk, **FAMILIES.get(model_type, {}), **_WITHOUT_SIZES.get(model_type, {}), **overrides})
+        small["num_key_value_heads"] = small["num_attention_heads"]
+    return {**small, **FAMILIES.get(model_type, {}), **_WITHOUT_SIZES.get(model_type, {}), **overrides}

@@ -1,4 +1,4 @@
-"""README's table of families, made from the tables that the tests run over, so that it claims what they check.
+"""The table of families in models/README.md, made from the tables that the tests run over, so that it claims what they check.
 
 `python -m tests.support` (`make support`) rewrites the section between two marks; a test fails when it is out of date.
 Nothing is measured here.
@@ -10,9 +10,9 @@ from ktransformers.models import DEFAULT_RULES
 from ktransformers.optimize_rules import NAMES
 
 from ktransformers.loaders import gguf_names
-from tests import families
+from tests import families, multimodal
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+README = Path(__file__).resolve().parent.parent / "models" / "README.md"
 BEGIN, END = "<!-- families: made by `make support` -->", "<!-- end of families -->"
 
 LABELS = {
@@ -27,7 +27,7 @@ LABELS = {
 OF_THEIR_OWN = {
     "deepseek_v4": ["FP8 in 128x128 blocks with MXFP4 experts"],
     "gpt_oss": ["MXFP4"],
-    "qwen3_moe": ["every format of the table below"],
+    "qwen3_moe": ["every format of native/README.md"],
 }
 """Families with tests of their own in test_published_checkpoints.py -> the formats checked there."""
 
@@ -41,30 +41,45 @@ def formats(model_type: str) -> str:
     return "; ".join(found)
 
 
+def operator_of(model_type: str) -> str:
+    """The inner operator that computes a family's experts."""
+    return (families if model_type in families.FAMILIES else multimodal).operator_of(model_type)
+
+
 def rows() -> dict[tuple[str, ...], list[str]]:
-    """(checkpoint formats, operator, rule file) -> the model types that they are the same for."""
+    """(checkpoint formats, rule file) -> the model types that they are the same for."""
     found: dict[tuple[str, ...], list[str]] = {}
-    for model_type in families.FAMILIES:
-        name = DEFAULT_RULES.get(model_type, "Default")
-        rule = f"`{NAMES.get(name, name)}`" + (" with that operator" if model_type in families.TORCH_ONLY else "")
-        found.setdefault((formats(model_type), f"`{families.operator_of(model_type)}`", rule), []).append(model_type)
-    return dict(sorted(found.items(), key=lambda row: ("`Default`" in row[0][2], len(row[1]), row[1])))
+    for model_type in families.FAMILIES | multimodal.FAMILIES | multimodal.BY_PART:
+        name, operator = DEFAULT_RULES.get(model_type, "Default"), operator_of(model_type)
+        rule = f"`{NAMES.get(name, name)}`" + ("" if operator == "KExpertsCPU" else f" with `{operator}`")
+        found.setdefault((formats(model_type), rule), []).append(model_type)
+    return dict(sorted(found.items(), key=lambda row: ("`Default`" in row[0][1], len(row[1]), row[1])))
 
 
 def section() -> str:
-    """What stands in README between the marks, both included."""
+    """What stands between the marks, both included."""
     lines = [
         BEGIN,
         "",
-        "| model types | checkpoints | experts by | on | rule file of `optimize_and_load` |",
-        "|---|---|---|---|---|",
+        "| model types | checkpoints | rule file |",
+        "|---|---|---|",
     ]
-    for (checkpoints, operator, rule), types in rows().items():
-        lines.append(f"| {', '.join(f'`{name}`' for name in types)} | {checkpoints} | {operator} | CPU | {rule} |")
-    lines += ["", "Not, or not in C:", ""]
+    for (checkpoints, rule), types in rows().items():
+        lines.append(f"| {', '.join(f'`{name}`' for name in types)} | {checkpoints} | {rule} |")
+    others = ", ".join(f"`{name}`" for name in multimodal.FAMILIES | multimodal.BY_PART)
+    seen = ", ".join(f"`{name}`" for name in multimodal.IMAGES)
+    lines += [
+        "",
+        f"Classes that take images or sounds too, with text in and text out (images: {seen}): {others}. Their language "
+        "model is in a row above, or may be any that is.",
+        "",
+        "Unsupported, or torch only:",
+        "",
+    ]
     refused = {
-        **{name: f"{why}: name `KExpertsTorch`, with which it runs" for name, why in families.TORCH_ONLY.items()},
+        **{name: f"{why}; use `KExpertsTorch`" for name, why in families.TORCH_ONLY.items()},
         **families.WITHOUT,
+        **multimodal.WITHOUT,
         **families.ABSENT,
     }
     lines += [f"- `{name}`: {why}" for name, why in refused.items()]
@@ -72,7 +87,7 @@ def section() -> str:
 
 
 def rewritten(text: str) -> str:
-    """README's text with the section as it should be."""
+    """The page's text with the section as it should be."""
     before, mark, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (mark and end):

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from ktransformers import optimize_and_load
+from ktransformers.engine.load import read_config_and_tokenizer
 from ktransformers.errors import KTransformersError, RuleError, WeightError
-from ktransformers.local_chat import _read_config
 from tests import families
 from tests.loaders import published
 from tests.tiny import meta_model, random_ids, randomize, relative_error, save, tiny_config
@@ -106,7 +106,7 @@ def folder_without(tmp_path, *names, **config):
 def test_a_tokenizer_that_is_missing(tmp_path):
     folder = folder_without(tmp_path, "tokenizer.json", "tokenizer_config.json")
     with pytest.raises(KTransformersError, match="(tokenizer|chat template)"):
-        _read_config(folder)
+        read_config_and_tokenizer(folder)
 
 
 def test_a_folder_with_code_of_its_own(tmp_path, monkeypatch):
@@ -115,7 +115,7 @@ def test_a_folder_with_code_of_its_own(tmp_path, monkeypatch):
     code = {"AutoConfig": "configuration_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}
     folder = folder_without(tmp_path, model_type="mine", auto_map=code)
     with pytest.raises(KTransformersError, match="code from a model folder is not run. .*trust_remote_code=True"):
-        _read_config(folder)
+        read_config_and_tokenizer(folder)
 
 
 class MineConfig(Qwen3MoeConfig):

@@ -124,10 +124,10 @@ def test_a_mistyped_path_names_its_neighbour(tmp_path):
 
 
 def test_a_folder_without_a_config(tmp_path):
-    with pytest.raises(KTransformersError, match="no config.json.*Give a Hugging Face model folder"):
+    with pytest.raises(KTransformersError, match="no readable config.json.*Give a Hugging Face model folder"):
         read_config(tmp_path)
     (tmp_path / "b.gguf").touch()
-    with pytest.raises(KTransformersError, match=r"no config.json.*Give .*b\.gguf"):
+    with pytest.raises(KTransformersError, match=r"no readable config.json.*Give .*b\.gguf"):
         read_config(tmp_path)
 
 
@@ -139,8 +139,8 @@ def test_a_folder_without_a_config(tmp_path):
         (b"\xff\xfe\x00", "cannot be read as JSON"),
         (b"[" * 100_000, "cannot be read as JSON"),
         (b'{"hidden_size": ' + b"9" * 10_000 + b"}", "cannot be read as JSON"),
-        (b"[1, 2]", "holds a list"),
-        (b"null", "holds a NoneType"),
+        (b"[1, 2]", "found a list"),
+        (b"null", "found a NoneType"),
         (b"{}", "model_type is missing"),
         (b'{"model_type": 3}', "model_type is 3"),
         (b'{"model_type": "qwen3_mo"}', "did you mean 'qwen3_moe'"),
@@ -157,7 +157,7 @@ def test_a_file_that_is_no_config(content, message, tmp_path):
 
 
 def test_no_regular_file():
-    with pytest.raises(KTransformersError, match="is no file"):
+    with pytest.raises(KTransformersError, match="not a file"):
         read_config("/dev/null")
 
 
@@ -202,7 +202,7 @@ def test_absurd_sizes(changes, message, tmp_path):
 
 @pytest.mark.parametrize("changes", [{"rms_norm_eps": "small"}, {"torch_dtype": "bf17"}, {"hidden_act": 3}], ids=str)
 def test_what_transformers_refuses(changes, tmp_path):
-    with pytest.raises(KTransformersError, match="makes no qwen3_moe config") as error:
+    with pytest.raises(KTransformersError, match="not a valid qwen3_moe config") as error:
         read_config(folder(tmp_path, **changes))
     assert "\n" not in str(error.value)
 
@@ -246,7 +246,7 @@ def test_a_model_with_other_towers():
 
 
 def test_a_config_without_a_language_model():
-    with pytest.raises(UnsupportedError, match="no causal LM for model type 'vit'"):
+    with pytest.raises(UnsupportedError, match="no model of type 'vit' that continues text"):
         meta_model(AutoConfig.for_model("vit"))
 
 

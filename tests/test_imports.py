@@ -8,15 +8,16 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS = [  # lowest first: one row a floor, folders and single files of ktransformers/, and models/
-    "errors env devices",
+    "errors env devices upstream",
     "models quants",
     "native machine kernels",
     "loaders",
     "gguf_files configs",
     "operators",
     "rules",
+    "checks finish",
     "optimize from_pretrained",
-    "engine",
+    "engine util",
     "planner simulator",
     "server sft",
     "local_chat quantize cli __main__",

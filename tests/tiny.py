@@ -9,9 +9,14 @@ import re
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+)
 
-from tests import families
+from tests import families, multimodal
 
 _COMMON = {
     "vocab_size": 128,
@@ -67,17 +72,22 @@ YARN = {
 def tiny_config(family: str, **overrides):
     """The configuration of a tiny model of any family; `overrides` are config fields."""
     if family not in FAMILIES:
-        return families.config_of(family, **overrides)
+        table = families if family in families.FAMILIES or family not in multimodal.FAMILIES else multimodal
+        return table.config_of(family, **overrides)
     return AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family], **overrides})
 
 
 def tiny_model(family: str, seed: int = 0, **overrides):
     """A random fp32 model in eval mode with eager attention and experts: transformers' plainest path."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(
-        tiny_config(family, **overrides), attn_implementation="eager", experts_implementation="eager"
-    ).eval()
-    return randomize(model)
+    config = tiny_config(family, **overrides)
+    return randomize(build(config, attn_implementation="eager", experts_implementation="eager").eval())
+
+
+def build(config, **how):
+    """A causal LM where transformers has one for `config`, else the class that takes more than text."""
+    auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForMultimodalLM
+    return auto.from_config(config, **how)
 
 
 FORMULAS = re.compile(r"_decay$|slope_rate$")
@@ -101,7 +111,7 @@ def randomize(model):
 def meta_model(config):
     """The model that `optimize_and_load` is given: right shapes, no memory."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        return build(copy.deepcopy(config))
 
 
 def save(model, folder: Path) -> Path:

@@ -3,16 +3,15 @@
 A new command is one line in COMMANDS, or in GROUPS for a command with commands of its own.
 """
 
-import os
 from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
-from ktransformers.cli import chat, config, doctor, plan, profile, rules, simulate, version
-from ktransformers.cli.common import errors, out
+from ktransformers.cli import chat, config, doctor, listing, plan, profile, quantize, rules, simulate, version
+from ktransformers.cli.common import Program, out, passive_openmp
 
-PLAN, RUN, LOOK = "Plan", "Run", "Look"
+PLAN, RUN, INSPECT = "Plan", "Run", "Inspect"
 """Headings of `kt --help`, in its order."""
 
 COMMANDS: list[tuple[str, Callable[..., None]]] = [
@@ -20,11 +19,16 @@ COMMANDS: list[tuple[str, Callable[..., None]]] = [
     (PLAN, simulate.simulate),
     (RUN, chat.chat),
     (RUN, profile.profile),
-    (LOOK, doctor.doctor),
-    (LOOK, config.config),
-    (LOOK, version.version),
+    (RUN, quantize.quantize),
+    (INSPECT, listing.list_),
+    (INSPECT, doctor.doctor),
+    (INSPECT, config.config),
+    (INSPECT, version.version),
 ]
-"""(heading, function); the function's name is the command's."""
+"""(heading, function); the function's name is the command's, without an underscore at the end."""
+
+CLASSES = {chat.chat: chat.Command}
+"""Of commands that take more flags than they show."""
 
 GROUPS: list[tuple[str, str, typer.Typer]] = [
     (PLAN, "rules", rules.app),
@@ -33,11 +37,12 @@ GROUPS: list[tuple[str, str, typer.Typer]] = [
 
 app = typer.Typer(
     name="kt",
+    cls=Program,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="KTransformers: run Hugging Face MoE models on the hardware you have, and know beforehand what fits.",
-    epilog="Commands that print results take --json. kt --install-completion teaches your shell.",
+    epilog="Commands that print results take --json. kt --install-completion sets up completion in your shell.",
 )
 
 
@@ -52,18 +57,15 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _start(
     shown: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    # Before torch loads its OpenMP, as in local_chat: its waiting threads would hold the cores that ours need.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    passive_openmp()
 
 
 for heading, function in COMMANDS:
-    app.command(rich_help_panel=heading)(errors(function))
+    app.command(function.__name__.rstrip("_"), rich_help_panel=heading, cls=CLASSES.get(function))(function)
 for heading, name, group in GROUPS:
-    for registered in group.registered_commands:
-        registered.callback = registered.callback and errors(registered.callback)
     app.add_typer(group, name=name, rich_help_panel=heading)
 
 

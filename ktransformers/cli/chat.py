@@ -1,11 +1,18 @@
-"""`kt chat`: the chat program with short flags. local_chat loads, talks and says what went wrong."""
+"""`kt chat`: the chat program with short flags."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ktransformers.cli.common import complete_rule
+from ktransformers.cli import published_flags
+from ktransformers.cli.common import DevicesOption, complete_rule
+
+Command = published_flags.command_class(
+    {"model": "", "weights": "--weights", "rule": "--rule", "threads": "--threads", "devices": "--devices",
+     "force_think": "--force-think"}
+)  # fmt: skip
+"""Takes the flags of published command lines too."""
 
 
 def chat(
@@ -27,29 +34,34 @@ def chat(
             autocompletion=complete_rule,
         ),
     ] = "",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens in an answer.")] = 1000,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: all cores this process may use.")] = 0,
-    chunk_size: Annotated[int, typer.Option(min=1, help="Prompt tokens per forward pass.")] = 8192,
-    prompt_file: Annotated[Path | None, typer.Option(help="Answer the text of this file, then leave.")] = None,
-    devices: Annotated[
-        list[str],
-        typer.Option(metavar="NAME=NAME", help="Rename devices of the rules, such as cuda=cpu; may be repeated."),
-    ] = [],  # noqa: B006  (typer wants a list)
-    greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-new-tokens", "--max_new_tokens", min=1,
+            help="Maximum new tokens in an answer; default: the model's generation_config, else 1000.",
+        ),
+    ] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: all cores this process may use.")] = 0,
+    chunk_size: Annotated[
+        int, typer.Option("--chunk-size", "--chunk_size", min=1, help="Prompt tokens per forward pass.")
+    ] = 8192,
+    prompt_file: Annotated[
+        Path | None, typer.Option("--prompt-file", "--prompt_file", help="Answer the text of this file, then exit.")
+    ] = None,
+    devices: DevicesOption = [],  # noqa: B006  (typer wants a list)
+    greedy: Annotated[bool, typer.Option("--greedy", help="Greedy decoding.")] = False,
+    force_think: Annotated[
+        bool, typer.Option("--force-think", help="Begin answers with <think>, for reasoning models.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per answer and nothing else.")] = False,
 ) -> None:
     """Chat with a model, or answer the lines of standard input."""
-    from ktransformers import local_chat
+    from ktransformers.cli.conversation import Options, talk
 
-    local_chat.main(
-        model_path=model,
-        gguf_path=weights,
-        optimize_config_path=rule,
-        max_new_tokens=max_new_tokens,
-        cpu_infer=threads,
-        chunk_size=chunk_size,
-        prompt_file="" if prompt_file is None else str(prompt_file),
-        device=devices,
-        greedy=greedy,
-        as_json=as_json,
-    )
+    talk(
+        Options(
+            model_path=model, weights=weights, rule=rule, devices=tuple(devices), threads=threads,
+            prompt_file="" if prompt_file is None else str(prompt_file), max_new_tokens=max_new_tokens,
+            chunk_size=chunk_size, greedy=greedy, force_think=force_think, as_json=as_json,
+        )
+    )  # fmt: skip

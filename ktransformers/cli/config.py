@@ -2,14 +2,13 @@
 
 import os
 from dataclasses import dataclass
-from typing import Annotated
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
 from ktransformers import env
-from ktransformers.cli.common import show
+from ktransformers.cli.common import JsonOption, show
 from ktransformers.errors import KTransformersError, did_you_mean
 
 
@@ -25,7 +24,7 @@ class Setting:
     problem: str = ""
 
 
-def config(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+def config(as_json: JsonOption = False) -> None:
     """Settings: every KT_* variable, its value, and where it comes from."""
     found = settings()
     show({"settings": found}, as_json, lambda: _table(found))

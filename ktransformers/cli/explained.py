@@ -47,7 +47,7 @@ def _group_data(group: "Group", file: "RuleFile") -> dict[str, Any]:
 
 
 def _short(value: Any) -> str:
-    """A value as people want to read it: a mapping with an entry a layer is told by its size."""
+    """A value as people want to read it: of a mapping with one entry per layer only the size."""
     text = str(value)
     return f"a mapping of {len(value)} layers" if isinstance(value, dict) and len(text) > 80 else text
 
@@ -60,7 +60,7 @@ def _kwargs(taken: "Replacement | None") -> dict[str, Any]:
 
 
 def _group_text(group: "Group", file: "RuleFile") -> Iterator[Text]:
-    from ktransformers.rules.explain import rule_label
+    from ktransformers.rules.plan import rule_label
 
     many = f", {len(group.names)} modules" if len(group.names) > 1 else ""
     yield Text.assemble((group.pattern, "bold"), f"  {group.cls}{many}")
@@ -77,7 +77,7 @@ def _in_layers(device: str, layers: str) -> str:
 
 
 def _verdict(group: "Group") -> Text:
-    from ktransformers.rules.explain import rule_label
+    from ktransformers.rules.plan import rule_label
 
     taken = group.replacement
     if taken is None:
@@ -109,6 +109,8 @@ def whole_plan(net: "nn.Module", file: "RuleFile", plan: Any, gpus: int, as_json
         yield Text(f"Left to the default: {_left(left)}.")
         chain = [f"layers {text} {device}" for device, text in layers.items()]
         yield Text(f"Where layers live: {', '.join(chain + _experts_text(layers, experts)) or 'there are none'}.")
+        machine = f"{gpus} GPU{'' if gpus == 1 else 's'}" if gpus else "a machine without GPUs"
+        yield Text(f"Planned for {machine}; --gpus N plans for another.", style="dim")
         yield Text("Why a module is where it is: kt rules explain RULE MODEL PATTERN", style="dim")
 
     show(data, as_json, render)

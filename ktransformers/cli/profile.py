@@ -1,6 +1,6 @@
 """`kt profile`: run prompts, count which experts they choose, write the counts for the planner.
 
-Counting is planner/profile.py's, loading local_chat's, generating generate.py's; here is what people give and see.
+Counting is planner/profile.py's, loading and generating the engine's; here is what people give and see.
 """
 
 import json
@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ktransformers.cli.common import complete_rule, err, show
+from ktransformers.cli.common import (
+    DevicesOption,
+    ForceOption,
+    JsonOption,
+    complete_rule,
+    err,
+    new_file,
+    note,
+    renamed_devices,
+    show,
+)
+from ktransformers.configs import text_config
 from ktransformers.errors import KTransformersError
 
 if TYPE_CHECKING:
@@ -22,8 +33,8 @@ GROUPS = 8
 
 
 @dataclass
-class Group:
-    """A row of the table. `top_share`: which part of the hits falls on the most used tenth of the experts."""
+class LayerGroup:
+    """A row of the table. `top_share`: the share of the hits that falls on the most used tenth of the experts."""
 
     layers: str
     hits: int
@@ -35,7 +46,7 @@ class Group:
 def profile(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or a .gguf, with weights.")],
     prompts: Annotated[
-        Path, typer.Option(help='One prompt a line, or JSON lines with "prompt"; like those that will be asked.')
+        Path, typer.Option(help='One prompt per line, or JSON lines with "prompt"; like those you will ask.')
     ],
     weights: Annotated[
         str, typer.Option("--weights", "-w", help="A .gguf, a .safetensors or a folder; default: MODEL's own.")
@@ -44,24 +55,23 @@ def profile(
         str,
         typer.Option("--rule", "-r", autocompletion=complete_rule, help="Rule file, or its name; default: by family."),
     ] = "",
-    devices: Annotated[
-        list[str],
-        typer.Option(metavar="NAME=NAME", help="Rename devices of the rules, such as cuda=cpu; may be repeated."),
-    ] = [],  # noqa: B006  (typer wants a list)
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to answer each prompt with.")] = 32,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The profile to write.")] = Path("profile.json"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    devices: DevicesOption = [],  # noqa: B006  (typer wants a list)
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum new tokens per prompt.")] = 32,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Write the profile there.")] = Path("profile.json"),
+    force: ForceOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Count which experts a model chooses for your prompts, so that kt plan can put the most used on the GPU."""
     texts = read_prompts(prompts)
-    if not output.expanduser().parent.is_dir():
-        raise KTransformersError(f"{output}: its folder does not exist. Make it, or name another path.")
+    new_file(str(output), "-o", force)
 
-    from ktransformers import local_chat
+    from ktransformers.engine.load import load
     from ktransformers.planner.profile import record
 
-    renamed = dict(local_chat.pair(text) for text in devices)
-    loaded, tokenizer = local_chat.load(model, weights, rule, renamed, as_json, talks=False)
+    loaded, tokenizer = load(
+        model, weights, rule,
+        devices=renamed_devices(devices), needs_template=False, progress=not as_json, notify=note,
+    )  # fmt: skip
     with record(loaded) as found:
         _run(loaded, tokenizer, texts, max_new_tokens, prompts)
     found.write(output)
@@ -88,7 +98,7 @@ def read_prompts(path: Path) -> list[tuple[int, str]]:
         raise KTransformersError(f"--prompts {path}: cannot be read: {error}. Check the path.") from error
     found = [(n, _prompt(line, path, n)) for n, line in enumerate(lines, 1) if line.strip()]
     if not found:
-        raise KTransformersError(f"--prompts {path}: is empty, expected one prompt a line.")
+        raise KTransformersError(f"--prompts {path}: is empty, expected one prompt per line.")
     return found
 
 
@@ -115,11 +125,12 @@ def _prompt(line: str, path: Path, number: int) -> str:
 
 def _run(model: Any, tokenizer: Any, texts: list[tuple[int, str]], max_new_tokens: int, path: Path) -> None:
     """Answer every prompt greedily, each in a conversation of its own."""
-    from ktransformers.engine.generate import Sampling, generate
+    from ktransformers.engine.generate import generate
+    from ktransformers.engine.sampling import Sampling
 
     stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    sampling = Sampling(stop_ids=Sampling.from_config(model.generation_config, stops).stop_ids)
-    context = getattr(model.config, "max_position_embeddings", None) or 1 << 62
+    sampling = Sampling(stop_ids=Sampling(model.generation_config, stops).stop_ids)
+    context = getattr(text_config(model.config), "max_position_embeddings", None) or 1 << 62
     for number, text in _progress(texts):
         messages = [{"role": "user", "content": text}]
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
@@ -140,7 +151,7 @@ def _progress(texts: list[tuple[int, str]]) -> Iterator[tuple[int, str]]:
 # ---- what people see ---------------------------------------------------------------------------------------
 
 
-def summary(found: "RoutingProfile") -> list[Group]:
+def summary(found: "RoutingProfile") -> list[LayerGroup]:
     """The profile by groups of layers that follow one another."""
     from ktransformers.errors import ranges
 
@@ -150,23 +161,23 @@ def summary(found: "RoutingProfile") -> list[Group]:
     for start in range(0, len(layers), size):
         part = layers[start : start + size]
         counts = [n for layer in part for n in found.layers[layer]]
-        groups.append(Group(ranges(part), sum(counts), found.top_share(layers=part), counts.count(0), len(counts)))
+        groups.append(LayerGroup(ranges(part), sum(counts), found.top_share(layers=part), counts.count(0), len(counts)))
     return groups
 
 
-def _rendered(found: "RoutingProfile", groups: list[Group], prompts: int, output: Path) -> Iterator[Any]:
+def _rendered(found: "RoutingProfile", groups: list[LayerGroup], prompts: int, output: Path) -> Iterator[Any]:
     from rich.table import Table
     from rich.text import Text
 
     title = f"Routing of {found.model_type}: prompts {prompts}, tokens {found.tokens:,}"
     table = Table(title=title, title_justify="left")
     table.add_column("layers")
-    for column in ("hits", "by the top 10% of experts", "never chosen"):
+    for column in ("hits", "share of the top 10% of experts", "never chosen"):
         table.add_column(column, justify="right")
     for group in groups:
         unused = f"{group.never_chosen} of {group.experts}"
         table.add_row(group.layers, f"{group.hits:,}", f"{group.top_share:.0%}", unused)
     yield table
     skew = found.top_share()
-    yield f"The most used 10% of all experts take {skew:.0%} of the hits; even use would be 10%."
+    yield f"The most used 10% of all experts take {skew:.0%} of the hits; uniform use would be 10%."
     yield Text(f"Written to {output}.")

@@ -4,64 +4,64 @@ Only what is shown is decided here. What the rules do says `ktransformers.rules.
 `ktransformers.rules.explain`, and the rewriting is `ktransformers.rules.extend`'s. No weights are read.
 """
 
-import os
 import re
-import shutil
 import warnings
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 
 from ktransformers.cli import explained
-from ktransformers.cli.common import complete_model, complete_rule, out, show
+from ktransformers.cli.common import (
+    DevicesOption,
+    JsonOption,
+    ModelArgument,
+    RuleArgument,
+    new_file,
+    out,
+    quiet_transformers,
+    renamed_devices,
+    show,
+    write_file,
+)
 from ktransformers.errors import KTransformersError, RuleError
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from ktransformers.rules.findings import Finding
     from ktransformers.rules.plan import Replacement, RuleFile
 
 MOST_GPUS = 64
 
 app = typer.Typer(no_args_is_help=True, help="Check a rule file against a model, explain it, rewrite it.")
 
-RuleArgument = Annotated[
-    str, typer.Argument(help="A rule file, or the name of a packaged one.", autocompletion=complete_rule)
-]
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        help="A folder with config.json, the file itself, a .gguf, or a known model.", autocompletion=complete_model
-    ),
-]
 GpusOption = Annotated[
     int | None,
     typer.Option(
         min=0, max=MOST_GPUS,
-        help="Plan for cuda:0 to cuda:N-1; default: up to the highest cuda device that the file names, at least one.",
+        help="Plan for cuda:0 to cuda:N-1. Default: those that the file names; one for a file for any machine.",
     ),
 ]  # fmt: skip
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 # --- check ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One line of `kt rules check`. `level` is error, warning or note; `where` "file:line", or "" where unknown."""
+@dataclass
+class Findings:
+    """What a check found; `rules` and `modules` are numbers, None where the plan has a mistake."""
 
-    level: str
-    where: str
-    rule: int | None
-    text: str
+    model: str
+    gpus: int | None
+    found: "list[Finding]"
+    rules: int | None = None
+    modules: int | None = None
 
-    def __str__(self) -> str:
-        rule = f" (rule {self.rule})" if self.rule is not None else ""
-        return f"{self.where}{rule}: {self.text}" if self.where else self.text
+    @property
+    def ok(self) -> bool:
+        return all(finding.level != "error" for finding in self.found)
 
 
 @app.command()
@@ -69,10 +69,7 @@ def check(
     rule: RuleArgument,
     model: ModelArgument,
     gpus: GpusOption = None,
-    devices: Annotated[
-        list[str],
-        typer.Option(metavar="NAME=NAME", help="Rename devices of the rules, such as cuda=cpu; may be repeated."),
-    ] = [],  # noqa: B006  (typer wants a list)
+    devices: DevicesOption = [],  # noqa: B006  (typer wants a list)
     strict: Annotated[bool, typer.Option("--strict", help="Warnings are errors.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -82,50 +79,73 @@ def check(
     works in a roundabout way. The rules' own warnings, and layers, are looked at once loading would refuse nothing.
     Exit code 1: there is an error.
     """
-    mapping = _device_mapping(devices)
-    findings, file, plan, count = [], None, None, gpus
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            file, count = _read(rule, gpus, mapping)
-        except RuleError as error:
-            findings += [_parse("error", text) for text in _problems(error)]
-            if not any(finding.where for finding in findings):
-                raise  # no line of the file is at fault
-        net = _meta_model(model)
-        try:
-            plan = _plan(net, rule if file is None else file, count, mapping) if not findings else None
-        except RuleError as error:
-            findings += [_parse("error", text) for text in _problems(error)]
-    for warning in caught:
-        if issubclass(warning.category, UserWarning):
-            findings.append(_parse("error" if strict else "warning", str(warning.message)))
-    if plan is not None:
-        findings += _of_the_chain(net, plan)
+    result = find(rule, model, gpus, renamed_devices(devices), strict)
+    shown = [{key: getattr(finding, key) for key in ("level", "where", "rule", "text")} for finding in result.found]
     data = {
-        "file": _label(rule), "model": type(net).__name__, "gpus": count,
-        "rules": len(file) if plan is not None else None, "modules": len(plan) if plan is not None else None,
-        "ok": all(finding.level != "error" for finding in findings), "findings": findings,
+        "file": _label(rule), "model": result.model, "gpus": result.gpus, "rules": result.rules,
+        "modules": result.modules, "ok": result.ok, "findings": shown,
     }  # fmt: skip
-    show({**data, "findings": [vars(finding) for finding in findings]}, as_json, lambda: _report(data))
-    if not data["ok"]:
+    show(data, as_json, lambda: _report(data["file"], result))
+    if not result.ok:
         raise typer.Exit(1)
 
 
-def _read(rule: str, gpus: int | None, mapping: dict[str, str]) -> "tuple[RuleFile | None, int]":
-    """The rules, None where they have mistakes of their own, and how many GPUs to plan for."""
+def find(rule: str, model: str, gpus: int | None, mapping: dict[str, str], strict: bool = False) -> Findings:
+    """Everything there is to say of a rule file for a model, without printing it.
+
+    Raises:
+        KTransformersError: no such file or model, or a file of which no line is at fault.
+    """
     from ktransformers.rules.files import read_rules
 
-    file, problems = read_rules(rule)
-    count = gpus_named(file, mapping) if gpus is None else gpus
-    return (None if problems else file), count
+    file, found, plan = None, [], None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            file, found = read_rules(rule)
+        except RuleError as error:
+            found = _listed(error)
+        net = _meta_model(model)
+        if file is not None:
+            gpus = gpus_named(file, mapping) if gpus is None else gpus
+            try:
+                plan = _plan(net, rule if found else file, gpus, mapping)
+            except RuleError as error:
+                found = _listed(error)
+    found += [_of_warning(warning.message, strict) for warning in caught if issubclass(warning.category, UserWarning)]
+    result = Findings(type(net).__name__, gpus, found)
+    if plan is not None:
+        result.rules, result.modules = len(file), len(plan)
+        found += _of_the_chain(net, plan)
+    return result
 
 
-def gpus_named(file: "RuleFile", mapping: dict[str, str] | None = None) -> int:
-    """Enough GPUs for the highest cuda device that a file or a renaming names, at least 1, at most MOST_GPUS."""
+def _listed(error: RuleError) -> "list[Finding]":
+    """What the error lists. Raises it where it lists nothing: then no line of the file is at fault."""
+    if not error.problems:
+        raise error
+    return list(error.problems)
+
+
+def _of_warning(message: Warning, strict: bool) -> "Finding":
+    from ktransformers.rules.findings import Finding, RuleWarning
+
+    level = "error" if strict else "warning"
+    if isinstance(message, RuleWarning):
+        return replace(message.finding, level=level)
+    return Finding(level, "", None, str(message))
+
+
+def gpus_named(file: "RuleFile", mapping: dict[str, str] | None = None, any_machine: int = 1) -> int:
+    """Enough GPUs for the highest cuda device that a file or a renaming names, at most MOST_GPUS.
+
+    None for a file that names devices, and no GPU; `any_machine` for a file that names no device.
+    """
     named = [*_named_devices(file), *(mapping or {}), *(mapping or {}).values()]
-    found = [re.fullmatch(r"cuda:(\d{1,9})", name, re.ASCII) for name in named]
-    return min(max([1, *(int(match[1]) + 1 for match in found if match)]), MOST_GPUS)
+    found = [re.fullmatch(r"cuda(?::(\d{1,9}))?", name, re.ASCII) for name in named]
+    gpus = [int(match[1] or 0) + 1 for match in found if match]
+    anywhere = not named or file.devices is not None and file.devices.layers is None
+    return min(max([any_machine if anywhere else 0, *gpus]), MOST_GPUS)
 
 
 def _named_devices(file: "RuleFile") -> list[str]:
@@ -146,46 +166,15 @@ def _plan(net: "nn.Module", rule: Any, gpus: int, mapping: dict[str, str] | None
 
 
 def _meta_model(model: str) -> "nn.Module":
-    from transformers.utils import logging
-
     from ktransformers.configs import meta_model, read_config
 
-    logging.set_verbosity_error()
+    quiet_transformers()
     return meta_model(read_config(model))
 
 
-def _device_mapping(pairs: list[str]) -> dict[str, str]:
-    named = {}
-    for text in pairs:
-        name, _, becomes = text.partition("=")
-        if not name or not becomes:
-            raise KTransformersError(f"--devices {text!r}: expected NAME=NAME, such as cuda=cpu.")
-        named[name] = becomes
-    return named
-
-
-def _problems(error: RuleError) -> list[str]:
-    """The problems that one error lists, without its headline."""
-    headline, *listed = str(error).split("\n  - ")
-    return listed or [headline]
-
-
-_PLACE = re.compile(r"(?P<where>[^:\n]+:\d+|rule (?P<bare>\d+))(?: \(rule (?P<number>\d+)\))?: (?P<text>.*)", re.DOTALL)
-
-
-def _parse(level: str, text: str) -> Finding:
-    """Split what the rules' messages begin with: ``file:line (rule N): `` or ``file:line: rule N ...``."""
-    found = _PLACE.fullmatch(text)
-    if found is None:
-        return Finding(level, "", None, text)
-    where, number, rest = found["where"], found["number"] or found["bare"], found["text"]
-    if number is None and (named := re.match(r"rule (\d+) ", rest)):
-        number, rest = named[1], rest[named.end() :]
-    return Finding(level, where, int(number) if number else None, rest)
-
-
-def _of_the_chain(net: "nn.Module", plan: Any) -> list[Finding]:
+def _of_the_chain(net: "nn.Module", plan: Any) -> "list[Finding]":
     from ktransformers.rules.chain import chain_problems
+    from ktransformers.rules.findings import Finding
 
     found = []
     for problem in chain_problems(net, plan):
@@ -198,25 +187,30 @@ def _of_the_chain(net: "nn.Module", plan: Any) -> list[Finding]:
 
 def _label(rule: str) -> str:
     from ktransformers.optimize_rules import NAMES
-    from ktransformers.rules.files import packaged_rules
+    from ktransformers.rules.files import packaged_name
 
-    stem = rule.removesuffix(".yaml")
-    return f"{NAMES.get(stem, stem)}.yaml" if stem in packaged_rules() else re.split(r"[/\\]", rule.rstrip("/"))[-1]
+    name = packaged_name(rule)
+    return f"{NAMES.get(name, name)}.yaml" if name else re.split(r"[/\\]", rule.rstrip("/"))[-1]
 
 
-def _report(data: dict[str, Any]) -> list[Text]:
+def _report(file: str, result: Findings) -> list[Text]:
     """Print each finding on a line of its own, however long: `show` would wrap it, and editors read file:line."""
     colours = {"error": "red", "warning": "yellow", "note": "cyan"}
-    for finding in data["findings"]:
+    for finding in result.found:
         out.print(Text.assemble((f"{finding.level}: ", colours[finding.level]), str(finding)), soft_wrap=True)
-    counts = {level: sum(f.level == level for f in data["findings"]) for level in colours}
-    told = ", ".join(_many(number, level) for level, number in counts.items() if number) or "no problems"
-    verb = "fits" if data["ok"] else "does not fit"
-    sizes = f"{_many(data['rules'], 'rule')}, {_many(data['modules'], 'module')}, " if data["modules"] else ""
-    on = f" on {_many(data['gpus'], 'GPU')}" if data["gpus"] is not None else ""
-    text = f"{data['file']} {verb} {data['model']}{on}: {sizes}{told}"
-    out.print(Text(text, style="green" if data["ok"] else "red"), soft_wrap=True)
+    counts = {level: sum(finding.level == level for finding in result.found) for level in colours}
+    summary = ", ".join(_many(number, level) for level, number in counts.items() if number) or "no problems"
+    verb = "fits" if result.ok else "does not fit"
+    sizes = f"{_many(result.rules, 'rule')}, {_many(result.modules, 'module')}, " if result.modules else ""
+    on = f" on {on_gpus(result.gpus)}" if result.gpus is not None else ""
+    text = f"{file} {verb} {result.model}{on}: {sizes}{summary}"
+    out.print(Text(text, style="green" if result.ok else "red"), soft_wrap=True)
     return []
+
+
+def on_gpus(gpus: int) -> str:
+    """The machine planned for, and how to plan for another."""
+    return f"{_many(gpus, 'GPU') if gpus else 'a machine without GPUs'} (--gpus N for another)"
 
 
 def _many(number: int, what: str) -> str:
@@ -289,13 +283,13 @@ def extend(
     """
     from ktransformers.rules import extend as rewriting
 
-    target = _target(output, force)
+    target = new_file(output, "-o", force)
     file, count = _read_valid(rule, None)
     net = _meta_model(model)
     on_gpus = any(device.startswith("cuda") for device in _named_devices(file))
     text = rewriting.extend(net, rule, count if on_gpus else 0)
     if target is not None:
-        _write(target, text)
+        write_file(target, text, "-o")
     before, after = len(file), text.count("\n- match:")
     data = {
         "file": file.label, "model": type(net).__name__, "rules_before": before, "rules": after,
@@ -306,32 +300,3 @@ def extend(
         show(data, as_json, lambda: Text(done, style="green"))
     else:
         typer.echo(text, nl=False)
-
-
-def _target(output: str, force: bool) -> Path | None:
-    """The path of -o. Refuses one that cannot be written, or that has a file already, before anything is computed."""
-    if not output:
-        return None
-    path = Path(output).expanduser()
-    if path.is_dir() or not path.parent.is_dir():
-        raise KTransformersError(f"-o {output}: is a folder, or its folder does not exist; expected a file's path.")
-    if path.exists() and not force:
-        raise KTransformersError(f"-o {output}: exists already. Choose another path, or overwrite it with --force.")
-    return path.resolve()
-
-
-def _write(path: Path, text: str) -> None:
-    """Write all of a file or nothing: what is there may be the only copy of the rules."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        try:
-            beside.write_text(text, encoding="utf-8")
-            if path.exists():
-                shutil.copymode(path, beside)
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
-    except OSError as error:
-        raise KTransformersError(
-            f"-o {path}: cannot be written: {error.strerror or error}. Choose another path, or free it."
-        ) from error

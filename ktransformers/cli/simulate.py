@@ -1,6 +1,6 @@
 """`kt simulate`: a prefill and a decode step of a model under a rule file, on devices that need not exist.
 
-What runs and what that can show is said in `ktransformers.simulator.simulate`; here are only the tables.
+What runs and what that can show is described in `ktransformers.simulator.simulate`; here are only the tables.
 """
 
 import contextlib
@@ -12,43 +12,66 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from ktransformers.cli.common import complete_model, complete_rule, err, show
+from ktransformers.cli.common import (
+    FormatOption,
+    JsonOption,
+    ModelArgument,
+    RuleArgument,
+    WeightsOption,
+    err,
+    quiet_transformers,
+    show,
+)
 
 if TYPE_CHECKING:
     from ktransformers.simulator.simulate import PassReport, Simulation
 
 
 def simulate(
-    rule: Annotated[
-        str, typer.Argument(help="A rule file, or the name of a packaged one.", autocompletion=complete_rule)
-    ],
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="A folder with config.json, the file itself, a .gguf, or a known model.", autocompletion=complete_model
+    rule: RuleArgument,
+    model: ModelArgument,
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=64,
+            help="Simulate cuda:0 to cuda:N-1. Default: those that the file names; 8 for a file for any machine.",
         ),
-    ],
-    gpus: Annotated[int, typer.Option(min=0, max=64, help="cuda:0 to cuda:N-1 exist.")] = 8,
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Prompt tokens of each sequence.")] = 64,
     context: Annotated[int, typer.Option(min=0, help="Tokens that the cache holds before the prompt.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    weights: WeightsOption = "",
+    form: FormatOption = "",
+    as_json: JsonOption = False,
 ) -> None:
-    """Run a model under a rule file on pretended devices: does everything meet, and what does it cost?
+    """Run a model under a rule file on simulated devices: device mismatches, copies and memory.
 
-    Needs no GPU, no weights and little memory. Exit code 1 when a problem is found.
+    Needs no GPU, no weights and little memory. Exit code 1: a problem was found.
     """
-    from ktransformers.configs import read_config
+    from ktransformers.cli.rules import gpus_named
+    from ktransformers.configs import meta_model, read_config
+    from ktransformers.planner.formats import format_of
+    from ktransformers.rules.plan import load_rules
     from ktransformers.simulator import simulate as simulation
 
+    quiet_transformers()
+    file = load_rules(rule)
+    gpus = gpus_named(file, any_machine=GPUS) if gpus is None else gpus
     config = read_config(model)
+    net = meta_model(config)
+    stored = format_of(model, config, net, weights or None, form or None)
     with _bar() as on_layer:
         found = simulation.simulate(
-            config, rule, gpus=gpus, tokens=tokens, batch=batch, context=context, on_layer=on_layer
-        )
+            net, file, gpus=gpus, tokens=tokens, batch=batch, context=context, weights=stored.source,
+            size=stored.stored, on_layer=on_layer,
+        )  # fmt: skip
     show(found.to_dict(), as_json, lambda: _tables(found))
     if not found.ok:
         raise typer.Exit(1)
+
+
+GPUS = 8
+"""Simulated for a file that is for any machine, unless --gpus says otherwise."""
 
 
 @contextlib.contextmanager
@@ -70,7 +93,9 @@ def _tables(found: "Simulation") -> Iterator[Any]:
 def _devices(found: "Simulation") -> Table:
     sequences = f"{found.batch} sequence{'s' if found.batch > 1 else ''}"
     tokens = found.context + (found.prefill.tokens if found.prefill else 0)
-    table = Table(title=f"{found.model}: {sequences} of {tokens} tokens, then one more", title_justify="left")
+    on = f"{found.gpus} GPU{'' if found.gpus == 1 else 's'}" if found.gpus else "a machine without GPUs"
+    title = f"{found.model} on {on}: {sequences} of {tokens} tokens, then one more"
+    table = Table(title=title, title_justify="left")
     table.add_column("device")
     for column in ("weights", "cache", "activations, prefill", "activations, decode"):
         table.add_column(column, justify="right")
@@ -90,7 +115,7 @@ def _transfers(prefill: "PassReport", decode: "PassReport | None", batch: int) -
     table.add_column("to")
     for name in reports:
         table.add_column(f"{name}, copies", justify="right")
-        table.add_column("bytes a token", justify="right")
+        table.add_column("bytes per token", justify="right")
     for pair in pairs:
         cells = []
         for report in reports.values():
@@ -110,11 +135,7 @@ def _problems(found: "Simulation") -> Iterator[Text]:
 
 
 def _size(nbytes: float | None) -> str:
-    """Bytes for people, in binary units; "-" for what is not known."""
-    if nbytes is None:
-        return "-"
-    for unit in ("B", "KiB", "MiB"):
-        if nbytes < 1024:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.2f} GiB"
+    """Bytes for people; "-" for what is not known."""
+    from ktransformers.machine.units import format_bytes
+
+    return "-" if nbytes is None else format_bytes(nbytes)

@@ -4,19 +4,18 @@ import platform
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.table import Table
 
-from ktransformers.cli.common import show
+from ktransformers.cli.common import JsonOption, show
 
 PACKAGES = ("torch", "transformers", "gguf", "safetensors", "peft", "accelerate")
 """Packages that change what a model computes; the last two are optional."""
 
 
-def version(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
-    """Versions of KTransformers and of what it stands on."""
+def version(as_json: JsonOption = False) -> None:
+    """Versions of KTransformers and of its dependencies."""
     data = versions()
     show(data, as_json, lambda: _table(data))
 

@@ -1,22 +1,15 @@
-"""Prefill, decode, sampling: token ids in, token ids out, and how long each part took. Prints nothing."""
+"""Prefill and decode: token ids in, token ids out, and how long each part took. Prints nothing."""
 
 import time
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
-from transformers.generation import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from ktransformers.engine.cache import PrefixCache
+from ktransformers.engine.sampling import Chooser, Sampling
 from ktransformers.errors import KTransformersError
 from ktransformers.models import ONE_BY_ONE
 
@@ -42,51 +35,6 @@ class Timing:
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen; greedy unless `do_sample`. Meanings as in transformers' GenerationConfig."""
-
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    stop_ids: Collection[int] = field(default_factory=frozenset)
-
-    @classmethod
-    def from_config(cls, config: GenerationConfig, stop_ids: Collection[int] = ()) -> "Sampling":
-        """Take the defaults a model ships with; `stop_ids` are added to its end-of-sequence ids."""
-        eos = config.eos_token_id
-        eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-        return cls(
-            do_sample=bool(config.do_sample),
-            temperature=config.temperature or 1.0,
-            top_k=config.top_k or 0,
-            top_p=1.0 if config.top_p is None else config.top_p,
-            min_p=config.min_p or 0.0,
-            repetition_penalty=config.repetition_penalty or 1.0,
-            stop_ids=frozenset([*eos, *stop_ids]),
-        )
-
-    def processors(self) -> LogitsProcessorList:
-        """The transformers processors for these settings, in the order `model.generate` applies them."""
-        chosen = LogitsProcessorList()
-        if self.repetition_penalty != 1.0:
-            chosen.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
-        if not self.do_sample:
-            return chosen
-        if self.temperature != 1.0:
-            chosen.append(TemperatureLogitsWarper(self.temperature))
-        if self.top_k > 0:
-            chosen.append(TopKLogitsWarper(self.top_k))
-        if self.top_p < 1.0:
-            chosen.append(TopPLogitsWarper(self.top_p))
-        if self.min_p > 0.0:
-            chosen.append(MinPLogitsWarper(self.min_p))
-        return chosen
-
-
 def generate(
     model: nn.Module,
     ids: Sequence[int],
@@ -96,6 +44,7 @@ def generate(
     sampling: Sampling | None = None,
     cache: PrefixCache | None = None,
     timing: Timing | None = None,
+    tokenizer: Any = None,
 ) -> Iterator[int]:
     """Yield the ids of new tokens one by one; the stop token, if one comes, is not yielded.
 
@@ -107,25 +56,25 @@ def generate(
         sampling: None is the model's generation_config.
         cache: kept between the turns of a conversation; None is a fresh one.
         timing: filled in as generation goes on.
+        tokenizer: needed where the generation_config has stop strings.
 
     Raises:
-        KTransformersError: an empty prompt, or sizes that are not positive.
+        KTransformersError: an empty prompt, sizes that are not positive, or a generation_config of no sense.
     """
     if not ids:
         raise KTransformersError("prompt: found no tokens, expected at least one.")
     for name, value in (("max_new_tokens", max_new_tokens), ("chunk_size", chunk_size)):
         if value < 1:
             raise KTransformersError(f"{name}: found {value}, expected at least 1.")
-    sampling = sampling or Sampling.from_config(model.generation_config)
+    sampling = sampling or Sampling(model.generation_config)
     cache = cache or PrefixCache()
     timing = timing if timing is not None else Timing()
-    processors = sampling.processors()
+    choose = Chooser(sampling, model, ids, max_new_tokens, tokenizer)
 
     start = time.perf_counter()
     timing.reused_tokens = cache.reuse(ids)
-    logits = _prefill(model, ids, cache, chunk_size)
-    history = list(ids)
-    token = _choose(logits, history, processors, sampling)
+    token = choose(_prefill(model, ids, cache, chunk_size))
+    cache.record()
     timing.prefill_tokens = len(ids) - timing.reused_tokens
     timing.prefill_seconds = time.perf_counter() - start
 
@@ -133,12 +82,10 @@ def generate(
         if token in sampling.stop_ids:
             return
         yield token
-        if count == max_new_tokens:
+        if count == max_new_tokens or choose.ended():
             return
         start = time.perf_counter()
-        logits = _forward(model, [token], cache)
-        history.append(token)
-        token = _choose(logits, history, processors, sampling)
+        token = choose(_forward(model, [token], cache))
         timing.decode_tokens += 1
         timing.decode_seconds += time.perf_counter() - start
 
@@ -157,15 +104,7 @@ def _prefill(model: nn.Module, ids: Sequence[int], cache: PrefixCache, chunk_siz
 def _forward(model: nn.Module, ids: Sequence[int], cache: PrefixCache) -> torch.Tensor:
     """One forward pass over `ids` [T] that extends the cache; returns float32 logits [vocab] of the last position."""
     input_ids = torch.tensor([list(ids)], device=model.device)
-    output = model(input_ids=input_ids, past_key_values=cache.cache, use_cache=True, logits_to_keep=1)
-    cache.cache = output.past_key_values
-    cache.ids.extend(ids)
+    with cache.extending(ids):
+        output = model(input_ids=input_ids, past_key_values=cache.cache, use_cache=True, logits_to_keep=1)
+        cache.cache = output.past_key_values
     return output.logits[0, -1].float()
-
-
-def _choose(logits: torch.Tensor, history: list[int], processors: LogitsProcessorList, sampling: Sampling) -> int:
-    if processors:
-        logits = processors(torch.tensor([history], device=logits.device), logits[None])[0]
-    if sampling.do_sample:
-        return int(torch.multinomial(torch.softmax(logits, dim=-1), num_samples=1))
-    return int(logits.argmax())

@@ -13,7 +13,7 @@ from typing import Any
 
 from ktransformers.errors import UnsupportedError, WeightError
 from ktransformers.gguf_files.families import READERS, WRITERS, as_float, rope_of, shortest
-from ktransformers.loaders import open_weights
+from ktransformers.loaders import checkpoint_dtype, open_weights
 from ktransformers.loaders.base import WeightFiles
 
 _HYBRIDS = ("lfm2moe", "jamba", "granitehybrid", "nemotron_h_moe", "kimi-linear", "mimo2")
@@ -225,7 +225,7 @@ class Metadata:
         if hasattr(config, "attention_bias"):
             found["attention_bias"] = self.has(r"\.attn_q\.bias$")
         found |= self.special_tokens()
-        found["dtype"] = "float32" if self._is_float32() else "bfloat16"
+        found["dtype"] = str(checkpoint_dtype(self.files)).removeprefix("torch.")
         return found
 
     def special_tokens(self) -> dict[str, Any]:
@@ -238,11 +238,6 @@ class Metadata:
             "eos_token_id": ends if len(ends) > 1 else ids["eos"],
             "pad_token_id": ids["padding"],
         }
-
-    def _is_float32(self) -> bool:
-        """Whether every matrix is stored in full; else half precision computes what is not computed packed."""
-        infos = [self.files.info(name) for name in self.files.names()]
-        return all(info.type.name == "F32" for info in infos if len(info.shape) > 1)
 
     def rope(self, head: int | None) -> dict[str, Any]:
         rope: dict[str, Any] = {"rope_type": "default", "rope_theta": self("rope.freq_base", 10000.0)}

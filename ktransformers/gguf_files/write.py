@@ -1,4 +1,4 @@
-"""A transformers folder to a GGUF file: `python -m ktransformers.quantize SRC_FOLDER OUT.gguf --type Q4_K_M`.
+"""A transformers folder to a GGUF file: `kt quantize SOURCE OUT.gguf --type Q4_K_M`.
 
 Reads through the loaders, one tensor at a time, names and lays tensors out as llama.cpp does, and encodes
 them with encode.py. Peak memory is one packed tensor and one expert in fp32. The file appears whole or not at
@@ -6,22 +6,20 @@ all.
 It is not a converter for every model: the families are those of loaders/gguf_names.py.
 """
 
-import argparse
-import json
 import re
 import shutil
-import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ktransformers.errors import KTransformersError, UnsupportedError, WeightError, did_you_mean, join_errors
+from ktransformers.errors import UnsupportedError, WeightError, did_you_mean, join_errors
 from ktransformers.gguf_files.config import add_config
 from ktransformers.gguf_files.tokenizer import add_tokenizer
 from ktransformers.loaders import ModelWeights, bind, gguf_names, open_weights
@@ -74,16 +72,20 @@ def _more_bits(layer: int, layers: int) -> bool:
     return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
 
 
-def plan(weights: ModelWeights, config, shapes: dict[str, tuple[int, ...]], mix: str) -> list[Output]:
-    """Every tensor to write, in the order of the model, named and shaped as the family's files have them."""
+def plan(
+    weights: ModelWeights, config, shapes: dict[str, tuple[int, ...]], mix: str, tied: Collection[str] = ()
+) -> list[Output]:
+    """Every tensor to write, in the order of the model, named and shaped as the family's files have them.
+
+    `tied`: tensors that equal the one they are tied to. They are left out: readers take token_embd for the head.
+    """
     family = next(f for f in gguf_names.FAMILIES.values() if config.model_type in f.model_types)
-    tied = bool(config.tie_word_embeddings)
     outputs = []
     for name, shape in shapes.items():
-        if tied and name == "lm_head.weight":
-            continue  # readers take token_embd for it
+        if name in tied:
+            continue
         for stored, out_shape, parts in _pieces(weights, family, config, name, shape):
-            kind = choose_type(stored, out_shape, mix, config.num_hidden_layers, tied)
+            kind = choose_type(stored, out_shape, mix, config.num_hidden_layers, "lm_head.weight" in tied)
             outputs.append(Output(stored, out_shape, kind, parts))
     return outputs
 
@@ -165,7 +167,7 @@ def _folder_beside(out: Path) -> Iterator[Path]:
 
 def _packed(output: Output) -> Tensor:
     """All bytes of one output, uint8 [bytes]."""
-    packed = torch.empty(output.type.packed_bytes(output.shape), dtype=torch.uint8)
+    packed = torch.empty(output.type.packed_bytes(output.shape), dtype=torch.uint8, device="cpu")
     start = 0
     for part in output.parts():
         try:
@@ -238,7 +240,7 @@ def _write_tensors(writer, outputs: list[Output], progress) -> None:
         shape = (*output.shape[:-1], output.type.row_bytes(output.shape[-1]))
         kind = gguf.GGMLQuantizationType(output.type.id)
         writer.add_tensor_info(
-            output.name, shape, torch.empty(0, dtype=torch.uint8).numpy().dtype, nbytes, kind
+            output.name, shape, np.dtype("uint8"), nbytes, kind
         )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -248,7 +250,7 @@ def _write_tensors(writer, outputs: list[Output], progress) -> None:
         progress(output)
 
 
-# --- the program ------------------------------------------------------------------------------------------
+# --- the whole ----------------------------------------------------------------------------------------------
 
 
 def quantize_folder(source: Path, out: Path, mix: str = "Q4_K_M", split: int = 0, show: bool = False) -> dict:
@@ -285,11 +287,10 @@ def quantize_folder(source: Path, out: Path, mix: str = "Q4_K_M", split: int = 0
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     with open_weights(source) as files:
         weights = bind(files, model)
-        tied = model._tied_weights_keys if config.tie_word_embeddings else {}
-        problems = weights.problems({n: s for n, s in shapes.items() if n not in tied})
-        if problems:
+        if problems := weights.problems(shapes):
             raise join_errors(WeightError, f"{source}: the weights do not fit the config:", problems)
-        outputs = plan(weights, config, shapes, mix)
+        tied = {name for name, origin in model.all_tied_weights_keys.items() if weights.same(name, origin)}
+        outputs = plan(weights, config, shapes, mix, tied)
         with _progress(outputs, show) as advance:
             written, notice = write_gguf(out, families[0].arch, config, outputs, mix, source, split, advance)
     return {
@@ -318,41 +319,3 @@ def _progress(outputs: list[Output], show: bool) -> Iterator[Callable[[Output], 
     with Progress() as bar:
         task = bar.add_task("quantizing", total=sum(map(size, outputs)))
         yield lambda output: bar.update(task, advance=size(output))
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns the exit status: 0, or after one line of error 1, or 130 for Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        "ktransformers.gguf_files.write", description="A Hugging Face folder to a GGUF file."
-    )
-    parser.add_argument("source", type=Path, help="folder with config.json and safetensors")
-    parser.add_argument("out", type=Path, help="the file to write, NAME.gguf")
-    parser.add_argument(
-        "--type", default="Q4_K_M", metavar="TYPE", help=f"one of {', '.join(FILE_TYPES)} (Q4_K_M)"
-    )
-    parser.add_argument(
-        "--split", type=int, default=0, metavar="N", help="at most N tensors in a file; 0: one file (0)"
-    )
-    parser.add_argument("--json", action="store_true", help="no progress; one JSON object on stdout")
-    options = parser.parse_args(arguments)
-    try:
-        done = quantize_folder(
-            options.source, options.out, options.type, options.split, show=not options.json
-        )
-    except (KTransformersError, KeyboardInterrupt) as error:
-        stopped = isinstance(error, KeyboardInterrupt)
-        text = "interrupted, nothing was left behind" if stopped else str(error)
-        print(json.dumps({"error": text}) if options.json else f"error: {text}", file=sys.stderr)
-        return 130 if stopped else 1
-    if options.json:
-        print(json.dumps(done))
-        return 0
-    kinds = ", ".join(f"{count} {name}" for name, count in done["types"].items())
-    print(f"wrote {', '.join(done['files'])}: {done['bytes'] / 1e6:.1f} MB, tensors: {kinds}")
-    for notice in done["notices"]:
-        print(f"note: {notice}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,15 +6,19 @@
 from pathlib import Path
 
 from ktransformers.errors import WeightError
-from ktransformers.loaders.base import TensorInfo, WeightFiles, describe_folder
+from ktransformers.loaders.base import TensorInfo, WeightFiles, WeightSource, describe_folder
 from ktransformers.loaders.bind import bind
+from ktransformers.loaders.dtypes import checkpoint_dtype, held_as_stored
 from ktransformers.loaders.sources import ExpertWeights
 from ktransformers.loaders.weights import ModelWeights
 
 GGUFLoader = ModelWeights
 """The name users' operators annotate `gguf_loader` with; it is whatever weight source is open."""
 
-__all__ = ["ExpertWeights", "GGUFLoader", "ModelWeights", "TensorInfo", "WeightFiles", "bind", "open_weights"]
+__all__ = [
+    "ExpertWeights", "GGUFLoader", "ModelWeights", "TensorInfo", "WeightFiles", "WeightSource", "bind",
+    "checkpoint_dtype", "held_as_stored", "open_weights",
+]  # fmt: skip
 
 
 def open_weights(path: str | Path) -> WeightFiles:

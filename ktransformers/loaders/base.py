@@ -9,18 +9,23 @@ import mmap
 import os
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ktransformers import env
 from ktransformers.errors import WeightError, did_you_mean
+from ktransformers.machine.system import memory
 from ktransformers.quants.blocks import Packed, QuantType
 from ktransformers.quants.scaled import ScaledType, ScaledWeight
+
+if TYPE_CHECKING:
+    from ktransformers.loaders.sources import ExpertWeights
 
 # Python 3.11 does not name it; the value is Linux's on every architecture that torch has wheels for.
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
@@ -29,8 +34,8 @@ _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" el
 _HUGE = 2 << 20
 """Bytes of a huge page, on x86-64 and on ARM64 with pages of 4 KiB."""
 
-CHUNK = 64 << 20
-"""Bytes read at once into huge pages."""
+READ_BYTES = 64 << 20
+"""Read at once into huge pages."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,61 @@ class TensorInfo:
     file: Path
     start: int
     fault: str = ""
+
+
+@runtime_checkable
+class WeightSource(Protocol):
+    """What an operator gets as `gguf_loader`: weights by the model's names (`model.layers.3.mlp.gate.weight`).
+
+    `ModelWeights` is one over a checkpoint of any format; tests and the simulator have others. A method that takes a
+    name raises WeightError with the closest known one when there is no such weight. `prefix` is the name of an
+    experts module. Letters: E experts, H hidden, I intermediate.
+    """
+
+    def names(self) -> list[str]:
+        """Every tensor that can be delivered."""
+
+    def has(self, name: str) -> bool:
+        """Whether `name` is one of `names()`."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape that `tensor(name)` has."""
+
+    def infos(self, name: str) -> Sequence[TensorInfo]:
+        """The stored tensors that `name` is made from; a source without files describes at least their `type`."""
+
+    def quant_type(self, name: str) -> str:
+        """The stored type: "Q4_K", or "Q4_K+Q6_K" where tensors of several types make one."""
+
+    def methods(self, name: str) -> list[str]:
+        """The ways in which parts of `name` are stored, as users call them: FP8, RAWINT4, LLAMAFILE."""
+
+    def is_stored_as(self, name: str, method: str) -> bool:
+        """Whether every part of `name` is stored in the way that users call `method`."""
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of the stored tensors that `name` is made from."""
+
+    def tensor(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
+        """The numbers, in memory of their own; `dtype` None is the stored float type, else float32."""
+
+    def can_pack(self, name: str) -> bool:
+        """Whether `packed(name)` can deliver."""
+
+    def packed(self, name: str) -> Packed | ScaledWeight:
+        """The stored bytes, without a copy where rows lie in the file as the model wants them."""
+
+    def same(self, name: str, other: str) -> bool:
+        """Whether two names may be one tensor: both have the same numbers, or one is not there."""
+
+    def has_experts(self, prefix: str) -> bool:
+        """Whether the routed experts of `prefix` can be delivered, packed or as tensors."""
+
+    def experts_problem(self, prefix: str) -> str:
+        """Why `experts(prefix)` cannot deliver packed rows, or ""."""
+
+    def experts(self, prefix: str) -> "ExpertWeights":
+        """The routed experts of `prefix`: E packed matrices each, gate and up [I, H], down [H, I], and biases."""
 
 
 class MappedFile:
@@ -85,8 +145,8 @@ def _mapped(file: BinaryIO, size: int) -> memoryview:
 
 def _huge(file: BinaryIO, path: Path, size: int) -> memoryview:
     """The file's bytes in anonymous memory that starts at a huge page and asks for more of them."""
-    free = available_memory()
-    if free is not None and size > free:
+    _, free = memory()
+    if size > free:
         raise WeightError(
             f"{path}: {size} bytes, but {free} bytes of memory are available. Unset KT_HUGE_PAGES to map the file."
         )
@@ -98,23 +158,13 @@ def _huge(file: BinaryIO, path: Path, size: int) -> memoryview:
     view, file_at = memoryview(room)[start : start + size], 0
     file.seek(0)
     while file_at < size:
-        count = file.readinto(view[file_at : file_at + CHUNK])
+        count = file.readinto(view[file_at : file_at + READ_BYTES])
         if not count:
             raise WeightError(f"{path}: ends after {file_at} of {size} bytes. Is it still being written?")
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), file_at, count, os.POSIX_FADV_DONTNEED)
         file_at += count
     return view
-
-
-def available_memory() -> int | None:
-    """Bytes that could be taken without swapping, or None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0]) * 1024 if found else None
 
 
 class WeightFiles(ABC):

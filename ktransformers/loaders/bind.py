@@ -3,6 +3,7 @@
 Binding reads no tensor data.
 """
 
+from collections import defaultdict
 
 import torch
 from torch import Tensor
@@ -50,10 +51,16 @@ def _keep_whole_numbers(state: dict[str, Tensor], binding: Binding) -> None:
 
 
 def _share_tied(model: torch.nn.Module, binding: Binding) -> None:
-    """Let a tied tensor that the checkpoint leaves out be delivered from the one it is tied to."""
-    tied = getattr(model, "_tied_weights_keys", None)
-    if getattr(model.config, "tie_word_embeddings", False) and isinstance(tied, dict):
-        for name, origin in tied.items():
-            if name not in binding.sources and origin in binding.sources:
-                binding.sources[name] = binding.sources[origin]
-                binding.absent.pop(name, None)
+    """Deliver a tied tensor that the checkpoint leaves out from one it is tied to, in either direction.
+
+    A checkpoint that holds both is read as it is: whether they are one is a question of their numbers.
+    """
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name, origin in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        groups[origin].append(name)
+    for origin, names in groups.items():
+        members = [origin, *names]
+        stored = next((binding.sources[name] for name in members if name in binding.sources), None)
+        for name in members if stored else ():
+            binding.sources.setdefault(name, stored)
+            binding.absent.pop(name, None)

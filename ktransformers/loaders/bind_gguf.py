@@ -1,7 +1,10 @@
 """GGUF names to the model's, through gguf_names.py, and the file's metadata against the config."""
 
 import re
+import warnings
+from collections.abc import Iterator
 
+from ktransformers.errors import UnsupportedError
 from ktransformers.loaders import gguf_names
 from ktransformers.loaders.base import WeightFiles
 from ktransformers.loaders.binding import Binding, Shapes, extra_layers
@@ -12,12 +15,21 @@ from ktransformers.loaders.sources import (
     Stacked,
     StackedColumns,
 )
+from ktransformers.models.traits import is_beside_text
 
 
 def bind_gguf(files: WeightFiles, model, shapes: Shapes, binding: Binding) -> None:
     config = model.config
+    if beside := sorted({".".join(name.split(".")[:2]) for name in shapes if is_beside_text(name)}):
+        raise UnsupportedError(
+            f"{files.paths[0]}: a GGUF file holds a language model alone, and {type(model).__name__} also has "
+            f"{', '.join(beside)}. Use the model's safetensors, or build the class of its text alone where there is "
+            "one (AutoModelForCausalLM)."
+        )
     family = gguf_names.family_of(files.metadata.get("general.architecture"), config.model_type)
     binding.notes += _metadata_mismatches(files.metadata, family.arch, config)
+    for notice in _notices(files.metadata, family.arch, config):
+        warnings.warn(notice, UserWarning, stacklevel=3)
     if family.interleaved:
         binding.interleaved.update(name for name in shapes if name.endswith(".experts.gate_up_proj"))
     for name, shape in shapes.items():
@@ -94,7 +106,19 @@ def _metadata_mismatches(metadata: dict, arch: str, config) -> list[str]:
     layers = config.num_hidden_layers
     compare("block_count", metadata.get(f"{arch}.block_count"), "num_hidden_layers", layers + extra)
     for key, attributes in gguf_names.CHECKS:
-        attribute = next((a for a in attributes if getattr(config, a, None) is not None), None)
-        if attribute:
+        if attribute := _attribute(config, attributes):
             compare(key, metadata.get(f"{arch}.{key}"), attribute)
     return notes
+
+
+def _attribute(config, attributes: tuple[str, ...]) -> str | None:
+    """The first of `attributes` that the config has."""
+    return next((name for name in attributes if getattr(config, name, None) is not None), None)
+
+
+def _notices(metadata: dict, arch: str, config) -> Iterator[str]:
+    """Choices that the config makes otherwise than the file."""
+    for key, attributes in gguf_names.CHOICES:
+        attribute, stored = _attribute(config, attributes), metadata.get(f"{arch}.{key}")
+        if attribute and type(stored) is type(wanted := getattr(config, attribute)) is int and stored != wanted:
+            yield f"{attribute} is {wanted} in the config and {stored} in the GGUF file; the config's number counts"

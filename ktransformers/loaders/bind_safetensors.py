@@ -12,8 +12,11 @@ from ktransformers.loaders.sources import (
     Converted,
     ModelTransposed,
     Plain,
+    RowsInTurn,
+    Source,
     Stacked,
     StoredTransposed,
+    TransposedRows,
 )
 from ktransformers.models.traits import TRAITS, identity_experts, is_interleaved, is_transposed
 from ktransformers.quants.scaled import ScaledType
@@ -47,8 +50,10 @@ def bind_safetensors(files: WeightFiles, model, shapes: Shapes, binding: Binding
             collected[target][pattern].append(key)
     for target, parts in collected.items():
         converter = by_pattern[next(iter(parts))]
-        if _merges_experts(converter):
+        if _merges_experts(converter) or _splits_experts(converter):
             _add_stacked(files, target, converter, parts, shapes, binding)
+        elif (packed := _stays_packed(files, target, converter, parts, shapes)) is not None:
+            binding.sources[target] = packed
         else:
             _add_converted(files, target, converter, parts, model, binding)
     binding.ignored += [r"rotary_emb\.inv_freq$", schemes.IGNORED]
@@ -103,9 +108,41 @@ def _is_stack_of_rows(info: TensorInfo) -> bool:
 
 def _merges_experts(converter) -> bool:
     """Whether a conversion stacks the experts, then perhaps puts gate on top of up. Such weights stay packed."""
-    steps = [(type(op).__name__, getattr(op, "dim", None)) for op in converter.operations]
-    merges = steps in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
+    merges = _steps(converter, "dim") in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
     return merges and len(converter.target_patterns) == 1
+
+
+def _splits_experts(converter) -> bool:
+    """Whether a conversion deals the experts of one list out to several modules, stacked as above (ERNIE-4.5-VL)."""
+    return _steps(converter, "stack_dim", "concat_dim") == [("ErnieFuseAndSplitTextVisionExperts", 0, 1)]
+
+
+def _steps(converter, *numbers: str) -> list[tuple]:
+    """The operations of a conversion: each its name and its `numbers`, None for one that it has not."""
+    return [(type(op).__name__, *(getattr(op, number, None) for number in numbers)) for op in converter.operations]
+
+
+def _stays_packed(
+    files: WeightFiles, target: str, converter, parts: dict[str, list[str]], shapes: Shapes
+) -> Source | None:
+    """The source of a stack of experts that a conversion only lays out anew: its rows stay those of the file.
+
+    None for any other conversion, and for stored forms that cannot be laid out so.
+    """
+    stored = [names[0] for names in parts.values() if len(names) == 1]
+    known = len(stored) == len(converter.source_patterns) and len(converter.target_patterns) == 1
+    if not known or any(len(files.info(name).shape) != 3 for name in stored):
+        return None
+    steps = _steps(converter, "dim", "dim0", "dim1")
+    if steps == [("Concatenate", 1, None, None)]:
+        return Stacked(files, [parts[pattern][0] for pattern in converter.source_patterns])
+    if steps == [("Interleave", 1, None, None)] and not converter.operations[0].inverse:
+        return RowsInTurn(files, stored[0])
+    if steps == [("Transpose", None, 1, 2)]:
+        if converter.operations[0].check_dims and files.info(stored[0]).shape == shapes[target]:
+            return Plain(files, stored[0], shapes[target])
+        return None if _is_stack_of_rows(files.info(stored[0])) else TransposedRows(files, stored[0])
+    return None
 
 
 def _add_converted(
@@ -114,7 +151,7 @@ def _add_converted(
     """Bind every result of a conversion that only transformers knows; `target` is the name of one of them."""
     found = next(pattern for pattern in converter.target_patterns if pattern in target)
     for pattern in converter.target_patterns:
-        binding.sources[target.replace(found, pattern)] = Converted(files, parts, converter, pattern, model)
+        binding.sources[target.replace(found, pattern)] = Converted(files, parts, converter, pattern, target, model)
 
 
 def _expert_index(key: str, pattern: str) -> int:
@@ -129,25 +166,31 @@ def _expert_index(key: str, pattern: str) -> int:
 def _add_stacked(
     files: WeightFiles, target: str, converter, keys: dict[str, list[str]], shapes: Shapes, binding: Binding
 ) -> None:
-    """Bind per-expert matrices to a stacked parameter; note which of the E that it needs are missing."""
+    """Bind per-expert matrices to stacked parameters: to one, or in equal shares to several in order."""
+    found = next(pattern for pattern in converter.target_patterns if pattern in target)
+    targets = [target.replace(found, pattern) for pattern in converter.target_patterns]
     parts = [(p, {_expert_index(key, p): key for key in keys.get(p, ())}) for p in converter.source_patterns]
+    first = 0
+    for name in targets:
+        count = binding.experts.get(name, shapes[name][0])
+        _add_stack(files, name, parts, range(first, first + count), binding)
+        first += count
+
+
+Parts = list[tuple[str, dict[int, str]]]
+"""Pattern and keys by expert, of gate and then up, or of down."""
+
+
+def _add_stack(files: WeightFiles, target: str, parts: Parts, experts: range, binding: Binding) -> None:
+    """Bind the matrices of `experts` to one stacked parameter; note which of them are missing."""
     if target in binding.experts:  # those of idle experts may be there too
-        binding.harmless.update(key for found in keys.values() for key in found)
-    count = binding.experts.get(target, shapes[target][0])
-    missing = [
-        pattern.replace("*", str(e)) for pattern, found in parts for e in range(count) if e not in found
-    ]
+        binding.harmless.update(key for _, found in parts for key in found.values())
+    missing = [pattern.replace("*", str(e)) for pattern, found in parts for e in experts if e not in found]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        binding.absent[target] = (
-            f"incomplete in the checkpoint, which lacks ...{', '.join(missing[:3])}{more}"
-        )
+        binding.absent[target] = f"incomplete in the checkpoint, which lacks ...{', '.join(missing[:3])}{more}"
         binding.harmless.update(name for _, found in parts for name in found.values())
         return
-    names = [tuple(found[e] for e in range(count)) for _, found in parts]
     if target in binding.sources:
         binding.notes.append(f"{target}: stacked and per expert in the checkpoint")
-    binding.sources[target] = Stacked(files, names)
-
-
-# --- GGUF -------------------------------------------------------------------------------------------------
+    binding.sources[target] = Stacked(files, [tuple(found[e] for e in experts) for _, found in parts])

@@ -97,7 +97,7 @@ def _rope_pairs(shape: Shape, heads: int) -> Tensor:
     """Rows (head, half, pair) in the order (head, pair, half), which llama.cpp's first RoPE takes."""
     if shape[0] % (2 * heads):
         raise ValueError(f"{shape[0]} rows for {heads} heads")
-    return torch.arange(shape[0]).view(heads, 2, -1).transpose(1, 2).reshape(-1)
+    return torch.arange(shape[0], device="cpu").view(heads, 2, -1).transpose(1, 2).reshape(-1)
 
 
 ROPE_Q = _moved(lambda shape, config: _rope_pairs(shape, config.num_attention_heads))
@@ -108,9 +108,9 @@ def _value_heads(count: int, config: Config, size: int) -> Tensor:
     """The last k·v·size of `count` rows, (k, v, size), in the order (v, k, size); what stands before stays."""
     k = config.linear_num_key_heads
     v = config.linear_num_value_heads // k
-    moved = torch.arange(k * v * size).view(k, v, size).transpose(0, 1).reshape(-1)
+    moved = torch.arange(k * v * size, device="cpu").view(k, v, size).transpose(0, 1).reshape(-1)
     first = count - len(moved)
-    return torch.cat([torch.arange(first), moved + first])
+    return torch.cat([torch.arange(first, device="cpu"), moved + first])
 
 
 VALUES = _moved(lambda shape, config: _value_heads(shape[0], config, config.linear_value_head_dim))

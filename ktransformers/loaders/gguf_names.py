@@ -113,12 +113,15 @@ CHECKS = (
     ("embedding_length", ("hidden_size",)),
     ("attention.head_count", ("num_attention_heads",)),
     ("expert_count", ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")),
-    ("expert_used_count", ("num_experts_per_tok",)),
     ("expert_feed_forward_length", ("moe_intermediate_size",)),
     ("attention.kv_lora_rank", ("kv_lora_rank",)),
     ("attention.q_lora_rank", ("q_lora_rank",)),
 )
-"""Metadata keys (after the architecture) and the config attributes that must agree with them."""
+"""Metadata keys (after the architecture) and the config attributes that must agree with them: they say how tensors are
+shaped, or cut into heads and experts."""
+
+CHOICES = (("expert_used_count", ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk")),)
+"""The same for what any weights can be computed with: the config's number counts, with a notice."""
 
 
 def family_of(arch: object, model_type: str) -> Family:

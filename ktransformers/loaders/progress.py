@@ -2,14 +2,15 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ktransformers.loaders.weights import ModelWeights
+
 
 @contextlib.contextmanager
-def load_progress(source: Any, enabled: bool) -> Iterator[None]:
+def load_progress(source: ModelWeights, enabled: bool) -> Iterator[None]:
     """Show a bar over the tensors of `source` while the block reads them, on a terminal only."""
     console = Console(stderr=True)
     columns = (

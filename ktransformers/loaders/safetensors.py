@@ -206,7 +206,7 @@ class SafetensorsFiles(WeightFiles):
         view = self._view(info.order)
         order = (view if view.data_ptr() % 4 == 0 else view.clone()).view(torch.int32)
         looked_at = order[:_PAGE] if info.trivial_order else order
-        simple = torch.arange(len(looked_at), dtype=torch.int32) // info.scale_cols
+        simple = torch.arange(len(looked_at), dtype=torch.int32, device="cpu") // info.scale_cols
         unused = bool((looked_at == -1).all())  # as compressed-tensors writes it
         same_groups = math.ceil(info.shape[-1] / info.scale_cols) == self._groups(info)
         return None if same_groups and (unused or torch.equal(looked_at, simple)) else order

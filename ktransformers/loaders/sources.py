@@ -89,11 +89,52 @@ class StoredTransposed(Plain):
 
     can_pack = False  # there are no rows in it, only columns
 
+    @property
+    def rows(self) -> int:
+        """N: the rows that each of the E matrices [N, K] has."""
+        return self.infos[0].shape[-1]
+
     def matrices(self, rows: slice) -> "Matrices":
         """`rows` of the E matrices [N, K]: a copy, as rows of a column-wise file are bytes far apart."""
         stack, kind = self.packed(), self.infos[0].type
         cut = (stack.expert(e).dequantize(kind.torch_dtype).T[rows].contiguous() for e in range(self.shape[0]))
         return [Packed(matrix.view(-1).view(torch.uint8), kind, tuple(matrix.shape)) for matrix in cut]
+
+
+class TransposedRows(StoredTransposed):
+    """Experts that the model holds as rows, [E, N, K], and the file in floats as [E, K, N], as Qwen3-VL-MoE's."""
+
+    def __init__(self, files: WeightFiles, name: str) -> None:
+        super().__init__(files, name)
+        self.shape = (self.shape[0], *self.shape[:0:-1])
+
+    def packed(self) -> Packed:
+        return self.files.packed(self.names[0])
+
+    def tensor(self, device: Device, dtype: torch.dtype) -> Tensor:
+        return self.packed().dequantize(dtype, device).transpose(1, 2).contiguous()
+
+
+class RowsInTurn(Plain):
+    """Gate and up [E, 2I, H] that the model holds one after the other and the file row by row in turn (Inkling)."""
+
+    can_pack = False
+
+    def matrices(self, first: int) -> "Matrices":
+        """Of the E matrices every other row from `first` on: a copy, but for forms whose rows may lie apart."""
+        whole = self.packed()
+        return [_every_other(whole.expert(e), first) for e in range(self.shape[0])]
+
+    def tensor(self, device: Device, dtype: torch.dtype) -> Tensor:
+        stored = self.packed().dequantize(dtype, device)
+        return torch.cat((stored[:, 0::2], stored[:, 1::2]), 1)
+
+
+def _every_other(matrix: Packed | ScaledWeight, first: int) -> Packed | ScaledWeight:
+    rows, columns = matrix.shape
+    if isinstance(matrix, ScaledWeight):
+        return matrix.rows(first, rows, 2)
+    return Packed(matrix.data.view(rows, -1)[first::2].reshape(-1), matrix.type, (rows // 2, columns))
 
 
 class ModelTransposed(Source):
@@ -144,10 +185,14 @@ class Converted(Source):
     """A tensor that transformers makes from others by operations of its own, which run here as they run there.
 
     `parts`: checkpoint names by transformers' pattern. `target`: which of the converter's results this one is.
+    `first`: the model's name of the first of them, by which operations find the model's shapes.
     """
 
-    def __init__(self, files: WeightFiles, parts: dict[str, list[str]], converter: Any, target: str, model: Any):
+    def __init__(
+        self, files: WeightFiles, parts: dict[str, list[str]], converter: Any, target: str, first: str, model: Any
+    ):
         self.files, self.parts, self.converter, self.target, self.model = files, parts, converter, target, model
+        self.first = first
         self.names = tuple(name for names in parts.values() for name in names)
         self.broken, self.shape = False, ()
         try:
@@ -162,7 +207,7 @@ class Converted(Source):
             return self.files.tensor(name, device, dtype)
 
         tensors = {pattern: [read(name) for name in names] for pattern, names in self.parts.items()}
-        told = {"full_layer_name": self.target, "model": self.model, "config": self.model.config}
+        told = {"full_layer_name": self.first, "model": self.model, "config": self.model.config}
         sources, targets = self.converter.source_patterns, self.converter.target_patterns
         for operation in self.converter.operations:
             tensors = operation.convert(tensors, source_patterns=sources, target_patterns=targets, **told)
@@ -311,9 +356,11 @@ def split_gate_up(source: Source, interleaved: bool = False) -> tuple[Matrices, 
     if isinstance(source, Stacked) and len(source.parts) == 2:
         return source.matrices(0), source.matrices(1)
     if isinstance(source, StoredTransposed):
-        rows = source.shape[2] // 2
+        rows = source.rows // 2
         halves = (slice(0, None, 2), slice(1, None, 2)) if interleaved else (slice(rows), slice(rows, None))
         return source.matrices(halves[0]), source.matrices(halves[1])
+    if isinstance(source, RowsInTurn):
+        return source.matrices(0), source.matrices(1)
     fused = source.stored() if isinstance(source, ModelTransposed) else source.packed()
     rows = fused.shape[1] // 2
     experts = [fused.expert(e) for e in range(fused.shape[0])]

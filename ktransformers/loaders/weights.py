@@ -16,8 +16,10 @@ from ktransformers.loaders.sources import (
     Converted,
     ExpertWeights,
     ModelTransposed,
+    RowsInTurn,
     Source,
     StoredTransposed,
+    TransposedRows,
     split_down,
     split_gate_up,
     split_gate_up_bias,
@@ -27,7 +29,7 @@ from ktransformers.quants.scaled import ScaledWeight
 
 
 class ModelWeights:
-    """A checkpoint that answers in module names (`model.layers.3.mlp.experts.gate_up_proj`).
+    """A checkpoint that answers in module names (`model.layers.3.mlp.experts.gate_up_proj`): a `WeightSource`.
 
     This is what operators get as `gguf_loader`, whatever the format. Every method that takes a name raises
     WeightError with the closest known one when the checkpoint cannot deliver it.
@@ -124,6 +126,15 @@ class ModelWeights:
         except WeightError as error:
             raise WeightError(f"{name}: {error}") from error
 
+    def same(self, name: str, other: str) -> bool:
+        """Whether two names may be one tensor: both have the same numbers, or one is not there. Reads both."""
+        one, two = self._sources.get(name), self._sources.get(other)
+        if one is None or two is None or one is two:
+            return True
+        if one.shape != two.shape or one.broken or two.broken or not (one.can_pack and two.can_pack):
+            return False
+        return _equal(one.packed(), two.packed())
+
     def has_experts(self, prefix: str) -> bool:
         return self.has(f"{prefix}.{self._first(prefix)}") and self.has(f"{prefix}.down_proj")
 
@@ -135,7 +146,7 @@ class ModelWeights:
         """Say why `experts(prefix)` cannot deliver packed rows, or return ``""``."""
         for name in (f"{prefix}.{self._first(prefix)}", f"{prefix}.down_proj"):
             source = self._source(name)
-            exchanged = isinstance(source, (ModelTransposed, StoredTransposed))
+            exchanged = isinstance(source, (ModelTransposed, StoredTransposed)) and type(source) is not TransposedRows
             if isinstance(source, Converted) or exchanged != (name in self._binding.transposed):
                 return f"{name} is stored in another form than its rows, so there are no packed rows of it"
             rows = source.shape[-1 if exchanged else 1] if len(source.shape) == 3 else 1
@@ -159,7 +170,7 @@ class ModelWeights:
         if self.has(name := f"{prefix}.down_proj_bias"):
             down_bias = self.tensor(name, dtype=torch.float32)
         gate, up = split_gate_up(gate_up, interleaved) if first == "gate_up_proj" else (None, split_down(gate_up))
-        copied = isinstance(down, StoredTransposed)
+        copied = isinstance(down, StoredTransposed) or isinstance(gate_up, RowsInTurn)
         return ExpertWeights(gate, up, split_down(down), gate_bias, up_bias, down_bias, copied)
 
     def problems(self, expected: Shapes, ignore_unexpected: Iterable[str] = ()) -> list[str]:
@@ -226,6 +237,18 @@ class ModelWeights:
             f"ModelWeights({len(self._sources)} tensors from {len(self.files.paths)} {self.format} file(s))"
         )
 
+
+def _equal(one: Packed | ScaledWeight, two: Packed | ScaledWeight) -> bool:
+    """Whether two matrices [N, K] have the same numbers; matrices with separate scales count as different."""
+    if not isinstance(one, Packed) or not isinstance(two, Packed) or len(one.shape) != 2:
+        return False
+    if one.type is two.type:
+        return torch.equal(one.data, two.data)
+    pieces = [(row, min(row + _ROWS, one.shape[0])) for row in range(0, one.shape[0], _ROWS)]
+    return all(torch.equal(one.rows(*piece).dequantize(), two.rows(*piece).dequantize()) for piece in pieces)
+
+
+_ROWS = 256  # of two matrices, compared at once
 
 _OTHER = {
     "gguf": "use another quantization",

@@ -1,1 +1,1 @@
-"""What a machine is: processor, memory, GPUs, and the units they are told in."""
+"""What a machine is: processor, memory, GPUs, and the units of sizes and rates."""

@@ -1,6 +1,6 @@
-"""The machine that a plan is for: measured here, or as its owner describes it in a few words.
+"""The machine that a plan is for: measured here, or described in a few words.
 
-`measure()` probes this machine for about two seconds. `describe()` reads `--gpu 24GiB`, `--gpu 4090` and
+`measure()` probes this machine for about two seconds. `describe()` reads `--gpu 24GiB`, `--gpu 2x4090` and
 `--ram 384GiB@200GB/s`, and says in a sentence each what it had to assume. Sizes are bytes, bandwidths bytes per second,
 rates operations per second (two per multiply-add). What a model needs of all this is not known here.
 """
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from math import log
 from typing import Any
 
-from ktransformers.errors import KTransformersError
+from ktransformers.errors import KTransformersError, is_whole
 from ktransformers.machine import system
 from ktransformers.machine.gpus import GPU_MODELS, GpuModel, closest_names, find_gpu, typical_gpu
 from ktransformers.machine.units import GIB, UNITS, format_bytes, format_rate, parse_bytes, parse_rate
 
 Progress = Callable[[str], Any]
-"""Told in a few words what is being measured."""
+"""Called with a few words on what is being measured."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Cpu:
 
     Attributes:
         name: the processor's own, or what is assumed.
-        cores: threads that the C library would use: one a core, within affinity and cgroup.
+        cores: threads that the C library would use: one per core, within affinity and cgroup.
         ram, available: bytes in all, and free for a model; both within the cgroup's limit.
         read_bandwidth: bytes per second that all threads together read from RAM.
         int8_ops, bf16_ops, fp32_ops: operations per second of all threads; 0.0 where the instruction set has none.
@@ -153,12 +153,12 @@ def measure_gpus(progress: Progress | None = None) -> tuple[tuple[Gpu, ...], tup
         properties = torch.cuda.get_device_properties(index)
         try:
             gpu = _measure_gpu(index, properties)
-        except RuntimeError as error:  # out of memory, or a card that this build of torch has no kernels for
-            card = find_gpu(properties.name) or typical_gpu(properties.total_memory)
-            gpu = Gpu(properties.name, properties.total_memory, card.bandwidth, card.bf16_ops, card.link)
+        except RuntimeError as error:  # out of memory, or a GPU that this build of torch has no kernels for
+            model = find_gpu(properties.name) or typical_gpu(properties.total_memory)
+            gpu = Gpu(properties.name, properties.total_memory, model.bandwidth, model.bf16_ops, model.link)
             notes.append(
-                f"cuda:{index} ({properties.name}) could not be measured and is taken for a {card.name}: "
-                f"{str(error).strip().splitlines()[0]}. Free its memory, or say --gpu NAME."
+                f"cuda:{index} ({properties.name}) could not be measured and is taken for a {model.name}: "
+                f"{str(error).strip().splitlines()[0]}. Free its memory, or give --gpu NAME."
             )
         found.append(gpu)
         torch.cuda.empty_cache()
@@ -198,6 +198,7 @@ def _gpu_seconds(run: Callable[[], Any], times: int = 9) -> float:
 
 GPU_SIZES = (256 << 20, 1 << 40)
 RAM_SIZES = (1 << 30, 64 << 40)
+MOST_GPUS = 64
 MOST_CORES = 1024
 DESKTOP = 192 * GIB  # of RAM, at most: beyond it boards are servers' and have many memory channels
 DESKTOP_CORES, SERVER_CORES = 16, 32
@@ -218,16 +219,18 @@ def describe(
         return measure(progress)
     found, notes = [], []
     for text in gpus:
-        gpu, assumed = parse_gpu(text)
-        found.append(gpu)
+        several, assumed = parse_gpus(text)
+        found += several
         notes += assumed
+    if len(found) > MOST_GPUS:
+        raise KTransformersError(f"--gpu: found {len(found)} GPUs, expected at most {MOST_GPUS}. Leave some out.")
     if ram is None and cores is not None:
         raise KTransformersError(f"--cores {cores}: needs --ram too, such as --ram 64GiB: both describe a machine.")
     if ram is None:
         cpu = measure_cpu(progress)
         notes.append(
             f"Processor and RAM are this machine's, measured: {cpu.cores} cores, {format_bytes(cpu.ram)}, "
-            f"{format_rate(cpu.read_bandwidth)}. Say --ram 64GiB for another one."
+            f"{format_rate(cpu.read_bandwidth)}. Give --ram 64GiB for another one."
         )
     else:
         cpu, assumed = parse_cpu(ram, cores)
@@ -235,44 +238,60 @@ def describe(
     return Hardware(cpu, tuple(found), measured=False, assumptions=tuple(dict.fromkeys(notes)))
 
 
+def parse_gpus(text: str) -> tuple[list[Gpu], list[str]]:
+    """`8x80GiB`, `2x4090`, or what `parse_gpu` takes -> (GPUs, what was assumed). Raises KTransformersError."""
+    several = _SEVERAL.fullmatch(str(text).strip())
+    if several is None or find_gpu(str(text).partition("@")[0]):  # names such as 7900xt have an x too
+        gpu, assumed = parse_gpu(text)
+        return [gpu], assumed
+    count = int(several[1])
+    if not 1 <= count <= MOST_GPUS:
+        raise KTransformersError(f"--gpu {text!r}: {count} GPUs, expected 1 to {MOST_GPUS}, such as 8x{several[2]}.")
+    gpu, assumed = parse_gpu(several[2])
+    return [gpu] * count, assumed
+
+
+_SEVERAL = re.compile(r"(\d{1,3})\s*[x×*]\s*(\S.*)", re.IGNORECASE)
+
+
 def parse_gpu(text: str) -> tuple[Gpu, list[str]]:
     """`24GiB`, `24GiB@1008GB/s`, `4090`, `4090@900GB/s` -> (GPU, what was assumed). Raises KTransformersError."""
     what, sign, rate = str(text).partition("@")
     bandwidth = _bandwidth(rate, f"--gpu {text!r}, bandwidth") if sign else None
-    card = find_gpu(what)
-    if card is not None:
-        return _known_gpu(card, bandwidth)
+    model = find_gpu(what)
+    if model is not None:
+        return _known_gpu(model, bandwidth)
     if not _is_size(what):
         close = closest_names(what)
-        known = "" if close else f", or a card's name: {', '.join(GPU_MODELS)}"
+        known = "" if close else f", or a name: {', '.join(GPU_MODELS)}"
         raise KTransformersError(
-            f"--gpu {text!r}: no known card{close}. Give its memory, such as 24GiB or 24GiB@1008GB/s{known}; "
-            "one --gpu for each GPU."
+            f"--gpu {text!r}: no known GPU{close}. Give its memory, such as 24GiB or 24GiB@1008GB/s{known}; for "
+            "several 8x24GiB."
         )
     memory = _within(parse_bytes(what, "--gpu"), GPU_SIZES, "--gpu", text, "24GiB; leave --gpu out for no GPU")
     return _sized_gpu(memory, bandwidth)
 
 
-def _known_gpu(card: GpuModel, bandwidth: float | None) -> tuple[Gpu, list[str]]:
-    gpu = Gpu(card.name, card.memory, bandwidth or card.bandwidth, card.bf16_ops, card.link)
-    said = "" if bandwidth else f"{format_rate(card.bandwidth)} of memory bandwidth, "
+def _known_gpu(model: GpuModel, bandwidth: float | None) -> tuple[Gpu, list[str]]:
+    gpu = Gpu(model.name, model.memory, bandwidth or model.bandwidth, model.bf16_ops, model.link)
+    rate = "" if bandwidth else f"{format_rate(model.bandwidth)} of memory bandwidth, "
     return gpu, [
-        f"GPU {card.name}: {said}{format_rate(card.bf16_ops, 'OP/s')} in bf16 and {format_rate(card.link)} from RAM "
-        f"are published figures. Say --gpu {card.name}@RATE where its memory is slower."
+        f"GPU {model.name}: {rate}{format_rate(model.bf16_ops, 'OP/s')} in bf16 and {format_rate(model.link)} from RAM "
+        f"are published figures. Give --gpu {model.name}@RATE where its memory is slower."
     ]
 
 
 def _sized_gpu(memory: int, bandwidth: float | None) -> tuple[Gpu, list[str]]:
-    card = typical_gpu(memory)
+    model = typical_gpu(memory)
     if bandwidth:
-        card = min(GPU_MODELS.values(), key=lambda c: abs(log(c.memory / memory)) + abs(log(c.bandwidth / bandwidth)))
+        model = min(GPU_MODELS.values(), key=lambda m: abs(log(m.memory / memory)) + abs(log(m.bandwidth / bandwidth)))
     size = format_bytes(memory)
-    said = "" if bandwidth else f"{format_rate(card.bandwidth)} of memory bandwidth, "
-    remedy = f"Say --gpu {card.name} or another card's name" + ("." if bandwidth else ", or --gpu SIZE@BANDWIDTH.")
-    gpu = Gpu(f"{size} GPU", memory, bandwidth or card.bandwidth, card.bf16_ops, card.link)
+    rate = "" if bandwidth else f"{format_rate(model.bandwidth)} of memory bandwidth, "
+    remedy = f"Give --gpu {model.name} or another name (kt list gpus)" + ("" if bandwidth else ", or SIZE@BANDWIDTH")
+    gpu = Gpu(f"{size} GPU", memory, bandwidth or model.bandwidth, model.bf16_ops, model.link)
     return gpu, [
-        f"GPU of {size}: taken for one like the {card.name}, with {said}{format_rate(card.bf16_ops, 'OP/s')} in bf16 "
-        f"and {format_rate(card.link)} from RAM. {remedy}"
+        f"GPU of {size}: taken for one like the {model.name}, with {rate}{format_rate(model.bf16_ops, 'OP/s')} in bf16 "
+        f"and {format_rate(model.link)} from RAM. {remedy}."
     ]
 
 
@@ -283,27 +302,27 @@ def parse_cpu(ram_text: str, cores: int | None = None) -> tuple[Cpu, list[str]]:
     """
     what, sign, rate = str(ram_text).partition("@")
     ram = _within(parse_bytes(what, "--ram"), RAM_SIZES, "--ram", ram_text, "64GiB")
-    if cores is not None and (not isinstance(cores, int) or not 1 <= cores <= MOST_CORES):
+    if cores is not None and not is_whole(cores, 1, MOST_CORES):
         raise KTransformersError(f"--cores {cores}: expected a whole number from 1 to {MOST_CORES}.")
     desktop, size = ram <= DESKTOP, format_bytes(ram)
     kind = "desktop" if desktop else "server"
     bandwidth = DESKTOP_BANDWIDTH if desktop else SERVER_BANDWIDTH
     free = ram - (2 * GIB if ram >= 8 * GIB else ram // 4) - ram // 100
-    notes = [f"RAM: {format_bytes(free)} of {size} are assumed to be free for the model. Say --ram with less if not."]
+    notes = [f"RAM: {format_bytes(free)} of {size} are assumed to be free. Give --ram a smaller size if not."]
     if sign:
         bandwidth = _bandwidth(rate, f"--ram {ram_text!r}, bandwidth")
     else:
         notes.append(
-            f"RAM: {format_rate(bandwidth)} is assumed, a {kind}'s. Say --ram SIZE@BANDWIDTH; "
+            f"RAM: {format_rate(bandwidth)} is assumed, a {kind}'s. Give --ram SIZE@BANDWIDTH; "
             "`kt doctor` on that machine measures it."
         )
     if cores is None:
         cores = DESKTOP_CORES if desktop else SERVER_CORES
-        notes.append(f"Processor: {cores} cores are assumed, a {kind}'s. Say --cores N.")
+        notes.append(f"Processor: {cores} cores are assumed, a {kind}'s. Give --cores N.")
     int8, bf16, fp32 = (cores * ops for ops in CORE_OPS.values())
     notes.append(
         f"Processor: AVX-512 with VNNI and BF16 is assumed, {format_rate(CORE_OPS['int8'], 'OP/s')} in int8 and "
-        f"{format_rate(CORE_OPS['bf16'], 'OP/s')} in bf16 a core. Run `kt plan` there without --ram to measure it."
+        f"{format_rate(CORE_OPS['bf16'], 'OP/s')} in bf16 per core. Run `kt plan` there without --ram to measure it."
     )
     return Cpu(f"{kind} of {cores} cores", cores, ram, free, bandwidth, int8, bf16, fp32, "avx512_bf16", 1), notes
 

@@ -1,6 +1,6 @@
 """What the operating system says about this machine: names, cores, memory, NUMA nodes, and the limits of its cgroup.
 
-Linux tells it in /proc and /sys; elsewhere the answers are fewer. Every function reads small files below `root` (`/`
+Linux has it in /proc and /sys; elsewhere the answers are fewer. Every function reads small files below `root` (`/`
 outside tests) when called, and measures nothing.
 """
 
@@ -104,7 +104,7 @@ def cpu_quota(root: Path = ROOT) -> float | None:
 def _cgroup_folders(root: Path, controller: str) -> list[Path]:
     """This process' cgroup and those around it, innermost first, in both versions of the file system.
 
-    In a container the path that the process is told may not exist; the mount's top is then its own cgroup.
+    In a container the path in /proc may not exist; the mount's top is then its own cgroup.
     """
     folders: list[Path] = []
     top = root / "sys/fs/cgroup"

@@ -37,7 +37,7 @@ class Linear:
         """`x` [..., K] of float32, bfloat16 or float16 -> [..., N] of the same dtype."""
         state, pool = pooled()
         x = checked_input(x, self.in_features, self.name)
-        out = torch.empty((*x.shape[:-1], self.out_features), dtype=x.dtype)
+        out = torch.empty((*x.shape[:-1], self.out_features), dtype=x.dtype, device="cpu")
         cast = state.ffi.cast
         bias = state.ffi.NULL if self.bias is None else cast("float *", self.bias.data_ptr())
         status = state.lib.kt_linear(

@@ -90,6 +90,7 @@ def dequantize(packed: Packed) -> torch.Tensor:
     """The values of a packed tensor of any number of dimensions in float32, computed by the C library; same shape."""
     state = loaded()
     w = state.ffi.new("kt_weight *")
-    out = torch.empty(fill_weight(state, packed, "dequantize", [], w, flat=True), dtype=torch.float32)
+    shape = fill_weight(state, packed, "dequantize", [], w, flat=True)
+    out = torch.empty(shape, dtype=torch.float32, device="cpu")
     state.check(state.lib.kt_dequantize(w, state.ffi.cast("float *", out.data_ptr())), "dequantize")
     return out

@@ -72,6 +72,7 @@ class KDeepseekV2Attention(FamilyOperator):
         super().__init__(key, gguf_loader, config, orig_module, prefill_device, generate_device)
         self.chunck_size = chunck_size
         self.absorb_for_prefill = absorb_for_prefill
+        self.config = getattr(orig_module, "config", config)  # the language model's, of several in a model that sees
         self._kv_b: Tensor | None = None  # only where kv_b_proj has no dense weight
 
     @classmethod

@@ -21,7 +21,7 @@ from ktransformers import native
 from ktransformers.errors import DeviceError, did_you_mean
 from ktransformers.models.traits import identity_experts, is_transposed
 from ktransformers.operators import hot_experts
-from ktransformers.operators.base_operator import InferenceState, forward_only, warn_once
+from ktransformers.operators.base_operator import InferenceState, forward_only, load_children, warn_once
 from ktransformers.operators.gating import Gating, apply_gate, gating_of
 from ktransformers.operators.inner_ops import (
     StagedOperator,
@@ -109,7 +109,8 @@ class KExpertsCPU(KExpertsBase):
         if self.ids is not None:
             packed = hot_experts.without(packed, self.ids)
         if packed.copied:
-            warn_once("experts are stored by columns: KExpertsCPU computes from a copy in memory, not from the file")
+            stored = "experts are stored by columns, or gate and up row by row in turn"
+            warn_once(f"{stored}: KExpertsCPU computes from a copy in memory, not from the file")
         biases = {"gate_bias": packed.gate_bias, "up_bias": packed.up_bias, "down_bias": packed.down_bias}
         more = {name: bias for name, bias in biases.items() if bias is not None} | _numbers(gating)
         self.experts = native.Experts(packed.gate, packed.up, packed.down, gating.activation, name=self.key, **more)
@@ -233,6 +234,8 @@ class KTransformersExperts(StagedOperator):
             warn_once(
                 f"backend {backend!r}: the C library picks kernels for this CPU, and converts no weights"
             )
+        if getattr(orig_module, "has_post_expert_norm", False):
+            self.post_expert_norm = orig_module.post_expert_norm
         self.split: hot_experts.Split | None = None
         if ids := hot_experts.expert_ids(gpu_experts, hot_experts.layer_of(key), self.n_experts):
             place = hot_experts.gpu_device({"gpu_device": gpu_device, "out_device": out_device})
@@ -284,24 +287,39 @@ class KTransformersExperts(StagedOperator):
         not chosen."""
         if top_k_index is None:
             return self._by_expert(hidden_states)
-        if self.split is None:
-            out = self.active.forward(hidden_states, top_k_index, top_k_weights)
-        else:
-            out = self.split.forward(self.active, hidden_states, top_k_index, top_k_weights, self.out_device)
+        norm = getattr(self, "post_expert_norm", None)
+        compute = self._sum if norm is None else self._sum_of_normed
+        out = compute(hidden_states, top_k_index, top_k_weights)
         if self.idle:
             passed = (top_k_weights * (top_k_index >= self.n_experts)).sum(-1, keepdim=True).to(out.dtype)
             out = out + hidden_states.to(out.device) * passed.to(out.device)
         return out if self.out_device is None else out.to(self.out_device)
 
+    def _sum(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        if self.split is None:
+            return self.active.forward(hidden, ids, weights)
+        return self.split.forward(self.active, hidden, ids, weights, self.out_device)
+
+    def _sum_of_normed(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Of experts whose results are each normalized: every pair of token and expert is a row of its own."""
+        rows, one = hidden.repeat_interleave(ids.shape[1], 0), torch.ones_like(weights[:, :1])
+        each = self._sum(rows, ids.reshape(-1, 1), one.repeat_interleave(ids.shape[1], 0))
+        norm = self.post_expert_norm
+        each = norm(each.to(next(norm.parameters()).device))
+        each = each * weights.reshape(-1, 1).to(each)
+        return each.view(*ids.shape, -1).sum(1)
+
     def _by_expert(self, hidden: Tensor) -> Tensor:
         chosen = hidden.any(dim=1).nonzero().squeeze(1)  # an expert without biases makes zeros of zeros
         ids = chosen // (len(hidden) // self.n_experts)
-        rows = self.forward(hidden[chosen], ids.unsqueeze(1), torch.ones(len(ids), 1, device=ids.device))
+        ones = torch.ones(len(ids), 1, dtype=torch.float32, device=ids.device)
+        rows = self.forward(hidden[chosen], ids.unsqueeze(1), ones)
         return rows.new_zeros(hidden.shape).index_copy_(0, chosen.to(rows.device), rows)
 
     def load(self, w: Any = None, mode: InferenceState = InferenceState.GENERATE) -> None:
         """As for any staged operator; the GPU's part stays as it is when the inner operator changes."""
         super().load(w, mode)
+        load_children(self, self.gguf_loader, self.key, self.devices)
         if self.split is None or mode is InferenceState.UNLOAD or self.split.hot.down is not None:
             return
         try:
@@ -387,8 +405,6 @@ def layout_problem(experts: nn.Module) -> str:
 
 def _oddity(experts: nn.Module, gate_up: Tensor, down: Tensor) -> str:
     """The first thing about `experts` that no inner operator computes, or ``""``."""
-    if getattr(experts, "has_post_expert_norm", False):
-        return "has_post_expert_norm = True"
     if is_transposed(experts):
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
     wide = 2 if getattr(experts, "has_gate", True) else 1

@@ -91,7 +91,7 @@ def _number(experts: nn.Module, *names: str, otherwise: float) -> float:
 
 def _probes() -> tuple[Tensor, Tensor]:
     """Every pair of a range that no published limit contains, as gate and up [1, 1024]."""
-    line = torch.linspace(-40.0, 41.0, 32, device="cpu")
+    line = torch.linspace(-40.0, 41.0, 32, dtype=torch.float32, device="cpu")
     return line.repeat(32).view(1, -1), line.repeat_interleave(32).view(1, -1)
 
 

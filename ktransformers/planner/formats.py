@@ -1,17 +1,23 @@
 """How many bytes a weight takes in a checkpoint: as published, in another format, or by the checkpoint's own headers.
 
 A `Format` answers for one tensor of the model at a time, in module names. Nothing here reads tensors; what a format's
-bytes mean is in quants.py and scaled.py.
+bytes mean is in quants/blocks.py and quants/scaled.py.
 """
 
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from ktransformers.checks import check_weights
+from ktransformers.configs import model_path, text_config
 from ktransformers.errors import KTransformersError, did_you_mean
 from ktransformers.gguf_files.write import choose_type
+from ktransformers.loaders import bind, open_weights
 from ktransformers.quants.blocks import QUANT_TYPES
 
 _SCALED = {
@@ -35,17 +41,82 @@ SMALLER = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K", "IQ2_XXS", "IQ1
 
 
 def format_names() -> list[str]:
-    """What `--format` takes beside "published"."""
+    """What `--format` takes besides "published"."""
     computed = [name for name, kind in QUANT_TYPES.items() if kind.computed]
     return [*dict.fromkeys([*computed, *MIXES, *_SCALED])]
 
 
+def files(name: str) -> list[str]:
+    """Which files hold weights in a format: GGUF, safetensors, or both."""
+    kind = QUANT_TYPES.get(name)
+    safetensors = name in _SCALED or kind is not None and kind.torch_dtype is not None
+    return [*(["GGUF"] if kind is not None or name in MIXES else []), *(["safetensors"] if safetensors else [])]
+
+
+def bits(name: str) -> float | None:
+    """Bits per weight of a large matrix, scales included; None for a mix, where that depends on the model."""
+    if (kind := QUANT_TYPES.get(name)) is not None:
+        return 8 * kind.nbytes / kind.block
+    return 8 * _SCALED[name][1] if name in _SCALED else None
+
+
 @dataclass(frozen=True)
 class Format:
-    """`stored(name, shape, dtype)` gives a tensor's type and bytes. `name` is what people call it."""
+    """`stored(name, shape, dtype)` gives a tensor's type and bytes. `name` is what people call it; `source` the open
+    checkpoint (`loaders.ModelWeights`) whose headers say so, if any."""
 
     name: str
     stored: Callable[[str, tuple[int, ...], Any], tuple[str, int]]
+    source: Any = None
+
+
+def format_of(
+    name: str, config: Any, model: nn.Module, weights: str | Path | None = None, form: str | None = None
+) -> Format:
+    """How the weights of `model` are stored: by the headers of a checkpoint, by the name of a format, or as published.
+
+    Args:
+        name: what the user called the model. Where that is a .gguf or a folder with weights, its headers count unless
+            `weights` or `form` say something else.
+        config: the model's, as `configs.read_config` gives it.
+        model: on the meta device.
+        weights: a checkpoint.
+        form: a name of `format_names()`, or "published": as its config says.
+
+    Raises:
+        KTransformersError: both given, or an unknown format.
+        WeightError: a checkpoint that cannot be read, or whose headers do not fit the model.
+    """
+    if weights is not None and form is not None:
+        raise KTransformersError("--format and --weights: give one; a checkpoint's headers say how it is stored.")
+    if weights is not None:
+        return _by_headers(weights, model)
+    text = text_config(config)
+    layers, tied = text.num_hidden_layers, bool(getattr(text, "tie_word_embeddings", False))
+    if form is not None and form.strip().lower() != "published":
+        return named_format(form, layers, tied)
+    if form is None and (own := _own_weights(name)):
+        try:
+            return _by_headers(own, model)
+        except KTransformersError as error:
+            raise type(error)(f"{error}\nWithout these weights, from the config alone: --format published.") from error
+    return published_format(config)
+
+
+def _by_headers(weights: str | Path, model: nn.Module) -> Format:
+    source = bind(open_weights(weights), model)
+    check_weights(model, source)
+    return weights_format(source)
+
+
+def _own_weights(name: str) -> Path | None:
+    """The model that `name` is, if it is a path that has weights: a .gguf, or a folder with weights in it."""
+    path = model_path(name)
+    if path is None:
+        return None
+    if path.is_dir():
+        return path if any(found for kind in ("safetensors", "gguf") for found in path.glob(f"*.{kind}")) else None
+    return path if path.suffix.lower() == ".gguf" else None
 
 
 def named_format(name: str, layers: int, tied: bool) -> Format:
@@ -63,8 +134,8 @@ def named_format(name: str, layers: int, tied: bool) -> Format:
     return Format(found, lambda tensor, shape, dtype: _gguf(mix, tensor, shape, dtype, layers, tied))
 
 
-def published_format(config: Any, layers: int, tied: bool) -> Format:
-    """As the model's publisher stores it, told from the config: its quantization_config, else its dtype."""
+def published_format(config: Any) -> Format:
+    """As the model's publisher stores it, by the config: its quantization_config, else its dtype."""
     quantization = getattr(config, "quantization_config", None)
     if not isinstance(quantization, dict):
         text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
@@ -77,19 +148,20 @@ def published_format(config: Any, layers: int, tied: bool) -> Format:
     if kind is None:
         known = ", ".join(kinds)
         raise KTransformersError(
-            f"config: its quant_method {method!r} has no size known here (known: {known}). Say --weights with the "
+            f"config: the size of quant_method {method!r} is not known (known: {known}). Give --weights with the "
             "checkpoint, or --format."
         )
     skip = _skipped(quantization)
-    experts_only = kind in ("MXFP4",)
+    experts = "MXFP4" if quantization.get("expert_dtype") == "fp4" else kind  # DeepSeek-V4's, in a file of FP8 else
+    experts_only = kind == "MXFP4"
 
     def stored(tensor: str, shape: tuple[int, ...], dtype: Any) -> tuple[str, int]:
-        module = tensor.rpartition(".")[0]
-        if skip(module) or (experts_only and ".experts." not in tensor):
+        module, routed = tensor.rpartition(".")[0], ".experts." in tensor
+        if skip(module) or (experts_only and not routed):
             return _plain(shape, dtype)
-        return _scaled(kind, tensor, shape, dtype)
+        return _scaled(experts if routed else kind, tensor, shape, dtype)
 
-    return Format(f"published ({kind})", stored)
+    return Format(f"published ({'+'.join(dict.fromkeys((kind, experts)))})", stored)
 
 
 def weights_format(source: Any) -> Format:
@@ -101,7 +173,7 @@ def weights_format(source: Any) -> Format:
         kinds = source.quant_type(tensor).split("+")
         return kinds[-1], source.nbytes(tensor)
 
-    return Format(source.path.name, stored)
+    return Format(source.path.name, stored, source)
 
 
 def _skipped(quantization: dict[str, Any]) -> Callable[[str], bool]:

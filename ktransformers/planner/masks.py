@@ -4,12 +4,13 @@ How many fit is the planner's question, where they run the rules' (`gpu_experts`
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from ktransformers.errors import KTransformersError, did_you_mean
+from ktransformers.errors import KTransformersError, did_you_mean, is_whole
 from ktransformers.planner.profile import RoutingProfile
 
-STRATEGIES = ("uniform", "frequency", "front-loading", "random")
+Pairs = list[tuple[int, int]]
+"""(layer, expert), by layer and then by expert."""
 
 
 def gpu_experts(
@@ -29,31 +30,52 @@ def gpu_experts(
     Raises KTransformersError for an unknown strategy, a count that there are not as many experts for, "frequency"
     without a profile, and a profile of another model.
     """
-    order, total = sorted(set(layers)), len(set(layers)) * n_experts
+    order = sorted(set(layers))
+    _check(strategy, order, n_experts, count, profile)
+    pairs = [(layer, e) for layer in order for e in range(n_experts)]
+    masks: dict[int, list[int]] = {layer: [] for layer in order}
+    for layer, e in sorted(_STRATEGIES[strategy](pairs, count, profile, seed)):
+        masks[layer].append(e)
+    return masks
+
+
+def _check(strategy: str, order: list[int], n_experts: int, count: int, profile: RoutingProfile | None) -> None:
     if strategy not in STRATEGIES:
         raise KTransformersError(
             f"strategy: {strategy!r} unknown{did_you_mean(str(strategy), STRATEGIES)}; known: {', '.join(STRATEGIES)}."
         )
-    if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= total:
-        raise KTransformersError(
-            f"experts on the GPU: found {count!r}, expected 0 to {total} ({len(order)} layers of {n_experts})."
-        )
+    if not is_whole(count, 0, len(order) * n_experts):
+        found = f"expected 0 to {len(order) * n_experts} ({len(order)} layers of {n_experts})"
+        raise KTransformersError(f"experts on the GPU: found {count!r}, {found}.")
     if profile is not None:
         profile.require(order, n_experts)
-    if strategy == "uniform":
-        each, more = divmod(count, len(order)) if order else (0, 0)
-        return {layer: list(range(each + (place < more))) for place, layer in enumerate(order)}
-    pairs = [(layer, e) for layer in order for e in range(n_experts)]
-    if strategy == "random":
-        pairs = random.Random(seed).sample(pairs, count)
     elif strategy == "frequency":
-        if profile is None:
-            raise KTransformersError(
-                "strategy 'frequency': found no routing profile. Make one with `kt profile MODEL --prompts FILE`, or "
-                "choose another strategy."
-            )
-        pairs.sort(key=lambda pair: -profile.layers[pair[0]][pair[1]])  # stable, so equals stay in order
-    masks: dict[int, list[int]] = {layer: [] for layer in order}
-    for layer, e in sorted(pairs[:count]):
-        masks[layer].append(e)
-    return masks
+        raise KTransformersError(
+            "strategy 'frequency': found no routing profile. Make one with `kt profile MODEL --prompts FILE`, or "
+            "choose another strategy."
+        )
+
+
+def _uniform(pairs: Pairs, count: int, profile: RoutingProfile | None, seed: int) -> Pairs:
+    return sorted(pairs, key=lambda pair: (pair[1], pair[0]))[:count]  # the first of every layer, then the second ...
+
+
+def _frequency(pairs: Pairs, count: int, profile: RoutingProfile | None, seed: int) -> Pairs:
+    return sorted(pairs, key=lambda pair: -profile.layers[pair[0]][pair[1]])[:count]  # stable: equals stay in order
+
+
+def _front_loading(pairs: Pairs, count: int, profile: RoutingProfile | None, seed: int) -> Pairs:
+    return pairs[:count]
+
+
+def _random(pairs: Pairs, count: int, profile: RoutingProfile | None, seed: int) -> Pairs:
+    return random.Random(seed).sample(pairs, count)
+
+
+_STRATEGIES: dict[str, Callable[[Pairs, int, RoutingProfile | None, int], Pairs]] = {
+    "uniform": _uniform,
+    "frequency": _frequency,
+    "front-loading": _front_loading,
+    "random": _random,
+}
+STRATEGIES = tuple(_STRATEGIES)

@@ -6,9 +6,11 @@ expert ids; `rule_content` writes it into a rule file. How much memory and time 
 """
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
+from itertools import accumulate
 from typing import Any
 
 import yaml
@@ -23,7 +25,7 @@ CPU = "cpu"
 
 @dataclass(frozen=True)
 class Layer:
-    """What a layer takes on a GPU beside its routed experts, and one of those experts there; bytes."""
+    """What a layer takes on a GPU without its routed experts, and one of those experts there; bytes."""
 
     matrices: int
     cache: int
@@ -60,33 +62,41 @@ class Placement:
 def place_layers(layers: Sequence[Layer], rooms: Sequence[Room], first: int, last: int) -> list[str]:
     """Give each layer a GPU while there is room, in order; the rest is on the CPU.
 
-    `first`, `last`: bytes that go where the first and the last layer go (embedding and norms; the head). When all fit,
-    GPUs are filled to like parts, so that each has room left for experts of its layers.
+    `first`, `last`: bytes that go where the first and the last layer go (embedding and norms; the head). Where all
+    layers fit, each GPU gets its part of them *with* their experts: a GPU runs experts of its own layers only, so one
+    whose layers have few would keep room that nothing can use.
     """
     if not rooms:
         return [CPU] * len(layers)
     sizes = [layer.matrices + layer.cache for layer in layers]
     sizes[0] += first
     whole = [*sizes[:-1], sizes[-1] + last]
-    for fill in (sum(whole) / max(1, sum(room.free for room in rooms)), 1.0):
-        devices = _fill(whole, rooms, min(1.0, fill))
+    with_experts = [size + layer.experts * layer.expert for size, layer in zip(whole, layers, strict=True)]
+    for parts in (with_experts, whole, [0] * len(layers)):
+        devices = _fill(whole, parts, rooms)
         if CPU not in devices:
             return devices
-    return [*_fill(sizes, rooms, 1.0)[:-1], CPU]  # the head goes with the last layer, and has no room elsewhere
+    return [*_fill(sizes, [0] * len(layers), rooms)[:-1], CPU]  # the head goes with the last layer: no room elsewhere
 
 
-def _fill(sizes: Sequence[int], rooms: Sequence[Room], part: float) -> list[str]:
-    """Layers to devices in order, each GPU filled up to `part` of its room (to the layer that crosses it)."""
-    devices, place, used = [], 0, 0
-    for size in sizes:
-        while place < len(rooms) and (used + size > rooms[place].free or used >= part * rooms[place].free):
+def _fill(sizes: Sequence[int], parts: Sequence[int], rooms: Sequence[Room]) -> list[str]:
+    """Layers to devices in order: each GPU takes the layers of its part, and never more than fits; the rest is CPU's.
+
+    A GPU's part of the sum of `parts` is that of its free memory in all GPUs'; a layer on the border goes to the side
+    where more of it lies. Where `parts` are all 0, GPUs are filled one after the other. `sizes`: what has to fit.
+    """
+    total = sum(parts)
+    free = list(accumulate(room.free for room in rooms))
+    ends = [total * each / max(1, free[-1]) if total else math.inf for each in free[:-1]] + [math.inf]
+    devices, place, used, begin = [], 0, 0, 0
+    for size, part in zip(sizes, parts, strict=True):
+        while place < len(rooms) and (begin + part / 2 > ends[place] or used + size > rooms[place].free):
             place, used = place + 1, 0
         if place == len(rooms):
-            devices += [CPU] * (len(sizes) - len(devices))
             break
-        used += size
+        used, begin = used + size, begin + part
         devices.append(rooms[place].device)
-    return devices
+    return devices + [CPU] * (len(sizes) - len(devices))
 
 
 def place_experts(
@@ -99,7 +109,7 @@ def place_experts(
 ) -> dict[int, list[int]]:
     """Give each GPU the experts of its own layers that it still has room for, by `strategy` (masks.py).
 
-    `extra`: device -> bytes there beside its layers, such as the head.
+    `extra`: device -> bytes there in addition to its layers, such as the head.
     """
     chosen: dict[int, list[int]] = {}
     for room in rooms:
@@ -118,9 +128,14 @@ def place_experts(
     return chosen
 
 
+def packaged_file(name: str) -> str:
+    """The file of the packaged rules `name`: several families may share one."""
+    return f"{NAMES.get(name, name)}.yaml"
+
+
 def packaged_content(name: str) -> dict[str, Any]:
     """A packaged rule file as YAML reads it: a mapping with devices and rules."""
-    path = resources.files("ktransformers.optimize_rules") / f"{NAMES.get(name, name)}.yaml"
+    path = resources.files("ktransformers.optimize_rules") / packaged_file(name)
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 

@@ -1,11 +1,11 @@
 """From a config and a machine to memory, speed and a rule file; and, where a model does not fit, to what would.
 
-This ties the other files here together: formats and sizes say what a model takes, hardware what there is, placement who
-goes where, rules.plan what a rule file then does, speed how fast that is. Nothing is loaded or printed.
+This ties the other files here together: formats and sizes say what a model takes, hardware what there is, placement
+what goes where, rules.plan what a rule file then does, speed how fast that is. Nothing is loaded or printed.
 """
 
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,10 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from ktransformers import optimize
 from ktransformers.configs import meta_model, read_config, text_config
-from ktransformers.errors import KTransformersError, UnsupportedError
-from ktransformers.loaders import bind, open_weights
+from ktransformers.errors import UnsupportedError
 from ktransformers.machine.hardware import Hardware
 from ktransformers.machine.units import GIB, format_bytes
 from ktransformers.models import DEFAULT_RULES
@@ -29,6 +27,7 @@ from ktransformers.planner.placement import (
     Placement,
     Room,
     packaged_content,
+    packaged_file,
     place_experts,
     place_layers,
     rule_content,
@@ -103,8 +102,7 @@ class Planner:
     """One model, ready to be planned for many machines, formats and lengths; building it takes a second or two."""
 
     def __init__(self, model: str, weights: str | Path | None = None, form: str | None = None):
-        """`model`: what `read_config` takes; `weights`: a checkpoint whose headers give types and sizes; `form`: a name
-        of `formats.format_names()`, None for the checkpoint's, or as published.
+        """`model`: what `read_config` takes; `weights`, `form`: how its weights are stored, see `formats.format_of`.
 
         Raises KTransformersError, WeightError where headers disagree with the config.
         """
@@ -117,23 +115,12 @@ class Planner:
             )
         text = text_config(self.config)
         self.hidden, self.layers = text.hidden_size, text.num_hidden_layers
-        self.tied = bool(getattr(text, "tie_word_embeddings", False))
+        self.tied = bool(getattr(self.model, "all_tied_weights_keys", None))
         self.base_name = DEFAULT_RULES.get(self.config.model_type, "Default")
         self.base = packaged_content(self.base_name)
         self.caches = sizes.caches(self.model)
-        self.form = self._format(weights, form)
+        self.form = formats.format_of(model, self.config, self.model, weights, form)
         self._plans: dict[str, Mapping[str, Replacement]] = {}
-
-    def _format(self, weights: str | Path | None, form: str | None) -> formats.Format:
-        if weights is not None and form is not None:
-            raise KTransformersError("--format and --weights: give one; a checkpoint's headers say how it is stored.")
-        if weights is not None:
-            source = bind(open_weights(weights), self.model)
-            optimize.check_weights(self.model, source)
-            return formats.weights_format(source)
-        if form is not None and form.lower() != "published":
-            return formats.named_format(form, self.layers, self.tied)
-        return formats.published_format(self.config, self.layers, self.tied)
 
     def probes(self, hardware: Hardware, here: bool) -> torch_probes.Probes:
         """What torch costs: measured where the processor is this machine's, assumed elsewhere."""
@@ -221,20 +208,24 @@ class Planner:
 
     # ---- the answer ----
 
-    def _answer(self, hardware, request, form, probes, placement, content, parts) -> Plan:
+    def _answer(
+        self, hardware: Hardware, request: Request, form: formats.Format, probes: torch_probes.Probes,
+        placement: Placement, content: dict[str, Any], parts: list[sizes.Part],
+    ) -> Plan:  # fmt: skip
         where = dict(enumerate(placement.layers))
         memory = self._memory(hardware, request, placement, parts)
 
-        def predict(tokens: int, behind: int) -> speed.Pass:
+        def predict(tokens: int, context: int) -> speed.Pass:
             return speed.forward(
-                parts, self.caches, where, hardware, probes, tokens, behind, request.batch, self.hidden
+                parts, self.caches, where, hardware, probes, tokens, context, request.batch, self.hidden
             )
 
         prompt = max(1, min(PROMPT, request.context - 1))
         weights = sum(part.weights for part in parts)
+        sequences = "one sequence" if request.batch == 1 else f"{request.batch} sequences"
         header = [
             f"{self.name}, {form.name}: written by `kt plan` for {_machine(hardware)},",
-            f"a context of {request.context} tokens, {request.batch} at a time. Made from {self.base_name}.yaml.",
+            f"{sequences} with a context of {request.context} tokens. Made from {packaged_file(self.base_name)}.",
         ]
         found = Plan(
             self.name, self.config.model_type, form.name, weights, self._active(parts), request, hardware, placement,
@@ -254,7 +245,9 @@ class Planner:
                 entry[0], entry[1], entry[2] = entry[0] + part.weights, entry[1] + part.experts, part.chosen
         return rest + sum(weights * k // count for weights, count, k in experts.values() if count)
 
-    def _memory(self, hardware: Hardware, request: Request, placement: Placement, parts) -> dict[str, Memory]:
+    def _memory(
+        self, hardware: Hardware, request: Request, placement: Placement, parts: list[sizes.Part]
+    ) -> dict[str, Memory]:
         tokens = min(request.chunk, request.context) * request.batch
         memory = {"cpu": Memory(hardware.cpu.available, work=BASE_RAM)}
         for i, gpu in enumerate(hardware.gpus):
@@ -278,13 +271,13 @@ class Planner:
         notes = []
         if hardware.gpus:
             notes.append(
-                "GPU: matrices and experts there are dense, in the model's dtype, until packed GPU kernels are built."
+                "GPU: weights there are dense, in the model's dtype: packed GPU kernels are not built yet."
             )
         positions = getattr(text_config(self.config), "max_position_embeddings", None)
         if isinstance(positions, int) and found.request.context > positions:
-            notes.append(f"Context: {found.request.context} tokens, but the model was made for {positions} at most.")
+            notes.append(f"Context: {found.request.context} tokens, but the model is made for at most {positions}.")
         if missing := self.layers - len(self.caches):
-            notes.append(f"Cache: of {missing} layers it is not known and counted as nothing.")
+            notes.append(f"Cache: not known for {missing} layers, which are counted without one.")
         return notes
 
     def _more_gpu(self, hardware: Hardware, request: Request, found: Plan) -> str:
@@ -296,8 +289,8 @@ class Planner:
         left = found.placement.layers.count("cpu")
         room = BASE_GPU + self._gpu_work(request)
         return (
-            f"{left} of {self.layers} layers stay on the CPU: all of them need {format_bytes(need + room)} of GPU "
-            f"memory, {format_bytes(room)} of it to work in."
+            f"{left} of {self.layers} layers stay on the CPU: all layers need {format_bytes(need + room)} of GPU "
+            f"memory ({format_bytes(room)} as work space)."
         )
 
     def _changes(self, hardware: Hardware, request: Request, probes: torch_probes.Probes, found: Plan) -> list[str]:
@@ -321,9 +314,9 @@ class Planner:
         over = found.memory["cpu"].total - found.memory["cpu"].limit
         if over > 0:
             ram = hardware.cpu.ram + over
-            changes.append(f"{format_bytes(over)} more RAM fits: {format_bytes(-(-ram // GIB) * GIB)} in all.")
+            changes.append(f"{format_bytes(over)} more RAM fits: {format_bytes(-(-ram // GIB) * GIB)} in total.")
         if not changes:
-            changes.append("Nothing short of a smaller model fits on this machine.")
+            changes.append("No setting makes it fit: choose a smaller model or a larger machine.")
         return changes
 
 
@@ -332,15 +325,19 @@ _FIELDS = {"chunk_size": "chunk", "context": "context"}
 
 
 def _machine(hardware: Hardware) -> str:
-    gpus = [f"{gpu.name} ({format_bytes(gpu.memory)})" for gpu in hardware.gpus]
+    counts = Counter((gpu.name, format_bytes(gpu.memory)) for gpu in hardware.gpus)
+    gpus = [
+        (f"{count} x " if count > 1 else "") + (name if size in name else f"{name} ({size})")
+        for (name, size), count in counts.items()
+    ]
     return " and ".join([*gpus, f"{format_bytes(hardware.cpu.ram)} of RAM"])
 
 
 def _problems(memory: Mapping[str, Memory]) -> list[str]:
     return [
-        f"{'RAM' if device == 'cpu' else device}: {format_bytes(found.total)} are needed (weights "
+        f"{'RAM' if device == 'cpu' else device}: {format_bytes(found.total)} needed (weights "
         f"{format_bytes(found.weights)}, cache {format_bytes(found.cache)}, work {format_bytes(found.work)}), "
-        f"{format_bytes(found.limit)} are there."
+        f"{format_bytes(found.limit)} available."
         for device, found in memory.items()
         if found.total > found.limit
     ]

@@ -54,28 +54,33 @@ def _memory(axes: Any, found: Plan) -> None:
         axes.text(2, place, text, va="center", color="white")
     axes.axvline(100, color="black", linewidth=1)
     axes.invert_yaxis()
-    axes.set(title="memory", xlabel="% of what is there")
+    axes.set(title="memory", xlabel="% of capacity")
     axes.legend(loc="lower right")
 
 
 def _context(axes: Any, planner: Planner, hardware: Hardware, request: Request, probes: Probes) -> None:
     lengths = [length for length in (512 << n for n in range(9)) if length <= max(request.context, 32768)]
     plans = [planner.answer(hardware, replace(request, context=length), probes) for length in lengths]
-    axes.plot(lengths, [plan.decode_full.rate for plan in plans], marker="o")
-    short = [(n, plan.decode_full.rate) for n, plan in zip(lengths, plans, strict=True) if not plan.fits]
-    if short:
-        axes.plot(*zip(*short, strict=True), linestyle="", marker="x", color="red", label="does not fit")
-        axes.legend()
-    axes.set(title="decode behind a full context", xlabel="tokens of context", ylabel="tokens/s", xscale="log")
+    _rates(axes, {n: plan.decode_full.rate if plan.fits else None for n, plan in zip(lengths, plans, strict=True)})
+    axes.set(title="decode at full context", xlabel="tokens of context", ylabel="tokens/s", xscale="log")
     axes.set_ylim(bottom=0)
 
 
 def _gpus(axes: Any, planner: Planner, hardware: Hardware, request: Request, probes: Probes) -> None:
     model = hardware.gpus[0] if hardware.gpus else Gpu("GPU", 24 * GIB, 1.0e12, 165e12, 26e9)
-    speeds = []
+    rates = {}
     for size in GPU_SIZES:
         gpus = (replace(model, memory=size * GIB),) if size else ()
-        speeds.append(planner.answer(replace(hardware, gpus=gpus, measured=False), request, probes).decode.rate)
-    axes.plot(GPU_SIZES, speeds, marker="o")
+        plan = planner.answer(replace(hardware, gpus=gpus, measured=False), request, probes)
+        rates[size] = plan.decode.rate if plan.fits else None
+    _rates(axes, rates)
     axes.set(title=f"decode with one GPU like the {model.name}", xlabel="GiB of GPU memory", ylabel="tokens/s")
     axes.set_ylim(bottom=0)
+
+
+def _rates(axes: Any, rates: dict[int, float | None]) -> None:
+    """A line through the rates; what does not fit (None) has none and is marked on the axis."""
+    axes.plot(list(rates), [float("nan") if rate is None else rate for rate in rates.values()], marker="o")
+    if short := [size for size, rate in rates.items() if rate is None]:
+        axes.plot(short, [0.0] * len(short), linestyle="", marker="x", color="red", label="does not fit")
+        axes.legend()

@@ -1,7 +1,7 @@
 """What torch itself costs on this machine's CPU: attention over a cache, and a layer's small operations.
 
 Measured in a few seconds, attention with the shapes of the model that is planned for, the rest on a tiny model; for a
-machine that is not at hand `assumed` stands in. speed.py puts them together with bytes and operations.
+machine that is not at hand there is `assumed`. speed.py puts them together with bytes and operations.
 """
 
 import contextlib
@@ -107,7 +107,7 @@ _TINY = {
          "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16},
     ),
 }  # fmt: skip
-"""Whether attention is latent -> the family, packaged rules and sizes of the tiny model that stands for all like it."""
+"""Whether attention is latent -> the family, packaged rules and sizes of the tiny model that is timed for it."""
 
 
 def _layer_seconds(latent: bool) -> float:

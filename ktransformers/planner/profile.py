@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ktransformers.errors import KTransformersError, ranges
+from ktransformers.errors import KTransformersError, is_whole, ranges
 from ktransformers.models.traits import TRAITS, layer_of
 from ktransformers.operators.experts import KTransformersExperts
 
@@ -68,7 +68,7 @@ class RoutingProfile:
         elif sorted(self.layers) != wanted:
             found, expected = f"layers {ranges(self.layers) or 'none'}", ranges(wanted)
         elif odd := {len(counts) for counts in self.layers.values()} - {n_experts}:
-            found, expected = f"{min(odd)} experts a layer", str(n_experts)
+            found, expected = f"{min(odd)} experts per layer", str(n_experts)
         elif not self.hits:
             found, expected = "no choice at all", "counts of a run"
         else:
@@ -158,7 +158,7 @@ def _problem(data: dict[str, Any]) -> str:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_COUNT
+    return is_whole(value, 0, MAX_COUNT - 1)
 
 
 # --- counting ---------------------------------------------------------------------------------------------------------

@@ -1,19 +1,19 @@
 """What a model takes: bytes and operations of every part, where a plan puts it, and its cache.
 
-Told from the meta model, a plan (`rules.plan`) and a `Format`; no weights are read. How fast a part is, is speed.py's.
+From the meta model, a plan (`rules.plan`) and a `Format`; no weights are read. How fast a part is, is speed.py's.
 Operations count two for a multiply-add. Letters: E experts of a layer, K of them per token.
 """
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from ktransformers import native
-from ktransformers.models.traits import TRAITS, layer_of
+from ktransformers.models.traits import TRAITS, is_beside_text, layer_of
 from ktransformers.operators.experts import KTransformersExperts
 from ktransformers.operators.hot_experts import gpu_device, ids_of
 from ktransformers.operators.inner_ops import final_name, given, is_cpu
@@ -60,7 +60,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Cache:
-    """What a layer's cache takes for one sequence: bytes a token, bytes whatever the length, and its longest length.
+    """What a layer's cache takes for one sequence: bytes per token, bytes whatever the length, and its longest length.
 
     `heads`, `kv_heads` and `head_dim` say what attention does with it; 0 heads for a state that is no attention. For
     latents `head_dim` is theirs, and `expanded` a head's when they are expanded to keys.
@@ -76,12 +76,12 @@ class Cache:
     expanded: int = 0
 
     def tokens(self, context: int) -> int:
-        """How many tokens are kept behind `context` tokens."""
+        """How many of `context` tokens are kept."""
         return context if self.window is None else min(context, self.window - 1)  # the newest token comes on top
 
     @property
     def is_latent(self) -> bool:
-        """Whether all heads share one latent a token (MLA)."""
+        """Whether all heads share one latent per token (MLA)."""
         return self.kv_heads == 1 and self.heads > 1
 
     def attention_ops(self, tokens: int, length: int) -> float:
@@ -112,13 +112,20 @@ def parts(
             if f"{name}.{key}" not in tied
         }
         placed = placed_by(name, plan)
-        if TRAITS["experts"](module):
+        if is_beside_text(name):
+            found += [_unread(_matrix(name, module, own, placed, form))] if own else []
+        elif TRAITS["experts"](module):
             found += _experts(name, module, own, placed, form, model.config, hits)
         elif own:
             found.append(_matrix(name, module, own, placed, form))
     for target, origin in tied.items():
         found += _untied(target, origin, plan, found, model)
     return found
+
+
+def _unread(part: Part) -> Part:
+    """What sees or hears: it takes memory, and text passes it by."""
+    return replace(part, kind="rest", layer=None, read=0.0, ops=0.0)
 
 
 def _buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -156,7 +163,7 @@ def _matrix(
 
 
 def in_c(type_: str) -> bool:
-    """Whether the C library computes a type; told from its tables, so also where it is not built."""
+    """Whether the C library computes a type: by its tables, so also where it is not built."""
     return type_ in native.SUPPORTED_TYPES | native.SCALED_TYPES
 
 
@@ -170,7 +177,10 @@ def _kind(name: str, module: nn.Module) -> str:
     return "dense"
 
 
-def _experts(name, module, own, placed, form, config, hits) -> list[Part]:
+def _experts(
+    name: str, module: nn.Module, own: Mapping[str, torch.Tensor], placed: Replacement | None, form: Format,
+    config: Any, hits: Hits | None,
+) -> list[Part]:  # fmt: skip
     """Routed experts: one part, or two where a rule puts some on a GPU."""
     count, chosen = len(module.down_proj), per_token(config)
     layer, weights, dense = layer_of(name), sum(t.numel() for t in own.values()), _dense(own)
@@ -210,7 +220,9 @@ def per_token(config: Any) -> int:
     return next((value for name in names if isinstance(value := getattr(text, name, None), int) and value > 0), 1)
 
 
-def _untied(target: str, origin: str, plan, found: list[Part], model: nn.Module) -> list[Part]:
+def _untied(
+    target: str, origin: str, plan: Mapping[str, Replacement], found: list[Part], model: nn.Module
+) -> list[Part]:
     """A tied matrix that another device, or packed bytes, need a copy of; else its reads and operations only."""
     module, source = target.rpartition(".")[0], origin.rpartition(".")[0]
     shared = next((part for part in found if part.name == source), None)
@@ -227,9 +239,9 @@ def _untied(target: str, origin: str, plan, found: list[Part], model: nn.Module)
 
 
 def caches(model: nn.Module) -> list[Cache]:
-    """What every layer caches, in order, told from the modules that make it."""
+    """What every layer caches, in order, by the modules that make it."""
     config = model.config.get_text_config(decoder=True)
-    size = (getattr(config, "dtype", None) or torch.float32).itemsize
+    size = (getattr(model, "dtype", None) or torch.float32).itemsize
     found: dict[int, Cache] = {}
     for name, module in model.named_modules():
         layer = layer_of(name)

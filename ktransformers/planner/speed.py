@@ -2,8 +2,8 @@
 
 A forward pass is the sum of its parts: nothing overlaps, as layers follow one another and operators wait for each other
 (but for experts split between a GPU and the CPU, whose parts run side by side). Memory-bound work takes the bandwidth
-times the share of it that the kernel was measured to reach, the rest the multiplier's peak times such a share; the
-shares are those of the README's tables. What is measured about this machine's torch is probes.py's.
+times the share of it that the kernel was measured to reach, the rest the multiplier's peak times such a share: the
+shares are shares.py's. What is measured about this machine's torch is probes.py's.
 """
 
 from collections import defaultdict
@@ -14,38 +14,21 @@ from itertools import pairwise
 from ktransformers.machine.hardware import Hardware
 from ktransformers.operators.inner_ops import is_cpu
 from ktransformers.planner.probes import Probes
+from ktransformers.planner.shares import FEW, peak_share, read_share
 from ktransformers.planner.sizes import DENSE, Cache, Part
-
-READ_SHARE = {
-    "Q4_K": 0.93, "Q5_K": 0.9, "Q6_K": 0.95, "Q8_0": 0.9, "Q4_0": 0.97, "Q2_K": 0.71, "Q3_K": 0.75, "IQ2_XXS": 0.63,
-    "IQ2_XS": 0.45, "IQ2_S": 0.45, "IQ1_S": 0.35, "IQ1_M": 0.3, "IQ3_XXS": 0.65, "IQ3_S": 0.68, "IQ4_XS": 0.95,
-    "MXFP4": 0.93, "F4_E2M1": 0.9, "I4": 0.84, "GPTQ4": 0.54, "GPTQ8": 0.54, "AWQ4": 0.75, "F8_E4M3": 0.8, "BF16": 0.85,
-    "F16": 0.8, "F32": 0.85, "I8": 0.9, "TQ1_0": 0.2, DENSE: 0.75,
-}  # fmt: skip
-"""Of the read bandwidth, for one token: the C library's kernels as `make bench` has it, and torch's dense product."""
-
-PEAK_SHARE = {
-    "Q4_K": 0.57, "Q6_K": 0.58, "Q8_0": 0.59, "Q4_0": 0.62, "Q2_K": 0.55, "MXFP4": 0.6, "I4": 0.59, "GPTQ4": 0.55,
-    "AWQ4": 0.43, "F8_E4M3": 0.7, "BF16": 0.7, "F16": 0.6, "F32": 0.6, DENSE: 0.7,
-}  # fmt: skip
-"""Of the multiplier's peak, for many tokens an expert."""
-
-FEW = 0.45
-"""Of the multiplier's peak that a matrix with fewer than sixteen tokens reaches in the C library."""
 
 BF16_TYPES = frozenset({"BF16", "F8_E4M3", DENSE})
 F32_TYPES = frozenset({"F16", "F32"})
 """Types by the multiplier they are computed with; all others take int8's."""
 
 PUBLISHED = 0.75
-"""What of published figures of a GPU a program reaches; figures that were measured count whole."""
+"""The share of a GPU's published figures that a program reaches; measured figures count whole."""
 
 GPU_EXPERTS = 1e-4
-"""Seconds for a layer's experts on a GPU beside their work: sorting tokens, one launch an expert, a wait."""
-
+"""Seconds for a layer's experts on a GPU on top of their work: sorting tokens, one launch per expert, a wait."""
 
 DENSE_CALL = 1.5e-4
-"""Seconds that torch's product with a dense matrix takes on a CPU beside reading it: waking threads, packing."""
+"""Seconds that torch's product with a dense matrix takes on a CPU on top of reading it: waking threads, packing."""
 
 
 @dataclass
@@ -79,11 +62,11 @@ def forward(
     hardware: Hardware,
     probes: Probes,
     tokens: int,
-    behind: int,
+    context: int,
     batch: int = 1,
     hidden: int = 0,
 ) -> Pass:
-    """Predict a pass of `tokens` tokens a sequence that have `behind` tokens before them.
+    """Predict a pass of `tokens` tokens a sequence after `context` tokens in the cache.
 
     `devices` is layer -> device; `hidden` is H, for what elementwise work and copies between devices move.
     """
@@ -101,7 +84,7 @@ def forward(
         found.seconds[(part.device, _WORDS["experts"])] += seconds
     for cache in caches:
         device = devices.get(cache.layer, "cpu")
-        seconds = _attention(cache, device, hardware, probes, tokens, behind, batch)
+        seconds = _attention(cache, device, hardware, probes, tokens, context, batch)
         found.seconds[(device, "attention over the cache")] += seconds
     for device in devices.values():
         found.seconds[(device, "launching and elementwise work")] += _besides(device, hardware, probes, many, hidden)
@@ -138,9 +121,9 @@ def _part(part: Part, hardware: Hardware, many: int) -> float:
     if not is_cpu(part.device):
         bandwidth, peak, _ = _gpu(part.device, hardware)
         launches = GPU_EXPERTS if part.kind == "experts" and part.share else 0.0
-        return max(many_read / bandwidth, ops / (peak * PEAK_SHARE[DENSE])) + launches
+        return max(many_read / bandwidth, ops / (peak * peak_share(DENSE))) + launches
     cpu = hardware.cpu
-    reading = many_read / (cpu.read_bandwidth * READ_SHARE.get(part.type, 0.7))
+    reading = many_read / (cpu.read_bandwidth * read_share(part.type))
     if part.type == DENSE and part.kind != "experts" and ops:
         reading += DENSE_CALL
     return max(reading, ops / _cpu_rate(part, hardware, many)) if ops else reading
@@ -150,7 +133,7 @@ def _cpu_rate(part: Part, hardware: Hardware, many: int) -> float:
     """Operations per second that the CPU reaches on a part with `many` tokens."""
     cpu = hardware.cpu
     per_matrix = many * part.chosen * part.share / part.experts if part.kind == "experts" and part.experts else many
-    share = PEAK_SHARE.get(part.type, 0.55) if per_matrix >= 16 else FEW
+    share = peak_share(part.type) if per_matrix >= 16 else FEW
     peak = cpu.bf16_ops if part.type in BF16_TYPES else cpu.fp32_ops if part.type in F32_TYPES else cpu.int8_ops
     peak = peak or cpu.fp32_ops
     # One token a matrix waits for memory, not for the multiplier: the shares of the bandwidth say all.
@@ -158,18 +141,18 @@ def _cpu_rate(part: Part, hardware: Hardware, many: int) -> float:
 
 
 def _attention(
-    cache: Cache, device: str, hardware: Hardware, probes: Probes, tokens: int, behind: int, batch: int
+    cache: Cache, device: str, hardware: Hardware, probes: Probes, tokens: int, context: int, batch: int
 ) -> float:
     """Scores and sums over what a layer has cached, and making the cache longer."""
-    length = cache.tokens(behind + tokens)
+    length = cache.tokens(context + tokens)
     if not cache.heads:
         return 0.0
-    grown = 3 * cache.nbytes(behind + tokens, batch)  # read, written, and fetched to be written
+    grown = 3 * cache.nbytes(context + tokens, batch)  # read, written, and fetched to be written
     ops = batch * cache.attention_ops(tokens, length)
     if is_cpu(device):
         return grown / hardware.cpu.read_bandwidth + batch * probes.attention(cache, tokens, length)
     bandwidth, peak, _ = _gpu(device, hardware)
-    return (grown + cache.nbytes(behind + tokens, batch)) / bandwidth + ops / (peak * 0.4)
+    return (grown + cache.nbytes(context + tokens, batch)) / bandwidth + ops / (peak * 0.4)
 
 
 def _besides(device: str, hardware: Hardware, probes: Probes, many: int, hidden: int) -> float:
@@ -199,4 +182,4 @@ GPU_LAYER_SECONDS = 5e-4
 """Seconds of Python and kernel launches for a layer on a GPU: about what eager layers take, not measured."""
 
 COPY_LATENCY = 2e-5
-"""Seconds until a copy between RAM and a GPU starts and someone knows that it is done."""
+"""Seconds that a copy between RAM and a GPU takes on top of its bytes: starting it, and waiting for its end."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from ktransformers.errors import UnsupportedError, WeightError, did_you_mean
 from ktransformers.quants.iq_grids import GRIDS
 
-CHUNK = 1 << 21
+WEIGHTS_AT_ONCE = 1 << 21
 """Weights dequantized at a time: bounds the temporaries to some tens of MiB whatever the tensor's size."""
 
 
@@ -450,7 +450,7 @@ class Packed:
             )
 
     def dequantize(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
-        """The numbers, in memory of their own. Peak memory: the result and a few chunks of `CHUNK` weights.
+        """The numbers, in memory of their own. Peak memory: the result and a few `WEIGHTS_AT_ONCE`.
 
         Raises UnsupportedError for a type that this version does not compute.
         """
@@ -466,7 +466,7 @@ class Packed:
                 f"Cannot dequantize {list(self.shape)} into {list(out.shape)}; expected contiguous memory "
                 "of the same shape."
             )
-        kind, flat, step = self.type, out.view(-1), max(1, CHUNK // self.type.block)
+        kind, flat, step = self.type, out.view(-1), max(1, WEIGHTS_AT_ONCE // self.type.block)
         blocks = self.data.view(-1, kind.nbytes)
         for start in range(0, len(blocks), step):
             piece = blocks[start : start + step]

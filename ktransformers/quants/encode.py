@@ -15,7 +15,7 @@ from torch import Tensor
 from ktransformers.errors import UnsupportedError, WeightError
 from ktransformers.quants.blocks import QuantType, quant_type
 
-CHUNK = 1 << 18
+WEIGHTS_AT_ONCE = 1 << 18
 """Weights encoded at a time; small enough that the search stays in the cache."""
 
 _STARTS = 16  # starting scales tried per sub-block
@@ -39,8 +39,8 @@ def quantize(tensor: Tensor, kind: QuantType | str) -> Tensor:
         raise UnsupportedError(
             f"No encoder for {kind.name}. There are F32, F16, BF16, {', '.join(_ENCODERS)}."
         )
-    out = torch.empty(len(flat), kind.nbytes, dtype=torch.uint8)
-    step = max(1, CHUNK // kind.block)
+    out = torch.empty(len(flat), kind.nbytes, dtype=torch.uint8, device="cpu")
+    step = max(1, WEIGHTS_AT_ONCE // kind.block)
     for start in range(0, len(flat), step):
         blocks = flat[start : start + step].float()
         _require(bool(blocks.isfinite().all()), kind, "the weights hold NaN or infinity")
@@ -116,7 +116,7 @@ def _search_affine(x: Tensor, top: int) -> tuple[Tensor, Tensor]:
     spread = (x.amax(-1, keepdim=True) - low).clamp(min=0)
     best = [spread / top, -low]
     least = _affine_error(x, *best, top)
-    for start in torch.linspace(0.75, 1.1, _STARTS).tolist():
+    for start in torch.linspace(0.75, 1.1, _STARTS, dtype=torch.float32, device="cpu").tolist():
         scale, minimum = spread * (start / top), -low * start
         for _ in range(_ROUNDS):
             scale, minimum = _fit_affine(x, _affine_codes(x, scale, minimum, top))
@@ -220,7 +220,7 @@ def _search_linear(x: Tensor) -> Tensor:
     extreme = x.gather(-1, where)  # takes code -32, the wider end
     best = extreme / -32
     least = _linear_error(x, best)
-    for reach in torch.linspace(29.0, 36.0, _STARTS).tolist():
+    for reach in torch.linspace(29.0, 36.0, _STARTS, dtype=torch.float32, device="cpu").tolist():
         scale = extreme / -reach
         for _ in range(_ROUNDS):
             codes = _linear_codes(x, scale)

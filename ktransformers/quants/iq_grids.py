@@ -23,13 +23,13 @@ class Grid:
     def codes(self) -> Tensor:
         """Levels by number: int64 [entries, digits], in the order of the indices that files hold."""
         bits = torch.frombuffer(bytearray(base64.b64decode(self.points)), dtype=torch.uint8)
-        bits = (bits.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
+        bits = (bits.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device="cpu")) & 1
         numerals = bits.flatten().nonzero()
-        return numerals // len(self.levels) ** torch.arange(self.digits) % len(self.levels)
+        return numerals // len(self.levels) ** torch.arange(self.digits, device="cpu") % len(self.levels)
 
     def values(self) -> Tensor:
         """Levels by value: float32 [entries, digits]."""
-        return torch.tensor(self.levels, dtype=torch.float32)[self.codes()]
+        return torch.tensor(self.levels, dtype=torch.float32, device="cpu")[self.codes()]
 
 
 GRIDS = {

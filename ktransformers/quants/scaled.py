@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ktransformers.errors import WeightError
-from ktransformers.quants.blocks import CHUNK
+from ktransformers.quants.blocks import WEIGHTS_AT_ONCE
 
 SCALE_TYPES: dict[str, torch.dtype] = {
     "F32": torch.float32,
@@ -86,7 +86,7 @@ def _f8_e4m3(data: Tensor) -> Tensor:
 
 
 def _f4_e2m1(data: Tensor) -> Tensor:
-    return torch.tensor(_FP4_VALUES, device=data.device)[_nibbles(data).int()]
+    return torch.tensor(_FP4_VALUES, dtype=torch.float32, device=data.device)[_nibbles(data).int()]
 
 
 def _i8(data: Tensor) -> Tensor:
@@ -312,7 +312,7 @@ class ScaledWeight:
         return math.lcm(scales, self.type.per_word) if self.zeros is not None else scales
 
     def dequantize(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
-        """The numbers, in memory of their own. Peak memory: the result and a few chunks of `CHUNK` weights."""
+        """The numbers, in memory of their own. Peak memory: the result and a few `WEIGHTS_AT_ONCE`."""
         out = torch.empty(self.shape, dtype=dtype, device=device)
         self.dequantize_into(out)
         return out
@@ -326,7 +326,7 @@ class ScaledWeight:
                 self.expert(e).dequantize_into(out[e])
             return
         unit = self._row_unit(1)
-        step = max(1, CHUNK // (self.shape[1] * unit)) * unit
+        step = max(1, WEIGHTS_AT_ONCE // (self.shape[1] * unit)) * unit
         for start in range(0, self.shape[0], step):
             stop = min(start + step, self.shape[0])
             out[start:stop].copy_(self.rows(start, stop)._values(out.device))

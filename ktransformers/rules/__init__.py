@@ -1,4 +1,4 @@
-"""Rule files: read (`files`), checked and matched against a model (`plan`), and told about (`explain`, `table`)."""
+"""Rule files: read (`files`), checked and matched against a model (`plan`), and explained (`explain`, `table`)."""
 
 from ktransformers.rules.plan import (
     Replacement,

@@ -12,14 +12,13 @@ from torch import nn
 from ktransformers.devices import DEVICE_KWARGS, canonical
 from ktransformers.errors import ranges
 from ktransformers.models.traits import TRAITS
-from ktransformers.operators.base_operator import FamilyOperator
+from ktransformers.operators.attention import KDeepseekV2Attention
 from ktransformers.operators.experts import KTransformersExperts
 from ktransformers.operators.inner_ops import final_name, is_cpu
 from ktransformers.operators.linear import KTransformersLinear
 from ktransformers.operators.models import DecoderModel
-from ktransformers.operators.moe import SparseMoEBlock
 from ktransformers.rules.layers import BEFORE
-from ktransformers.rules.plan import Replacement
+from ktransformers.rules.plan import Replacement, rule_label
 
 Plan = Mapping[str, Replacement]
 
@@ -41,14 +40,6 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.module}: {self.text}" if self.module else self.text
-
-
-def rule_name(replacement: Replacement | None) -> str:
-    """The rule that placed a module, as "3 (x.yaml:12)"; "" where no rule did."""
-    if replacement is None or replacement.rule is None:
-        return ""
-    rule = replacement.rule
-    return f"{rule.number}" if rule.where == f"rule {rule.number}" else f"{rule.number} ({rule.where})"
 
 
 def placed_by(name: str, plan: Plan) -> Replacement | None:
@@ -155,11 +146,17 @@ class _Chain:
             return
         if operator is not None and not getattr(operator, "adopts", True) or TRAITS["rotary"](module):
             return
-        stays = operator is not None and issubclass(operator, (FamilyOperator, SparseMoEBlock))
-        if stays or _owns(module):
+        if _owns(module) or self._holds_kv_b(name, operator):
             yield _Part(name, self._device(name), placed)
         for child_name, child in module.named_children():
             yield from self._parts(f"{name}.{child_name}", child)
+
+    def _holds_kv_b(self, name: str, operator: type | None) -> bool:
+        """Whether it is the MLA operator, and ``kv_b_proj`` is packed, so that it has a dense copy of its own."""
+        if operator is None or not issubclass(operator, KDeepseekV2Attention):
+            return False
+        kv_b = self.plan.get(f"{name}.kv_b_proj")
+        return kv_b is not None and kv_b.operator is not None and not _is_dense_linear(kv_b)
 
     def _first_weight(self, layer: _Layer) -> str | None:
         """Where `DecoderModel` moves a layer's input without a transfer_map: to the layer's first parameter."""
@@ -201,7 +198,7 @@ class _Chain:
                 mapped = True
                 if layer.number in transfers:
                     at = transfers[layer.number]
-                    why = f"for the transfer_map of rule {rule_name(self.mover)} says so from layer {layer.number} on"
+                    why = f"for the transfer_map of rule {rule_label(self.mover)} says so from layer {layer.number} on"
                 layer.input, layer.moved, layer.mapped = at, why, True
             else:
                 layer.input = at = self._first_weight(layer) or at
@@ -224,7 +221,7 @@ class _Chain:
             f"{_by(part)} put layer {layer.number} on {own}, but its input is on {layer.input}, {layer.moved}, and "
             f"nothing moves it; add a rule that replaces {self.name!r} by ktransformers.operators.models.DecoderModel"
         )
-        return Problem(part.name, rule_name(part.placed), text, (own, layer.input))
+        return Problem(part.name, rule_label(part.placed), text, (own, layer.input))
 
     def _strangers(self) -> list[Problem]:
         """Parts that are not where their layer's input is: whole layers first, then single modules."""
@@ -250,7 +247,7 @@ class _Chain:
         elif layer.mapped:
             advice = f"give the transfer_map {layer.number}: {part.device}, or {advice}"
         text = f"{_by(part)} put {numbers} on {part.device}, but the input is on {layer.input}, {layer.moved}; {advice}"
-        return Problem(part.name, rule_name(part.placed), text, (part.device, layer.input))
+        return Problem(part.name, rule_label(part.placed), text, (part.device, layer.input))
 
     def _single(self, group: list[tuple[_Layer, _Part]]) -> Problem:
         layer, part = group[0]
@@ -265,7 +262,7 @@ class _Chain:
                 f"{_by(part)} put it on {part.device}, but its layer's input is on {layer.input}, {layer.moved}{more}; "
                 f"place it on {layer.input}"
             )
-        return Problem(part.name, rule_name(part.placed), text, (part.device, layer.input))
+        return Problem(part.name, rule_label(part.placed), text, (part.device, layer.input))
 
     def _forgotten(self, named: set[str]) -> list[Problem]:
         """Layers that no rule names though rules name most others."""
@@ -301,7 +298,7 @@ class _Chain:
                         "copies than layers in one run for each device would need"
                     )
                     found.append(
-                        Problem(part.name, rule_name(part.placed), text, (before.input, layer.input), warning=True)
+                        Problem(part.name, rule_label(part.placed), text, (before.input, layer.input), warning=True)
                     )
             before = layer
         return found
@@ -331,7 +328,7 @@ def _at_end(part: _Part, at: str, why: str) -> Problem:
         f"{_by(part)} put it on {part.device}, but the hidden state that reaches it is on {at}, {why}; place it on "
         f"{at}, or for a linear layer name ktransformers.operators.linear.KTransformersLinear, which moves its input"
     )
-    return Problem(part.name, rule_name(part.placed), text, (part.device, at))
+    return Problem(part.name, rule_label(part.placed), text, (part.device, at))
 
 
 def _has_rule(part: _Part) -> bool:
@@ -343,7 +340,7 @@ def _by(part: _Part) -> str:
     if not _has_rule(part):
         return "no rule names it, so the default"
     names_none = not any(key in part.placed.rule.kwargs for key in DEVICE_KWARGS)
-    return f"rule {rule_name(part.placed)}" + (" names no device, so the default" if names_none else "")
+    return f"rule {rule_label(part.placed)}" + (" names no device, so the default" if names_none else "")
 
 
 def _owns(module: nn.Module) -> bool:

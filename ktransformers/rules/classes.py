@@ -1,9 +1,12 @@
 """From a dotted name in a rule file to a class, and from a class to the kwargs a rule may give it.
 
 A rule file may come from anywhere, so naming a class must not run arbitrary code: only the roots below are
-imported, plus what the user's program has imported already, plus the modules listed in KT_RULE_MODULES.
+imported, plus what the user's program has imported already, plus the modules listed in KT_RULE_MODULES. Those may lie
+beside the rule file or in the current folder, which an installed program does not look in by itself.
 """
 
+import contextlib
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -11,6 +14,8 @@ import re
 import sys
 import types
 import typing
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from ktransformers import env
@@ -38,15 +43,18 @@ FRAMEWORK_PARAMETERS = {"self", "key", "gguf_loader", "config", "orig_module", "
 """Constructor parameters that the framework fills in; a rule never gives them."""
 
 
-def find_class(dotted: str) -> tuple[type | None, str]:
-    """Find the class that `dotted` names. Returns ``(class, "")``, or ``(None, what is wrong)``."""
+def find_class(dotted: str, folder: Path | None = None) -> tuple[type | None, str]:
+    """Find the class that `dotted` names. Returns ``(class, "")``, or ``(None, what is wrong)``.
+
+    `folder` is the rule file's: modules of KT_RULE_MODULES are looked for there and in the current one, too.
+    """
     dotted = _todays_name(dotted)
     module_name, _, class_name = dotted.rpartition(".")
     if not module_name or not all(part.isidentifier() for part in dotted.split(".")):
         return None, f"class {dotted!r}: expected a dotted path such as 'torch.nn.Linear'"
     if reason := next((reason for pattern, reason in REFUSED.items() if re.search(pattern, dotted)), ""):
         return None, f"class {dotted!r}: {reason}"
-    module, problem = _find_module(module_name)
+    module, problem = _find_module(module_name, folder)
     if module is None:
         return None, f"class {dotted!r}: {problem}"
     found = getattr(module, class_name, None)
@@ -76,20 +84,40 @@ def _instances_can_be_tested(cls: type) -> bool:
     return True
 
 
-def _find_module(name: str) -> tuple[types.ModuleType | None, str]:
-    allowed = (*ROOTS, *env.rule_modules())
+def _find_module(name: str, folder: Path | None) -> tuple[types.ModuleType | None, str]:
     if name in sys.modules:
         return sys.modules[name], ""
-    if not any(name == root or name.startswith(root + ".") for root in allowed):
+    users = _is_below(name, env.rule_modules())
+    if not users and not _is_below(name, ROOTS):
         return None, (
             f"module {name!r} is outside {', '.join(ROOTS)}, and rules do not import arbitrary code. "
             f"Import it in your program first, or set KT_RULE_MODULES={name.split('.')[0]}"
         )
+    folders = dict.fromkeys(str(path.resolve()) for path in (folder, Path.cwd()) if path is not None) if users else ()
     try:
-        return importlib.import_module(name), ""
+        with _also_looking_in(folders):
+            return importlib.import_module(name), ""
     except ImportError as error:
         missing = getattr(error, "name", None) == name
-        return None, f"module {name!r} cannot be imported: {error}{_module_hint(name) if missing else ''}"
+        looked = f" (looked in {', '.join(folders)} too)" if missing and users else ""
+        return None, f"module {name!r} cannot be imported: {error}{looked}{_module_hint(name) if missing else ''}"
+
+
+def _is_below(name: str, roots: Iterable[str]) -> bool:
+    return any(name == root or name.startswith(root + ".") for root in roots)
+
+
+@contextlib.contextmanager
+def _also_looking_in(folders: Iterable[str]) -> Iterator[None]:
+    """Inside, imports that are found nowhere else are looked for in `folders`."""
+    added = [folder for folder in folders if folder not in sys.path]
+    sys.path.extend(added)
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        for folder in added:
+            sys.path.remove(folder)
 
 
 def _module_hint(name: str) -> str:
@@ -99,7 +127,8 @@ def _module_hint(name: str) -> str:
     return ""
 
 
-def parameters(operator: type) -> dict[str, Any]:
+@functools.cache
+def parameters(operator: type) -> Mapping[str, Any]:
     """Every kwarg that a rule may give `operator`: name -> annotation (`inspect.Parameter.empty` when it has none).
 
     An ``__init__`` with ``**kwargs`` hands on what it does not name, so the classes behind it count too.
@@ -143,18 +172,19 @@ def is_operator(cls: type) -> bool:
     return issubclass(cls, BaseInjectedModule)
 
 
-def kwargs_problems(operator: type, kwargs: dict[str, Any]) -> list[str]:
+def kwargs_problems(operator: type, kwargs: dict[str, Any]) -> dict[str, str]:
     """Say of every kwarg that `operator` does not take, or takes with another type, what is wrong."""
     known = parameters(operator)
-    problems = []
+    problems = {}
     for name, value in kwargs.items():
         if name not in known:
             expected = ", ".join(sorted(known)) or "none"
-            problems.append(
+            problems[name] = (
                 f"kwarg {name!r} unknown to {operator.__name__}{did_you_mean(name, known)}; it takes: {expected}"
             )
         elif not _fits(value, known[name]):
-            problems.append(f"kwarg {name}: {value!r} is {type_name(value)}, expected {_annotation_name(known[name])}")
+            expected = _annotation_name(known[name])
+            problems[name] = f"kwarg {name}: {value!r} is {type_name(value)}, expected {expected}"
     return problems
 
 

@@ -4,15 +4,15 @@ Told from rules, model and plan alone, after `ktransformers.rules.plan` accepted
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from ktransformers.devices import DEVICE_KWARGS
-from ktransformers.models.former_names import former_names
 from ktransformers.models.traits import TRAITS, find_layers
 from ktransformers.operators.base_operator import device_of
+from ktransformers.rules.matching import Matching
 from ktransformers.rules.plan import Replacement, Rule, RuleFile, module_pattern
 
 Plan = Mapping[str, Replacement]
@@ -48,36 +48,33 @@ class Group:
     devices: dict[str, dict[str, list[int]]] = field(default_factory=dict)
 
 
-def rule_label(rule: Rule) -> str:
-    """A rule's number and place, as "3 (x.yaml:12)"."""
-    return f"{rule.number}" if rule.where == f"rule {rule.number}" else f"{rule.number} ({rule.where})"
-
-
 def outcomes(model: nn.Module, rules: RuleFile, plan: Plan, names: Iterable[str] | None = None) -> Iterator[Outcome]:
     """Say of every module, or of those in `names`, what became of it. Yields in the model's order."""
-    former = former_names(model)
+    matching = Matching(model)
+    asked = [(rule, matching.conditions(rule), matching.own_names(rule)) for rule in rules]
     wanted = None if names is None else set(names)
     for name, module in model.named_modules():
         if name and (wanted is None or name in wanted):
             taken = plan.get(name)
             hidden = "" if taken is not None else _hidden_by(name, plan)
             winner = taken.rule if taken is not None else None
-            yield Outcome(name, taken, _reasons(name, module, rules, former.get(name, ()), winner, hidden), hidden)
+            yield Outcome(name, taken, _reasons(name, module, asked, winner, hidden), hidden)
 
 
 def _reasons(
-    name: str, module: nn.Module, rules: RuleFile, former: tuple[str, ...], winner: Rule | None, hidden: str
+    name: str, module: nn.Module, asked: Sequence[tuple], winner: Rule | None, hidden: str
 ) -> dict[int, str]:
+    """Why each rule but the winner did not take the module. `asked`: (rule, its conditions, what it matches) each."""
     found = {}
-    for rule in rules:
+    for rule, conditions, own in asked:
         if winner is not None and rule.number == winner.number:
             continue
-        failed = rule.failed_conditions(name, module, former)
+        failed = [key for key, names in conditions.items() if name not in names]
         if failed:
             found[rule.number] = "; ".join(_failure(key, rule, module) for key in failed)
         elif hidden:
             found[rule.number] = f"matches, but {hidden}"
-        elif rule.failed_conditions(name, module, former[:1]):
+        elif name not in own:
             found[rule.number] = f"means another layer's {name}, which all share; the first layer's rule has it"
         else:
             found[rule.number] = f"matches, but rule {winner.number} comes first"

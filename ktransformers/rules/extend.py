@@ -98,7 +98,8 @@ class _Rewriting:
         self.devices = AUTO if not gpus else _devices_section(self._majorities(plan))
         self.placed, problems = place(parse_devices(self.devices)[0], model, self.counts[0])
         if problems:
-            raise RuleError(f"{self.label}: cannot be in the extended form: {'; '.join(problems)}.")
+            said = "; ".join(problem for _, problem in problems)
+            raise RuleError(f"{self.label}: cannot be in the extended form: {said}.")
         won: dict[int, list[Replacement]] = {}
         for replacement in plan.values():
             if replacement.rule is not None:

@@ -1,4 +1,4 @@
-"""Rule files: YAML -> a `RuleFile` of `Rule`s. What the rules do to a model is rules.py's.
+"""Rule files: YAML -> a `RuleFile` of `Rule`s. What the rules do to a model is plan.py's.
 
 Two forms. Classic: a YAML list of rules, upstream's. Extended: a mapping with `devices`, which says once where layers
 live (layers.py), `variables`, and the same list as `rules`. Every problem of a file is found and listed at once, with
@@ -15,10 +15,11 @@ from typing import Any
 import yaml
 from torch import nn
 
-from ktransformers.errors import RuleError, did_you_mean, join_errors
+from ktransformers.errors import RuleError, did_you_mean
 from ktransformers.models.traits import TRAITS
 from ktransformers.optimize_rules import NAMES
 from ktransformers.rules import classes
+from ktransformers.rules.findings import Finding, Keys, Reporter, place, rule_error, unknown_key
 from ktransformers.rules.layers import LAYER, Devices, parse_devices
 
 FILE_KEYS = ("devices", "variables", "rules")
@@ -28,9 +29,9 @@ REPLACE_KEYS = ("class", "kwargs")
 EXTENDED_REPLACE_KEYS = (*REPLACE_KEYS, "device")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rule:
-    """One rule. `where` is ``file:line`` or ``rule N``; `operator` None stands for "default"."""
+    """One rule. `where` is ``path:line`` or ``rule N``; `operator` None stands for "default"."""
 
     number: int
     where: str
@@ -48,29 +49,32 @@ class Rule:
     """Whether it matches on one of upstream's class names, as the rule files do that upstream published."""
     matchable: bool = True
     """False when the match part could not be understood; such a rule takes part in nothing but the list of problems."""
+    replaceable: bool = True
+    """False when the operator could not be understood."""
+    lines: Mapping[Keys, int] = field(default_factory=dict)
+    """The line of each key of the rule, where it comes from a file."""
 
-    def failed_conditions(self, name: str, module: nn.Module, former: Sequence[str] = ()) -> list[str]:
-        """Return the match keys that do not hold for the module, so an empty list is a match.
+    def names_family_of(self, model: nn.Module) -> bool:
+        """Whether it is of the style that upstream published for the model's family, and so in a file for that.
 
-        `former`: names the module had (`ktransformers.models.former_names`); the rule may mean any of them.
+        It then matches on one of the family's classes, or names an operator after it: KQwen3MoeSparseMoeBlock.
         """
-        failed = []
-        if self.name is not None and not any(self.name.search(known) for known in (name, *former)):
-            failed.append("name")
-        if self.cls is not None and not isinstance(module, self.cls):
-            failed.append("class")
-        if self.trait is not None and not TRAITS[self.trait](module):
-            failed.append("trait")
-        return failed
+        family = type(model).__name__.partition("For")[0]
+        return self.published or (self.operator is not None and self.operator.__name__.startswith(f"K{family}"))
+
+    def reporter(self, findings: list[Finding], level: str = "error") -> Reporter:
+        """What adds findings about this rule to `findings`."""
+        return Reporter(self.where, self.number, findings, self.lines, level)
 
 
 @dataclass(frozen=True)
 class RuleFile(Sequence[Rule]):
-    """The rules of one file, in order. `devices` is None in the classic form."""
+    """The rules of one file, in order. `devices` is None in the classic form; `lines` are those of the file's keys."""
 
     label: str
     rules: tuple[Rule, ...]
     devices: Devices | None = None
+    lines: Mapping[Keys, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rules)
@@ -81,27 +85,35 @@ class RuleFile(Sequence[Rule]):
     def __iter__(self) -> Iterator[Rule]:
         return iter(self.rules)
 
+    def at(self, *keys: Any) -> str:
+        """``path:line`` of a key of the file, or of the nearest above it that the file has."""
+        return place(f"{self.label}:", self.lines, keys) if self.lines else self.label
+
 
 RulesLike = str | Path | Mapping[str, Any] | Sequence[Any]
 """A path, the name of packaged rules, or what YAML makes of a file: a list, or a mapping in the extended form."""
 
 
 class _Mapping(dict):
-    """A YAML mapping that remembers the line it starts on."""
+    """A YAML mapping that remembers the line it starts on, and those of its keys."""
 
-    line = 0
+    def __init__(self, line: int) -> None:
+        super().__init__()
+        self.line = line
+        self.lines: dict[Any, int] = {}
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader whose mappings carry line numbers and whose repeated keys are errors (plain YAML drops them)."""
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    """A safe loader whose mappings carry line numbers and whose repeated keys are errors (plain YAML drops them)."""
 
     def construct_marked(self, node: yaml.MappingNode) -> _Mapping:
         self._refuse_repeated_keys(node)
         self.flatten_mapping(node)  # merge keys: "<<: *anchor"
-        mapping = _Mapping()
-        mapping.line = node.start_mark.line + 1
+        mapping = _Mapping(node.start_mark.line + 1)
         for key_node, value_node in node.value:
-            mapping[self._key(key_node)] = self.construct_object(value_node, deep=True)
+            key = self._key(key_node)
+            mapping[key] = self.construct_object(value_node, deep=True)
+            mapping.lines[key] = key_node.start_mark.line + 1
         return mapping
 
     def _refuse_repeated_keys(self, node: yaml.MappingNode) -> None:
@@ -131,7 +143,13 @@ def packaged_rules() -> list[str]:
     return sorted({*NAMES, *files})
 
 
-def load_rules(rule: RulesLike) -> "RuleFile":
+def packaged_name(rule: str | Path) -> str:
+    """The name of packaged rules that `rule` is, in whatever case and with .yaml or without; "" where it is none."""
+    stem = str(rule).removesuffix(".yaml").casefold()
+    return next((name for name in packaged_rules() if name.casefold() == stem), "")
+
+
+def load_rules(rule: RulesLike) -> RuleFile:
     """Read rules from a path, from the name of a packaged file, or from what YAML makes of one.
 
     Raises:
@@ -139,11 +157,11 @@ def load_rules(rule: RulesLike) -> "RuleFile":
     """
     file, problems = read_rules(rule)
     if problems:
-        raise join_errors(RuleError, f"{file.label}: {count(problems)}, nothing was changed:", problems)
+        raise rule_error(file.label, problems)
     return file
 
 
-def read_rules(rule: RulesLike) -> tuple["RuleFile", list[str]]:
+def read_rules(rule: RulesLike) -> tuple[RuleFile, list[Finding]]:
     """The rules of a file as far as they can be understood, and what is wrong with them."""
     if isinstance(rule, RuleFile):
         return rule, []
@@ -151,17 +169,17 @@ def read_rules(rule: RulesLike) -> tuple["RuleFile", list[str]]:
         label, content = _read_file(rule)
     else:
         label, content = "rules", list(rule) if isinstance(rule, Sequence) and not isinstance(rule, bytes) else rule
-    problems: list[str] = []
+    problems: list[Finding] = []
+    devices, items = None, content
     if isinstance(content, Mapping) and any(key in FILE_KEYS for key in content):
         devices, items = _read_extended(content, label, problems)
-    else:
-        devices, items = None, content
+    lines = _lines(content) if isinstance(content, Mapping) else {}
     if isinstance(items, list) and items and all(isinstance(item, Rule) for item in items):
         rules = [replace(item, number=number) for number, item in enumerate(items, 1)]
-        return RuleFile(label, tuple(rules), devices), problems
+        return RuleFile(label, tuple(rules), devices, lines), problems
     if not isinstance(items, list) or not items:
         if problems:
-            raise join_errors(RuleError, f"{label}: {count(problems)}, nothing was changed:", problems)
+            raise rule_error(label, problems)
         found = "nothing" if items in (None, []) else classes.type_name(items)
         raise RuleError(
             f"{label}: found {found}, expected a YAML list of rules, each with match and replace, or a mapping with "
@@ -169,67 +187,105 @@ def read_rules(rule: RulesLike) -> tuple["RuleFile", list[str]]:
         )
     keys = EXTENDED_REPLACE_KEYS if isinstance(content, Mapping) else REPLACE_KEYS
     rules = [_parse_rule(item, number, label, keys, problems) for number, item in enumerate(items, 1)]
-    return RuleFile(label, tuple(rules), devices), problems
+    return RuleFile(label, tuple(rules), devices, lines), problems
 
 
-def _read_extended(content: Mapping[str, Any], label: str, problems: list[str]) -> tuple[Devices | None, Any]:
+def _lines(content: Any, above: Keys = ()) -> dict[Keys, int]:
+    """The line of each key in what a file says, but for lists."""
+    found: dict[Keys, int] = {}
+    for key, value in content.items() if isinstance(content, _Mapping) else ():
+        found[(*above, key)] = content.lines[key]
+        found |= _lines(value, (*above, key))
+    return found
+
+
+def _read_extended(content: Mapping[str, Any], label: str, problems: list[Finding]) -> tuple[Devices | None, Any]:
     """The extended form: its devices, and its rules with their variables filled in."""
+    lines = _lines(content)
+
+    def report(text: str, *keys: Any) -> None:
+        problems.append(Finding("error", place(f"{label}:", lines, keys) if lines else label, None, text))
+
     for key in content:
         if key not in FILE_KEYS:
-            hint = did_you_mean(key, FILE_KEYS)
-            problems.append(f"{label}: unknown key {key!r}{hint}; known: {', '.join(FILE_KEYS)}")
+            report(f"unknown key {key!r}{did_you_mean(key, FILE_KEYS)}; known: {', '.join(FILE_KEYS)}", key)
     variables = content.get("variables") or {}
     if not isinstance(variables, dict) or any(isinstance(value, (dict, list)) for value in variables.values()):
-        problems.append(f"{label}: variables: expected a mapping from names to texts, numbers or true/false")
+        report("variables: expected a mapping from names to texts, numbers or true/false", "variables")
         variables = {}
-    used: set[str] = set()
-    filled = {key: _fill(content.get(key), variables, used, label, problems) for key in ("devices", "rules")}
-    problems += [f"{label}: variable {name!r} is used nowhere; use or delete it" for name in variables.keys() - used]
+    fill = _Filling(variables, label, problems)
+    filled = {key: fill(content.get(key), lines.get((key,), 0)) for key in ("devices", "rules")}
+    for name in variables.keys() - fill.used:
+        report(f"variable {name!r} is used nowhere; use or delete it", "variables", name)
     if "rules" not in content:
-        problems.append(f"{label}: has no 'rules', the list of rules")
+        report("has no 'rules', the list of rules")
     if "devices" not in content:
         return None, filled["rules"]
-    where = f"{label}:{filled['devices'].line}" if isinstance(filled["devices"], _Mapping) else label
     devices, wrong = parse_devices(filled["devices"])
-    problems += [f"{where}: devices: {problem}" for problem in wrong]
+    for device, problem in wrong:
+        report(f"devices: {problem}", "devices", device)
     return devices, filled["rules"]
 
 
 _VARIABLE = re.compile(r"\$\{([^{}]*)\}")
 
 
-def _fill(value: Any, variables: Mapping[str, Any], used: set[str], label: str, problems: list[str]) -> Any:
-    """`value` with every ``${name}`` in it filled in; a text that is one name alone becomes what it stands for."""
+class _Unknown(str):
+    """What a variable stands for that nobody gave a value; whatever is made of it is not looked at."""
 
-    def known(name: str) -> Any:
-        used.add(name)
-        if name not in variables:
-            hint = did_you_mean(name, variables)
-            there = ", ".join(map(str, variables)) or "none"
-            problems.append(f"{label}: variable {name!r} unknown{hint}; known: {there}")
-        return variables.get(name, "")
 
-    if isinstance(value, str):
-        alone = _VARIABLE.fullmatch(value)
-        return known(alone[1]) if alone else _VARIABLE.sub(lambda found: str(known(found[1])), value)
-    if isinstance(value, list):
-        return [_fill(item, variables, used, label, problems) for item in value]
-    if isinstance(value, dict):
-        filled = _Mapping()
-        filled.line = getattr(value, "line", 0)
+class _Filling:
+    """Fills ``${name}`` in; a text that is one name alone becomes what it stands for. `used`: the names it met."""
+
+    def __init__(self, variables: Mapping[str, Any], label: str, problems: list[Finding]) -> None:
+        self.variables, self.label, self.problems = variables, label, problems
+        self.used: set[str] = set()
+
+    def __call__(self, value: Any, line: int = 0) -> Any:
+        """`value` with all variables filled in; `line` is where it stands, 0 where that is not known."""
+        if isinstance(value, str):
+            return self._text(value, line)
+        if isinstance(value, list):
+            return [self(item, line) for item in value]
+        if not isinstance(value, dict):
+            return value
+        filled = _Mapping(getattr(value, "line", 0))
         for key, item in value.items():
-            filled[_fill(key, variables, used, label, problems)] = _fill(item, variables, used, label, problems)
+            at = value.lines[key] if isinstance(value, _Mapping) else line
+            key = self(key, at)
+            filled[key] = self(item, at)
+            filled.lines[key] = at
         return filled
-    return value
+
+    def _text(self, value: str, line: int) -> Any:
+        alone = _VARIABLE.fullmatch(value)
+        if alone:
+            return self._known(alone[1], line)
+        found = {name: self._known(name, line) for name in _VARIABLE.findall(value)}
+        text = _VARIABLE.sub(lambda variable: str(found[variable[1]]), value)
+        return _Unknown(text) if any(isinstance(item, _Unknown) for item in found.values()) else text
+
+    def _known(self, name: str, line: int) -> Any:
+        self.used.add(name)
+        if name in self.variables:
+            return self.variables[name]
+        there = ", ".join(map(str, self.variables)) or "none"
+        text = f"variable {name!r} unknown{did_you_mean(name, self.variables)}; known: {there}"
+        self.problems.append(Finding("error", f"{self.label}:{line}" if line else self.label, None, text))
+        return _Unknown()
 
 
-def count(problems: list[str]) -> str:
-    return "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+def _has_unknown(value: Any) -> bool:
+    if isinstance(value, (dict, list)):
+        return any(map(_has_unknown, [*value, *(value.values() if isinstance(value, dict) else ())]))
+    return isinstance(value, _Unknown)
 
 
 def _read_file(rule: str | Path) -> tuple[str, Any]:
+    """(the path, or the name of the packaged file; what YAML makes of it)."""
     try:
         path = Path(rule).expanduser()
+        label = str(path)
         path.is_dir()
     except (OSError, RuntimeError) as error:  # a name too long, the home of nobody
         raise RuleError(
@@ -238,100 +294,98 @@ def _read_file(rule: str | Path) -> tuple[str, Any]:
     if path.is_dir():
         raise RuleError(f"rule file {rule}: is a folder, expected a YAML file or one of {', '.join(packaged_rules())}")
     if not path.is_file():
-        packaged = packaged_rules()
-        stem = str(rule).removesuffix(".yaml")
-        if stem not in packaged:
+        stem = packaged_name(rule)
+        if not stem:
+            packaged = packaged_rules()
+            hint = did_you_mean(str(rule).removesuffix(".yaml"), packaged)
             raise RuleError(
-                f"rule file {str(rule)!r}: no such file and no packaged rule{did_you_mean(stem, packaged)}. "
-                f"Packaged: {', '.join(packaged)}"
+                f"rule file {str(rule)!r}: no such file and no packaged rule{hint}. Packaged: {', '.join(packaged)}"
             )
         path = Path(str(resources.files("ktransformers.optimize_rules") / f"{NAMES.get(stem, stem)}.yaml"))
+        label = path.name
     try:
-        return path.name, yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        _refuse_cycles(content)
+        return label, content
     except (OSError, UnicodeDecodeError) as error:
         raise RuleError(f"rule file {path}: cannot be read: {error}") from error
     except (ValueError, TypeError, LookupError, RecursionError) as error:  # what PyYAML lets through from bad scalars
         raise RuleError(
-            f"{path.name}: not valid YAML: {str(error)[:200] or type(error).__name__}. Simplify the file."
+            f"{label}: not valid YAML: {str(error)[:200] or type(error).__name__}. Simplify the file."
         ) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f"{path.name}:{mark.line + 1}" if mark else path.name
+        where = f"{label}:{mark.line + 1}" if mark else label
         reason = getattr(error, "problem", None) or str(error)
-        raise RuleError(f"{where}: not valid YAML: {reason}. Check the indentation and the quotes there.") from error
+        text = f"not valid YAML: {reason}. Check the indentation and the quotes there."
+        wrong = RuleError(f"{where}: {text}")
+        wrong.problems = (Finding("error", where, None, text),)
+        raise wrong from error
 
 
-def _parse_rule(item: Any, number: int, label: str, replace_keys: Sequence[str], problems: list[str]) -> Rule:
+def _refuse_cycles(value: Any, above: frozenset[int] = frozenset()) -> None:
+    """Raise ValueError for a list or mapping that contains itself, which YAML's anchors can say."""
+    if id(value) in above:
+        raise ValueError("an anchor contains itself")
+    if isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            _refuse_cycles(item, above | {id(value)})
+
+
+def _parse_rule(item: Any, number: int, label: str, replace_keys: Sequence[str], problems: list[Finding]) -> Rule:
     where = f"{label}:{item.line}" if getattr(item, "line", 0) else f"rule {number}"
-    report = Reporter(where, number, problems)
-    if not isinstance(item, dict):
-        report(f"found {classes.type_name(item)}, expected a mapping with match and replace")
+    read = _RuleReader(where, number, problems, _lines(item) if getattr(item, "line", 0) else {})
+    if _has_unknown(item):
         return Rule(number, where, matchable=False)
-    report.unknown_keys("", item, RULE_KEYS)
-    before = len(problems)
-    match = report.section(item, "match", MATCH_KEYS)
+    if not isinstance(item, dict):
+        read(f"found {classes.type_name(item)}, expected a mapping with match and replace")
+        return Rule(number, where, matchable=False)
+    read.unknown_keys(item, RULE_KEYS)
+    match = read.section(item, "match", MATCH_KEYS)
     if match is not None and not any(key in match for key in MATCH_KEYS):
-        report("match: is empty; expected name (a regular expression), class, or trait")
+        read("match: is empty; expected name (a regular expression), class, or trait", "match")
     match = match or {}
-    conditions = {
-        "name": report.pattern(match),
-        "cls": report.cls("match.class", match["class"]) if "class" in match else None,
-        "trait": report.trait(match),
-    }
-    matchable = len(problems) == before
-    becomes = report.section(item, "replace", replace_keys) or {}
-    kwargs = becomes.get("kwargs") or {}
-    if not isinstance(kwargs, dict):
-        report(f"replace.kwargs: found {classes.type_name(kwargs)}, expected a mapping")
-        kwargs = {}
-    recursive, expect, device = item.get("recursive", True), item.get("expect"), becomes.get("device")
-    if not isinstance(recursive, bool):
-        report(f"recursive: found {recursive!r}, expected true or false (without quotes)")
-    if expect is not None and (not isinstance(expect, int) or isinstance(expect, bool) or expect < 0):
-        report(f"expect: found {expect!r}, expected how many modules the rule takes, such as 61")
-        expect = None
-    if device is not None and not isinstance(device, str):
-        report(f"replace.device: found {classes.type_name(device)}, expected a name such as 'cpu' or {LAYER!r}")
-        device = None
+    conditions = {"name": read.pattern(match), "cls": read.match_class(match), "trait": read.trait(match)}
+    section = read.section(item, "replace", replace_keys)
+    becomes = section or {}
+    kwargs = read.kwargs(becomes)
     return Rule(
         number=number,
         where=where,
         **conditions,
         published=str(match.get("class")).startswith("ktransformers.models."),
-        matchable=matchable,
-        operator=report.operator(becomes.get("class", "default"), kwargs),
+        operator=read.operator(becomes.get("class", "default"), kwargs),
         kwargs=kwargs,
-        device=device,
-        recursive=recursive is not False,
-        expect=expect,
+        device=read.device(becomes),
+        recursive=read.recursive(item),
+        expect=read.expect(item),
+        matchable=not read.has("match"),
+        replaceable=section is not None and not read.has("replace", "class"),
+        lines=read.lines,
     )
 
 
-@dataclass
-class Reporter:
-    """Collects the problems of one rule, so that parsing goes on to the next one."""
+class _RuleReader(Reporter):
+    """Reads the parts of one rule. What is wrong with a part is reported, and a harmless value returned for it."""
 
-    where: str
-    number: int
-    problems: list[str]
+    @property
+    def folder(self) -> Path | None:
+        """The rule file's."""
+        return Path(self.where).parent if self.lines else None
 
-    def __call__(self, text: str) -> None:
-        prefix = self.where if self.where.startswith("rule ") else f"{self.where} (rule {self.number})"
-        self.problems.append(f"{prefix}: {text}")
-
-    def unknown_keys(self, section: str, mapping: dict, known: Sequence[str]) -> None:
+    def unknown_keys(self, mapping: dict, known: Sequence[str], *keys: Any) -> None:
         for key in mapping:
             if key not in known:
-                self(f"{section}unknown key {key!r}{did_you_mean(key, known)}; known: {', '.join(known)}")
+                self(f"{''.join(f'{above}: ' for above in keys)}{unknown_key(key, known)}", *keys, key)
 
     def section(self, item: dict, key: str, known: Sequence[str]) -> dict | None:
         if key not in item:
-            self(f"has no {key!r}; every rule needs match and replace")
+            self(f"has no {key!r}; every rule needs match and replace", key)
             return None
         if not isinstance(item[key], dict):
-            self(f"{key}: found {classes.type_name(item[key])}, expected a mapping with {', '.join(known)}")
+            self(f"{key}: found {classes.type_name(item[key])}, expected a mapping with {', '.join(known)}", key)
             return None
-        self.unknown_keys(f"{key}: ", item[key], known)
+        self.unknown_keys(item[key], known, key)
         return item[key]
 
     def pattern(self, match: dict) -> re.Pattern | None:
@@ -339,28 +393,63 @@ class Reporter:
             return None
         name = match["name"]
         if not isinstance(name, (str, re.Pattern)) or isinstance(getattr(name, "pattern", ""), bytes):
-            self(f"match.name: found {classes.type_name(name)}, expected a regular expression in quotes")
+            kind = classes.type_name(name)
+            self(f"match.name: found {kind}, expected a regular expression in quotes", "match", "name")
             return None
         try:
             return re.compile(name)
         except (re.error, OverflowError, RecursionError) as error:
-            self(f"match.name: {str(name)[:200]!r} is no regular expression: {error}")
+            self(f"match.name: {str(name)[:200]!r} is no regular expression: {error}", "match", "name")
         return None
 
-    def cls(self, key: str, dotted: Any) -> type | None:
+    def match_class(self, match: dict) -> type | None:
+        return self._class(match["class"], "match", "class") if "class" in match else None
+
+    def _class(self, dotted: Any, *keys: str) -> type | None:
+        subject = ".".join(keys)
         if not isinstance(dotted, str):
-            self(f"{key}: found {classes.type_name(dotted)}, expected a dotted path such as torch.nn.Linear")
+            kind = classes.type_name(dotted)
+            self(f"{subject}: found {kind}, expected a dotted path such as torch.nn.Linear", *keys)
             return None
-        found, problem = classes.find_class(dotted)
+        found, problem = classes.find_class(dotted, self.folder)
         if problem:
-            self(f"{key}: {problem}")
+            self(f"{subject}: {problem}", *keys)
         return found
 
     def trait(self, match: dict) -> str | None:
         trait = match.get("trait")
         if "trait" not in match or isinstance(trait, str) and trait in TRAITS:
             return trait
-        self(f"match.trait: {trait!r} unknown{did_you_mean(str(trait), TRAITS)}; known: {', '.join(TRAITS)}")
+        hint = did_you_mean(str(trait), TRAITS)
+        self(f"match.trait: {trait!r} unknown{hint}; known: {', '.join(TRAITS)}", "match", "trait")
+        return None
+
+    def kwargs(self, becomes: dict) -> dict[str, Any]:
+        kwargs = becomes.get("kwargs") or {}
+        if isinstance(kwargs, dict):
+            return kwargs
+        self(f"replace.kwargs: found {classes.type_name(kwargs)}, expected a mapping", "replace", "kwargs")
+        return {}
+
+    def device(self, becomes: dict) -> str | None:
+        device = becomes.get("device")
+        if device is None or isinstance(device, str):
+            return device
+        kind = classes.type_name(device)
+        self(f"replace.device: found {kind}, expected a name such as 'cpu' or {LAYER!r}", "replace", "device")
+        return None
+
+    def recursive(self, item: dict) -> bool:
+        recursive = item.get("recursive", True)
+        if not isinstance(recursive, bool):
+            self(f"recursive: found {recursive!r}, expected true or false (without quotes)", "recursive")
+        return recursive is not False
+
+    def expect(self, item: dict) -> int | None:
+        expect = item.get("expect")
+        if expect is None or isinstance(expect, int) and not isinstance(expect, bool) and expect >= 0:
+            return expect
+        self(f"expect: found {expect!r}, expected how many modules the rule takes, such as 61", "expect")
         return None
 
     def operator(self, dotted: Any, kwargs: dict) -> type | None:
@@ -368,21 +457,21 @@ class Reporter:
             known = dict.fromkeys(("generate_device", "prefill_device"))
             for key in kwargs:
                 if key not in known:
-                    self(
-                        f"kwarg {key!r} has no meaning for class 'default'{did_you_mean(key, known)}; "
-                        f"it takes: {', '.join(known)}"
-                    )
+                    hint = did_you_mean(key, known)
+                    text = f"kwarg {key!r} has no meaning for class 'default'{hint}; it takes: {', '.join(known)}"
+                    self(text, "replace", "kwargs", key)
             return None
-        operator = self.cls("replace.class", dotted)
+        operator = self._class(dotted, "replace", "class")
         if operator is None:
             return None
         if not classes.is_operator(operator):
             self(
                 f"replace.class: {dotted} is no operator; expected a subclass of "
                 "ktransformers.operators.base_operator.BaseInjectedModule, or 'default'. Names such as KLinearTorch or "
-                "KExpertsCPU go into generate_op of KTransformersLinear and KTransformersExperts"
-            )
+                "KExpertsCPU go into generate_op of KTransformersLinear and KTransformersExperts",
+                "replace", "class",
+            )  # fmt: skip
             return None
-        for problem in classes.kwargs_problems(operator, kwargs):
-            self(problem)
+        for key, problem in classes.kwargs_problems(operator, kwargs).items():
+            self(problem, "replace", "kwargs", key)
         return operator

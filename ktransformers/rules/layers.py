@@ -33,25 +33,33 @@ class Devices:
         return [device for device, _, _ in self.layers or ()]
 
 
-def parse_devices(value: Any) -> tuple[Devices, list[str]]:
-    """Read `devices:`: ``auto``, or a mapping from devices to layers. Returns it and what is wrong with it."""
+Problems = list[tuple[Any, str]]
+"""(The device of `devices:` that is at fault, None for the whole; what is wrong.)"""
+
+
+def parse_devices(value: Any) -> tuple[Devices, Problems]:
+    """Read `devices:`: ``auto``, or a mapping from devices to layers. Returns it and what is wrong with it.
+
+    Where something is wrong it returns "auto", so that nothing follows from the mistake.
+    """
     if value == AUTO:
         return Devices(), []
     if not isinstance(value, Mapping) or not value:
         example = "{'cuda:0': '0-29', 'cuda:1': rest}"
-        return Devices(), [f"found {repr(value)[:80]}, expected {AUTO!r} or a mapping such as {example}"]
-    parsed, problems = [], []
+        return Devices(), [(None, f"found {repr(value)[:80]}, expected {AUTO!r} or a mapping such as {example}")]
+    parsed: list[tuple] = []
+    problems: Problems = []
     for device, text in value.items():
         if not isinstance(device, str):
-            problems.append(f"{device!r} is no device name; expected one like 'cpu' or 'cuda:0'")
+            problems.append((device, f"{device!r} is no device name; expected one like 'cpu' or 'cuda:0'"))
             continue
         spans, wrong = _spans(text)
         if wrong:
-            problems.append(f"{device}: {wrong!r} names no layers; {FORMS}")
+            problems.append((device, f"{device}: {wrong!r} names no layers; {FORMS}"))
         parsed.append((device, tuple(spans), text == REST))
-    if sum(rest for _, _, rest in parsed) > 1:
-        problems.append(f"{REST!r} is given to several devices; give it to one")
-    return Devices(tuple(parsed)), problems
+    if len(several := [device for device, _, rest in parsed if rest]) > 1:
+        problems.append((several[1], f"{REST!r} is given to several devices; give it to one"))
+    return Devices() if problems else Devices(tuple(parsed)), problems
 
 
 def _spans(value: Any) -> tuple[list[tuple[int, int | None]], str]:
@@ -92,36 +100,54 @@ class Placed:
         return {i: self.devices[i] for i in changes}
 
 
-def place(devices: Devices, model: nn.Module, gpus: int) -> tuple[Placed | None, list[str]]:
+def place(devices: Devices, model: nn.Module, gpus: int) -> tuple[Placed | None, Problems]:
     """What `devices` means for `model` on a machine with `gpus` GPUs, and what is wrong with it."""
     found = find_layers(model)
     if found is None:
-        return None, [f"{type(model).__name__} has no list of layers to place; use the classic form, a list of rules"]
+        what = f"{type(model).__name__} has no list of layers to place; use the classic form, a list of rules"
+        return None, [(None, what)]
     stack, layers = found
-    count = len(layers)
     last = frozenset(_behind(model, stack))
     if devices.layers is None:
-        spread = tuple(f"cuda:{i * gpus // count}" if gpus else "cpu" for i in range(count))
-        return Placed(stack, spread, last), []
+        return Placed(stack, _spread(len(layers), gpus), last), []
+    owners, problems = _owners(devices, len(layers))
+    rest = next((device for device, _, is_rest in devices.layers if is_rest), None)
+    problems += _rest_problems(owners, rest)
+    return Placed(stack, tuple(owner or rest or "cpu" for owner in owners), last), list(dict.fromkeys(problems))
+
+
+def _spread(count: int, gpus: int) -> tuple[str, ...]:
+    """The devices of `count` layers for "auto"."""
+    return tuple(f"cuda:{i * gpus // count}" if gpus else "cpu" for i in range(count))
+
+
+def _owners(devices: Devices, count: int) -> tuple[list[str | None], Problems]:
+    """The device that names each of `count` layers, None where none does."""
     owners: list[str | None] = [None] * count
-    problems = []
-    for device, spans, _ in devices.layers:
+    problems: Problems = []
+    for device, spans, _ in devices.layers or ():
         for first, end in spans:
-            if (end if end is not None else first) >= count:
-                beyond = end if end is not None else first
-                problems.append(f"{device}: layer {beyond} does not exist; the model has layers 0 to {count - 1}")
+            last = first if end is None else end
+            if last >= count:
+                what = f"{device}: layer {last} does not exist; the model has layers 0 to {count - 1}"
+                problems.append((device, what))
             for i in range(first, min(count, count if end is None else end + 1)):
                 if owners[i] is not None:
-                    problems.append(f"layer {i} is given to {owners[i]} and to {device}; give it to one")
+                    what = f"layer {i} is given to {owners[i]} and to {device}; give it to one"
+                    problems.append((device, what))
                 owners[i] = owners[i] or device
-    rest = next((device for device, _, is_rest in devices.layers if is_rest), None)
+    return owners, problems
+
+
+def _rest_problems(owners: Sequence[str | None], rest: str | None) -> Problems:
+    """Layers without a device, or a device for the rest where there is none."""
     missing = [i for i, owner in enumerate(owners) if owner is None]
     if missing and rest is None:
         names = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
-        problems.append(f"no device has layers {names}; name them, or write a device with {REST!r}")
+        return [(None, f"no device has layers {names}; name them, or write a device with {REST!r}")]
     if rest is not None and not missing:
-        problems.append(f"{rest}: {REST!r} is empty, all layers are named; leave it out")
-    return Placed(stack, tuple(owner or rest or "cpu" for owner in owners), last), list(dict.fromkeys(problems))
+        return [(rest, f"{rest}: {REST!r} is empty, all layers are named; leave it out")]
+    return []
 
 
 BEFORE = ("per_layer_",)
@@ -129,7 +155,9 @@ BEFORE = ("per_layer_",)
 
 
 def _behind(model: nn.Module, stack: str) -> list[str]:
-    """Names, as short as possible, of what the walk meets behind the layers, but for what all layers share."""
+    """Names, as short as possible, of what works after the layers: the rest of the decoder, but for what all layers
+    share, and what stands next to the head. What sees or hears works before them, wherever the walk meets it."""
+    decoder = f"{stack.rpartition('.')[0]}.".lstrip(".")
     names: list[str] = []
     behind = False
     for name, module in model.named_modules():
@@ -137,6 +165,15 @@ def _behind(model: nn.Module, stack: str) -> list[str]:
             behind = True
         elif behind and not name.startswith(f"{stack}.") and not any(name.startswith(f"{top}.") for top in names):
             before = name.rpartition(".")[2].startswith(BEFORE)
-            if not before and not TRAITS["rotary"](module) and not TRAITS["embedding"](module):
+            shared = before or TRAITS["rotary"](module) or TRAITS["embedding"](module)
+            if not shared and (name.startswith(decoder) or _is_next_to_the_head(model, name, stack)):
                 names.append(name)
     return names
+
+
+def _is_next_to_the_head(model: nn.Module, name: str, stack: str) -> bool:
+    """Whether `name`, outside of the decoder, is the head or a single module like it: a cap on the logits."""
+    parent = name.rpartition(".")[0]
+    around = parent == "" or stack.startswith(f"{parent}.")
+    heads = any(child.endswith("head") for child, _ in model.get_submodule(parent).named_children())
+    return around and heads and next(model.get_submodule(name).children(), None) is None

@@ -3,24 +3,26 @@
 The language is upstream's: depth-first over the model, the first rule that matches a module wins, `match.name` is
 `re.search` on the dotted path, `match.class` is isinstance, both together mean and, `recursive: False` stops the walk
 below a match, the class "default" only places. On top of it every problem is found and listed at once, with file and
-line (rule_files.py), before anything is touched.
+line (files.py), before anything is touched.
 """
 
 import functools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ktransformers import devices as device_names
-from ktransformers.errors import RuleError, did_you_mean, join_errors
-from ktransformers.models.former_names import former_names
+from ktransformers.errors import did_you_mean
 from ktransformers.models.traits import TRAITS
 from ktransformers.rules import classes
-from ktransformers.rules.files import Reporter, Rule, RuleFile, RulesLike, count, load_rules, packaged_rules, read_rules
+from ktransformers.rules.files import Rule, RuleFile, RulesLike, load_rules, packaged_rules, read_rules
+from ktransformers.rules.findings import Finding, Keys, RuleWarning, rule_error
 from ktransformers.rules.layers import LAYER, Placed, place
+from ktransformers.rules.matching import Matching
 
 __all__ = ["Replacement", "Rule", "RuleFile", "RulesLike", "load_rules", "module_pattern", "packaged_rules", "plan"]
 
@@ -34,6 +36,15 @@ class Replacement:
     operator: type | None
     kwargs: Mapping[str, Any]
     device: str
+
+
+def rule_label(placed: Rule | Replacement | None) -> str:
+    """A rule, or the one that placed a module, as "3 (x.yaml:12)"; "" where none did."""
+    rule = placed.rule if isinstance(placed, Replacement) else placed
+    if rule is None:
+        return ""
+    in_list = rule.where == f"rule {rule.number}"
+    return f"{rule.number}" if in_list else f"{rule.number} ({Path(rule.where).name})"
 
 
 def plan(
@@ -69,50 +80,63 @@ def plan(
 
 
 def _plan(model: nn.Module, rules: RulesLike, default_device: str | None, devices: Any, weights: Any) -> dict:
-    file, problems = read_rules(rules)
-    placed = None
-    if file.devices is not None:
-        placed, wrong = place(file.devices, model, device_names.gpu_count(devices))
-        wrong += device_names.problems_of({d: device_names.map_device(d, devices) for d in file.devices.named()})
-        problems += [f"{file.label}: devices: {problem}" for problem in wrong]
+    file, found = read_rules(rules)
+    placed = _place(file, model, devices, found)
     if default_device is None:
         default_device = LAYER if placed else device_names.default_device()
     if default_device != LAYER:
         default_device = str(device_names.map_device(default_device, devices))
-        problems += device_names.problems_of({"default_device": default_device})
-    walk = _Walk([rule for rule in file if rule.matchable], default_device, devices, former_names(model), placed)
+        wrong = device_names.problems_of({"default_device": default_device})
+        found += [Finding("error", "", None, f"{what}: {problem}") for what, problem in wrong.items()]
+    walk = _Walk(file, model, default_device, devices, placed)
     walk.visit("", model)
     walk.join_devices(model)
-    problems += walk.problems(model)
-    problems += operator_problems(model, walk.plan, weights)
-    if problems:
-        headline = f"{file.label} for {type(model).__name__}: {count(problems)}, nothing was changed:"
-        raise join_errors(RuleError, headline, problems)
-    for text in walk.idle(model):
-        warnings.warn(text, stacklevel=3)
+    walk.report(found)
+    walk.report_operators(found, weights)
+    if found:
+        raise rule_error(f"{file.label} for {type(model).__name__}", found)
+    for finding in walk.idle():
+        warnings.warn(RuleWarning(finding), stacklevel=3)
     return walk.plan
 
 
+def _place(file: RuleFile, model: nn.Module, devices: Any, found: list[Finding]) -> Placed | None:
+    """Where the file's `devices` say that layers live; None without any. Adds to `found` what is wrong with them."""
+    if file.devices is None:
+        return None
+    placed, wrong = place(file.devices, model, device_names.gpu_count(devices))
+    named = {device: device_names.map_device(device, devices) for device in file.devices.named()}
+    wrong += [(device, f"{device}: {problem}") for device, problem in device_names.problems_of(named).items()]
+    for device, problem in wrong:
+        found.append(Finding("error", file.at("devices", device), None, f"devices: {problem}"))
+    return placed
+
+
 class _Walk:
-    """The depth-first walk: `plan` in the order of visiting, and which conditions of which rule held where."""
+    """The depth-first walk: `plan` in the order of visiting, and which rules won and lost where."""
 
     def __init__(
         self,
-        rules: list[Rule],
+        file: RuleFile,
+        model: nn.Module,
         default_device: str,
         devices: Mapping[str, str] | None,
-        former: Mapping[str, Sequence[str]],
         placed: Placed | None,
     ):
-        self.rules, self.default_device, self.devices, self.former = rules, default_device, devices, former
-        self.placed = placed
+        self.file, self.model, self.default_device, self.devices, self.placed = (
+            file, model, default_device, devices, placed,
+        )  # fmt: skip
+        self.rules = [rule for rule in file if rule.matchable]
+        self.matching = Matching(model)
+        self.own = _by_module(self.rules, self.matching.own_names)
+        self.later = _by_module(self.rules, self.matching.later_names) if self.matching.former else {}
         self.plan: dict[str, Replacement] = {}
-        self.wins = {rule.number: 0 for rule in rules}
-        self.losses: dict[int, list[int]] = {rule.number: [] for rule in rules}
+        self.wins = {rule.number: 0 for rule in self.rules}
+        self.losses: dict[int, list[int]] = {rule.number: [] for rule in self.rules}
         self.of_other_layers: dict[int, str] = {}
 
     def visit(self, name: str, module: nn.Module) -> None:
-        matching = self._matching(name, module)
+        matching = self._matching(name)
         first = matching[0] if matching else None
         if name:
             self.plan[name] = self._replacement(name, first)
@@ -127,12 +151,12 @@ class _Walk:
         for child_name, child in module.named_children():
             self.visit(f"{name}.{child_name}" if name else child_name, child)
 
-    def _matching(self, name: str, module: nn.Module) -> list[Rule]:
+    def _matching(self, name: str) -> list[Rule]:
         """The rules that match, best first. Of a module that many layers had a copy of, the first layer's decide."""
-        former = self.former.get(name, ())
-        matching = [rule for rule in self.rules if not rule.failed_conditions(name, module, former[:1])]
-        others = [rule for rule in self.rules if not rule.failed_conditions(name, module, former[1:])] if former else []
-        self.of_other_layers.update((rule.number, name) for rule in others if matching and rule not in matching)
+        matching, others = self.own.get(name, []), self.later.get(name, [])
+        if matching:
+            own = {rule.number for rule in matching}
+            self.of_other_layers.update((rule.number, name) for rule in others if rule.number not in own)
         return matching or others
 
     def _replacement(self, name: str, rule: Rule | None) -> Replacement:
@@ -177,104 +201,163 @@ class _Walk:
                     kwargs = dict.fromkeys(("generate_device", "prefill_device"), placed.device)
                     self.plan[name] = Replacement(name, placed.rule, DecoderModel, kwargs, placed.device)
 
-    def problems(self, model: nn.Module) -> list[str]:
-        found = []
+    # --- what is wrong, and what is idle ---
+
+    def report(self, found: list[Finding]) -> None:
+        """Add what is wrong with each rule alone: its devices, and how many modules it takes."""
         for rule in self.rules:
-            report = Reporter(rule.where, rule.number, found)
-            for problem in device_names.kwargs_problems(self._named_devices(rule)):
-                report(problem)
+            report = rule.reporter(found)
+            for key, problem in device_names.kwargs_problems(self._named_devices(rule)).items():
+                keys = ("replace", *([] if key == "device" and rule.device else ["kwargs"]), key.partition("[")[0])
+                if not report.has(*keys):  # else of the wrong type, or unknown
+                    report(f"{key}: {problem}", *keys)
             if rule.expect is not None and rule.expect != self.wins[rule.number]:
-                lost = self.losses[rule.number]
-                by = f"; earlier rules ({', '.join(map(str, sorted(set(lost))))}) took {len(lost)}" if lost else ""
-                report(
-                    f"expect: takes {self.wins[rule.number]} modules, expected {rule.expect}{by}. Correct the match, "
-                    "or the number"
-                )
-            elif rule in self.unmatched and not self._is_forgiven(rule, model):
-                report(_why_no_match(rule, model, self))
-        return found
+                if rule.number < self.uncertain:
+                    report(self._unexpected(rule), "expect")
+            elif rule.number in self.unmatched and not self._is_forgiven(rule):
+                text, *keys = self._why_no_match(rule)
+                report(text, *keys)
+
+    def report_operators(self, found: list[Finding], weights: Any = None) -> None:
+        """Add what operators say of their modules; of a rule with a mistake in `replace` nothing can be said yet."""
+        for rule, keys, text, modules in operator_complaints(self.model, self.plan, weights):
+            report = rule.reporter(found)
+            certain = rule.number < self.uncertain or len(modules) == self.wins[rule.number]
+            if certain and not report.has("replace"):
+                report(text, *keys)
+
+    @functools.cached_property
+    def uncertain(self) -> float:
+        """The first rule that could not be understood, so that later rules take what it may have been meant for."""
+        return next((rule.number for rule in self.file if not (rule.matchable and rule.replaceable)), float("inf"))
+
+    def _unexpected(self, rule: Rule) -> str:
+        lost = self.losses[rule.number]
+        by = f"; earlier rules ({_numbers(lost)}) took {len(lost)}" if lost else ""
+        return (
+            f"expect: takes {self.wins[rule.number]} modules, expected {rule.expect}{by}. Correct the match, or the "
+            "number"
+        )
 
     def _named_devices(self, rule: Rule) -> dict[str, Any]:
         """The rule's kwargs as far as they can be wrong about devices: ``layer`` is right where layers have devices."""
         named = {**rule.kwargs, **({"device": rule.device} if rule.device else {})}
-        if self.placed is not None:
+        if self.file.devices is not None:
             named = {key: value for key, value in named.items() if value != LAYER}
         return device_names.map_kwargs(named, self.devices)
 
     @functools.cached_property
-    def unmatched(self) -> list[Rule]:
+    def unmatched(self) -> dict[int, Rule]:
         """Rules that hold for no module, whoever takes it. Ask after the walk."""
         matched = [self.wins, self.losses, self.of_other_layers]
-        return [rule for rule in self.rules if not any(table.get(rule.number) for table in matched)]
+        return {rule.number: rule for rule in self.rules if not any(table.get(rule.number) for table in matched)}
 
-    def _is_forgiven(self, rule: Rule, model: nn.Module) -> bool:
-        """Whether a rule without a match is only told of.
+    def _is_forgiven(self, rule: Rule) -> bool:
+        """Whether a rule without a match is only a warning.
 
         So in a file of upstream's published style that is for this family: such files have rules that never matched
         (a class of another family; a layer's name with a class that no layer is), and upstream said nothing.
         """
-        its_file_fits = any(other.published and other not in self.unmatched for other in self.rules)
-        names = [name for name, _ in model.named_modules() if name]
-        return its_file_fits and rule.cls is not None and (rule.name is None or any(map(rule.name.search, names)))
+        if not self._is_for_this_family or rule.cls is None:
+            return False
+        return rule.name is None or bool(self.matching.conditions(rule)["name"] - {""})
 
-    def idle(self, model: nn.Module) -> list[str]:
-        """What to say of rules that decide nothing, and yet are no mistake."""
-        unmatched = [f"{r.where}: rule {r.number} {_why_no_match(r, model, self)}" for r in self.unmatched]
-        shared = [
-            f"{rule.where}: rule {rule.number} places nothing: all layers share {self.of_other_layers[rule.number]} "
-            "now, and the rule for the first layer's has it. The file works as it is."
-            for rule in self.rules
-            if rule.number in self.of_other_layers and not self.wins[rule.number] and not self.losses[rule.number]
-        ]
-        return unmatched + shared + [
-            f"{rule.where}: rule {rule.number} never wins: all {len(self.losses[rule.number])} modules it matches are "
-            f"taken by earlier rules ({', '.join(str(n) for n in sorted(set(self.losses[rule.number])))}). "
-            "Move it up, or delete it."
-            for rule in self.rules
-            if not self.wins[rule.number] and self.losses[rule.number]
-        ]
+    @functools.cached_property
+    def _is_for_this_family(self) -> bool:
+        return any(r.names_family_of(self.model) and r.number not in self.unmatched for r in self.rules)
 
+    def idle(self) -> list[Finding]:
+        """Warnings about rules that decide nothing, and yet are no mistake."""
+        found: list[Finding] = []
+        for rule in self.rules:
+            report, number = rule.reporter(found, "warning"), rule.number
+            if number in self.unmatched:
+                text, *keys = self._why_no_match(rule)
+                report(text, *keys)
+            elif not self.wins[number] and self.losses[number]:
+                report(
+                    f"never wins: all {len(self.losses[number])} modules it matches are taken by earlier rules "
+                    f"({_numbers(self.losses[number])}). Move it up, or delete it."
+                )
+            elif not self.wins[number]:
+                report(
+                    f"places nothing: all layers share {self.of_other_layers[number]} now, and the rule for the first "
+                    "layer's has it. The file works as it is."
+                )
+        return found
 
-def _why_no_match(rule: Rule, model: nn.Module, walk: _Walk) -> str:
-    """Explain a rule without matches by how far each of its conditions gets alone."""
-    conditions = {
-        "name": rule.name and f"name {rule.name.pattern!r}",
-        "class": rule.cls and f"class {rule.cls.__module__}.{rule.cls.__qualname__}",
-        "trait": rule.trait and f"trait {rule.trait!r}",
-    }
-    counts = {key: 0 for key, text in conditions.items() if text}
-    hidden = 0
-    for name, module in model.named_modules():
-        if name == "":
-            continue
-        failed = rule.failed_conditions(name, module, walk.former.get(name, ()))
-        hidden += not failed and name not in walk.plan
-        for key in counts:
-            counts[key] += key not in failed
-    if not rule.recursive and not rule.failed_conditions("", model):
-        return (
-            "matches the model itself first (its name is empty), and recursive: False stops there; write '.+' for '.*'"
+    def _why_no_match(self, rule: Rule) -> tuple[str, ...]:
+        """Explain a rule without matches by how far each condition gets alone; and the keys that are at fault."""
+        names = self.matching.names(rule)
+        if not rule.recursive and "" in names:
+            return (
+                "matches the model itself first (its name is empty), and recursive: False stops there; write '.+' for "
+                "'.*'",
+                "match",
+            )
+        if hidden := len(names - self.plan.keys() - {""}):
+            return (
+                f"matches {hidden} modules, but all lie below a module that an earlier rule took with recursive: False "
+                "or replaced whole. Move this rule up, or delete it",
+                "match",
+            )
+        counts = {key: len(names - {""}) for key, names in self.matching.conditions(rule).items()}
+        parts = ", ".join(f"{_condition(key, rule)} matches {count}" for key, count in counts.items())
+        closest = self._closest_class(rule.cls) if counts.get("class") == 0 else ""
+        text = (
+            f"matches no module of {type(self.model).__name__} ({parts}). Correct or delete it; `print(model)` shows "
+            f"the modules{closest}"
         )
-    if hidden:
-        return (
-            f"matches {hidden} modules, but all lie below a module that an earlier rule took with recursive: False "
-            "or replaced whole. Move this rule up, or delete it"
-        )
-    parts = ", ".join(f"{conditions[key]} matches {count}" for key, count in counts.items())
-    return (
-        f"matches no module of {type(model).__name__} ({parts}). Correct or delete it; `print(model)` shows the modules"
-        f"{_closest_class(rule, model)}"
-    )
+        return text, "match", *[key for key, count in counts.items() if count == 0][:1]
+
+    def _closest_class(self, cls: type) -> str:
+        """For a class that no module of the model is: the one with the closest name that some module is."""
+        if cls not in self._closest:
+            self._closest[cls] = did_you_mean(cls.__name__, self._class_names, self._class_names)
+        return self._closest[cls]
+
+    @functools.cached_property
+    def _closest(self) -> dict[type, str]:
+        return {}
+
+    @functools.cached_property
+    def _class_names(self) -> dict[str, str]:
+        """Class name -> dotted path, of the model's modules."""
+        there = dict.fromkeys(map(type, self.matching.modules.values()))
+        return {cls.__name__: f"{cls.__module__}.{cls.__qualname__}" for cls in there}
 
 
-def _closest_class(rule: Rule, model: nn.Module) -> str:
-    if rule.cls is None:
-        return ""
-    return did_you_mean(rule.cls.__name__, sorted({type(module).__name__ for module in model.modules()}))
+def _by_module(rules: Sequence[Rule], names: Callable[[Rule], Iterable[str]]) -> dict[str, list[Rule]]:
+    """Module name -> the rules that match, in their order."""
+    found: dict[str, list[Rule]] = {}
+    for rule in rules:
+        for name in names(rule):
+            found.setdefault(name, []).append(rule)
+    return found
 
 
-def operator_problems(model: nn.Module, replacements: Mapping[str, Replacement], weights: Any) -> list[str]:
-    """Ask every operator about its module; the same complaint about many layers becomes one line."""
+def _numbers(rules: Sequence[int]) -> str:
+    return ", ".join(map(str, sorted(set(rules))))
+
+
+def _condition(key: str, rule: Rule) -> str:
+    if key == "name":
+        return f"name {rule.name.pattern!r}"
+    return f"class {rule.cls.__module__}.{rule.cls.__qualname__}" if key == "class" else f"trait {rule.trait!r}"
+
+
+def operator_problems(model: nn.Module, replacements: Mapping[str, Replacement], weights: Any) -> list[Finding]:
+    """Ask every operator about its module; the same complaint about many layers becomes one finding."""
+    found: list[Finding] = []
+    for rule, keys, text, _ in operator_complaints(model, replacements, weights):
+        rule.reporter(found)(text, *keys)
+    return found
+
+
+def operator_complaints(
+    model: nn.Module, replacements: Mapping[str, Replacement], weights: Any
+) -> Iterator[tuple[Rule, Keys, str, list[str]]]:
+    """(rule, key of it that is at fault, what the operator says, modules) for each complaint of an operator."""
     seen: dict[tuple[int, str], list[str]] = {}
     for key, replacement in replacements.items():
         check = getattr(replacement.operator, "check", None)
@@ -283,14 +366,13 @@ def operator_problems(model: nn.Module, replacements: Mapping[str, Replacement],
         for text in check(key, model.get_submodule(key), dict(replacement.kwargs), weights):
             pattern = text.replace(key, module_pattern(key))
             seen.setdefault((replacement.rule.number, pattern), []).append(key)
-    problems: list[str] = []
-    for (number, text), keys in seen.items():
-        rule = replacements[keys[0]].rule
-        many = f" ({len(keys)} modules)" if len(keys) > 1 else ""
-        Reporter(rule.where, number, problems)(
-            f"{module_pattern(keys[0]) if len(keys) > 1 else keys[0]}: {text}{many}"
-        )
-    return problems
+    for (_, text), modules in seen.items():
+        rule = replacements[modules[0]].rule
+        kwarg = text.partition(":")[0]
+        keys = ("replace", "kwargs", kwarg) if kwarg in rule.kwargs else ("replace", "class")
+        many = f" ({len(modules)} modules)" if len(modules) > 1 else ""
+        subject = module_pattern(modules[0]) if len(modules) > 1 else modules[0]
+        yield rule, keys, f"{subject}: {text}{many}", modules
 
 
 def module_pattern(name: str) -> str:

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from ktransformers.rules.plan import Replacement, module_pattern
+from ktransformers.rules.plan import Replacement, module_pattern, rule_label
 
 
 def plan_rows(model: nn.Module, plan: Mapping[str, Replacement], weights: Any = None) -> list[dict[str, Any]]:
@@ -25,7 +25,7 @@ def plan_rows(model: nn.Module, plan: Mapping[str, Replacement], weights: Any = 
         row = (
             module_pattern(name),
             _operator_name(replacement),
-            f"{replacement.rule.number} ({replacement.rule.where})" if replacement.rule else "-",
+            rule_label(replacement) or "-",
             _device(replacement),
             _quant_types(weights, name, owned),
         )

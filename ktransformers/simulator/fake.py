@@ -29,7 +29,7 @@ class _WithoutGuards(TorchFunctionMode):
             args = (args[0], *map(_numbered, args[1:]))
         if "device" in kwargs:
             kwargs["device"] = _numbered(kwargs["device"])
-        return _BEHIND.get(function, function)(*args, **kwargs)
+        return _REPLACED.get(function, function)(*args, **kwargs)
 
 
 def _numbered(value: Any) -> Any:
@@ -132,7 +132,7 @@ def _attention(
     return (scores if attn_mask is None else scores + attn_mask).softmax(-1).to(value.dtype) @ value
 
 
-_BEHIND = {
+_REPLACED = {
     functional.scaled_dot_product_attention: _attention,
     torch.Tensor.__getitem__: _index,
     torch.Tensor.__setitem__: _set_index,
@@ -180,7 +180,7 @@ _ANSWERS = {
 
 
 class FakeDevices(FakeTensorMode):
-    """torch's `FakeTensorMode`, without asking a GPU that may be there: ``cuda:7`` works beside one real GPU too.
+    """torch's `FakeTensorMode`, without asking a GPU that may be there: ``cuda:7`` works with one real GPU too.
 
     It answers what only numbers could: a scalar is 0, and every element is nonzero. And convolutions, for which torch
     asks the device's libraries.

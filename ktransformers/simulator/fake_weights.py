@@ -7,7 +7,7 @@ Letters: T tokens, H hidden, I intermediate, E experts, K experts per token.
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +22,8 @@ from ktransformers.loaders import ExpertWeights
 from ktransformers.models.traits import TRAITS, identity_experts, is_transposed
 from ktransformers.operators import experts as experts_module
 from ktransformers.operators import hot_experts
-from ktransformers.quants.blocks import QUANT_TYPES, QuantType
+from ktransformers.quants.blocks import QUANT_TYPES
+from ktransformers.quants.scaled import SCALED_TYPES
 from ktransformers.simulator.fake import swapped
 
 _COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,7 +33,7 @@ _COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
 class FakePacked:
     """Stands for a `Packed`. Whoever computes from it holds `nbytes` bytes (see `_held`)."""
 
-    type: QuantType
+    type: Any
     shape: tuple[int, ...]
     nbytes: int
 
@@ -44,20 +45,30 @@ class FakePacked:
             raise WeightError(f"Cannot dequantize {list(self.shape)} into {list(out.shape)}.")
 
 
+Size = Callable[[str, tuple[int, ...], torch.dtype], tuple[str, int]]
+"""(a tensor's name, shape and dtype in the model) -> (name of its stored type, see quants, and its bytes)."""
+
+
+def _dense(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[str, int]:
+    kind = next((kind.name for kind in QUANT_TYPES.values() if kind.torch_dtype is dtype), "F32")
+    return kind, math.prod(shape) * dtype.itemsize
+
+
 class FakeWeights:
     """Stands in for `ktransformers.loaders.ModelWeights`.
 
     Args:
         model: on the meta device, before operators are in it.
-        stored: the bound weights of a real checkpoint, whose types and bytes are then told; None: every tensor is
+        stored: the bound weights of a real checkpoint, whose types and bytes count.
+        size: without a checkpoint, what tells a tensor's type and bytes by (name, shape, dtype); None: every tensor is
             stored as the model has it.
     """
 
     format = "fake"
     path = "fake weights"
 
-    def __init__(self, model: nn.Module, stored: Any = None) -> None:
-        self.stored = stored
+    def __init__(self, model: nn.Module, stored: Any = None, size: Size | None = None) -> None:
+        self.stored, self.size = stored, size or _dense
         self._tensors = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
         self._experts = {name: _Layout.of(m) for name, m in model.named_modules() if TRAITS["experts"](m)}
 
@@ -78,9 +89,9 @@ class FakeWeights:
     def infos(self, name: str) -> list[Any]:
         return self.stored.infos(name) if self.stored else [SimpleNamespace(type=self._type(name))]
 
-    def _type(self, name: str) -> QuantType:
-        dtype = self._known(name)[1]
-        return next((t for t in QUANT_TYPES.values() if t.torch_dtype is dtype), QUANT_TYPES["F32"])
+    def _type(self, name: str) -> Any:
+        kind = self.size(name, *self._known(name))[0]
+        return QUANT_TYPES.get(kind) or SCALED_TYPES[kind]
 
     def quant_type(self, name: str) -> str:
         return self.stored.quant_type(name) if self.stored else self._type(name).name
@@ -93,8 +104,7 @@ class FakeWeights:
 
     def nbytes(self, name: str) -> int:
         """Bytes of the stored tensor."""
-        shape, dtype = self._known(name)
-        return self.stored.nbytes(name) if self.stored else math.prod(shape) * dtype.itemsize
+        return self.stored.nbytes(name) if self.stored else self.size(name, *self._known(name))[1]
 
     def tensor(self, name: str, device: Any = "cpu", dtype: torch.dtype | None = None) -> Tensor:
         shape, own = self._known(name)
@@ -105,6 +115,9 @@ class FakeWeights:
 
     def packed(self, name: str) -> FakePacked:
         return FakePacked(self._type(name), self._known(name)[0], self.nbytes(name))
+
+    def same(self, name: str, other: str) -> bool:
+        return self.stored is None or self.stored.same(name, other)
 
     def has_experts(self, prefix: str) -> bool:
         return prefix in self._experts
@@ -238,7 +251,7 @@ def _shared_evenly(self: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> T
 def stand_ins() -> Iterator[None]:
     """Inside, the C library and the torch experts check their operands and return empty results.
 
-    It works without the C library built. Process-wide, so not beside a model that computes in another thread.
+    It works without the C library built. Process-wide, so not while a model computes in another thread.
     """
     gating_of = experts_module.gating_of
 

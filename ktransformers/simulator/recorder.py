@@ -53,7 +53,7 @@ class Failure:
 
 
 @dataclass
-class Pass:
+class PassRecord:
     """One forward pass. `peak`: device -> most bytes of activations alive at once. `moves`: (module, source, target)
     -> [copies, bytes]."""
 
@@ -69,7 +69,7 @@ class Recorder(TorchDispatchMode):
         self.running: list[str] = []
         """Names of the modules whose forward is under way, the innermost last."""
         self.failure: Failure | None = None
-        self.current = Pass()
+        self.current = PassRecord()
         self._storages: dict[int, _Storage] = {}
         self._live: dict[tuple[str, str], int] = defaultdict(int)
 
@@ -79,9 +79,9 @@ class Recorder(TorchDispatchMode):
         """Device -> bytes of that kind alive now, devices without any left out."""
         return {device: nbytes for (device, of), nbytes in sorted(self._live.items()) if of == kind and nbytes}
 
-    def begin(self) -> Pass:
+    def begin(self) -> PassRecord:
         """Start recording a new pass and return it."""
-        self.current = Pass()
+        self.current = PassRecord()
         for device, nbytes in self.live(ACTIVATIONS).items():
             self.current.peak[device] = nbytes
         return self.current

@@ -24,19 +24,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from ktransformers import optimize
+from ktransformers import finish, optimize
 from ktransformers.configs import meta_model
-from ktransformers.errors import KTransformersError
+from ktransformers.errors import KTransformersError, is_whole
 from ktransformers.models import ONE_BY_ONE
 from ktransformers.operators.base_operator import device_of, load_weights
-from ktransformers.rules.chain import Plan, Problem, chain_problems, placed_by, rule_name
-from ktransformers.rules.plan import RulesLike
+from ktransformers.rules.chain import Plan, Problem, chain_problems, placed_by
+from ktransformers.rules.plan import RulesLike, rule_label
 from ktransformers.rules.plan import plan as plan_rules
 from ktransformers.simulator.fake import fake_devices
-from ktransformers.simulator.fake_weights import FakeWeights, stand_ins
-from ktransformers.simulator.recorder import CACHE, WEIGHTS, Failure, Operand, Pass, Recorder, watch_modules
+from ktransformers.simulator.fake_weights import FakeWeights, Size, stand_ins
+from ktransformers.simulator.recorder import CACHE, WEIGHTS, Failure, Operand, PassRecord, Recorder, watch_modules
 
-CHUNK = 8192
+CHUNK_TOKENS = 8192
 """Tokens of context that are computed at once, as `ktransformers.engine.generate` does."""
 
 
@@ -54,7 +54,7 @@ class Transfer:
 class PassReport:
     """One forward pass: its tokens per sequence, the most bytes of activations at once per device, and the copies.
 
-    `moves` tells the copies by the module in which they happen: (module, source, target, count, bytes).
+    `moves` has the copies by the module in which they happen: (module, source, target, count, bytes).
     """
 
     tokens: int
@@ -103,6 +103,7 @@ def simulate(
     context: int = 0,
     devices: Mapping[str, str] | None = None,
     weights: Any = None,
+    size: Size | None = None,
     on_layer: Callable[[int, int], None] | None = None,
 ) -> Simulation:
     """Run a prefill of [batch, tokens] and one decode step with fake tensors.
@@ -115,8 +116,9 @@ def simulate(
         batch: sequences.
         context: tokens per sequence that the cache holds before the prompt.
         devices: renames devices in the rules, such as ``{"cuda": "cpu"}``.
-        weights: bound weights of a real checkpoint, for the bytes that packed weights take; None counts every weight in
-            the model's dtype.
+        weights: bound weights of a real checkpoint, for the types and bytes that packed weights have.
+        size: without a checkpoint, what tells them by (name, shape, dtype), such as `planner.formats.Format.stored`;
+            None: packed weights too are counted in the model's dtype.
         on_layer: called with (layers done, layers in all), for a progress bar.
 
     Returns:
@@ -132,7 +134,7 @@ def simulate(
         plan = plan_rules(model, rule, devices=devices, gpus=gpus)
         found = Simulation(type(model).__name__, gpus, batch, context, chain_problems(model, plan))
         run = _Run(model, plan, found, on_layer or (lambda done, total: None))
-        source = run.inject(FakeWeights(model, weights))
+        source = run.inject(FakeWeights(model, weights, size))
         with fake_devices(), run.recorder:  # once: the tensors of one fake mode are foreign to another
             run.load(source)
             run.passes(tokens)
@@ -142,8 +144,8 @@ def simulate(
 
 def _check_sizes(**sizes: tuple[Any, int]) -> None:
     for name, (value, least) in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise KTransformersError(f"{name}: found {value!r}, expected a whole number from {least} on.")
+        if not is_whole(value, least):
+            raise KTransformersError(f"{name}: found {value!r}, expected a whole number of at least {least}.")
 
 
 def _meta_model(model_or_config: Any) -> nn.Module:
@@ -168,17 +170,18 @@ class _Run:
 
     def inject(self, source: FakeWeights) -> FakeWeights:
         """Swap in the operators, which looks at real tensors, so not on fake devices. Returns `source`."""
-        optimize.keep_in_fp32(self.model)
+        finish.keep_in_fp32(self.model)
         optimize.inject(self.model, self.plan, source)
         return source
 
     def load(self, source: FakeWeights) -> None:
         """Give every tensor a place, in the order of `optimize_and_load`."""
         model, devices = self.model, {name: replacement.device for name, replacement in self.plan.items()}
+        source.devices = devices
         with torch.device("cpu"):
             load_weights(model, source, "", devices)
-        optimize.drop_replaced_tensors(model)
-        optimize.tie(model)
+        finish.drop_replaced_tensors(model)
+        finish.tie(model, source)
         _place_buffers(model, devices)
         self.recorder.mark_weights(model)
         self.found.weights = self.recorder.live(WEIGHTS)
@@ -201,8 +204,8 @@ class _Run:
         context = self.found.context
         if getattr(self.model.config, "model_type", None) in ONE_BY_ONE:
             return context  # such a model takes several tokens at once only at the beginning
-        for begin in range(0, context, CHUNK):
-            self._forward(min(CHUNK, context - begin))
+        for begin in range(0, context, CHUNK_TOKENS):
+            self._forward(min(CHUNK_TOKENS, context - begin))
         return 0
 
     def _pass(self, tokens: int) -> PassReport:
@@ -224,7 +227,7 @@ class _Run:
 
     def _layers(self) -> int:
         count = sum(name.split(".")[-2:-1] == ["layers"] for name, _ in self.model.named_modules())
-        chunks = -(-self.found.context // CHUNK)
+        chunks = -(-self.found.context // CHUNK_TOKENS)
         return count * (2 + chunks)
 
     @contextlib.contextmanager
@@ -250,7 +253,7 @@ def _place_buffers(model: nn.Module, devices: Mapping[str, str]) -> None:
                 module._buffers[key] = torch.empty(buffer.shape, dtype=buffer.dtype, device=place)
 
 
-def _report(tokens: int, record: Pass) -> PassReport:
+def _report(tokens: int, record: PassRecord) -> PassReport:
     between: dict[tuple[str, str], list[int]] = {}
     for (_, source, target), (count, nbytes) in record.moves.items():
         total = between.setdefault((source, target), [0, 0])
@@ -268,7 +271,7 @@ def explain(failure: Failure, plan: Plan) -> Problem:
     """A failed operation as a problem: the module, the rule that placed it, the devices or shapes, what to do."""
     weights = [operand for operand in failure.operands if operand.weight]
     module = weights[0].weight.rpartition(".")[0] if weights else failure.module
-    rule = rule_name(placed_by(module, plan))
+    rule = rule_label(placed_by(module, plan))
     by = _placed(module, plan)
     operation = failure.operation.removesuffix(".default")
     devices = tuple(dict.fromkeys(o.device for o in failure.operands if o.shape or o.device != "cpu"))
@@ -287,7 +290,7 @@ def explain(failure: Failure, plan: Plan) -> Problem:
 
 
 def _placed(module: str, plan: Plan) -> str:
-    rule = rule_name(placed_by(module, plan))
+    rule = rule_label(placed_by(module, plan))
     return f"rule {rule} placed it" if rule else "no rule names it"
 
 

@@ -2,19 +2,26 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 import typer
+from ktransformers.models import known
 from typer.testing import CliRunner
 
 from ktransformers import __version__, cli, env
 from ktransformers.cli import common
 from ktransformers.errors import KTransformersError, NativeError
+from ktransformers.machine.gpus import GPU_MODELS
+from ktransformers.planner import formats
+from ktransformers.rules.files import packaged_rules
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BARE = {k: v for k, v in os.environ.items() if not k.startswith("KT_") and k not in ("FORCE_COLOR", "PY_COLORS")}
@@ -40,8 +47,13 @@ def no_settings(monkeypatch):
             monkeypatch.delenv(name)
 
 
+def single():
+    """Names of the commands that have none below them."""
+    return [function.__name__.rstrip("_") for _, function in cli.COMMANDS]
+
+
 def commands():
-    return [function.__name__ for _, function in cli.COMMANDS] + [name for _, name, _ in cli.GROUPS]
+    return [*single(), *(name for _, name, _ in cli.GROUPS)]
 
 
 # ---- start and help ----------------------------------------------------------------------------------------
@@ -74,7 +86,7 @@ def test_starting_imports_nothing_heavy():
 def test_each_command_says_what_it_does_and_takes_json(name):
     ran = invoke(name, "--help")
     assert ran.exit_code == 0 and len(ran.output.splitlines()) > 5
-    if name in [function.__name__ for _, function in cli.COMMANDS]:
+    if name in single():
         assert "--json" in ran.output
 
 
@@ -96,15 +108,17 @@ def test_names_are_completed():
     ran = kt(**words)
     assert {"DeepSeek-V2", "DeepSeek-V3"} <= set(ran.stdout.split()), ran
     assert "MoE" in common.complete_rule("Mo") and common.complete_rule("no-such") == []
-    assert common.complete_card("a100") == ["a100-40g", "a100-80g"]
+    assert common.complete_gpu("a100") == ["a100-40g", "a100-80g"]
 
 
 # ---- errors and Ctrl-C -------------------------------------------------------------------------------------
 
 
 def app_of(command):
-    app = typer.Typer()
-    app.command()(common.errors(command))
+    """A program with one command, which is called `run`."""
+    app = typer.Typer(cls=common.Program)
+    app.callback()(lambda: None)
+    app.command("run")(command)
     return app
 
 
@@ -113,25 +127,134 @@ def test_an_error_is_one_message_and_exit_code_1():
         """Docs stay."""
         raise NativeError(f"[{size}] is [red]wrong[/red]. Say 24GiB.")
 
-    ran = invoke("--size", "3", app=app_of(broken))
+    ran = invoke("run", "--size", "3", app=app_of(broken))
     assert ran.exit_code == 1 and ran.stdout == ""
     assert ran.stderr == "error: [3] is [red]wrong[/red]. Say 24GiB.\n"
-    assert "Docs stay." in invoke("--help", app=app_of(broken)).output
+    assert "Docs stay." in invoke("run", "--help", app=app_of(broken)).output
 
 
 def test_a_long_error_is_not_wrapped_in_a_pipe():
     def broken():
         raise KTransformersError("word " * 60)
 
-    assert len(invoke(app=app_of(broken)).stderr.splitlines()) == 1
+    assert len(invoke("run", app=app_of(broken)).stderr.splitlines()) == 1
 
 
 def test_ctrl_c_is_exit_code_130():
     def interrupted():
         raise KeyboardInterrupt
 
-    ran = invoke(app=app_of(interrupted))
+    ran = invoke("run", app=app_of(interrupted))
     assert ran.exit_code == 130 and ran.stderr == "interrupted\n"
+
+
+MISTAKES = [
+    ("chat", "/no/such/folder"), ("chat", "--max-new-tokens", "0"),
+    ("plan", "deepsek-v3"), ("plan", "deepseek-v3", "--gpu", "rtx9999"), ("plan",), ("plan", "deepseek-v3", "--context", "0"),
+    ("simulate", "DeepSek", "deepseek-v3"), ("simulate", "MoE", "deepseek-v3", "--gpus", "x"),
+    ("profile", "embedded", "--prompts", "/no/such/file"), ("profile", "embedded"),
+    ("rules", "check", "DeepSek", "deepseek-v3"), ("rules", "explain", "MoE", "deepsek-v3"), ("rules", "extend", "MoE"),
+    ("rules", "chekc"), ("doctor", "--qick"), ("version", "now"), ("config", "--set", "KT_PIN=0"), ("list", "modls"), ("lst",),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", MISTAKES, ids=" ".join)
+def test_with_json_every_error_is_an_object_too(arguments):
+    ran = invoke(*arguments, "--json")
+    assert ran.exit_code in (1, 2), ran.output
+    assert len(ran.stdout.splitlines()) == 1, ran.stdout
+    found = json.loads(ran.stdout)
+    assert list(found) == ["error"] and list(found["error"]) == ["message", "type"]
+    assert found["error"]["type"].endswith("Error") or ran.exit_code == 2
+    words = " ".join(re.sub(r"[│╭╮╰╯─]", " ", ran.stderr).split())
+    assert found["error"]["message"][:40].split()[0] in words
+    without = invoke(*arguments)
+    assert without.stdout == "" and without.exit_code == ran.exit_code
+
+
+def test_with_json_ctrl_c_and_a_defect_are_objects_too():
+    def interrupted(as_json: common.JsonOption = False):
+        raise KeyboardInterrupt
+
+    ran = invoke("run", "--json", app=app_of(interrupted))
+    assert ran.exit_code == 130 and ran.stderr == "interrupted\n"
+    assert json.loads(ran.stdout) == {"error": {"message": "interrupted", "type": "KeyboardInterrupt"}}
+
+    def defect(as_json: common.JsonOption = False):
+        raise ZeroDivisionError("division by zero")
+
+    ran = invoke("run", "--json", app=app_of(defect))
+    assert isinstance(ran.exception, ZeroDivisionError)  # for the traceback
+    assert json.loads(ran.stdout) == {"error": {"message": "division by zero", "type": "ZeroDivisionError"}}
+
+
+def test_commands_of_a_dataclass_have_its_fields_as_flags():
+    @dataclass
+    class Options:
+        name: Annotated[str, typer.Argument()]
+        size: Annotated[list[int], typer.Option("--size")] = field(default_factory=list)
+
+    seen = []
+
+    @common.taking(Options)
+    def run(options: Options) -> None:
+        """Docs stay."""
+        seen.append(options)
+
+    app = app_of(run)
+    assert invoke("run", "x", "--size", "1", "--size", "2", app=app).exit_code == 0
+    assert invoke("run", "y", app=app).exit_code == 0
+    assert seen == [Options("x", [1, 2]), Options("y", [])]
+    assert "Docs stay." in invoke("run", "--help", app=app).output and invoke("run", app=app).exit_code == 2
+
+
+# ---- files that are written --------------------------------------------------------------------------------
+
+
+def test_a_file_is_not_overwritten_without_force(tmp_path):
+    path = tmp_path / "rule.yaml"
+    assert common.new_file("", "-o", False) is None and common.new_file(str(path), "-o", False) == path
+    path.write_text("mine")
+    with pytest.raises(KTransformersError, match=r"-o \S+rule\.yaml: exists already.*--force"):
+        common.new_file(str(path), "-o", False)
+    common.write_file(common.new_file(str(path), "-o", True), "new", "-o")
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["rule.yaml"]
+    for bad in (tmp_path, tmp_path / "none" / "x", "a\0b", "~nobody-has-this-name/x", "x" * 5000):
+        with pytest.raises(KTransformersError, match="^--plot "):
+            common.new_file(str(bad), "--plot", True)
+
+
+def test_a_file_that_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "rule.yaml"
+    path.write_text("mine")
+
+    def full(self, *_, **__):
+        with open(self, "w") as file:
+            file.write("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(KTransformersError, match="-o .*cannot be written: No space left"):
+        common.write_file(path, "new", "-o")
+    assert path.read_text() == "mine" and os.listdir(tmp_path) == ["rule.yaml"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("plan", "qwen3-30b-a3b", "--ram", "64GiB", "-o"),
+        ("plan", "qwen3-30b-a3b", "--ram", "64GiB", "--plot"),
+        ("profile", "embedded", "--prompts", "PROMPTS", "-o"),
+        ("rules", "extend", "MoE", "qwen3-30b-a3b", "-o"),
+    ],
+    ids=" ".join,
+)
+def test_no_command_overwrites_silently(arguments, tmp_path):
+    path = tmp_path / "mine"
+    path.write_text("a prompt, and worth keeping")
+    ran = invoke(*(str(path) if word == "PROMPTS" else word for word in arguments), str(path))
+    assert ran.exit_code == 1 and "exists already" in ran.stderr and "--force" in ran.stderr
+    assert path.read_text() == "a prompt, and worth keeping"
 
 
 def test_ctrl_c_ends_a_real_command():
@@ -257,3 +380,41 @@ def test_chat_names_its_own_flags_in_errors(arguments, code, message):
     text = " ".join(ran.stderr.split())
     assert ran.exit_code == code and message in text
     assert "--cpu_infer" not in text and "--model_path" not in text and "--prompt_file" not in text
+
+
+# ---- list --------------------------------------------------------------------------------------------------
+
+
+def listed(*arguments):
+    ran = invoke("list", *arguments, "--json")
+    assert ran.exit_code == 0, ran.output
+    return json.loads(ran.stdout)
+
+
+def test_list_names_what_the_other_commands_take():
+    found = listed()
+    assert list(found) == ["models", "gpus", "formats", "rules"]
+    assert [row["name"] for row in found["models"]] == known.known_names()
+    assert [row["name"] for row in found["gpus"]] == list(GPU_MODELS)
+    assert [row["name"] for row in found["formats"]] == formats.format_names()
+    assert sorted(row["name"] for row in found["rules"]) == packaged_rules()
+    assert all(listed(kind) == {kind: rows} for kind, rows in found.items())
+
+
+def test_list_says_what_each_is():
+    found = {kind: {row["name"]: row for row in rows} for kind, rows in listed().items()}
+    v3 = found["models"]["deepseek-v3"]
+    assert v3["parameters"] == 671e9 and v3["stored"] == "fp8" and v3["context"] == 163840
+    assert found["gpus"]["4090"]["memory"] == 24 << 30
+    assert found["formats"]["Q4_K"]["bits"] == 4.5 and found["formats"]["Q4_K_M"]["bits"] is None
+    assert found["formats"]["INT4"] == {"name": "INT4", "files": "safetensors", "bits": 4.5}
+    assert found["formats"]["MXFP4"]["files"] == "GGUF, safetensors"
+    assert found["rules"]["Qwen3-MoE"] == {"name": "Qwen3-MoE", "file": "MoE.yaml", "model_types": ["qwen3_moe"]}
+
+
+@pytest.mark.parametrize("kind", ["models", "gpus", "formats", "rules"])
+def test_list_has_a_table_of_each_kind(kind):
+    ran = invoke("list", kind)
+    assert ran.exit_code == 0 and max(map(len, ran.stdout.splitlines())) <= 100
+    for row in listed(kind)[kind]:
+        assert f"│ {row['name']} " in ran.stdout, row["name"]

@@ -21,7 +21,7 @@ def kt(*arguments):
 def test_a_plan_that_fits_reads_well_at_100_columns():
     ran = kt("qwen3-30b-a3b", *BOX, "--gpu", "24GiB", "--format", "q4_k_m")
     assert ran.exit_code == 0 and "fits" in ran.stdout.splitlines()[0]
-    for word in ("cuda:0", "layers 0-47", "experts", "tokens/s", "bottleneck", "-o rule.yaml"):
+    for word in ("cuda:0", "layers 0-47", "experts", "tokens/s", "bottleneck", "capacity", "decode at context 1024", "-o rule.yaml"):
         assert word in ran.stdout, word
     assert max(map(len, ran.stdout.splitlines())) <= 100 and "\x1b" not in ran.stdout
 
@@ -49,6 +49,9 @@ def test_what_does_not_fit_has_exit_code_1_and_says_what_would(tmp_path):
     path = tmp_path / "rule.yaml"
     ran = kt("deepseek-v3", *BOX, "-o", str(path))
     assert ran.exit_code == 1 and "does not fit" in ran.stdout and "more RAM fits" in ran.stdout
+    assert "tokens/s" not in ran.stdout and "Expected speed" not in ran.stdout  # of what cannot run
+    data = json.loads(kt("deepseek-v3", *BOX, "--json").stdout)
+    assert (data["fits"], data["prefill"], data["decode"], data["decode_full_context"]) == (False, None, None, None)
     assert load_rules(path) and path.read_text().startswith("# deepseek-v3, published (FP8)")
 
 
@@ -65,13 +68,21 @@ def test_the_written_rule_file_passes_check_and_simulation(tmp_path):
     assert {r.device for r in found.values()} == {"cuda:0", "cuda:1", "cpu"}
 
 
+@pytest.mark.parametrize("gpus", ["2x16GiB", "2x4060ti-16g"])
+def test_several_gpus_are_given_at_once(gpus):
+    data = json.loads(kt("qwen3-30b-a3b", *BOX, "--gpu", gpus, "--format", "Q4_K_M", "--json").stdout)
+    assert list(data["memory"]) == ["cpu", "cuda:0", "cuda:1"] and len(data["hardware"]["gpus"]) == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("qwen3-30b-a3b", "--gpu", "65x24GiB", *BOX), "expected 1 to 64"),
+        (("qwen3-30b-a3b", "--gpu", "40x24GiB", "--gpu", "40x24GiB", *BOX), "found 80 GPUs, expected at most 64"),
         (("qwen3-30b-a3b", "--gpu", "24", *BOX), "24GiB"),
         (("qwen3-30b-a3b", "--gpu", "-3GiB", *BOX), "above zero"),
         (("qwen3-30b-a3b", "--gpu", "5PiB", *BOX), "expected"),
-        (("qwen3-30b-a3b", "--gpu", "rtx9999", *BOX), "no known card"),
+        (("qwen3-30b-a3b", "--gpu", "rtx9999", *BOX), "no known GPU"),
         (("qwen3-30b-a3b", "--ram", "64"), "64GiB"),
         (("qwen3-30b-a3b", "--ram", "64GiB@fast"), "64GiB@fast"),
         (("qwen3-30b-a3b", "--cores", "8"), "--ram"),
@@ -121,7 +132,7 @@ def test_a_plot_is_written_or_the_missing_library_is_named(tmp_path, monkeypatch
     ran = kt("qwen3-30b-a3b", *BOX, "--gpu", "12GiB", "--format", "Q4_K_M", "--plot", str(path))
     assert ran.exit_code == 0 and path.read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    ran = kt("qwen3-30b-a3b", *BOX, "--plot", str(path))
+    ran = kt("qwen3-30b-a3b", *BOX, "--plot", str(path), "--force")
     assert ran.exit_code == 1 and "pip install matplotlib" in ran.stderr
 
 

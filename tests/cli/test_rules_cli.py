@@ -86,31 +86,32 @@ def line(text):
 
 def test_a_file_without_mistakes_is_said_to_fit(model, two):
     assert kt("check", two(), model).startswith(
-        "two.yaml fits DeepseekV3ForCausalLM on 2 GPUs: 7 rules, "
+        "two.yaml fits DeepseekV3ForCausalLM on 2 GPUs (--gpus N for another): 7 rules, "
     )
 
 
 def test_packaged_rules_fit_a_known_model():
     out = kt("check", "Mixtral", "mixtral-8x7b", "--strict")
-    assert re.fullmatch(r"MoE\.yaml fits MixtralForCausalLM on 1 GPU: \d+ rules, \d+ modules, no problems\n", out), out
+    assert re.fullmatch(r"MoE\.yaml fits MixtralForCausalLM on 1 GPU \(--gpus N for another\): \d+ rules, \d+ modules, no problems\n", out), out
 
 
 MISTAKES = [
-    ("generate_device: cpu,", "generate_devise: cpu,", "- match: {trait: experts", "kwarg 'generate_devise' unknown"),
-    ("([3-5])", "([3-5)", "- match:\n    name: ^model\\.layers\\.([3-5])", "is no regular expression"),
+    ("generate_device: cpu,", "generate_devise: cpu,", "kwargs: {generate_device: cpu", "kwarg 'generate_devise' unknown"),
+    ("([3-5])", "([3-5)", "name: ^model\\.layers\\.([3-5])", "is no regular expression"),
     ("trait: experts", "trait: expert", "- match: {trait: experts", "'expert' unknown.*did you mean 'experts'"),
     ("^model$", "^modle$", "- match: {name: ^model$}", "matches no module of DeepseekV3ForCausalLM"),
-    ('{3: "cuda:1"}', '{9: "cuda:1"}', "- match: {name: ^model$}", "layer 9 does not exist"),
-    ("generate_device: cpu,", "generate_device: gpu,", "- match: {trait: experts", "'gpu' is no device name"),
-    ("torch.nn.Linear", "torch.nn.Linaer", "- match:\n", "did you mean 'Linear'"),
+    ('{3: "cuda:1"}', '{9: "cuda:1"}', "kwargs: {transfer_map", "layer 9 does not exist"),
+    ("generate_device: cpu,", "generate_device: gpu,", "kwargs: {generate_device: cpu", "'gpu' is no device name"),
+    ("torch.nn.Linear", "torch.nn.Linaer", "class: torch.nn.Linear", "did you mean 'Linear'"),
 ]
 
 
 @pytest.mark.parametrize(("old", "new", "at", "message"), MISTAKES, ids=[mistake[-1] for mistake in MISTAKES])
 def test_a_mistake_is_an_error_with_file_and_line(model, two, old, new, at, message):
-    out = kt("check", two((old, new)), model, code=1)
+    path = two((old, new))
+    out = kt("check", path, model, code=1)
     found = [text for text in out.splitlines() if re.search(message, text)]
-    assert found and found[0].startswith(f"error: two.yaml:{line(at)} (rule "), out
+    assert found and found[0].startswith(f"error: {path}:{line(at)} (rule "), out
     assert out.splitlines()[-1].startswith("two.yaml does not fit DeepseekV3ForCausalLM")
 
 
@@ -124,7 +125,7 @@ def test_every_mistake_is_on_a_line_of_its_own(model, two):
 def test_a_layer_left_on_another_device_is_an_error_of_the_rule_that_put_it_there(model, two):
     path = two(("([0-2])(", "([0-3])("), ("([3-5])(", "([45])("), ("([0-2])", "([0-3])"), ("([3-5])", "([45])"))
     out = kt("check", path, model, code=1)
-    where = rf"two\.yaml:{line('- match: {name: ' + chr(39))} \(rule 5\)"
+    where = rf"{path}:{line('- match: {name: ' + chr(39))} \(rule 5\)"
     assert re.match(rf"error: {where}: model\.layers\.3\..* put layer 3 on cuda:0, but the input is on cuda:1", out), out
 
 
@@ -132,22 +133,22 @@ def test_a_rule_that_never_wins_is_a_warning_and_an_error_with_strict(model, two
     path = two(("- match: {name: ^model$}", "- match: {name: '\\.mlp\\.experts$'}\n  replace: {class: default}\n- match: {name: ^model$}"))
     at = line("- match: {name: ^model$}")
     out = kt("check", path, model)
-    assert f"warning: two.yaml:{at} (rule 4): never wins: all 5 modules it matches" in out
+    assert f"warning: {path}:{at} (rule 4): never wins: all 5 modules it matches" in out
     assert "fits" in out.splitlines()[-1] and out.splitlines()[-1].endswith("1 warning")
     out = kt("check", path, model, "--strict", code=1)
-    assert f"error: two.yaml:{at} (rule 4): never wins" in out and "does not fit" in out.splitlines()[-1]
+    assert f"error: {path}:{at} (rule 4): never wins" in out and "does not fit" in out.splitlines()[-1]
 
 
 def test_a_way_back_is_a_note_and_no_error(model, two):
     path = two(("([0-2])(", "([0-24-5])("), ("([3-5])(", "([3])("), ("([0-2])", "([0-24-5])"), ("([3-5])", "([3])"),
                ('{3: "cuda:1"}', '{3: "cuda:1", 4: "cuda:0"}'))  # fmt: skip
     out = kt("check", path, model, "--strict")
-    assert "note: two.yaml:" in out and "layer 4 goes back from cuda:1 to cuda:0" in out
+    assert f"note: {path}:" in out and "layer 4 goes back from cuda:1 to cuda:0" in out
 
 
 def test_yaml_that_does_not_parse_is_one_error_with_its_line(model, two):
-    out = kt("check", two(("kwargs: {generate_device: cpu, prefill_device: cpu}", "kwargs: {generate_device: cpu")), model, code=1)
-    assert re.match(r"error: two\.yaml:\d+: not valid YAML", out)
+    path = two(("kwargs: {generate_device: cpu, prefill_device: cpu}", "kwargs: {generate_device: cpu"))
+    assert re.match(rf"error: {path}:\d+: not valid YAML", kt("check", path, model, code=1))
 
 
 @pytest.mark.parametrize(
@@ -164,18 +165,25 @@ def test_what_is_no_file_or_model_is_a_plain_error(arguments, message):
 
 def test_gpus_are_those_the_file_names_unless_told(model, two, tmp_path):
     assert "cuda:1' does not exist on the machine planned for" in kt("check", two(), model, "--gpus", "1", code=1)
-    assert "on 1 GPU" in kt("check", "MLA", model)
+    assert "on 1 GPU (--gpus N for another)" in kt("check", "MLA", model)
+    names_cpu = two(("cuda:0", "cpu"), ("cuda:0", "cpu"), ("cuda:1", "cpu"), ("cuda:1", "cpu"), ('{transfer_map: {3: "cuda:1"}}', "{}"),
+                    ("cuda:0", "cpu"), ("cuda:1", "cpu"), ("cuda:1", "cpu"))  # fmt: skip
+    out = kt("check", names_cpu, model)
+    assert "on a machine without GPUs (--gpus N for another)" in out and out.splitlines()[-1].endswith("no problems"), out
+    assert "on 2 GPUs" in kt("check", names_cpu, model, "--gpus", "2")
     assert "on 4 GPUs" in kt("check", "MLA", model, "--devices", "cuda:3=cpu")
     assert "fits" in kt("check", two(), model, "--gpus", "0", "--devices", "cuda=cpu")
     assert command.gpus_named(load_rules(two(("cuda:1", "cuda:999999")))) == command.MOST_GPUS
 
 
 def test_check_as_json(model, two):
-    found = json.loads(kt("check", two(("{name: ^model$}", "{name: ^modle$}")), model, "--json", code=1))
+    path = two(("{name: ^model$}", "{name: ^modle$}"))
+    found = json.loads(kt("check", path, model, "--json", code=1))
     assert found["ok"] is False and found["gpus"] == 2 and found["modules"] is None
     (finding,) = found["findings"]
     assert finding["level"] == "error" and finding["rule"] == 4
-    assert finding["where"] == f"two.yaml:{line('- match: {name: ^model$}')}"
+    assert set(finding) == {"level", "where", "rule", "text"}
+    assert finding["where"] == f"{path}:{line('- match: {name: ^model$}')}"
     found = json.loads(kt("check", "MLA", model, "--json"))
     assert found["ok"] and found["findings"] == [] and found["rules"] == 7 and found["modules"] > 50
 
@@ -192,10 +200,11 @@ def reasons(group):
 
 
 def test_each_way_a_rule_can_fail_is_a_reason(model, two):
-    groups = explained(two(), model, r"layers\.4\.(mlp\.experts|self_attn\.o_proj|input_layernorm)")
+    path = two()
+    groups = explained(path, model, r"layers\.4\.(mlp\.experts|self_attn\.o_proj|input_layernorm)")
     linear = groups["model.layers.*.self_attn.o_proj"]
     assert linear["rule"] == 2 and linear["operator"] == "KTransformersLinear"
-    assert linear["where"] == f"two.yaml:{line('([3-5])') - 1}"
+    assert linear["where"] == f"{path}:{line('([3-5])') - 1}"
     assert linear["devices"] == {"device": {"cuda:1": "4"}}
     assert reasons(linear)[1] == "name does not match"
     assert reasons(linear)[3] == "trait experts does not hold"
@@ -238,6 +247,7 @@ def test_the_whole_plan_says_where_layers_live_and_what_is_left(model, two):
     out = kt("explain", two(), model)
     assert "Where layers live: layers 0-2 cuda:0, layers 3-5 cuda:1, experts cpu." in " ".join(out.split())
     assert "Left to the default: model.embed_tokens (1)." in " ".join(out.split())
+    assert "Planned for 2 GPUs; --gpus N plans for another." in out
     assert max(map(len, out.splitlines())) <= 100
     found = json.loads(kt("explain", two(), model, "--json"))
     assert found["layers"] == {"cuda:0": "0-2", "cuda:1": "3-5"} and found["experts"] == {"cpu": "1-5"}

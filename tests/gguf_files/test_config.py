@@ -8,6 +8,7 @@ from ktransformers.models import embedded_model
 from transformers import AutoConfig
 
 from ktransformers import config_from_gguf, local_chat
+from ktransformers.engine.load import read_config_and_tokenizer
 from ktransformers.errors import KTransformersError, UnsupportedError, WeightError
 from tests.loaders.small_files import edit_gguf
 
@@ -29,17 +30,14 @@ def test_split_files_are_one_model(tmp_path):
 @pytest.mark.parametrize("flag", ["--gguf_path", "--model_path"])
 def test_a_chat_with_a_lone_file(flag, tmp_path, capfd):
     """The answer is that of the folder and its GGUF; the file stands in a folder of its own."""
-    import typer
     from typer.testing import CliRunner
 
     lone = tmp_path / "lone.gguf"
     shutil.copy(GGUF, lone)
-    app = typer.Typer()
-    app.command()(local_chat.main)
     answers = []
     for arguments in ([flag, str(lone)], ["--model_path", str(embedded_model()), "--gguf_path", str(GGUF)]):
         options = ["--greedy", "--json", "--max_new_tokens", "20"]
-        result = CliRunner().invoke(app, [*arguments, *options], input="What is a rule file?\n")
+        result = CliRunner().invoke(local_chat.app, [*arguments, *options], input="What is a rule file?\n")
         assert result.exit_code == 0, result.output
         answers.append(json.loads(next(line for line in result.output.splitlines() if line.startswith("{")))["answer"])
     assert answers[0] == answers[1] and "YAML" in answers[0]
@@ -52,7 +50,7 @@ def edited(tmp_path, arch=None, **metadata):
 def test_a_file_without_a_template_is_one_error(tmp_path):
     path = edit_gguf(GGUF, tmp_path / "x.gguf", metadata={"tokenizer.chat_template": ""})
     with pytest.raises(KTransformersError, match="no chat template.*give a folder with chat_template.jinja as the model"):
-        local_chat._read_config(str(path))
+        read_config_and_tokenizer(str(path))
 
 
 def test_what_cannot_be_told_is_one_error(tmp_path):
@@ -61,7 +59,7 @@ def test_what_cannot_be_told_is_one_error(tmp_path):
     with pytest.raises(UnsupportedError, match="'bert' cannot be told.*--model_path"):
         config_from_gguf(edited(tmp_path, arch="bert"))
     with pytest.raises(UnsupportedError, match="'bert' cannot be told.*--model_path"):
-        local_chat._read_config(str(tmp_path / "x.gguf"))
+        read_config_and_tokenizer(str(tmp_path / "x.gguf"))
 
 
 @pytest.mark.parametrize("count", [0, 2**31])

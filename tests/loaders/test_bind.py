@@ -4,12 +4,15 @@ wrong."""
 import copy
 import pickle
 import re
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from ktransformers import optimize_and_load
 from ktransformers.errors import UnsupportedError, WeightError
 from ktransformers.gguf_files.write import quantize_folder
 from ktransformers.loaders import bind, open_weights
@@ -420,15 +423,32 @@ def test_gguf_damage(saved, tmp_path):
 def test_config_and_file_disagree(saved):
     """A config of other sizes than the file's is told in the file's and the config's words, before the
     tensors."""
-    weights, expected = bound(
-        saved("qwen3_moe").gguf, "qwen3_moe", num_hidden_layers=3, num_experts_per_tok=1
-    )
+    weights, expected = bound(saved("qwen3_moe").gguf, "qwen3_moe", num_hidden_layers=3, num_attention_heads=2)
     problems = weights.problems(expected)
     assert problems[0].startswith(
         "qwen3moe.block_count is 2 in the GGUF file, the config has num_hidden_layers 3"
     )
-    assert "expert_used_count is 2" in problems[1]
+    assert "attention.head_count is 4" in problems[1]
     assert any(p.startswith("model.layers.2.mlp.experts.gate_up_proj: missing") for p in problems)
+
+
+@pytest.mark.parametrize("form", ["hf", "gguf"])
+def test_how_many_experts_a_token_meets_is_the_users_choice(saved, form):
+    """Weights are the same for any number: the model computes with the config's, and one notice says so."""
+    one = saved("qwen3_moe")
+    path = one.gguf if form == "gguf" else one.root / "hf"
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        ours = optimize_and_load(small_files.meta("qwen3_moe", num_experts_per_tok=1), "Default", path, progress=False)
+    notices = [str(w.message) for w in told if "num_experts_per_tok" in str(w.message)]
+    said = "num_experts_per_tok is 1 in the config and 2 in the GGUF file; the config's number counts"
+    assert notices == ([said] if form == "gguf" else [])
+    theirs = AutoModelForCausalLM.from_config(small_files.config("qwen3_moe", num_experts_per_tok=1)).eval()
+    theirs.load_state_dict(one.state)
+    ids = torch.arange(2, 14)[None]
+    with torch.no_grad():
+        assert torch.allclose(ours(ids).logits, theirs(ids).logits, atol=1e-4)
+        assert not torch.allclose(one.model.eval()(ids).logits, theirs(ids).logits, atol=1e-4)
 
 
 def test_wrong_and_unknown_architectures(saved, tmp_path):

@@ -71,7 +71,7 @@ def test_a_written_size_is_read_back_within_its_digits(size):
     assert parse_bytes(format_bytes(size)) == pytest.approx(size, rel=0.005)
 
 
-# ---- cards -------------------------------------------------------------------------------------------------
+# ---- GPUs --------------------------------------------------------------------------------------------------
 
 NAMES = [
     ("RTX 4090", "4090"),
@@ -85,25 +85,25 @@ NAMES = [
 
 
 @pytest.mark.parametrize(("text", "name"), NAMES)
-def test_cards_are_found_as_people_write_them(text, name):
+def test_models_are_found_as_people_write_them(text, name):
     assert find_gpu(text).name == name
 
 
 @pytest.mark.parametrize("text", ["a100", "4091", "rtx", "", "v100"])
-def test_what_is_no_card_or_several_is_not_guessed(text):
+def test_what_is_no_model_or_several_is_not_guessed(text):
     assert find_gpu(text) is None
 
 
-@pytest.mark.parametrize("card", GPU_MODELS.values(), ids=lambda card: card.name)
-def test_every_card_is_found_by_its_own_name_and_has_figures_of_a_gpu(card):
-    assert find_gpu(card.name) is card
-    assert 8 * GIB <= card.memory <= 300 * GIB
-    assert 250e9 <= card.bandwidth <= 10e12 and 20e12 <= card.bf16_ops <= 5e15
-    assert 10e9 <= card.link < card.bandwidth / 5
-    assert 50 < card.bf16_ops / card.bandwidth or card.name == "h20"  # a slip of a power of ten shows here
+@pytest.mark.parametrize("model", GPU_MODELS.values(), ids=lambda model: model.name)
+def test_every_model_is_found_by_its_own_name_and_has_figures_of_a_gpu(model):
+    assert find_gpu(model.name) is model
+    assert 8 * GIB <= model.memory <= 300 * GIB
+    assert 250e9 <= model.bandwidth <= 10e12 and 20e12 <= model.bf16_ops <= 5e15
+    assert 10e9 <= model.link < model.bandwidth / 5
+    assert 50 < model.bf16_ops / model.bandwidth or model.name == "h20"  # a slip of a power of ten shows here
 
 
-def test_there_is_a_typical_card_for_every_size():
+def test_there_is_a_typical_model_for_every_size():
     assert [typical_gpu(size * GIB).name for size in (2, 8, 12, 16, 24, 48, 80, 1000)] == [
         "4060", "4060", "3060", "4060ti-16g", "4090", "a6000", "a100-80g", "mi355x",
     ]  # fmt: skip
@@ -113,23 +113,41 @@ def test_there_is_a_typical_card_for_every_size():
 # ---- described ---------------------------------------------------------------------------------------------
 
 
-def test_a_named_card_has_its_published_figures():
+def test_a_named_model_has_its_published_figures():
     gpu, assumed = hardware.parse_gpu("4090")
     assert (gpu.name, gpu.memory, gpu.bandwidth, gpu.bf16_ops) == ("4090", 24 * GIB, 1008e9, 165.2e12)
     assert len(assumed) == 1 and "published" in assumed[0] and "--gpu 4090@RATE" in assumed[0]
 
 
-@pytest.mark.parametrize(("text", "card", "bandwidth"), [("24GiB", "4090", 1008e9), ("20000MiB", "7900xt", 800e9)])
-def test_a_gpu_given_by_size_is_taken_for_a_card_of_that_size_and_says_so(text, card, bandwidth):
+@pytest.mark.parametrize(("text", "model", "bandwidth"), [("24GiB", "4090", 1008e9), ("20000MiB", "7900xt", 800e9)])
+def test_a_gpu_given_by_size_is_taken_for_a_model_of_that_size_and_says_so(text, model, bandwidth):
     gpu, assumed = hardware.parse_gpu(text)
-    assert gpu.memory == parse_bytes(text) and gpu.bandwidth == bandwidth and gpu.link == GPU_MODELS[card].link
-    assert f"like the {card}" in assumed[0] and "SIZE@BANDWIDTH" in assumed[0]
+    assert gpu.memory == parse_bytes(text) and gpu.bandwidth == bandwidth and gpu.link == GPU_MODELS[model].link
+    assert f"like the {model}" in assumed[0] and "SIZE@BANDWIDTH" in assumed[0]
 
 
-def test_a_bandwidth_is_taken_as_it_is_and_picks_the_likest_card():
+def test_a_bandwidth_is_taken_as_it_is_and_picks_the_likest_model():
     gpu, assumed = hardware.parse_gpu("80GiB@3350GB/s")
     assert gpu.bandwidth == 3350e9 and gpu.bf16_ops == GPU_MODELS["h100"].bf16_ops and "like the h100" in assumed[0]
     assert hardware.parse_gpu("3090@900GB/s")[0].bandwidth == 900e9
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("8x80GiB", ["80 GiB GPU"] * 8), ("2 x 4090", ["4090"] * 2), ("2×RTX 3090@900GB/s", ["3090"] * 2),
+        ("3X7900xtx", ["7900xtx"] * 3), ("7900xt", ["7900xt"]), ("9070xt", ["9070xt"]), ("1x24GiB", ["24 GiB GPU"]),
+    ],
+)  # fmt: skip
+def test_several_gpus_of_one_kind_are_written_with_a_count(text, names):
+    assert [gpu.name for gpu in hardware.parse_gpus(text)[0]] == names
+    assert [gpu.name for gpu in hardware.describe([text], "64GiB").gpus] == names
+
+
+@pytest.mark.parametrize("text", ["0x24GiB", "65x24GiB", "2xrtx9999", "2x24", "7900xy"])
+def test_counts_and_gpus_that_cannot_be_meant_are_refused(text):
+    with pytest.raises(KTransformersError, match="--gpu"):
+        hardware.parse_gpus(text)
 
 
 BAD_GPUS = [
@@ -140,9 +158,9 @@ BAD_GPUS = [
     ("1MiB", "expected 256 MiB to 1 TiB"),
     ("4091", "did you mean '4090'?"),
     ("a100", "did you mean a100-40g or a100-80g?"),
-    ("7900gre", "no known card"),
-    ("2x24GiB", "one --gpu for each GPU"),
-    ("", "no known card"),
+    ("7900gre", "no known GPU"),
+    ("x24GiB", "no known GPU"),
+    ("", "no known GPU"),
     ("24GiB@", "expected bytes per second"),
     ("24GiB@1008", "expected bytes per second"),
     ("24GiB@1kB/s", "expected 1 GB/s to 100 TB/s"),
@@ -160,7 +178,7 @@ def test_ram_alone_assumes_a_desktop_or_a_server_and_says_so():
     desktop, said = hardware.parse_cpu("64GiB")
     assert (desktop.cores, desktop.read_bandwidth) == (hardware.DESKTOP_CORES, hardware.DESKTOP_BANDWIDTH)
     assert desktop.ram == 64 * GIB and 60 * GIB < desktop.available < 63 * GIB
-    assert len(said) == 4 and all("Say " in note or "Run " in note for note in said)
+    assert len(said) == 4 and all("Give " in note or "Run " in note for note in said)
     server, _ = hardware.parse_cpu("193GiB")
     assert (server.cores, server.read_bandwidth) == (hardware.SERVER_CORES, hardware.SERVER_BANDWIDTH)
     assert server.int8_ops > server.bf16_ops > server.fp32_ops > desktop.fp32_ops

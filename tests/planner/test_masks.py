@@ -46,7 +46,7 @@ BAD = [
     (("uniform", LAYERS, E, 2.5), {}, "found 2.5"),
     (("uniform", [], E, 1), {}, "expected 0 to 0"),
     (("frequency", [3, 4], E, 3), {"profile": PROFILE}, "found layers 3-5, expected 3-4"),
-    (("frequency", LAYERS, 16, 3), {"profile": PROFILE}, "found 8 experts a layer, expected 16"),
+    (("frequency", LAYERS, 16, 3), {"profile": PROFILE}, "found 8 experts per layer, expected 16"),
     (("frequency", [0], 2, 1), {"profile": RoutingProfile("x", {0: [0, 0]})}, "found no choice at all"),
 ]
 

@@ -1,6 +1,8 @@
 """Plans: what fits where, on machines of any shape, and rule files that do what their plan says."""
 
 import re
+import shutil
+from importlib import resources
 
 import pytest
 import torch
@@ -8,10 +10,11 @@ import yaml
 
 from ktransformers import optimize_and_load
 from ktransformers.errors import KTransformersError, WeightError
+from ktransformers.gguf_files.write import quantize_folder
 from ktransformers.machine import hardware
 from ktransformers.machine.units import GIB
 from ktransformers.operators.experts import KTransformersExperts
-from ktransformers.planner import placement, probes, speed
+from ktransformers.planner import placement, probes, shares, speed
 from ktransformers.planner.placement import Layer, Placement, Room
 from ktransformers.planner.plan import Planner, Request
 from ktransformers.planner.profile import RoutingProfile
@@ -42,6 +45,35 @@ def test_gpus_are_filled_alike_when_all_layers_fit():
     layers = [Layer(10, 2)] * 8
     devices = placement.place_layers(layers, [Room("cuda:0", 200, 0), Room("cuda:1", 200, 0)], 4, 4)
     assert devices == ["cuda:0"] * 4 + ["cuda:1"] * 4
+
+
+def placed(layers, rooms):
+    """(devices, how many experts each GPU has, bytes of GPU memory left free) of layers without embedding or head."""
+    devices = placement.place_layers(layers, rooms, 0, 0)
+    experts = placement.place_experts(layers, devices, rooms, {}, "uniform")
+    counts, left = {}, {}
+    for room in rooms:
+        mine = [i for i, device in enumerate(devices) if device == room.device]
+        counts[room.device] = sum(len(experts.get(i, ())) for i in mine)
+        used = sum(layers[i].matrices + layers[i].cache + len(experts.get(i, ())) * layers[i].expert for i in mine)
+        left[room.device] = room.free - used
+    return devices, counts, left
+
+
+def test_gpus_too_small_for_all_experts_are_all_full_of_them():
+    """Dense layers first, as DeepSeek's: one GPU of them alone would keep room that no expert can use."""
+    layers = [Layer(200, 10)] * 3 + [Layer(60, 10, 256, 8)] * 58
+    for sizes in ([8000] * 8, [4000] * 4 + [12000] * 2, [2500, 30000]):
+        rooms = [Room(f"cuda:{i}", size, 0) for i, size in enumerate(sizes)]
+        devices, _, left = placed(layers, rooms)
+        assert "cpu" not in devices
+        assert all(free < 8 for free in left.values()), (sizes, left)
+
+
+def test_gpus_large_enough_have_every_expert():
+    layers = [Layer(200, 10)] * 3 + [Layer(60, 10, 256, 8)] * 58
+    devices, counts, _ = placed(layers, [Room(f"cuda:{i}", 20000, 0) for i in range(8)])
+    assert sum(counts.values()) == 58 * 256 and len(set(devices)) == 8
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -83,6 +115,13 @@ def test_everything_on_a_large_gpu(planner):
     assert found.fits and found.placement.layers == ["cuda:0"] * 48
     assert sum(map(len, found.placement.gpu_experts.values())) == 48 * 128
     assert found.memory["cpu"].weights < 2 * GIB and found.prefill.rate > found.decode.rate > found.decode_full.rate
+
+
+def test_deepseek_v3_on_eight_large_gpus_fills_them_with_experts():
+    found = Planner("deepseek-v3", form="Q4_K_M").plan(box(*["80GiB"] * 8, ram="512GiB"))
+    assert found.fits
+    for device, memory in found.memory.items():
+        assert device == "cpu" or memory.total > 0.94 * memory.limit, (device, memory)
 
 
 def test_a_gpu_expert_takes_no_ram(planner):
@@ -156,10 +195,20 @@ def test_experts_by_hand():
     part = Part("e", 0, "experts", "cpu", "Q4_K", 800, True, 100.0, 50.0, 1600, 1.0, 8, 1)
     machine = box(ram="64GiB@10GB/s")
     one = speed.forward([part], [], {}, machine, probes.assumed(1), 1, 0)
-    assert one.seconds["cpu", "routed experts"] == pytest.approx(100 / (10e9 * speed.READ_SHARE["Q4_K"]))
+    assert one.seconds["cpu", "routed experts"] == pytest.approx(100 / (10e9 * shares.KERNELS["Q4_K"].read))
     many = speed.forward([part], [], {}, machine, probes.assumed(1), 10_000, 0)
-    ops = 50.0 * 10_000 / (machine.cpu.int8_ops * speed.PEAK_SHARE["Q4_K"])
+    ops = 50.0 * 10_000 / (machine.cpu.int8_ops * shares.KERNELS["Q4_K"].peak)
     assert many.seconds["cpu", "routed experts"] == pytest.approx(max(800 / (10e9 * 0.93), ops), rel=0.01)
+
+
+def test_shares_are_of_types_that_exist_and_below_the_limit():
+    from ktransformers.planner.sizes import DENSE, in_c
+
+    for name, share in shares.KERNELS.items():
+        assert name == DENSE or in_c(name), name
+        assert 0 < share.read <= 1 and (share.peak is None or 0 < share.peak <= 1), name
+    assert shares.read_share("no such type") == shares.OTHER.read
+    assert shares.peak_share("Q3_K") == shares.OTHER.peak and shares.peak_share("Q4_K") == 0.57
 
 
 # --- rule files that do it ----------------------------------------------------------------------------------
@@ -209,3 +258,39 @@ def test_headers_that_disagree_with_the_config_are_refused(checkpoint):
         Planner(str(folder), weights=other)
     with pytest.raises(KTransformersError, match="give one"):
         Planner(str(folder), weights=folder, form="Q4_K_M")
+
+
+@pytest.mark.parametrize("mix", ["Q4_K_M", "Q8_0"])
+def test_a_gguf_or_a_folder_with_weights_is_planned_by_its_own_headers(checkpoint, tmp_path, mix):
+    sizes_of = {"hidden_size": 256, "moe_intermediate_size": 256, "intermediate_size": 256}
+    _, folder = checkpoint("qwen3_moe", dtype=torch.bfloat16, **sizes_of)
+    path = tmp_path / "model.gguf"
+    quantize_folder(folder, path, mix)
+    file = Planner(str(path)).plan(box())
+    assert file.format == "model.gguf"
+    assert file.memory["cpu"].mapped == Planner(str(folder), weights=path).plan(box()).memory["cpu"].mapped
+    assert file.memory["cpu"].mapped <= path.stat().st_size < 2 * file.memory["cpu"].weights
+    assert Planner(str(folder)).plan(box()).format == "model.safetensors"
+    assert Planner(str(folder), form="published").form.name == "published"
+    assert Planner(str(path), form="F16").form.name == "F16"
+
+
+def test_a_folder_whose_weights_are_incomplete_says_how_to_plan_without_them(checkpoint, tmp_path):
+    _, folder = checkpoint("qwen3_moe")
+    shutil.copy(folder / "config.json", tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"{}")
+    with pytest.raises(WeightError, match="--format published"):
+        Planner(str(tmp_path))
+    assert Planner(str(tmp_path), form="published").plan(box()).fits
+
+
+def test_the_header_of_a_rule_file_names_the_machine(planner):
+    text = planner.plan(box("24GiB", "24GiB", "4090")).rule
+    assert "for 2 x 24 GiB GPU and 4090 (24 GiB) and 64 GiB of RAM," in text.splitlines()[0]
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3", "qwen3-30b-a3b", "gpt-oss-20b"])
+def test_the_header_of_a_rule_file_names_the_packaged_file_that_it_was_made_from(name):
+    text = Planner(name).plan(box(ram="2TiB")).rule
+    named = re.search(r"Made from (\S+)\.$", text, re.MULTILINE)[1]
+    assert resources.files("ktransformers.optimize_rules").joinpath(named).is_file(), named

@@ -6,14 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 from ktransformers.models import embedded_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from ktransformers import optimize_and_load
+from ktransformers import cli, optimize_and_load
 from ktransformers.cli import profile as command
-from ktransformers.cli.common import errors
 from ktransformers.errors import KTransformersError
 from ktransformers.planner.masks import gpu_experts
 from ktransformers.planner.profile import MAX_BYTES, RoutingProfile, record
@@ -129,7 +127,7 @@ def test_a_profile_knows_whose_it_is():
     for arguments, message in (
         (([4, 1], 5, "y"), "found model type x, expected y"),
         (([1, 2], 5), "found layers 1,4, expected 1-2"),
-        (([1, 4], 6), "found 5 experts a layer, expected 6"),
+        (([1, 4], 6), "found 5 experts per layer, expected 6"),
     ):
         with pytest.raises(KTransformersError, match=message):
             KNOWN.require(*arguments)
@@ -223,9 +221,7 @@ def test_what_cannot_be_written_is_one_error_and_leaves_what_was_there(tmp_path,
 
 
 def kt_profile(*arguments):
-    app = typer.Typer()
-    app.command()(errors(command.profile))
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(cli.app, ["profile", *map(str, arguments)])
 
 
 @pytest.fixture
@@ -258,7 +254,7 @@ def test_the_command_counts_prompts_and_answers(prompts, tmp_path):
     }  # fmt: skip
     masks = gpu_experts("frequency", [1, 2], 8, 8, found)
     assert found.hit_rate(masks) >= 0.5
-    short = kt_profile(embedded_model(), "--prompts", prompts, "--max-new-tokens", 1, "-o", output, "--json")
+    short = kt_profile(embedded_model(), "--prompts", prompts, "--max-new-tokens", 1, "-o", output, "--force", "--json")
     fewer = json.loads(short.stdout)["tokens"]  # an answer's last token is chosen, and never computed
     assert data["tokens"] == fewer + 3 * 3
 
@@ -267,7 +263,7 @@ def test_the_table_is_readable_at_100_columns(prompts, tmp_path):
     gguf = next(embedded_model().glob("*.gguf"))
     ran = kt_profile(gguf, "--prompts", prompts, "--max-new-tokens", 2, "-o", tmp_path / "p.json")
     assert ran.exit_code == 0, ran.output
-    assert "by the top 10% of experts" in ran.stdout and "p.json" in ran.stdout
+    assert "share of the top 10% of experts" in ran.stdout and "p.json" in ran.stdout
     assert max(map(len, ran.stdout.splitlines()[:-1])) <= 100
 
 
@@ -280,7 +276,7 @@ def test_deep_models_are_shown_in_groups():
 
 BAD = [
     (["--prompts", "/no/such/file"], "--prompts /no/such/file: cannot be read"),
-    (["--prompts", "{empty}"], "is empty, expected one prompt a line"),
+    (["--prompts", "{empty}"], "is empty, expected one prompt per line"),
     (["--prompts", "{long}"], "tokens, but the model takes 1024"),
     (["--prompts", "{good}", "-o", "/no/such/folder/p.json"], "its folder does not exist"),
     (["--prompts", "{good}", "--devices", "cuda"], "expected NAME=NAME"),

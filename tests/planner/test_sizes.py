@@ -12,11 +12,13 @@ from ktransformers.errors import KTransformersError
 from ktransformers.gguf_files.write import quantize_folder
 from ktransformers.loaders import bind
 from ktransformers.planner import formats, sizes
-from tests import families
-from tests.tiny import meta_model, random_ids
+from tests.tiny import build, meta_model, random_ids, tiny_config
 
 CACHED = [*DEFAULT_RULES, "olmoe", "phimoe", "dots1", "exaone_moe", "afmoe"]
-UNKNOWN_CACHE = {"deepseek_v4": "its attention compresses the cache in ways of its own"}
+UNKNOWN_CACHE = {
+    "deepseek_v4": "its attention compresses the cache in ways of its own",
+    "qwen3_omni_moe": "of several language models; what thinks of it is here by its own name",
+}
 
 
 def cache_bytes(cache):
@@ -30,11 +32,8 @@ def cache_bytes(cache):
 
 @pytest.mark.parametrize("model_type", [m for m in CACHED if m not in UNKNOWN_CACHE])
 def test_cache_bytes_are_those_of_transformers_own_cache(model_type):
-    config = families.config_of(model_type)
-    from transformers import AutoModelForCausalLM
-
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = build(tiny_config(model_type)).eval()
     tokens = 24
     with torch.no_grad():
         cache = model(random_ids(1, tokens), use_cache=True).past_key_values
@@ -70,7 +69,7 @@ def test_parts_hold_what_the_loaded_model_holds(checkpoint, rule):
 def test_tied_weights_are_counted_once(checkpoint):
     reference, _ = checkpoint("qwen3_moe", tie_word_embeddings=True)
     model = meta_model(reference.config)
-    found = sizes.parts(model, plan(model, "MoE", gpus=0), formats.published_format(model.config, 3, True))
+    found = sizes.parts(model, plan(model, "MoE", gpus=0), formats.published_format(model.config))
     assert sum(p.weights for p in found) == sum(p.numel() for p in reference.parameters())
     head = next(p for p in found if p.kind == "head")
     assert head.ops == 2 * 64 * 128 and head.held == 0
@@ -98,15 +97,24 @@ def test_published_sizes_of_known_models(name):
     published = {"deepseek-v3": 672, "kimi-k2-thinking": 594, "gpt-oss-20b": 13.8, "minimax-m2": 230}[name]
     config = read_config(name)
     model = known_model(config)
-    form = formats.published_format(config, config.num_hidden_layers, False)
+    form = formats.published_format(config)
     total = sum(form.stored(n, tuple(t.shape), t.dtype)[1] for n, t in model.state_dict().items())
     assert total / 1e9 == pytest.approx(published, rel=0.03)
+
+
+def test_routed_experts_that_are_stored_otherwise_than_the_rest_are_counted_so():
+    config = read_config("deepseek-v4-flash")
+    form = formats.published_format(config)
+    shape = (2048, 4096)
+    assert form.name == "published (FP8+MXFP4)"
+    assert form.stored("model.layers.3.mlp.experts.gate_up_proj", shape, torch.bfloat16) == ("MXFP4", 2048 * 4096 * 17 // 32)
+    assert form.stored("model.layers.3.mlp.shared_experts.up_proj.weight", shape, torch.bfloat16)[0] == "F8_E4M3"
 
 
 def test_every_known_model_has_a_published_format():
     for name in KNOWN:
         config = read_config(name)
-        assert formats.published_format(config, 1, False).name.startswith("published")
+        assert formats.published_format(config).name.startswith("published")
 
 
 def test_an_unknown_format_is_named_with_the_closest():
@@ -122,7 +130,7 @@ def test_experts_split_between_devices_share_bytes_and_choices(checkpoint):
         "replace": {"class": "ktransformers.operators.experts.KTransformersExperts",
                     "kwargs": {"generate_device": "cpu", "gpu_experts": {0: "0-1", 2: [7]}, "gpu_device": "layer"}},
     }]}  # fmt: skip
-    form = formats.published_format(model.config, 3, False)
+    form = formats.published_format(model.config)
     hits = {0: {0: 0.5, 1: 0.25, 7: 0.25}, 1: {3: 1.0}, 2: {7: 0.125, 0: 0.875}}
     found = sizes.parts(model, plan(model, rule, gpus=1), form, hits)
     experts = {(p.layer, p.device): p for p in found if p.kind == "experts"}

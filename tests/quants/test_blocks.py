@@ -67,7 +67,7 @@ def test_chunks_do_not_show(name, monkeypatch):
     kind = QUANT_TYPES[name]
     blocks = torch.from_numpy(random_blocks(kind, 37, seed=1))
     whole = dequantize(blocks, kind, (37, kind.block))
-    monkeypatch.setattr(quants_blocks, "CHUNK", 5 * kind.block)
+    monkeypatch.setattr(quants_blocks, "WEIGHTS_AT_ONCE", 5 * kind.block)
     assert_same_bits(dequantize(blocks, kind, (37, kind.block)), whole.numpy())
 
 

@@ -129,8 +129,12 @@ def test_lines_are_named_in_files_too(model, tmp_path):
     path.write_text(
         "devices:\n  cuda:0: 0-3\nrules:\n- match: {trait: linear}\n  replace:\n    class: ${x}\n    device: layer\n"
     )
-    with pytest.raises(RuleError, match=r"(?s)two.yaml: variable 'x' unknown.*two.yaml:4 .rule 1.*two.yaml: devices: no device"):
+    with pytest.raises(RuleError, match=r"(?s): 2 problems.*two.yaml:6: variable 'x' unknown.*two.yaml:1: devices: no device"):
         plan(model, path, gpus=1)
+    path.write_text(path.read_text().replace("0-3", "a-b").replace("${x}", LINEAR))
+    with pytest.raises(RuleError) as caught:
+        plan(model, path, gpus=1)
+    assert [str(problem).partition(" names")[0] for problem in caught.value.problems] == [f"{path}:2: devices: cuda:0: 'a-b'"]
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 4, 8])

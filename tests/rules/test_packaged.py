@@ -18,10 +18,12 @@ MODELS = {
     "DeepSeek-V3.2": ("deepseek_v32", {}),
     "DeepSeek-V4": ("deepseek_v4", {}),
     "GLM-4": ("glm4_moe", {}),
+    "GLM-4.5V": ("glm4v_moe", {}),
     "GLM-4.7-Flash": ("glm4_moe_lite", {}),
     "GLM-5": ("glm_moe_dsa", {}),
     "gpt-oss": ("gpt_oss", {}),
     "Kimi-K2": ("kimi_k2", {"n_group": 1, "topk_group": 1}),
+    "Kimi-K2.5": ("kimi_k25", {}),
     "Llama-4": ("llama4_text", {}),
     "MiniMax-M2": ("minimax_m2", {}),
     "Mixtral": ("mixtral", {}),
@@ -29,6 +31,8 @@ MODELS = {
     "Qwen2-MoE": ("qwen2_moe", {}),
     "Qwen3-MoE": ("qwen3_moe", {}),
     "Qwen3-Next": ("qwen3_next", {}),
+    "Qwen3-Omni-MoE": ("qwen3_omni_moe_thinker", {}),
+    "Qwen3-VL-MoE": ("qwen3_vl_moe", {}),
     "Qwen3.5-MoE": ("qwen3_5_moe_text", {}),
 }
 """Name of packaged rules -> the tiny model that stands for it: a family and what its config differs in."""

@@ -1,6 +1,8 @@
 """Rules mean what upstream's mean, and every mistake in them is found before anything is touched, all at once."""
 
 import re
+import sys
+import time
 
 import pytest
 import torch
@@ -113,6 +115,12 @@ MISTAKES = [
     (rule("lm_head") | {"recursve": True}, r"unknown key 'recursve' \(did you mean 'recursive'\?\)"),
     ({"match": {"nmae": "lm_head"}, "replace": {"class": "default"}}, r"unknown key 'nmae' \(did you mean 'name'\?\)"),
     ({"match": {}, "replace": {"class": "default"}}, r"match: is empty"),
+    (rule("lm_head") | {"kwargs": {"generate_device": "cpu"}}, r"'kwargs' belongs under replace; known here: match, replace"),
+    (rule("lm_head") | {"name": "x"}, r"'name' belongs under match"),
+    (rule("lm_head") | {"class": "default"}, r"'class' belongs under match or replace"),
+    (rule("lm_head") | {"generate_device": "cpu"}, r"'generate_device' belongs under replace, in its kwargs"),
+    ({"match": {"name": "lm_head"}, "replace": {"class": "default", "recursive": False}}, r"replace: 'recursive' belongs one level up"),
+    ({"match": {"name": "lm_head"}, "replace": {"class": "default", "generate_device": "cpu"}}, r"replace: 'generate_device' belongs under replace, in its kwargs"),
     ({"match": {"name": "lm_head"}}, r"has no 'replace'"),
     ({"replace": {"class": "default"}}, r"has no 'match'"),
     ({"match": "lm_head", "replace": {"class": "default"}}, r"match: found text, expected a mapping"),
@@ -186,9 +194,38 @@ def test_all_mistakes_of_a_file_are_listed_with_their_lines(model, tmp_path):
     )
     with pytest.raises(RuleError) as caught:
         plan(model, path)
-    text = str(caught.value)
-    assert "bad.yaml:1 (rule 1)" in text and "bad.yaml:5 (rule 2)" in text and "bad.yaml:9 (rule 3)" in text
-    assert "4 problems" in text  # rule 2 has an unknown key and no replace
+    headline, *listed = str(caught.value).splitlines()
+    assert headline.startswith(f"{path} for DeepseekV3ForCausalLM: 4 problems")
+    at = ["2 (rule 1): match.name", "7 (rule 2): unknown key 'replce'", "5 (rule 2): has no 'replace'", "10 (rule 3): match.class"]
+    assert [text.startswith(f"  - {path}:{place}") for text, place in zip(listed, at, strict=True)] == [True] * 4, listed
+
+
+KWARGS_LINE = "- match:\n    name: {name}\n  replace:\n    class: {cls}\n    kwargs:\n      generate_device: {device}\n      generate_op: {op}\n  expect: {expect}\n"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line", "message"),
+    [
+        ({"name": "lm_heat"}, 2, "matches no module"),
+        ({"cls": "torch.nn.Linear"}, 4, "is no operator"),
+        ({"cls": EXPERTS, "op": "KExpertsTorch"}, 4, "expected an experts module"),
+        ({"device": "gpu"}, 6, "'gpu' is no device name"),
+        ({"device": 3}, 6, "3 is a whole number, expected"),
+        ({"op": "KLinearTroch"}, 7, "'KLinearTroch' unknown"),
+        ({"op": 3}, 7, "3 is a whole number, expected"),
+        ({"expect": 2}, 8, "takes 1 modules, expected 2"),
+    ],
+)
+def test_one_mistake_is_one_line_that_names_the_line_of_its_key(model, tmp_path, wrong, line, message):
+    right = {"name": "lm_head", "cls": LINEAR, "device": "cpu", "op": "KLinearTorch", "expect": 1}
+    path = tmp_path / "mine.yaml"
+    path.write_text(KWARGS_LINE.format(**right))
+    plan(model, path)
+    path.write_text(KWARGS_LINE.format(**right | ({"expect": "null"} if "name" in wrong else {}) | wrong))
+    with pytest.raises(RuleError) as caught:
+        plan(model, path)
+    (problem,) = caught.value.problems
+    assert str(problem).startswith(f"{path}:{line} (rule 1): ") and message in str(problem)
 
 
 def test_malformed_rules_and_rules_that_match_nothing_are_listed_together(model):
@@ -197,6 +234,14 @@ def test_malformed_rules_and_rules_that_match_nothing_are_listed_together(model)
         plan(model, bad, default_device="cpu")
     text = str(caught.value)
     assert "4 problems" in text and text.count("matches no module") == 2 and "no regular expression" in text
+
+
+def test_a_class_is_suggested_only_for_one_that_no_module_is(model):
+    with pytest.raises(RuleError) as error:
+        plan(model, [rule("^lm_heat", "torch.nn.Linear"), rule(cls="transformers.models.deepseek_v2.modeling_deepseek_v2.DeepseekV2RMSNorm")])
+    name, cls = str(error.value).splitlines()[1:]
+    assert "matches 0, class torch.nn.modules.linear.Linear matches" in name and "did you mean" not in name
+    assert "(did you mean 'transformers.models.deepseek_v3.modeling_deepseek_v3.DeepseekV3RMSNorm'?)" in cls
 
 
 def test_rules_that_do_not_fit_are_listed_together(model):
@@ -262,14 +307,68 @@ def test_a_missing_file_suggests_a_packaged_one(tmp_path):
         load_rules(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["deepseek-v3", "DEEPSEEK-V3.yaml", "moe", "Qwen3-moe"])
+def test_packaged_rules_are_found_in_whatever_case(name):
+    assert load_rules(name).label in {"MLA.yaml", "MoE.yaml"}
+
+
+FOLLOWS = {
+    "rules after one that is not understood take its modules": [rule(r"mlp\.gate$(", operator="ktransformers.operators.gate.KMoEGate"),
+        rule(r"\.(gate|up)_proj$|mlp\.gate$", operator=LINEAR, generate_op="KLinearTorch"), rule("lm_head") | {"expect": 2}],
+    "an operator that is not found hides nothing": [rule(r"self_attn$", operator="ktransformers.operators.attention.KDepseekV2Attention"), rule("", "torch.nn.Linear") | {"expect": 2}],
+    "a kwarg of the wrong type is asked no more": [rule(r"^lm_head$", operator=LINEAR, generate_device=5)],
+    "an operator with an unknown kwarg is asked no more": [rule(r"self_attn$", operator=LINEAR, generate_opp="KLinearTorch")],
+    "kwargs at the wrong depth are those of no operator": [{"match": {"name": "^model$"}, "kwargs": {"transfer_map": {9: "cpu"}}, "replace": {"class": "default"}}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", FOLLOWS)
+def test_what_follows_from_another_mistake_is_not_listed(model, what):
+    with pytest.raises(RuleError) as caught:
+        plan(model, FOLLOWS[what], default_device="cpu")
+    assert len(caught.value.problems) == 1, caught.value
+
+
+def test_thousands_of_rules_take_about_a_second(model):
+    many = [rule(rf"no_such_module_{i}$", "torch.nn.Linear", LINEAR, generate_op="KLinearTorch") for i in range(5000)]
+    before = time.process_time()
+    with pytest.raises(RuleError, match="5000 problems"):
+        plan(model, many, default_device="cpu")
+    assert time.process_time() - before < 4
+
+
 def test_a_rule_whose_matches_are_all_taken_warns(model):
-    with pytest.warns(UserWarning, match="rule 2 never wins: all 1 modules it matches are taken by earlier rules"):
+    with pytest.warns(UserWarning, match="rule 2: never wins: all 1 modules it matches are taken by earlier rules"):
         plan(model, [rule("lm_head"), rule("^lm_head$")])
 
 
 def test_a_class_of_the_users_own_program_needs_no_permission(model):
     found = plan(model, [rule("lm_head", operator=f"{__name__}.MyLinear", my_param=2)])
     assert found["lm_head"].operator is MyLinear
+
+
+@pytest.mark.parametrize("there", ["rules", "here"])
+def test_a_listed_module_may_lie_beside_the_rules_or_in_the_current_folder(model, tmp_path, monkeypatch, there):
+    for folder in ("rules", "here"):
+        (tmp_path / folder).mkdir()
+    name = f"my_ops_in_{there}"
+    (tmp_path / there / f"{name}_sizes.py").write_text("TWO = 2\n")
+    (tmp_path / there / f"{name}.py").write_text(
+        f"from ktransformers.operators.base_operator import BaseInjectedModule\nfrom {name}_sizes import TWO\n\n\nclass Mine(BaseInjectedModule):\n    two = TWO\n"
+    )
+    path = tmp_path / "rules" / "mine.yaml"
+    path.write_text(f"- match: {{name: lm_head}}\n  replace: {{class: {name}.Mine}}\n")
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(RuleError, match=f"KT_RULE_MODULES={name}"):
+        plan(model, path, default_device="cpu")
+    monkeypatch.setenv("KT_RULE_MODULES", name)
+    before = list(sys.path)
+    assert plan(model, path, default_device="cpu")["lm_head"].operator.two == 2
+    assert sys.path == before
+    monkeypatch.setenv("KT_RULE_MODULES", "no_such_ops")
+    path.write_text("- match: {name: lm_head}\n  replace: {class: no_such_ops.Mine}\n")
+    with pytest.raises(RuleError, match=rf"No module named 'no_such_ops' \(looked in {tmp_path}/rules, {tmp_path}/here too\)"):
+        plan(model, path, default_device="cpu")
 
 
 class MyLinear(BaseInjectedModule):
@@ -427,7 +526,7 @@ def test_the_plan_table_groups_layers_by_pattern(model):
     )
     rows = {row["pattern"]: row for row in plan_rows(model, found)}
     experts = rows["model.layers.*.mlp.experts"]
-    assert experts["count"] == 2 and experts["rule"] == "1 (rule 1)" and experts["device"].startswith("cpu")
+    assert experts["count"] == 2 and experts["rule"] == "1" and experts["device"].startswith("cpu")
     assert rows["model.layers.*.input_layernorm"]["count"] == 3
 
 

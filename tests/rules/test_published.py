@@ -221,7 +221,7 @@ class Style:
     family: str
     modeling: str
     rotary: tuple[str, str]
-    block: tuple[str, str]
+    block: tuple[str | None, str]
     attention: str | None = "attention.KDeepseekV2Attention"
     model: str | None = "models.KDeepseekV2Model"
     gate: str | None = None
@@ -259,7 +259,7 @@ class Style:
         return rules
 
     def _class(self, name):
-        return name if "." in name else f"{MODELS}{self.modeling}.{name}"
+        return name if name is None or "." in name else f"{MODELS}{self.modeling}.{name}"
 
     @staticmethod
     def _ops(op):
@@ -342,6 +342,8 @@ STYLES = {
     "Qwen3-30B sft": Style("qwen3_moe", **{**QWEN3, "rotary": ("transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeRotaryEmbedding", "RoPE.KQwen3MoeRotaryEmbedding"),
                                            "attention": "attention.KQwen3MoeAttention"}, block=("Qwen3MoeSparseMoeBlock", "experts.KQwen3MoeSparseMoeBlock"),
                            model="models.KQwen3MoeModel", linear_op="KLinearTorch", experts_kwargs={"generate_op": "KSFTExpertsCPU"}),
+    "Qwen3-30B sft amx": Style("qwen3_moe", **{**QWEN3, "attention": "attention.KQwen3MoeAttention"}, block=(None, "experts.KQwen3MoeSparseMoeBlock"), model="models.KQwen2MoeModel",
+                               linear_op="KLinearTorch", head_op="KLinearTorch", experts_kwargs={"generate_op": "KSFTExpertsCPU", "backend": "AMXInt8"}, more=[rule("models.KQwen3MoeModel", MODEL)]),
     "Qwen3-Next serve": Style("qwen3_next", "modeling_qwen3_next", ("Qwen3NextRotaryEmbedding", "RoPE.KQwen3MoeRotaryEmbedding"), ("Qwen3NextSparseMoeBlock", "experts.KQwen3NextSparseMoeBlockV2"),
                               attention=None, model=None, not_linear=NO_SHARED_GATE, norm=("Qwen3NextRMSNorm", "layernorm.KQwen3NextRMSNorm"), mlp=("Qwen3NextMLP", "mlp.KQwen2MoeMLP"),
                               more=[rule("balance_serve_attention.KQwen3NextGatedDeltaNet", None, MODELS + "modeling_qwen3_next.Qwen3NextGatedDeltaNet", **on("cuda")),
@@ -402,13 +404,14 @@ def planned(checkpoint, name, rules=None):
 def test_the_rotary_rule_of_the_first_layers_places_the_one_that_all_share(checkpoint):
     found, told = planned(checkpoint, "DeepSeek-V3 two GPUs")
     assert found["model.rotary_emb"].rule.number == 1 and found["model.rotary_emb"].device == "cpu:0"
-    assert any("rule 2 places nothing: all layers share model.rotary_emb now" in text for text in told)
+    assert any("rule 2: places nothing: all layers share model.rotary_emb now" in text for text in told)
 
 
 def test_rules_that_never_matched_are_told_of_and_mistakes_are_still_errors(checkpoint):
-    found, told = planned(checkpoint, "Qwen3-30B")
-    assert found["model.rotary_emb"].rule is None
-    assert any("rule 1 matches no module of Qwen3MoeForCausalLM (class" in text for text in told)
+    for name in ("Qwen3-30B", "Qwen3-30B sft amx"):  # the second names the family in its operators alone
+        found, told = planned(checkpoint, name)
+        assert found["model.rotary_emb"].rule is None
+        assert any("rule 1: matches no module of Qwen3MoeForCausalLM (class" in text for text in told)
     rules = STYLES["Qwen3-30B"].rules()
     for mistake in (rule("default", r"^model\.leyers"), rule("default", "^lm_heat", "torch.nn.Linear")):
         with pytest.raises(RuleError, match="matches no module"):

@@ -11,16 +11,16 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ktransformers.cli.common import show, working
+from ktransformers.cli.common import JsonOption, show, working
 
 STYLES = {"ok": "green", "note": "yellow", "problem": "bold red"}
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Measure no speed.")] = False,
+    as_json: JsonOption = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Skip the speed measurements.")] = False,
 ) -> None:
-    """Look at this machine: processor, memory, GPUs, versions, a kernel run, and what to fix."""
+    """Inspect this machine: processor, memory, GPUs, versions, a kernel run, and what to fix."""
     with working("loading torch") as say:
         report = examine(quick, say)
     show(report, as_json, lambda: _render(report))
@@ -31,7 +31,7 @@ def doctor(
 def examine(quick: bool, say: Callable[[str], Any]) -> dict[str, Any]:
     """Every check: {"ok", "problems", "notes", "checks": [{"group", "name", "status", "found", "fix"}], "hardware"}.
 
-    `say` is told what is being done. "hardware" is planner.hardware's Cpu and Gpus, null where not measured.
+    `say` is called with what is being done. "hardware" is machine.hardware's Cpu and Gpus, null where not measured.
     """
     from ktransformers.cli.doctor import checks
 

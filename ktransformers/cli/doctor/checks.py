@@ -1,6 +1,6 @@
-"""The checks of `kt doctor`. Each group is a generator of Checks that may raise; doctor.py catches and shows.
+"""The checks of `kt doctor`. Each group is a generator of Checks that may raise; the command catches and shows.
 
-Imports torch, through native: doctor.py imports this file when it runs.
+Imports torch, through native: the command imports this file when it runs.
 """
 
 import os

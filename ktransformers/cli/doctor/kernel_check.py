@@ -12,7 +12,7 @@ TOKENS = (1, 65)  # decode, and a prefill that is no multiple of any tile
 LIMITS = {"int8": 0.025, "bf16": 0.008}
 """Largest mean|d| / mean|ref| by the rounding that the path does to activations; twice what right kernels show."""
 SCALES = {"Q4_K": {0: 1.0, 2: 7.5}, "Q6_K": {208: 0.13}, "Q8_0": {0: 2.4}}
-"""Byte of a block -> the fp16 scale that stands there, over 2900: random codes then make weights around 1 / 16."""
+"""Byte of a block -> the fp16 scale there, times 2900: random codes then make weights around 1 / 16."""
 
 WORST = 4  # times the limit, for the largest |d| over the largest |ref|: one wrong row hides in a mean
 

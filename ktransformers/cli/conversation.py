@@ -1,0 +1,318 @@
+"""The chat program: load a model, then answer what a person types or a pipe holds, until told to stop.
+
+`kt chat` and `python -m ktransformers.local_chat` are two sets of flags for it. It shows things and keeps the
+conversation; `engine/` loads and computes, `messages.py` reads what is said.
+"""
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.text import Text
+
+from ktransformers import env
+from ktransformers.cli import messages
+from ktransformers.cli.common import drop_output, err, error_object, note, print_error, renamed_devices
+from ktransformers.configs import text_config
+from ktransformers.errors import KTransformersError
+
+if TYPE_CHECKING:
+    from ktransformers.engine.generate import Timing
+
+NEW_TOKENS = 1000
+"""Most tokens of an answer where neither a flag nor the model's generation_config says a number."""
+
+THINK = "<think>\n"
+"""How reasoning begins in the models that `force_think` is for (DeepSeek-R1 and those that learned from it)."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the flags say. Empty texts, None and 0 mean: decide for me."""
+
+    model_path: str = ""
+    weights: str = ""
+    rule: str = ""
+    devices: tuple[str, ...] = ()
+    threads: int = 0
+    prompt_file: str = ""
+    max_new_tokens: int | None = None
+    chunk_size: int = 8192
+    greedy: bool = False
+    force_think: bool = False
+    as_json: bool = False
+
+
+def talk(options: Options) -> None:
+    """Run the program. Raises KTransformersError for what cannot start, typer.Exit with the exit code at the end."""
+    devices = renamed_devices(options.devices)
+    prompt = _read_prompt_file(options.prompt_file)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks is not the end of the program
+    with _loading(options) as on_step:
+        on_step("importing torch")
+        _set_threads(options.threads)
+        from ktransformers.engine.load import load
+
+        model, tokenizer = load(
+            options.model_path, options.weights, options.rule,
+            devices=devices, progress=not options.as_json, notify=note, on_step=on_step,
+        )  # fmt: skip
+        chat = Chat(model, tokenizer, options)
+    try:
+        code = chat.run([prompt], commands=False) if prompt else chat.run(messages.read(options.as_json))
+        code = 0 if messages.at_terminal() and not prompt else code  # who sat there has seen what failed
+    except OutputError as error:
+        drop_output()
+        print_error(f"standard output cannot be written: {error}. Free space, or write elsewhere.")
+        code = 1
+    raise typer.Exit(code)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Start
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _loading(options: Options) -> Iterator[Any]:
+    """Say at once what is being loaded, then, on a terminal, what is going on and how long it took."""
+    if options.as_json and not err.is_terminal:
+        yield lambda text: None
+        return
+    start = time.monotonic()
+    name = options.model_path or options.weights or "the embedded model"
+    err.print(Text(f"loading {name}", "dim"), soft_wrap=True)
+    status = err.status("")
+    status.start()
+
+    def on_step(text: str) -> None:
+        if text.startswith("loading"):
+            status.stop()  # the weights have a bar of their own
+        else:
+            status.update(Text(text, "dim"))
+
+    try:
+        yield on_step
+    finally:
+        status.stop()
+    if err.is_terminal:
+        err.print(f"[dim]loaded in {time.monotonic() - start:.1f} s[/dim]")
+
+
+def _set_threads(count: int) -> None:
+    """Give the C library and torch `count` threads; more than the cores would make both crawl, so they are the most."""
+    import torch
+
+    from ktransformers import native
+
+    if count == 0:
+        return
+    cores = native.default_threads()
+    if count < 0:
+        raise KTransformersError(f"{count} CPU threads: expected 1 to {cores}, or 0 for all cores.")
+    if count > cores:
+        note(f"{count} CPU threads: this process may use {cores} cores, so there are {cores} threads")
+        count = cores
+    native.set_threads(count)
+    torch.set_num_threads(count)
+
+
+def _read_prompt_file(path: str) -> str:
+    if not path:
+        return ""
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise KTransformersError(f"prompt file {path}: cannot be read: {error}. Check the path.") from error
+    if not text.strip():
+        raise KTransformersError(f"prompt file {path}: is empty, expected the text of a message.")
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Talk
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class OutputError(Exception):
+    """Standard output cannot be written: whoever reads it went away, or the disk is full."""
+
+
+class Chat:
+    """One conversation: its messages, its KV cache, and how answers are shown.
+
+    Whatever goes wrong in a turn, the message that failed is not part of the conversation and the cache agrees with
+    what is.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, options: Options):
+        from ktransformers.engine.cache import PrefixCache
+        from ktransformers.engine.sampling import Chooser, Sampling
+
+        self.model, self.tokenizer, self.options = model, tokenizer, options
+        stop = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        sampling = Sampling(model.generation_config, stop)
+        self.sampling = sampling.greedy() if options.greedy else sampling
+        Chooser(self.sampling, model, [0], 1, tokenizer)  # what cannot be used is known before the first message
+        if unhonoured := sampling.unhonoured():
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in unhonoured.items())
+            note(f"generation_config asks for what has no effect here ({reasons})")
+        self.cache = PrefixCache()
+        self.messages: list[dict[str, str]] = []
+
+    def run(self, said: Iterable[str], commands: bool = True) -> int:
+        """Answer each message; returns the exit code: 0, or 1 when one of them failed."""
+        code, coming, text = 0, iter(said), ""
+        while True:
+            try:
+                text = next(coming)
+                if commands and messages.is_command(text):
+                    self._command(text.strip())
+                else:
+                    self.answer(text)
+            except StopIteration:
+                return code
+            except OutputError:
+                raise
+            except KeyboardInterrupt:  # at a prompt or between two answers; one in an answer stops that
+                if not messages.at_terminal():
+                    raise
+                messages.say_how_to_quit()
+            except Exception as error:
+                self._failed(text, error)
+                code = 1
+
+    def _command(self, text: str) -> None:
+        name = messages.resolve(text)
+        if name == "/new":
+            self.messages.clear()
+        elif name == "/help":
+            messages.show_help()
+
+    def _failed(self, question: str, error: Exception) -> None:
+        """Report an error in one line. One that nobody expected may have left anything in the cache."""
+        if not isinstance(error, KTransformersError):
+            self.cache.clear()
+            if env.debug():
+                traceback.print_exception(error)
+        print_error(_one_line(error))
+        if self.options.as_json:
+            self._write(json.dumps({"question": question, **error_object(error)}) + "\n")
+
+    def answer(self, text: str) -> str:
+        """Stream the answer to `text`, then say how fast it came. Ctrl-C keeps what was said so far."""
+        from ktransformers.engine.detokenize import Detokenizer
+        from ktransformers.engine.generate import Timing, generate
+
+        kept = list(self.messages)
+        self.messages.append({"role": "user", "content": text})
+        timing, words, thought, stopped = Timing(), Detokenizer(self.tokenizer), "", False
+        try:
+            try:
+                prompt, thought = self._prompt()
+                room = min(self._most_new(), self._context() - len(prompt))
+                self._show(thought)
+                for token in generate(
+                    self.model, prompt, max_new_tokens=room, chunk_size=self.options.chunk_size,
+                    sampling=self.sampling, cache=self.cache, timing=timing, tokenizer=self.tokenizer,
+                ):  # fmt: skip
+                    self._show(words.add(token))
+                if len(words.ids) == room < self._most_new():
+                    err.print("\n[dim]the model's context is full[/dim]")
+            except KeyboardInterrupt:
+                stopped = True
+            self._show(words.rest())
+        except Exception:
+            self.messages = kept
+            raise
+        said = thought + words.text
+        self.messages.append({"role": "assistant", "content": said})
+        self._finish(text, said, timing, stopped)
+        return said
+
+    def _prompt(self) -> tuple[list[int], str]:
+        """Token ids of the conversation, and the text that the answer is made to begin with.
+
+        The oldest turns are dropped when the model's context would overflow.
+        """
+        limit, dropped = self._context(), 0
+        room = max(1, min(self._most_new(), limit // 4))
+        ids, thought = self._tokens(self.messages)
+        if len(ids) + room > limit and (alone := len(self._tokens(self.messages[-1:])[0])) + room > limit:
+            raise KTransformersError(
+                f"message: has {alone} tokens; the model takes {limit} in all, {room} of them kept for the answer. "
+                "Shorten it."
+            )
+        while len(ids) + room > limit:
+            del self.messages[:2]
+            dropped += 1
+            ids, thought = self._tokens(self.messages)
+        if dropped:
+            turns = "its oldest turn was" if dropped == 1 else f"its {dropped} oldest turns were"
+            err.print(f"[dim]the conversation is longer than the model's context; {turns} dropped[/dim]")
+        return ids, thought
+
+    def _most_new(self) -> int:
+        """Most tokens of an answer."""
+        return self.options.max_new_tokens or self.sampling.config.max_new_tokens or NEW_TOKENS
+
+    def _context(self) -> int:
+        """How many tokens prompt and answer may have together."""
+        limit = getattr(text_config(self.model.config), "max_position_embeddings", None) or sys.maxsize
+        said = self.options.max_new_tokens or self.sampling.config.max_new_tokens  # goes before max_length, as there
+        return limit if said else min(limit, self.sampling.config.max_length or limit)
+
+    def _tokens(self, conversation: list[dict[str, str]]) -> tuple[list[int], str]:
+        from jinja2 import TemplateError
+
+        try:
+            ids = self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+        except TemplateError as error:
+            raise KTransformersError(
+                f"the tokenizer's chat template refuses this conversation: {error}. Say /new to start over."
+            ) from error
+        if not self.options.force_think or self.tokenizer.decode(ids[-8:]).rstrip().endswith(THINK.rstrip()):
+            return ids, ""
+        return [*ids, *self.tokenizer.encode(THINK, add_special_tokens=False)], THINK
+
+    def _show(self, piece: str) -> None:
+        if piece and not self.options.as_json:
+            self._write(piece)
+
+    def _write(self, text: str) -> None:
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except OSError as error:
+            raise OutputError(str(error)) from error
+
+    def _finish(self, question: str, answer: str, timing: "Timing", stopped: bool) -> None:
+        if self.options.as_json:
+            data = {"question": question, "answer": answer, "stopped": stopped, **asdict(timing)}
+            self._write(json.dumps(data) + "\n")
+            return
+        self._write("\n")
+        err.print(
+            f"[dim]{'stopped · ' if stopped else ''}"
+            f"prefill {timing.prefill_tokens} tokens, {timing.prefill_rate:.1f} tokens/s · "
+            f"decode {timing.decode_tokens} tokens, {timing.decode_rate:.1f} tokens/s[/dim]"
+        )
+
+
+def _one_line(error: Exception) -> str:
+    """What a person reads: our own errors as they are, any other with its kind and the next step."""
+    if isinstance(error, KTransformersError):
+        return str(error)
+    lines = str(error).strip().splitlines() or ["no message"]
+    return (
+        f"{type(error).__name__}: {lines[0]}. This answer failed; the conversation goes on without it. "
+        "KT_DEBUG=1 shows where it happened."
+    )
