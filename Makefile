@@ -4,27 +4,50 @@ PYTHON ?= python3
 PIP_ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
-STAMP := $(VENV)/.installed
+# Modules are compiled to bytecode when they are first imported: all of torch's at once take longer than the rest of pip.
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile
+OBJECTS := build/clib/.compiled
 NATIVE := $(shell find native setup.py -name '*.[ch]' -o -name '*.py' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup chat doctor test support bench bench-peers sanitize bench-model bench-open bench-plan native train wheel clean
+.PHONY: help setup setup-dev chat doctor test test-fast support pages bench bench-setup bench-start bench-peers sanitize bench-model bench-open \
+        bench-plan native train wheel clean tools FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(STAMP) $(VENV)/.native ## .venv with everything, and the C library; seconds when nothing changed
+# pip and the C compiler at the same time, whatever -j says.
+setup: ## .venv with what the package needs, and the C library; a second when nothing changed
+	@$(MAKE) --no-print-directory -j2 $(VENV)/.native
 
-$(STAMP): requirements-dev.txt
+setup-dev: setup ## and what the tests and benchmarks need
+	@$(MAKE) --no-print-directory $(VENV)/.dev
+
+tools:
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found. Install Python 3.11 or newer, or say make PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $$($(PYTHON) --version) is too old; the pinned versions need 3.11 or newer. Say make PYTHON=python3.12"; exit 1; }
+	@command -v $${CC:-cc} >/dev/null || { echo "error: no C compiler ($${CC:-cc}). On Debian: apt-get install gcc libc6-dev"; exit 1; }
+
+$(VENV)/.installed: requirements.txt | tools
+	@echo "Python: installing torch, transformers and what they need into $(VENV)"
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || { echo "error: no virtual environment. On Debian: apt-get install python3-venv"; rm -rf $(VENV); exit 1; }
-	$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r requirements-dev.txt
+	$(PIP) $(PIP_ARGS) -r requirements.txt
 	@touch $@
 
-$(VENV)/.native: $(STAMP) $(NATIVE) pyproject.toml
-	@command -v $${CC:-cc} >/dev/null || { echo "error: no C compiler ($${CC:-cc}). On Debian: apt-get install gcc libc6-dev"; exit 1; }
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.installed
+	$(PIP) $(PIP_ARGS) -r requirements-dev.txt
+	@touch $@
+
+# What was asked for last, so that another KT_BUILD compiles again.
+build/clib/.wanted: FORCE
+	@mkdir -p $(@D) && { echo "$(KT_BUILD)" | cmp -s - $@ || echo "$(KT_BUILD)" > $@; }
+
+$(OBJECTS): $(NATIVE) build/clib/.wanted | tools
+	@$(PYTHON) native/objects.py
+	@touch $@
+
+$(VENV)/.native: $(VENV)/.installed $(OBJECTS) pyproject.toml
+	$(PIP) --no-build-isolation --no-deps --editable .
 	@touch $@
 
 chat: setup ## talk to the embedded model (or: make chat ARGS="--model_path ... --gguf_path ...")
@@ -33,36 +56,50 @@ chat: setup ## talk to the embedded model (or: make chat ARGS="--model_path ... 
 doctor: setup ## what this machine has, whether the kernels compute right on it, and what to fix
 	@$(PY) -m ktransformers doctor $(ARGS)
 
-test: setup ## every test
+test: setup-dev ## every test
 	$(PY) -m pytest $(ARGS)
 
-bench: setup ## speed of the C library beside this machine's measured limits
+test-fast: setup-dev ## every test that takes no longer than a second or two
+	$(PY) -m pytest -m "not slow" $(ARGS)
+
+bench-setup: ## time from a fresh clone to the first answer, by parts (PIP_ARGS=..., JSON=file)
+	$(PYTHON) tests/bench/bench_setup.py $(if $(JSON),--json $(JSON)) $(ARGS)
+
+bench: setup-dev ## speed of the C library beside this machine's measured limits
 	$(PY) -m tests.bench.bench_native $(if $(JSON),--json $(JSON)) $(ARGS)
 
-bench-peers: setup ## the C library beside llama.cpp, kt-kernel and torch, in .venv-peers (JSON=file ARGS="--quick ...")
+bench-peers: setup-dev ## the C library beside llama.cpp, kt-kernel and torch, in .venv-peers (JSON=file ARGS="--quick ...")
 	$(PY) -m tests.bench.bench_peers $(if $(JSON),--json $(JSON)) $(ARGS)
 
-bench-open: setup ## time to open a 5 GB GGUF and to build all handles
+bench-open: setup-dev ## time to open a 5 GB GGUF and to build all handles
 	$(PY) -m tests.bench.bench_open $(ARGS)
 
-bench-model: setup ## load time, memory and tokens/s of whole models
+bench-model: setup-dev ## load time, memory and tokens/s of whole models
 	$(PY) -m tests.bench.bench_model $(ARGS)
 
-bench-plan: setup ## what kt plan predicts against what is measured, memory and tokens/s
+bench-plan: setup-dev ## what kt plan predicts against what is measured, memory and tokens/s
 	$(PY) -m tests.bench.bench_plan $(if $(JSON),--json $(JSON)) $(ARGS)
 
 sanitize: ## the C library under AddressSanitizer and UBSan
 	$(MAKE) -C native sanitize
 
-native: setup ## rebuild the C library
+native: ## rebuild the C library: what has changed, for the machine it runs on now
+	@rm -f $(OBJECTS)
+	@$(MAKE) --no-print-directory setup
 
-support: setup ## README's table of families, from the tables that the tests run over
+bench-start: setup-dev ## seconds until commands show something and end, beside importing torch and a model class
+	$(PY) -m tests.bench.bench_start $(if $(JSON),--json $(JSON)) $(ARGS)
+
+pages: setup-dev ## write what their commands print into README and the tutorials
+	$(PY) -m tests.pages
+
+support: setup-dev ## README's table of families, from the tables that the tests run over
 	$(PY) -m tests.support
 
-train: setup ## train the embedded model again (under two hours on a CPU)
+train: setup-dev ## train the embedded model again (under two hours on a CPU)
 	$(PY) models/training/train.py $(ARGS)
 
-wheel: setup ## dist/*.whl and dist/*.tar.gz
+wheel: setup-dev ## dist/*.whl and dist/*.tar.gz
 	$(PY) setup.py --quiet bdist_wheel sdist
 
 clean: ## remove what was built, .venv included

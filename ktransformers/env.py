@@ -16,6 +16,7 @@ module works where the library is not built). KT_ISA may lower the detected one.
 amx_emulated computes AMX's instructions in C: slow, for tests where AMX is missing, never chosen by itself."""
 
 VARIABLES = {
+    "KT_BUILD": "read by `make setup`: host compiles the C library for this machine, all for every machine of its kind",
     "KT_DEBUG": "0 quiet, 1 print the injection plan while loading",
     "KT_HISTORY": "file that keeps what was typed in kt chat, or off; default: in the user's state folder",
     "KT_HUGE_PAGES": "1 reads checkpoints into huge pages instead of mapping them: faster decoding, slower to open",
@@ -37,6 +38,14 @@ def _integer(name: str, default: int | None, low: int, high: int) -> int | None:
             f"Unset {name} or correct it."
         )
     return int(text)
+
+
+def build() -> str | None:
+    """KT_BUILD, or None where setup.py, which is what reads it, chooses."""
+    value = os.environ.get("KT_BUILD", "").strip()
+    if value and value not in ("host", "all"):
+        raise KTransformersError(f"KT_BUILD={value!r}: expected host or all. Unset KT_BUILD or correct it.")
+    return value or None
 
 
 def debug() -> int:

@@ -12,8 +12,6 @@ import os
 import runpy
 import subprocess
 import sys
-import sysconfig
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -31,32 +29,21 @@ def main() -> int:
     races = parser.parse_args().threads
 
     os.chdir(ROOT)
+    setup = runpy.run_path("setup.py")
     build = Path("build", "tsan" if races else "asan")
-    compiler = (sysconfig.get_config_var("CC") or "cc").split()
     # -g1: lines are enough for a report; variables cost half of the minutes that the largest kernels take to compile
     flags = [*(RACES if races else CHECKS), "-O1", "-g1", "-fno-omit-frame-pointer", "-Werror"]
     programs = PROGRAMS[races]
-    tests = [(f"native/test/{name}.c", ["-std=gnu11", "-Wall", "-Wextra"], []) for name, *_ in programs]
-    library_jobs, newest_header = [], 0.0
-    for _, library in runpy.run_path("setup.py")["libraries"]():
-        library_jobs += [(source, library["cflags"], library["macros"]) for source in library["sources"]]
-        newest_header = max(newest_header, *(Path(h).stat().st_mtime for h in library["obj_deps"][""]))
-
-    def compile_one(job: tuple[str, list[str], list[tuple[str, str]]]) -> str:
-        source, own, macros = job
-        out = build / (source.replace("/", "_") + ".o")
-        newest = max(newest_header, Path(source).stat().st_mtime, Path(__file__).stat().st_mtime)
-        if not out.exists() or out.stat().st_mtime < newest:
-            defines = [f"-D{name}={value}" for name, value in macros]
-            subprocess.run([*compiler, *own, *defines, *flags, "-c", source, "-o", str(out)], check=True)
-        return str(out)
-
-    build.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, [*tests, *library_jobs]))
-    for i, (name, *arguments) in enumerate(programs):
-        program, own, library = build / name, objects[i], objects[len(programs) :]
-        subprocess.run([*compiler, *flags, own, *library, "-o", str(program), "-lpthread", "-lm"], check=True)
+    library = setup["libraries"](build=setup["wanted_build"]())
+    depends = {"": [__file__, *library[0][1]["obj_deps"][""]]}
+    tests = {"cflags": ["-std=gnu11", "-Wall", "-Wextra"], "macros": [], "obj_deps": depends}
+    parts = [(name, {**tests, "sources": [f"native/test/{name}.c"]}) for name, *_ in programs]
+    objects = setup["compile_objects"]([*library, *parts], build, flags)
+    kernels = [path for name, _ in library for path in objects[name]]
+    for name, *arguments in programs:
+        program = build / name
+        command = [*setup["c_compiler"](), *flags, *objects[name], *kernels, "-o", program, "-lpthread", "-lm"]
+        subprocess.run(command, check=True)
         code = subprocess.run([str(program), *arguments], check=False).returncode
         if code:
             return code

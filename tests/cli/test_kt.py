@@ -335,6 +335,7 @@ BAD_VALUES = [
     ("KT_PIN", "2", "from 0 to 1"),
     ("KT_HUGE_PAGES", "on", "from 0 to 1"),
     ("KT_NUMA", "all", "lists of CPUs"),
+    ("KT_BUILD", "fast", "expected host or all"),
     ("KT_THREAD", "3", "did you mean 'KT_THREADS'?"),
 ]
 

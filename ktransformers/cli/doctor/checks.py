@@ -113,9 +113,8 @@ def processor() -> Iterator[Check]:
     yield Check("Processor", "also run here", "ok", ", ".join(usable) or "none")
     for name, why in instruction_sets.missing().items():
         if why == instruction_sets.NOT_COMPILED:
-            yield Check(
-                "Processor", name, "note", f"not here: {why}", "Build again with a newer compiler: `make native`."
-            )
+            fix = "Build again, if need be with a newer compiler: `make native`."
+            yield Check("Processor", name, "note", f"not here: {why}", fix)
         else:
             yield Check("Processor", name, "ok", f"not here: {why}")
 

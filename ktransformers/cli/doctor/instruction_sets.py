@@ -23,5 +23,5 @@ def missing() -> dict[str, str]:
     return found
 
 
-NOT_COMPILED = "the compiler that built the C library did not know it"
+NOT_COMPILED = "the C library was built without it: on another machine, or by a compiler that does not know it"
 """Why an instruction set is missing whose features are all there."""

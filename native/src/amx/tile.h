@@ -54,7 +54,7 @@ struct tile_state {
 };
 static _Thread_local struct tile_state tile_state;
 
-static inline void tile_configure(const struct tile_config *config) {
+SHARED void tile_configure(const struct tile_config *config) {
     memset(&tile_state, 0, sizeof tile_state);
     tile_state.config = *config;
     if (config->palette != 1 || config->start_row) __builtin_trap();
@@ -75,19 +75,19 @@ static inline int tile_rows(int t) {
 
 static inline int tile_colsb(int t) { return tile_state.config.colsb[t]; }
 
-static inline void tile_zero(int t) {
+SHARED void tile_zero(int t) {
     tile_rows(t);
     memset(tile_state.tile[t], 0, sizeof tile_state.tile[t]);
 }
 
-static inline void tile_load(int t, const void *from, int64_t stride) {
+SHARED void tile_load(int t, const void *from, int64_t stride) {
     const int rows = tile_rows(t);
     tile_zero(t);
     for (int i = 0; i < rows; i++)
         memcpy(tile_state.tile[t][i], (const uint8_t *)from + i * stride, (size_t)tile_colsb(t));
 }
 
-static inline void tile_store(int t, void *to, int64_t stride) {
+SHARED void tile_store(int t, void *to, int64_t stride) {
     for (int i = 0; i < tile_rows(t); i++)
         memcpy((uint8_t *)to + i * stride, tile_state.tile[t][i], (size_t)tile_colsb(t));
 }
@@ -100,7 +100,7 @@ static inline void tile_check(int c, int a, int b) {
     if (tile_colsb(c) % 4) __builtin_trap();
 }
 
-static inline void tile_dot_q8(int tc, int ta, int tb) {
+SHARED void tile_dot_q8(int tc, int ta, int tb) {
     tile_check(tc, ta, tb);
     for (int i = 0; i < tile_rows(tc); i++) {
         uint32_t c[16];
@@ -126,7 +126,7 @@ static inline float tile_bf16(const uint8_t *p) {
 }
 
 /* The first and the second values of all pairs have a fused sum each; then these are added, and that to c. */
-static inline void tile_dot_bf16(int tc, int ta, int tb) {
+SHARED void tile_dot_bf16(int tc, int ta, int tb) {
     tile_check(tc, ta, tb);
     for (int i = 0; i < tile_rows(tc); i++) {
         float c[16], sum[16][2] = {{0}};

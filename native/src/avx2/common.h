@@ -9,6 +9,14 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+/* One copy that is called, for work that many rows share: inlined, each format and number of tokens would get its own, which
+ * doubles the time to compile. */
+#if __has_attribute(noclone)
+#define SHARED static __attribute__((noinline, noclone, unused))
+#else
+#define SHARED static __attribute__((noinline, unused))
+#endif
+
 /* Into the second-level cache: see ../avx512/common.h. */
 #define PREFETCH(p, ahead) _mm_prefetch((const char *)(uintptr_t)((uintptr_t)(p) + (ahead)), _MM_HINT_T1)
 

@@ -195,9 +195,7 @@ INLINE void micro(const int N, const struct variant v, const struct slice *s, in
 
 /* ---- the GEMM ---------------------------------------------------------------------------------------- */
 
-INLINE void block(const int N, const struct variant v, struct slice *s, const struct kt_acts *a, const int32_t *token,
-                  int64_t k0) {
-    for (int n = 0; n < N; n++) prepare(s, n, v, a, token[n] * a->stride + k0 + s->k);
+INLINE void block(const int N, const struct variant v, struct slice *s) {
     for (int tile = 0; tile < s->p->tiles; tile++) micro(N, v, s, tile);
 }
 
@@ -206,13 +204,14 @@ typedef void (*block_fn)(int n, struct slice *s, const struct kt_acts *a, const 
 #define BLOCK(name, ...)                                                                                            \
     static void name(int n, struct slice *s, const struct kt_acts *a, const int32_t *token, int64_t k0) {           \
         const struct variant v = {__VA_ARGS__};                                                                     \
+        for (int i = 0; i < n; i++) prepare(s, i, v, a, token[i] * a->stride + k0 + s->k);                          \
         switch (n) {                                                                                                \
-        case 6: block(6, v, s, a, token, k0); break;                                                                \
-        case 5: block(5, v, s, a, token, k0); break;                                                                \
-        case 4: block(4, v, s, a, token, k0); break;                                                                \
-        case 3: block(3, v, s, a, token, k0); break;                                                                \
-        case 2: block(2, v, s, a, token, k0); break;                                                                \
-        default: block(1, v, s, a, token, k0);                                                                      \
+        case 6: block(6, v, s); break;                                                                              \
+        case 5: block(5, v, s); break;                                                                              \
+        case 4: block(4, v, s); break;                                                                              \
+        case 3: block(3, v, s); break;                                                                              \
+        case 2: block(2, v, s); break;                                                                              \
+        default: block(1, v, s);                                                                                    \
         }                                                                                                           \
     }
 /* clang-format off

@@ -9,6 +9,14 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+/* One copy that is called, for work that many rows share: inlined, each format and number of tokens would get its own, which
+ * doubles the time to compile. */
+#if __has_attribute(noclone)
+#define SHARED static __attribute__((noinline, noclone, unused))
+#else
+#define SHARED static __attribute__((noinline, unused))
+#endif
+
 /* Unpacking reads one row after the other: a fixed distance will do. */
 #define UNPACK_AHEAD 2048
 

@@ -126,6 +126,15 @@ INLINE void make_ready(struct ready *x, const enum unit unit, const int zero, co
     }
 }
 
+/* make_ready of each kind of unit, called by that name. */
+#define READY(unit)                                                                                                  \
+    SHARED void make_ready_##unit(struct ready *x, int zero, const struct kt_act *a, int64_t from, int64_t n) {      \
+        make_ready(x, unit, zero, a, from, n);                                                                       \
+    }
+READY(POINTS8)
+READY(POINTS8_16)
+READY(POINTS4)
+
 /* ---- one unit: looking up, and meeting activations ----------------------------------------------------- */
 
 /* What is known of a unit when its activations come: two vectors of points, and of signs or shifts (IQ1), and the
@@ -447,7 +456,7 @@ INLINE void look_iq1_m(const int rows, const uint8_t *const *a, const uint8_t *c
 /* ---- rows ------------------------------------------------------------------------------------------- */
 
 /* out[i] = sum of v[i], i < n <= 16. */
-INLINE void sums_of(const __m512 v[16], int n, float *out) {
+SHARED void sums_of(const __m512 v[16], int n, float *out) {
     __m512 t[4];
     for (int i = 0; i < 4; i++) { /* lane l of t[i]: of 4 vectors, the sums of their lanes l */
         __m512 a = v[4 * i], b = v[4 * i + 1], c = v[4 * i + 2], d = v[4 * i + 3];
@@ -464,6 +473,9 @@ INLINE void sums_of(const __m512 v[16], int n, float *out) {
 /* The dot kernel of a format, `each` rows at once. At the end of a row comes the next one, at the last the first again.
  * Codes are the same for all tokens; the compiler sees that. */
 #define DOT(name, meet, unit, bytes, zero, each)                                                                     \
+    SHARED void look_first_##name(const uint8_t *const *a, const uint8_t *const *b, struct found *out) {             \
+        look_##name(each, a, b, out);                                                                                \
+    }                                                                                                                \
     INLINE void name##_pass(const int T, const struct kt_matrix *m, int64_t first, int rows, const struct kt_act *act, \
                             size_t ahead, float *out, int64_t ldc) {                                                 \
         enum { SPAN = (unit) == POINTS4 ? (bytes) : 2 * (bytes) };                                                   \
@@ -475,14 +487,14 @@ INLINE void sums_of(const __m512 v[16], int n, float *out) {
             const uint8_t *const w = m->data + (size_t)first * m->stride + (size_t)(c / KT_QK * (bytes));            \
             const uint8_t *a[each], *b[each];                                                                        \
             struct found now[each], next[each];                                                                      \
-            for (int t = 0; t < T; t++) make_ready(&x[t], unit, zero, act + t, c, m->cols - c < CHUNK ? m->cols - c : CHUNK); \
+            for (int t = 0; t < T; t++) make_ready_##unit(&x[t], zero, act + t, c, m->cols - c < CHUNK ? m->cols - c : CHUNK); \
             const int units = x[0].units;                                                                            \
             const size_t to_b = x[0].odd ? 0 : (bytes); /* in the last unit */                                       \
             for (int i = 0; i < (each); i++) {                                                                       \
                 a[i] = w + (i < rows ? (size_t)i * m->stride : 0);                                                   \
                 b[i] = a[i] + (units == 1 ? to_b : (bytes));                                                         \
             }                                                                                                        \
-            look_##name(each, a, b, now);                                                                            \
+            look_first_##name(a, b, now);                                                                            \
             for (int r = 0; r < rows; r += (each)) {                                                                 \
                 __m512 acc[each][DOT_TOKENS][2];                                                                     \
                 const uint8_t *then[each];                                                                           \

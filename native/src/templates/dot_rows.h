@@ -142,6 +142,21 @@ INLINE void make_ready(struct ready *x, const int T, const int i, const enum lay
     fill_window(to, order, zero, group, q, d, ds, low, high);
 }
 
+/* make_ready of each order and group size, called by that name. */
+#define READY(order, group)                                                                                         \
+    SHARED void make_ready_##order##_##group(struct ready *x, int T, int i, int zero, const struct kt_act *a,       \
+                                             int64_t from, int64_t n) {                                             \
+        make_ready(x, T, i, order, zero, group, a, from, n);                                                        \
+    }
+READY(IN_ORDER, 16)
+READY(HALVES, 32)
+READY(EVENS, 32)
+READY(EVENS, 16)
+READY(EIGHTS, 16)
+READY(PAIRS, 32)
+READY(QUARTERS, 32)
+READY(QUARTERS, 16)
+
 /* ---- rows ------------------------------------------------------------------------------------------- */
 
 /* Bytes before a column, where 256 columns take `bytes`: a whole block, or eight of 32 columns. */
@@ -193,7 +208,7 @@ INLINE const uint8_t *pad(uint8_t *room, size_t size, const uint8_t *p, size_t b
 }
 
 /* Sums of at most 16 rows to their places; `add` to what earlier chunks left there. */
-INLINE void put_sums(const vfloat *sum, int rows, float *out, int add) {
+SHARED void put_sums(const vfloat *sum, int rows, float *out, int add) {
     float v[16];
     v_sums(sum, rows, add ? v : out);
     for (int r = 0; add && r < rows; r++) out[r] += v[r];
@@ -207,7 +222,7 @@ INLINE void put_sums(const vfloat *sum, int rows, float *out, int add) {
         vfloat sum[DOT_TOKENS][16];                                                                                  \
         for (int64_t c = 0; c < m->cols; c += CHUNK) {                                                               \
             const int64_t n = m->cols - c < CHUNK ? m->cols - c : CHUNK;                                             \
-            for (int i = 0; i < T; i++) make_ready(&x, T, i, order, zero, group, a + i, c, n);                       \
+            for (int i = 0; i < T; i++) make_ready_##order##_##group(&x, T, i, zero, a + i, c, n);                   \
             for (int r = 0; r < rows; r++) {                                                                         \
                 const uint8_t *p = m->data + (size_t)(first + r) * m->stride + offset_of(c, bytes);                  \
                 uint8_t padded[(bytes) + 64];                                                                        \

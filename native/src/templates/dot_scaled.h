@@ -82,7 +82,7 @@ INLINE vint u8_codes(vint v) { return v_wide_unsigned(v); }
         for (int64_t c = 0; c < m->cols; c += CHUNK) {                                                               \
             const int64_t n = m->cols - c < CHUNK ? m->cols - c : CHUNK, before = c ? WINDOW : 0;                    \
             struct scales at = scales_of_columns(m, c - before, n + before, group, 1.0f);                            \
-            for (int i = 0; i < T; i++) make_ready(&x, T, i, order, zero, group, a + i, c, n);                       \
+            for (int i = 0; i < T; i++) make_ready_##order##_##group(&x, T, i, zero, a + i, c, n);                   \
             for (int r = 0; r < rows; r++) {                                                                         \
                 const uint8_t *p = m->data + (size_t)(first + r) * m->stride + offset_of(c, bytes);                  \
                 uint8_t padded[(bytes) + 64];                                                                        \
@@ -103,23 +103,29 @@ INLINE vint u8_codes(vint v) { return v_wide_unsigned(v); }
         }                                                                                                            \
     }
 
-/* Both group sizes. */
-#define BOTH(name, kind, order, kind16, order16, zero, own_zero, bytes)                                                                         \
+/* Both group sizes. tokens16: whether several tokens of groups of 16 share a pass. NVFP4 has such groups; of integers hardly
+ * any checkpoint does, and they take their tokens one by one rather than their share of the time to compile. */
+#define BOTH(name, kind, order, kind16, order16, zero, own_zero, bytes, tokens16)                                    \
     SCALED_ROW(kind, name, order, 32, zero, bytes)                                                                   \
-    SCALED_ROW(kind16, name, order16, 16, zero, bytes)                                                                   \
-    SCALED_PASS(name, order, 32, zero, own_zero, bytes)                                                                        \
-    SCALED_PASS(name, order16, 16, zero, own_zero, bytes)                                                                        \
+    SCALED_ROW(kind16, name, order16, 16, zero, bytes)                                                               \
+    SCALED_PASS(name, order, 32, zero, own_zero, bytes)                                                              \
+    SCALED_PASS(name, order16, 16, zero, own_zero, bytes)                                                            \
+    SHARED void name##_16_one(const struct kt_matrix *m, int64_t first, int rows, const struct kt_act *a, size_t ahead, \
+                              float *out, int64_t ldc) {                                                             \
+        name##_16_pass(1, m, first, rows, a, ahead, out, ldc);                                                       \
+    }                                                                                                                \
     INLINE void name##_pass(const int T, const struct kt_matrix *m, int64_t first, int rows, const struct kt_act *a, size_t ahead, \
                             float *out, int64_t ldc) {                                                               \
         if (m->group == 32) name##_32_pass(T, m, first, rows, a, ahead, out, ldc);                                   \
-        else name##_16_pass(T, m, first, rows, a, ahead, out, ldc);                                                  \
+        else if (tokens16) name##_16_pass(T, m, first, rows, a, ahead, out, ldc);                                    \
+        else for (int i = 0; i < T; i++) name##_16_one(m, first, rows, a + i, ahead, out + i * ldc, ldc);            \
     }                                                                                                                \
     DOT_FOR_TOKENS(name)
 
-BOTH(i4, CHAIN, EVENS, CHAIN, EVENS, 8, 8, WINDOW / 2)
-BOTH(f4, CHAIN, EVENS, CHAIN, EVENS, 12, 0, WINDOW / 2)
-BOTH(i8, BYTES, HALVES, BYTES_16, IN_ORDER, WIDE_ZERO, 0, WINDOW)
-BOTH(u8, BYTES, HALVES, BYTES_16, IN_ORDER, WIDE_ZERO, 128, WINDOW)
+BOTH(i4, CHAIN, EVENS, CHAIN, EVENS, 8, 8, WINDOW / 2, 0)
+BOTH(f4, CHAIN, EVENS, CHAIN, EVENS, 12, 0, WINDOW / 2, 1)
+BOTH(i8, BYTES, HALVES, BYTES_16, IN_ORDER, WIDE_ZERO, 0, WINDOW, 0)
+BOTH(u8, BYTES, HALVES, BYTES_16, IN_ORDER, WIDE_ZERO, 128, WINDOW, 0)
 
 static void fill_dot_scaled(struct kt_kernels *k) {
     DOT_FILL(k, I4, i4);

@@ -56,7 +56,7 @@ struct scales {
 };
 
 /* Columns c .. c + n, in groups of `group`; c is a multiple of 256. Scales are multiplied by m->scale and by `factor`. */
-INLINE struct scales scales_of_columns(const struct kt_matrix *m, int64_t c, int64_t n, const int group, float factor) {
+SHARED struct scales scales_of_columns(const struct kt_matrix *m, int64_t c, int64_t n, const int group, float factor) {
     struct scales s = {.m = m, .from = c / m->scale_cols, .groups = (n + group - 1) / group, .first = c, .group = group};
     s.count = (c + n - 1) / m->scale_cols + 1 - s.from;
     s.up_to = s.groups + 8 > 256 / group ? s.groups + 8 : 256 / group;
@@ -95,7 +95,7 @@ INLINE void spread_line(const struct scales *s, const float *line, float *out) {
 }
 
 /* The scales of a row, unless they are those of the row before. out and line have room for up_to groups and 16 more. */
-INLINE void scales_of_row(struct scales *s, int64_t row, float *line, float *out) {
+SHARED void scales_of_row(struct scales *s, int64_t row, float *line, float *out) {
     if (s->left-- > 0) return;
     const int64_t rows = s->m->scale_rows, at = rows == 1 ? row : row / rows;
     s->left = rows == 1 ? 0 : rows - row % rows - 1;
@@ -110,7 +110,7 @@ INLINE void scales_of_row(struct scales *s, int64_t row, float *line, float *out
 
 /* out[g] = scale * (zero point - of) of group g: what packed zero points of `bits` bits take away from a row beyond `of`.
  * scale: of the row, as scales_of_row left them in its `out` (each is 1) or `line`. own: room for a line. */
-INLINE void minus_of_row(const struct scales *s, int64_t row, const int bits, const int of, const float *scale, float *own, float *out) {
+SHARED void minus_of_row(const struct scales *s, int64_t row, const int bits, const int of, const float *scale, float *own, float *out) {
     const struct kt_matrix *m = s->m;
     const uint8_t *p = m->zeros + (size_t)(row / (32 / bits)) * m->zero_stride + 4 * s->from;
     const uint32_t shift = (uint32_t)(row % (32 / bits) * bits), mask = (1u << bits) - 1;
