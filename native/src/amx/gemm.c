@@ -350,7 +350,9 @@ static void gemm_bf16(const struct kt_panel *p, const struct kt_acts *a, const i
     const int blocks = (tokens + 2 * TOKENS - 1) / (2 * TOKENS);
     struct tile_config config;
     struct bf16_slice s;
-    s.p = p, s.ldc = ldc, s.tokens[0] = s.tokens[1] = 0;
+    s.p = p;
+    s.ldc = ldc;
+    s.tokens[0] = s.tokens[1] = 0;
     fill_last(&s);
     kt_ahead_spread(p->ahead, (int64_t)blocks * ((p->tiles + 1) / 2) * ((p->k + STEP - 1) / STEP));
     for (int64_t k = 0; k < p->k; k += STEPS * STEP)
@@ -359,12 +361,15 @@ static void gemm_bf16(const struct kt_panel *p, const struct kt_acts *a, const i
             const int first = n < TOKENS ? n : TOKENS;
             const int64_t steps = (p->k - k + STEP - 1) / STEP;
             if (first != s.tokens[0] || n - first != s.tokens[1]) {
-                s.tokens[0] = first, s.tokens[1] = n - first;
+                s.tokens[0] = first;
+                s.tokens[1] = n - first;
                 shape_bf16(&config, s.tokens);
                 tile_configure(&config);
             }
-            s.k = k, s.steps = steps < STEPS ? steps : STEPS;
-            s.c = c + t * ldc, s.add = add || k;
+            s.k = k;
+            s.steps = steps < STEPS ? steps : STEPS;
+            s.c = c + t * ldc;
+            s.add = add || k;
             for (int i = 0; i < n; i++) { /* a row is zero from its last column on to a multiple of 64 */
                 const uint16_t *x = a->h + token[t + i] * a->stride + k0 + k;
                 for (int64_t j = 0; j < s.steps; j++) _mm512_store_si512(s.x[j][i], _mm512_loadu_si512(x + j * STEP));
