@@ -15,7 +15,7 @@ from torch import nn
 
 from ktransformers import checks, env, finish
 from ktransformers.errors import WeightError, join_errors
-from ktransformers.loaders import bind, held_as_stored, open_weights
+from ktransformers.loaders import ModelWeights, WeightSource, bind, held_as_stored, open_weights
 from ktransformers.loaders.progress import load_progress
 from ktransformers.models import register_families
 from ktransformers.operators import cpu_attention
@@ -107,7 +107,7 @@ def _run(model, rule, weights, config, default_device, devices, progress) -> nn.
     return model.eval()
 
 
-def inject(model: nn.Module, replacements: Mapping[str, Replacement], source: Any, config: Any = None) -> None:
+def inject(model: nn.Module, replacements: Mapping[str, Replacement], source: WeightSource, config: Any = None) -> None:
     """Swap in the operators: a setattr on the parent, parents before children."""
     for key, replacement in replacements.items():
         if replacement.operator is None:
@@ -135,7 +135,7 @@ def _restored_on_failure(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _load(model: nn.Module, replacements: Mapping[str, Replacement], source: Any, progress: bool) -> None:
+def _load(model: nn.Module, replacements: Mapping[str, Replacement], source: ModelWeights, progress: bool) -> None:
     """Load every tensor once. Peak memory: the mapped files plus one tensor."""
     devices = {name: replacement.device for name, replacement in replacements.items()}
     source.devices = devices  # for operators of users' that load their children themselves

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ktransformers.errors import UnsupportedError, WeightError
+from ktransformers.loaders import WeightSource
 from ktransformers.operators import failures
 
 
@@ -53,7 +54,7 @@ class BaseInjectedModule(nn.Module):
     def __init__(
         self,
         key: str,
-        gguf_loader: Any,
+        gguf_loader: WeightSource,
         config: Any,
         orig_module: nn.Module | None = None,
         prefill_device: str = "cuda",
@@ -82,7 +83,7 @@ class BaseInjectedModule(nn.Module):
 
     @classmethod
     def check(
-        cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None
+        cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: WeightSource | None = None
     ) -> list[str]:
         """Say why this operator cannot take the place of `orig_module`; an empty list when it can.
 
@@ -149,7 +150,7 @@ class FamilyOperator(BaseInjectedModule):
 
     @classmethod
     def check(
-        cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None
+        cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: WeightSource | None = None
     ) -> list[str]:
         if cls.fits(orig_module):
             return []
@@ -158,7 +159,7 @@ class FamilyOperator(BaseInjectedModule):
     def __new__(
         cls,
         key: str = "",
-        gguf_loader: Any = None,
+        gguf_loader: WeightSource | None = None,
         config: Any = None,
         orig_module: nn.Module | None = None,
         *args: Any,
@@ -171,7 +172,7 @@ class FamilyOperator(BaseInjectedModule):
     def __init__(
         self,
         key: str,
-        gguf_loader: Any,
+        gguf_loader: WeightSource,
         config: Any,
         orig_module: nn.Module | None = None,
         prefill_device: str = "cuda",
@@ -197,7 +198,7 @@ def _family_class(operator: type, family: type) -> type:
 
 
 def load_weights(
-    module: nn.Module, gguf_loader: Any, prefix: str = "", devices: Mapping[str, str] | None = None
+    module: nn.Module, gguf_loader: WeightSource, prefix: str = "", devices: Mapping[str, str] | None = None
 ) -> None:
     """Load `module`, whose name in the model is `prefix`, and everything below it. An operator loads itself.
 
@@ -214,13 +215,13 @@ def load_weights(
     load_children(module, gguf_loader, prefix, devices)
 
 
-def load_children(module: nn.Module, gguf_loader: Any, prefix: str, devices: Mapping[str, str]) -> None:
+def load_children(module: nn.Module, gguf_loader: WeightSource, prefix: str, devices: Mapping[str, str]) -> None:
     """`load_weights` for each child of `module`."""
     for name, child in module.named_children():
         load_weights(child, gguf_loader, join(prefix, name), devices)
 
 
-def load_own_weights(module: nn.Module, gguf_loader: Any, prefix: str, device: Any) -> None:
+def load_own_weights(module: nn.Module, gguf_loader: WeightSource, prefix: str, device: Any) -> None:
     """Load the parameters and persistent buffers of `module` itself.
 
     A tensor the checkpoint does not hold stays on meta (it may be tied to one that it holds); whoever drives

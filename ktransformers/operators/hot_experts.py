@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ktransformers.devices import device_problem
 from ktransformers.errors import RuleError, parse_ranges, ranges
+from ktransformers.loaders import WeightSource
 from ktransformers.loaders.sources import ExpertWeights, Matrices
 from ktransformers.models.traits import is_interleaved, layer_of
 
@@ -95,7 +96,7 @@ def ids_of(key: str, experts: nn.Module, kwargs: Mapping[str, Any]) -> list[int]
     return expert_ids(kwargs.get("gpu_experts"), layer_of(key), len(experts.down_proj))
 
 
-def problems(key: str, experts: nn.Module, kwargs: Mapping[str, Any], weights: Any) -> list[str]:
+def problems(key: str, experts: nn.Module, kwargs: Mapping[str, Any], weights: WeightSource | None) -> list[str]:
     """Say what is wrong with a rule's `gpu_experts` for the module `key`. `weights` may be None."""
     spec = kwargs.get("gpu_experts")
     try:
@@ -114,7 +115,7 @@ def problems(key: str, experts: nn.Module, kwargs: Mapping[str, Any], weights: A
     return found
 
 
-def _absent_layers(named: list[int], key: str, experts: nn.Module, weights: Any) -> str:
+def _absent_layers(named: list[int], key: str, experts: nn.Module, weights: WeightSource | None) -> str:
     """Say which layers of a mapping have no experts: told by the weights, else by how many layers the config has."""
     count = getattr(getattr(experts, "config", None), "num_hidden_layers", None)
     if weights is not None:

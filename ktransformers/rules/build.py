@@ -1,7 +1,7 @@
 """From a replacement in a plan to the operator: what a rule says becomes arguments of a constructor."""
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -9,14 +9,18 @@ from ktransformers.errors import RuleError
 from ktransformers.operators import failures
 from ktransformers.rules.plan import Replacement
 
+if TYPE_CHECKING:
+    from ktransformers.loaders import WeightSource
 
-def build(replacement: Replacement, source: Any, config: Any, original: nn.Module) -> nn.Module:
+
+def build(replacement: Replacement, source: "WeightSource", config: Any, original: nn.Module) -> nn.Module:
     """The operator that takes the place of `original`.
 
     Raises:
         RuleError: kwargs that do not fit the constructor, or an exception inside it; both name module and rule.
     """
-    operator, key, where = replacement.operator, replacement.key, replacement.rule.where
+    operator, key = replacement.operator, replacement.key
+    where = replacement.rule.where if replacement.rule else "the plan"  # which adds operators of its own
     arguments = (key, source, config, original)
     try:
         inspect.signature(operator).bind(*arguments, **replacement.kwargs)
