@@ -5,6 +5,7 @@ import copy
 import pickle
 import re
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -218,6 +219,24 @@ def test_fused_gate_up_in_gguf(saved, tmp_path):
     gate_up = one.state[f"{EXPERTS}.gate_up_proj"]
     assert torch.equal(weights.tensor(f"{EXPERTS}.gate_up_proj"), gate_up)
     assert torch.equal(weights.experts(EXPERTS).up[2].dequantize(), gate_up[2, 32:])
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("kind", ["F32", "BF16", "Q8_0", "Q4_K", "MXFP4"])
+def test_one_fused_stack_is_cut_into_gate_and_up(kind, interleaved):
+    """Packed rows of gate and up, one after the other or in turn, are the numbers of the whole stack's rows."""
+    from ktransformers.loaders.sources import Plain, split_gate_up
+    from ktransformers.quants.blocks import QUANT_TYPES, Packed
+
+    type_ = QUANT_TYPES[kind]
+    data = torch.randint(0, 60, (type_.packed_bytes((3, 10, 512)),), dtype=torch.uint8)
+    whole = Packed(data, type_, (3, 10, 512))
+    files = SimpleNamespace(info=lambda name: SimpleNamespace(shape=whole.shape, type=type_), packed=lambda name: whole)
+    gate, up = split_gate_up(Plain(files, "experts.gate_up_proj"), interleaved)
+    numbers = whole.dequantize()
+    expected = (numbers[:, 0::2], numbers[:, 1::2]) if interleaved else numbers.chunk(2, 1)
+    for found, right in zip((gate, up), expected, strict=True):
+        assert torch.equal(torch.stack([matrix.dequantize() for matrix in found]), right)
 
 
 def whole_kv_b(state, keep: bool):
