@@ -16,6 +16,7 @@ from ktransformers.loaders.sources import (
     Converted,
     ExpertWeights,
     ModelTransposed,
+    Plain,
     RowsInTurn,
     Source,
     StoredTransposed,
@@ -170,7 +171,8 @@ class ModelWeights:
         if self.has(name := f"{prefix}.down_proj_bias"):
             down_bias = self.tensor(name, dtype=torch.float32)
         gate, up = split_gate_up(gate_up, interleaved) if first == "gate_up_proj" else (None, split_down(gate_up))
-        copied = isinstance(down, StoredTransposed) or isinstance(gate_up, RowsInTurn)
+        in_turn = isinstance(gate_up, RowsInTurn) or interleaved and type(gate_up) is Plain and type(gate[0]) is Packed
+        copied = isinstance(down, StoredTransposed) or in_turn
         return ExpertWeights(gate, up, split_down(down), gate_bias, up_bias, down_bias, copied)
 
     def problems(self, expected: Shapes, ignore_unexpected: Iterable[str] = ()) -> list[str]:

@@ -99,11 +99,12 @@ Hits = Mapping[int, Mapping[int, float]]
 def parts(
     model: nn.Module, plan: Mapping[str, Replacement], form: Format, hits: Hits | None = None
 ) -> list[Part]:
-    """Every part of `model` that holds weights. Tied weights are counted once.
+    """Every part of `model` that holds weights. Tied weights are counted once, unless a checkpoint's own differ.
 
     `hits` come from a routing profile; without it all experts are chosen alike.
     """
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    stated = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = {target: origin for target, origin in stated.items() if form.same(target, origin)}
     found: list[Part] = []
     for name, module in model.named_modules():
         own = {
