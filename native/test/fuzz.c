@@ -28,7 +28,9 @@ static int failures;
 static kt_pool *pools[2];
 
 static uint64_t next(void) { /* xorshift64* */
-    state ^= state >> 12, state ^= state << 25, state ^= state >> 27;
+    state ^= state >> 12;
+    state ^= state << 25;
+    state ^= state >> 27;
     return state * 2685821657736338717ull;
 }
 static int64_t below(int64_t n) { return (int64_t)(next() >> 11) % n; }
@@ -222,7 +224,10 @@ static void same_nans(uint8_t *out, size_t bytes, int dtype) {
 /* Two answers to the same question, on memory that held 0xa5 and 0x5a before. */
 static void compare(int status, int again, uint8_t *const out[2], size_t bytes, int dtype, const char *what) {
     check(status == again && status >= KT_OK && kt_status_message(status)[0], what);
-    if (status == KT_OK) same_nans(out[0], bytes, dtype), same_nans(out[1], bytes, dtype);
+    if (status == KT_OK) {
+        same_nans(out[0], bytes, dtype);
+        same_nans(out[1], bytes, dtype);
+    }
     size_t i = 0;
     while (i < bytes && (status ? out[0][i] == 0xa5 && out[1][i] == 0x5a : out[0][i] == out[1][i])) i++;
     if (i == bytes) return;

@@ -183,18 +183,22 @@ static void queue_errors(struct layer *l) {
     check(kt_submit(NULL, NULL) == KT_ERR_NULL && kt_sync(NULL, 0, NULL) == KT_ERR_NULL, "null");
     kt_call nowhere = {0};
     check(kt_submit(&nowhere, NULL) == KT_ERR_NULL, "no queue");
-    kt_submit_host(NULL), kt_submit_host(&nowhere), kt_sync_host(NULL);
+    kt_submit_host(NULL);
+    kt_submit_host(&nowhere);
+    kt_sync_host(NULL);
 
     void (*submit)(void *) = kt_submit_host, (*sync)(void *) = kt_sync_host; /* as a CUDA stream calls them */
     kt_call call = call_of(l, out[2]);
     kt_wait wait = {l->queue, 0};
     for (int i = 0; i < 3; i++) {
         memset(out[2], 0, sizeof out[2]);
-        submit(&call), sync(&wait);
+        submit(&call);
+        sync(&wait);
         check(out[2][1] != 0, "host functions");
     }
     call.tokens = -1;
-    submit(&call), sync(&wait);
+    submit(&call);
+    sync(&wait);
     check(kt_sync(l->queue, 5, &failed) == KT_ERR_SHAPE && failed > numbers[3], "a host function's failure is kept");
 }
 
@@ -265,7 +269,10 @@ static void queues(void) {
         init_layer(&l[i], queue[i]);
     }
     for (int i = 0; i < 6; i++) pthread_create(&id[i], NULL, producer, &l[i % 3]);
-    for (int i = 0; i < 10; i++) usleep(200), kt_pool_resize(pool[0], 1 + i % 3);
+    for (int i = 0; i < 10; i++) {
+        usleep(200);
+        kt_pool_resize(pool[0], 1 + i % 3);
+    }
     for (int i = 0; i < 6; i++) pthread_join(id[i], NULL);
     queue_errors(&l[0]);
 
@@ -275,7 +282,9 @@ static void queues(void) {
         check(kt_submit(&call, NULL) == KT_OK, "submit");
     }
     for (int i = 0; i < 3; i++) kt_queue_destroy(queue[i]);
-    kt_queue_create(pool[0], &none), kt_queue_destroy(none), kt_queue_destroy(NULL);
+    kt_queue_create(pool[0], &none);
+    kt_queue_destroy(none);
+    kt_queue_destroy(NULL);
     for (int i = 0; i < 2; i++) kt_pool_destroy(pool[i]);
 }
 
@@ -298,7 +307,8 @@ struct meeting {
     int64_t all;
 };
 static void meet(void *ctx, int32_t i, int thread) {
-    (void)i, (void)thread;
+    (void)i;
+    (void)thread;
     struct meeting *m = ctx;
     atomic_fetch_add(&m->came, 1);
     while (atomic_load(&m->came) < m->all) {}
@@ -317,7 +327,10 @@ static void cost(void) {
     struct meeting m = {0};
     for (int r = 0; r < ROUNDS; r++) {
         us[r] = now();
-        for (int i = 0; i < SETS; i++) m.all += 2, kt_pool_run(pool, meet, &m, 2);
+        for (int i = 0; i < SETS; i++) {
+            m.all += 2;
+            kt_pool_run(pool, meet, &m, 2);
+        }
         us[r] = (now() - us[r]) / SETS;
     }
     print_sorted("a set of 2 jobs that wait for each other", us, ROUNDS);
@@ -330,7 +343,8 @@ static void cost(void) {
     for (int r = 0; r < ROUNDS; r++) {
         usleep(1000);
         us[r] = now();
-        m.all += 2, kt_pool_run(pool, meet, &m, 2);
+        m.all += 2;
+        kt_pool_run(pool, meet, &m, 2);
         us[r] = now() - us[r];
     }
     print_sorted("2 jobs that wait, workers asleep", us, ROUNDS);
@@ -348,7 +362,8 @@ static void cost(void) {
     print_sorted("a small kt_linear", us, ROUNDS);
     for (int r = 0; r < ROUNDS; r++) {
         us[r] = now();
-        kt_submit(&call, NULL), kt_sync(queue, 0, NULL);
+        kt_submit(&call, NULL);
+        kt_sync(queue, 0, NULL);
         us[r] = now() - us[r];
     }
     print_sorted("the same through a queue", us, ROUNDS);
@@ -361,7 +376,11 @@ int main(int argc, char **argv) {
         cost();
         return 0;
     }
-    for (int i = 0; i < 20; i++) pools(), queues(), closing();
+    for (int i = 0; i < 20; i++) {
+        pools();
+        queues();
+        closing();
+    }
     fprintf(stderr, failures ? "%d failures\n" : "pools and queues: no failures\n", (int)failures);
     return failures != 0;
 }

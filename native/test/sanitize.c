@@ -20,13 +20,18 @@ static int failures;
 static uint64_t seed = 88172645463325252ull;
 
 static uint32_t next(void) { /* xorshift64* */
-    seed ^= seed >> 12, seed ^= seed << 25, seed ^= seed >> 27;
+    seed ^= seed >> 12;
+    seed ^= seed << 25;
+    seed ^= seed >> 27;
     return (uint32_t)(seed * 2685821657736338717ull >> 32);
 }
 static float uniform(void) { return (float)next() / 4294967296.0f - 0.5f; }
 
 static void check(int ok, const char *what) {
-    if (!ok) failures++, fprintf(stderr, "FAILED: %s\n", what);
+    if (!ok) {
+        failures++;
+        fprintf(stderr, "FAILED: %s\n", what);
+    }
 }
 
 /* The bytes of a block that decide how large its values are; which bits to replace, and by what, for about +-0.01. */
@@ -96,7 +101,9 @@ static void add_scales(const struct separate *f, struct weight *m) {
     } about[] = {{4, 0xff, 0x3c}, {2, 0xfc, 0x20}, {2, 0xff, 0x3c}, {1, 0xfe, 0x78}, {1, 0xf8, 0x08}}; /* by kt_scale */
     const int64_t down = divide_up(m->w.rows, f->scale_rows), across = divide_up(m->w.cols, f->scale_cols);
     const size_t size = about[f->scale_type].size;
-    m->w.scale_type = f->scale_type, m->w.scale_rows = f->scale_rows, m->w.scale_cols = f->scale_cols;
+    m->w.scale_type = f->scale_type;
+    m->w.scale_rows = f->scale_rows;
+    m->w.scale_cols = f->scale_cols;
     m->w.scale = 0.75f;
     m->w.scale_bytes = (size_t)(down * across) * size;
     m->scales = random_bytes(m->w.scale_bytes);
@@ -106,7 +113,8 @@ static void add_scales(const struct separate *f, struct weight *m) {
     if (!f->zeros) return;
     m->w.zero_bytes = (size_t)(divide_up(down, f->type == KT_TYPE_U8 || f->type == KT_TYPE_GPTQ8 ? 4 : 8) * across) * 4;
     m->zeros = random_bytes(m->w.zero_bytes);
-    m->w.zeros = m->zeros + 1, m->w.zero_bias = 1;
+    m->w.zeros = m->zeros + 1;
+    m->w.zero_bias = 1;
 }
 
 static struct weight make(int format, int64_t rows, int64_t cols) {
@@ -136,7 +144,10 @@ static int64_t unit_of(int format) {
 /* mean|a - b| / mean|b| */
 static double difference(const float *a, const float *b, size_t n) {
     double d = 0, s = 1e-30;
-    for (size_t i = 0; i < n; i++) d += fabs((double)a[i] - b[i]), s += fabs((double)b[i]);
+    for (size_t i = 0; i < n; i++) {
+        d += fabs((double)a[i] - b[i]);
+        s += fabs((double)b[i]);
+    }
     return d / s;
 }
 
@@ -152,7 +163,8 @@ static uint16_t *cut_to_bf16(float *x, size_t n) {
     for (size_t i = 0; i < n; i++) {
         uint32_t bits;
         memcpy(&bits, &x[i], 4);
-        h[i] = (uint16_t)(bits >> 16), bits &= 0xffff0000u;
+        h[i] = (uint16_t)(bits >> 16);
+        bits &= 0xffff0000u;
         memcpy(&x[i], &bits, 4);
     }
     return h;
@@ -178,7 +190,8 @@ static void linear_bf16(kt_pool *pool, const struct weight *m, const float *bias
         fprintf(stderr, "FAILED: linear %s [%ld, %ld] T=%ld %s of bf16: %g\n", kt_type_name(m->w.type), (long)m->w.rows,
                 (long)m->w.cols, (long)tokens, isa, d);
     }
-    free(y), free(found);
+    free(y);
+    free(found);
 }
 
 static void linear_case(kt_pool *pool, int format, int64_t rows, int64_t cols, int64_t tokens, int threshold) {
@@ -203,7 +216,12 @@ static void linear_case(kt_pool *pool, int format, int64_t rows, int64_t cols, i
                     (long)rows, (long)cols, (long)tokens, kt_isa_name(isa), threshold, d);
         }
     }
-    drop(&m), free(x), free(h), free(bias), free(expected), free(found);
+    drop(&m);
+    free(x);
+    free(h);
+    free(bias);
+    free(expected);
+    free(found);
 }
 
 static void dequantize_case(int format, int64_t rows, int64_t cols) {
@@ -216,7 +234,9 @@ static void dequantize_case(int format, int64_t rows, int64_t cols) {
         if (kt_isa_force(kt_isa_name(isa)) != KT_OK) continue;
         check(kt_dequantize(&m.w, found) == KT_OK && !memcmp(found, expected, n), "dequantize");
     }
-    drop(&m), free(expected), free(found);
+    drop(&m);
+    free(expected);
+    free(found);
 }
 
 struct moe {
@@ -250,7 +270,10 @@ static void moe_free(struct moe *m) {
     for (int p = 0; p < 3; p++)
         for (int e = 0; e < E; e++) drop(&m->part[p][e]);
     kt_experts_destroy(m->experts);
-    free(m->x), free(m->h), free(m->weights), free(m->ids);
+    free(m->x);
+    free(m->h);
+    free(m->weights);
+    free(m->ids);
 }
 static int moe_run(const struct moe *m, kt_pool *pool, float *out) {
     return kt_experts_forward(m->experts, pool, m->x, KT_F32, m->tokens, m->ids, K, m->weights, out);
@@ -279,7 +302,9 @@ static void experts_case(kt_pool *pool, const int format[3], int64_t hidden, int
                     (long)tokens, kt_isa_name(isa), threshold, d);
         }
     }
-    free(expected), free(found), free(y);
+    free(expected);
+    free(found);
+    free(y);
     moe_free(&m);
 }
 
@@ -330,7 +355,8 @@ static void errors(kt_pool *pool) {
     check(kt_linear(pool, &w, NULL, x, KT_F32, 1, out) == KT_ERR_BLOCK, "block");
     w.cols = INT64_MAX;
     check(kt_dequantize(&w, out) == KT_ERR_SHAPE, "huge");
-    w = m.w, w.bytes--;
+    w = m.w;
+    w.bytes--;
     check(kt_dequantize(&w, out) == KT_ERR_BYTES, "bytes");
     check(kt_dequantize(&m.w, NULL) == KT_ERR_NULL, "null out");
     const kt_glu silu = {.activation = KT_SILU, .limit = INFINITY}, unknown = {.activation = 9, .limit = INFINITY};
@@ -374,7 +400,8 @@ static void pool_cases(int with_fork) {
     const int format[3] = {Q8_0, Q8_0, Q8_0};
     struct moe m = moe_make(format, 64, 96, 20, KT_SILU);
     float *expected = malloc(20 * 64 * 4);
-    kt_pool *pool = NULL, *shared = NULL;
+    kt_pool *pool = NULL;
+    *shared = NULL;
     for (int threads = 1; threads < 9; threads++) { /* one more than any core count of a laptop: sleeps at once */
         check(kt_pool_create(threads, &pool) == KT_OK, "pool");
         if (threads == 1) moe_run(&m, pool, expected);
@@ -407,7 +434,10 @@ static void pool_cases(int with_fork) {
     }
     check(kt_bench_read(shared, expected, 20 * 64 * 4) == kt_bench_read(shared, expected, 20 * 64 * 4), "read");
     for (int isa = 0; isa < kt_isa_count(); isa++)
-        for (int kind = 0; kind < 3; kind++) kt_isa_force(kt_isa_name(isa)), kt_bench_peak(shared, kind, 10);
+        for (int kind = 0; kind < 3; kind++) {
+            kt_isa_force(kt_isa_name(isa));
+            kt_bench_peak(shared, kind, 10);
+        }
     kt_pool_destroy(shared);
     free(expected);
     moe_free(&m);
@@ -443,7 +473,10 @@ int main(int argc, char **argv) {
     kt_pool *pool = NULL;
     check(kt_pool_create(THREADS, &pool) == KT_OK, "pool");
     for (int i = 0; i < FORMATS && !pool_only; i++) format_cases(pool, i, few);
-    if (!pool_only) garbage(pool, few), errors(pool);
+    if (!pool_only) {
+        garbage(pool, few);
+        errors(pool);
+    }
     pool_cases(!pool_only && !few);
     kt_pool_destroy(pool);
     fprintf(stderr, failures ? "%d failures" : "all equal, on:", failures);

@@ -76,6 +76,8 @@ def test_tables_agree():
     assert {f"KT_SCALE_{name}": i for name, i in native.SCALES.items()} == {
         name: getattr(lib, name) for name in dir(lib) if name.startswith("KT_SCALE_")
     }
+    thresholds = (ROOT / "native/src/matmul/thresholds.c").read_text(encoding="ascii")
+    assert set(re.findall(r"^    ROW\((\w+),", thresholds, re.MULTILINE)) == set(state.type_ids)
     assert tuple(native.isa_needs()) == env.ISAS
     built = [isa for isas in runpy.run_path(str(ROOT / "setup.py"))["ISA_FLAGS"].values() for isa in isas]
     assert sorted([*built, "portable"]) == sorted(env.ISAS)

@@ -134,8 +134,9 @@ SHARED void tile_dot_bf16(int tc, int ta, int tb) {
         for (int k = 0; k < tile_rows(tb); k++)
             for (int j = 0; j < tile_colsb(tc) / 4; j++)
                 for (int l = 0; l < 2; l++)
-                    sum[j][l] = tile_flush(__builtin_fmaf(tile_bf16(&tile_state.tile[ta][i][4 * k + 2 * l]),
-                                                          tile_bf16(&tile_state.tile[tb][k][4 * j + 2 * l]), sum[j][l]));
+                    sum[j][l] =
+                        tile_flush(__builtin_fmaf(tile_bf16(&tile_state.tile[ta][i][4 * k + 2 * l]),
+                                                  tile_bf16(&tile_state.tile[tb][k][4 * j + 2 * l]), sum[j][l]));
         for (int j = 0; j < tile_colsb(tc) / 4; j++)
             c[j] = tile_flush(tile_flush(c[j]) + tile_flush(sum[j][0] + sum[j][1]));
         memcpy(tile_state.tile[tc][i], c, 64);

@@ -9,8 +9,8 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* One copy that is called, for work that many rows share: inlined, each format and number of tokens would get its own, which
- * doubles the time to compile. */
+/* One copy that is called, for work that many rows share: inlined, each format and number of tokens would get its
+ * own, which doubles the time to compile. */
 #if __has_attribute(noclone)
 #define SHARED static __attribute__((noinline, noclone, unused))
 #else
@@ -62,7 +62,10 @@ INLINE __m256i q6_codes(const uint8_t *p, const int i) {
     const int half = i / 4, part = i % 4;
     __m256i v = load256(p + 64 * half + 32 * (part & 1)), h = load256(p + 128 + 32 * half);
     v = low4(part < 2 ? v : _mm256_srli_epi16(v, 4));
-    h = part == 0 ? _mm256_slli_epi16(h, 4) : part == 1 ? _mm256_slli_epi16(h, 2) : part == 2 ? h : _mm256_srli_epi16(h, 2);
+    h = part == 0   ? _mm256_slli_epi16(h, 4)
+        : part == 1 ? _mm256_slli_epi16(h, 2)
+        : part == 2 ? h
+                    : _mm256_srli_epi16(h, 2);
     return _mm256_or_si256(v, _mm256_and_si256(h, _mm256_set1_epi8(0x30)));
 }
 

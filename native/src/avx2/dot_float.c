@@ -8,7 +8,8 @@
     INLINE vfloat name##_rest(vfloat acc, const uint8_t *p, const float *x, int n) { \
         uint8_t w[EACH * size] = {0};                                                \
         float v[EACH] = {0};                                                         \
-        memcpy(w, p, (size_t)(n * size)), memcpy(v, x, (size_t)n * sizeof *x);       \
+        memcpy(w, p, (size_t)(n * size));                                            \
+        memcpy(v, x, (size_t)n * sizeof *x);                                         \
         return v_fma(v_load_##name(w), v_load_f32(v), acc);                          \
     }                                                                                \
     FLOATS(name, size)

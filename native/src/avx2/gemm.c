@@ -253,8 +253,12 @@ static void gemm_q8(const struct kt_panel *p, const struct kt_acts *a, const int
         for (int b = 0, t = 0, n; b < blocks; b++, t += n) {
             n = (tokens - t + blocks - b - 1) / (blocks - b);
             struct slice s;
-            s.p = p, s.k = k, s.n = p->k - k < KT_CACHE_BYTES ? p->k - k : KT_CACHE_BYTES;
-            s.c = c + t * ldc, s.ldc = ldc, s.add = add || k;
+            s.p = p;
+            s.k = k;
+            s.n = p->k - k < KT_CACHE_BYTES ? p->k - k : KT_CACHE_BYTES;
+            s.c = c + t * ldc;
+            s.ldc = ldc;
+            s.add = add || k;
             block(n, &s, a, token + t, k0);
         }
 }

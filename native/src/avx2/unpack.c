@@ -5,7 +5,8 @@
 #include "../templates/tile_k.h"
 
 static void unpack_f16(const uint8_t *w, int64_t n, void *data, float *scales, float *mins) {
-    (void)scales, (void)mins;
+    (void)scales;
+    (void)mins;
     float *out = data;
     int64_t i = 0;
     for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, load_f16(w + 2 * i));
@@ -13,7 +14,8 @@ static void unpack_f16(const uint8_t *w, int64_t n, void *data, float *scales, f
 }
 
 static void unpack_bf16(const uint8_t *w, int64_t n, void *data, float *scales, float *mins) {
-    (void)scales, (void)mins;
+    (void)scales;
+    (void)mins;
     float *out = data;
     int64_t i = 0;
     for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, load_bf16(w + 2 * i));

@@ -9,8 +9,8 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* One copy that is called, for work that many rows share: inlined, each format and number of tokens would get its own, which
- * doubles the time to compile. */
+/* One copy that is called, for work that many rows share: inlined, each format and number of tokens would get its
+ * own, which doubles the time to compile. */
 #if __has_attribute(noclone)
 #define SHARED static __attribute__((noinline, noclone, unused))
 #else
@@ -20,8 +20,9 @@
 /* Unpacking reads one row after the other: a fixed distance will do. */
 #define UNPACK_AHEAD 2048
 
-/* Into the second-level cache: the few misses that the first level can have in flight bound the bandwidth. One layer, T=1,
- * Zen 4, beside fetching into the first: BF16 96 % of the read bandwidth, not 64; INT4 92, not 68; Q8_0 84, not 68. */
+/* Into the second-level cache: the few misses that the first level can have in flight bound the bandwidth. One layer,
+ * T=1, Zen 4, beside fetching into the first: BF16 96 % of the read bandwidth, not 64; INT4 92, not 68; Q8_0 84, not
+ * 68. */
 #define PREFETCH(p, ahead) _mm_prefetch((const char *)(uintptr_t)((uintptr_t)(p) + (ahead)), _MM_HINT_T1)
 
 INLINE __m128i load128(const void *p) { return _mm_loadu_si128((const __m128i_u *)p); }

@@ -22,7 +22,8 @@ struct slice {
     int64_t k, n;
     const int8_t *q[TOKENS]; /* at column k */
     float d[TOKENS][GROUPS];
-    int32_t start[2][TOKENS][GROUPS]; /* minus (what is left of the) zero point times sum of codes: of the group, or of its halves */
+    /* Minus (what is left of the) zero point times sum of codes: of the group, or of its halves */
+    int32_t start[2][TOKENS][GROUPS];
     float ds[2][TOKENS][GROUPS];      /* scale times sum of codes: likewise */
     float *c;
     int64_t ldc;
@@ -114,7 +115,8 @@ INLINE void micro_q8(const int N, const struct variant v, const struct slice *s,
     const float *scales = p->scales + (tile * p->k + s->k) / v.group * KT_TILE;
     const float *mins = v.min_group ? p->mins + (tile * p->k + s->k) / v.min_group * KT_TILE : NULL;
     const int64_t next = count == R ? p->k * KT_TILE : 0; /* weights from a tile to its second */
-    const int64_t tile_dwords = next / 4, tile_scales = next / v.group, tile_mins = v.min_group ? next / v.min_group : 0;
+    const int64_t tile_dwords = next / 4, tile_scales = next / v.group,
+                  tile_mins = v.min_group ? next / v.min_group : 0;
     __m512 acc[2][TOKENS];
     for (int n = 0; n < N; n++)
         for (int r = 0; r < R; r++) acc[r][n] = _mm512_setzero_ps();
@@ -133,7 +135,8 @@ INLINE void micro_q8(const int N, const struct variant v, const struct slice *s,
             }
         }
         for (int r = 0; r < R; r++)
-            for (int n = 0; n < N; n++) acc[r][n] = _mm512_fmadd_ps(scaled[r][n], _mm512_set1_ps(s->d[n][g]), acc[r][n]);
+            for (int n = 0; n < N; n++)
+                acc[r][n] = _mm512_fmadd_ps(scaled[r][n], _mm512_set1_ps(s->d[n][g]), acc[r][n]);
         for (int half = 0; v.min_group && half < 32 / v.min_group; half++)
             for (int r = 0; r < R; r++) {
                 __m512 min = _mm512_load_ps(mins + r * tile_mins + (g * (32 / v.min_group) + half) * KT_TILE);
@@ -177,8 +180,12 @@ static void gemm_q8(const struct kt_panel *p, const struct kt_acts *a, const int
         for (int b = 0, t = 0; b < blocks; b++) {
             const int n = (tokens - t + blocks - b - 1) / (blocks - b);
             struct slice s;
-            s.p = p, s.k = k, s.n = p->k - k < KT_CACHE_BYTES ? p->k - k : KT_CACHE_BYTES;
-            s.c = c + t * ldc, s.ldc = ldc, s.add = add || k;
+            s.p = p;
+            s.k = k;
+            s.n = p->k - k < KT_CACHE_BYTES ? p->k - k : KT_CACHE_BYTES;
+            s.c = c + t * ldc;
+            s.ldc = ldc;
+            s.add = add || k;
             for (int i = 0; i < n; i++) prepare(&s, i, a, token[t + i] * a->stride + k0 + k);
             for (int i = n; i < 2 * n && t + i < tokens; i++) fetch(a, token[t + i] * a->stride + k0 + k);
             meet[n - 1](&s);

@@ -31,7 +31,8 @@ enum unit {
 /* A chunk of activations, by units. */
 struct ready {
     int units, odd; /* odd: the last unit lacks its second block; what stands there meets zeros */
-    _Alignas(64) int8_t q[UNITS][8][64]; /* value j of all points; POINTS8_16: value j of one block, 4 + j of the other */
+    /* Value j of all points; POINTS8_16: value j of one block, 4 + j of the other */
+    _Alignas(64) int8_t q[UNITS][8][64];
     _Alignas(64) int32_t start[UNITS][2][16]; /* minus zero point * activations of each dword of a sum */
     _Alignas(64) float d[UNITS][2][16];
 };
@@ -59,8 +60,8 @@ INLINE void dwords_of_lanes(const int8_t *q, __m128i shuffle, int8_t out[4][64])
 /* out[j][n] = q[8 * n + j] of 512 bytes. */
 INLINE void eighths(const int8_t *q, int8_t out[8][64]) {
     const __m128i twos = _mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
-    const __m512i by_word = _mm512_set_epi16(31, 23, 15, 7, 30, 22, 14, 6, 29, 21, 13, 5, 28, 20, 12, 4, 27, 19, 11, 3, 26, 18, 10,
-                                             2, 25, 17, 9, 1, 24, 16, 8, 0);
+    const __m512i by_word = _mm512_set_epi16(31, 23, 15, 7, 30, 22, 14, 6, 29, 21, 13, 5, 28, 20, 12, 4, 27, 19, 11, 3,
+                                             26, 18, 10, 2, 25, 17, 9, 1, 24, 16, 8, 0);
     __m512i v[8], t[8];
     for (int i = 0; i < 8; i++) {
         v[i] = _mm512_shuffle_epi8(_mm512_loadu_si512(q + 64 * i), _mm512_broadcast_i32x4(twos));
@@ -71,19 +72,27 @@ INLINE void eighths(const int8_t *q, int8_t out[8][64]) {
         t[4 + i / 2] = _mm512_unpackhi_epi64(v[i], v[i + 1]);
     }
     for (int h = 0; h < 2; h++) {
-        const __m512i a = _mm512_shuffle_i32x4(t[4 * h], t[4 * h + 1], 0x44), b = _mm512_shuffle_i32x4(t[4 * h + 2], t[4 * h + 3], 0x44);
-        const __m512i c = _mm512_shuffle_i32x4(t[4 * h], t[4 * h + 1], 0xee), d = _mm512_shuffle_i32x4(t[4 * h + 2], t[4 * h + 3], 0xee);
-        _mm512_store_si512(out[h], _mm512_shuffle_i32x4(a, b, 0x88)), _mm512_store_si512(out[2 + h], _mm512_shuffle_i32x4(a, b, 0xdd));
-        _mm512_store_si512(out[4 + h], _mm512_shuffle_i32x4(c, d, 0x88)), _mm512_store_si512(out[6 + h], _mm512_shuffle_i32x4(c, d, 0xdd));
+        const __m512i a = _mm512_shuffle_i32x4(t[4 * h], t[4 * h + 1], 0x44),
+                      b = _mm512_shuffle_i32x4(t[4 * h + 2], t[4 * h + 3], 0x44);
+        const __m512i c = _mm512_shuffle_i32x4(t[4 * h], t[4 * h + 1], 0xee),
+                      d = _mm512_shuffle_i32x4(t[4 * h + 2], t[4 * h + 3], 0xee);
+        _mm512_store_si512(out[h], _mm512_shuffle_i32x4(a, b, 0x88));
+        _mm512_store_si512(out[2 + h], _mm512_shuffle_i32x4(a, b, 0xdd));
+        _mm512_store_si512(out[4 + h], _mm512_shuffle_i32x4(c, d, 0x88));
+        _mm512_store_si512(out[6 + h], _mm512_shuffle_i32x4(c, d, 0xdd));
     }
 }
 
 INLINE void arrange(const enum unit unit, const int8_t *q, int8_t out[8][64]) {
     const __m128i fours = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    const __m128i twos = _mm_setr_epi8(0, 8, 4, 12, 1, 9, 5, 13, 2, 10, 6, 14, 3, 11, 7, 15); /* low bytes of two points, high bytes */
+    /* Low bytes of two points, high bytes */
+    const __m128i twos = _mm_setr_epi8(0, 8, 4, 12, 1, 9, 5, 13, 2, 10, 6, 14, 3, 11, 7, 15);
     if (unit == POINTS8) eighths(q, out);
     if (unit == POINTS4) dwords_of_lanes(q, fours, out);
-    if (unit == POINTS8_16) dwords_of_lanes(q, twos, out), dwords_of_lanes(q + 256, twos, out + 4);
+    if (unit == POINTS8_16) {
+        dwords_of_lanes(q, twos, out);
+        dwords_of_lanes(q + 256, twos, out + 4);
+    }
 }
 
 /* a[0], b[0], a[1] .. of eight. */
@@ -93,9 +102,10 @@ INLINE __m512i in_twos(const int32_t *a, const int32_t *b) {
 }
 
 /* One unit. low, high: sums of 16 activations; a group of 32 may find its whole sum in any dword. */
-INLINE void fill_unit(struct ready *x, const int u, const enum unit unit, const int zero, const int8_t *q, const float *d,
-                      const int32_t *low, const int32_t *high) {
-    const __m512i minus = _mm512_set1_epi32(-zero), twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+INLINE void fill_unit(struct ready *x, const int u, const enum unit unit, const int zero, const int8_t *q,
+                      const float *d, const int32_t *low, const int32_t *high) {
+    const __m512i minus = _mm512_set1_epi32(-zero),
+                  twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
     arrange(unit, q, x->q[u]);
     if (unit == POINTS8) {
         const __m512i sum = _mm512_add_epi32(_mm512_loadu_si512(low), _mm512_loadu_si512(high));
@@ -109,9 +119,11 @@ INLINE void fill_unit(struct ready *x, const int u, const enum unit unit, const 
     }
 }
 
-INLINE void make_ready(struct ready *x, const enum unit unit, const int zero, const struct kt_act *a, int64_t from, int64_t n) {
+INLINE void make_ready(struct ready *x, const enum unit unit, const int zero, const struct kt_act *a, int64_t from,
+                       int64_t n) {
     const int columns = unit == POINTS4 ? 256 : 512;
-    x->units = (int)((n + columns - 1) / columns), x->odd = n % columns != 0;
+    x->units = (int)((n + columns - 1) / columns);
+    x->odd = n % columns != 0;
     for (int u = 0; u < x->units - x->odd; u++) {
         const int64_t c = from + u * columns, g = c / KT_ACT_GROUP;
         fill_unit(x, u, unit, zero, a->q + c, a->d + g, a->low + g, a->high + g);
@@ -121,7 +133,10 @@ INLINE void make_ready(struct ready *x, const enum unit unit, const int zero, co
         int8_t q[512] = {0};
         float d[16] = {0};
         int32_t low[16] = {0}, high[16] = {0};
-        memcpy(q, a->q + c, 256), memcpy(d, a->d + g, 32), memcpy(low, a->low + g, 32), memcpy(high, a->high + g, 32);
+        memcpy(q, a->q + c, 256);
+        memcpy(d, a->d + g, 32);
+        memcpy(low, a->low + g, 32);
+        memcpy(high, a->high + g, 32);
         fill_unit(x, x->units - 1, unit, zero, q, d, low, high);
     }
 }
@@ -167,8 +182,8 @@ INLINE struct points twos(struct points p) {
     return (struct points){_mm512_unpacklo_epi16(p.low, p.high), _mm512_unpackhi_epi16(p.low, p.high)};
 }
 
-/* Codes of value j of each point: byte v holds four levels of 2 bits, byte s four signs, from bit 0 on. s4: the same from
- * bit 4 on. */
+/* Codes of value j of each point: byte v holds four levels of 2 bits, byte s four signs, from bit 0 on. s4: the same
+ * from bit 4 on. */
 INLINE __m512i iq2_codes(__m512i v, __m512i s, __m512i s4, const int j) {
 #if IQ_VBMI /* the tables know where level and sign are, and which bits are others' */
     static const _Alignas(64) uint8_t table[4][64] = {T64(IQ2_CODE, 0, 4), T64(IQ2_CODE, 2, 1), T64(IQ2_CODE, 4, 2),
@@ -215,8 +230,10 @@ INLINE void meet_iq2_16(const struct found *f, const struct ready *x, const int 
     acc[1] = scaled(acc[1], iq2_sum16(f->p.high, f->signs[1], x->q[u] + 4, x->start[u][1]), f->scale[1], x->d[u][1]);
 }
 
-/* Codes of value j of each point: two levels of 3 bits a byte. left: signs from bit 3 on; s: from bit 0; right: from 1. */
-INLINE __m512i iq3_codes(struct points p, const uint8_t (*tables)[64], __m512i left, __m512i s, __m512i right, const int j) {
+/* Codes of value j of each point: two levels of 3 bits a byte. left: signs from bit 3 on; s: from bit 0; right: from
+ * 1. */
+INLINE __m512i iq3_codes(struct points p, const uint8_t (*tables)[64], __m512i left, __m512i s, __m512i right,
+                         const int j) {
     const __m512i v = j < 2 ? p.low : p.high;
 #if IQ_VBMI
     const __m512i mixed = j % 2 ? merge(bytes(56), v, j == 1 ? s : right) : merge(bytes(7), v, left);
@@ -229,16 +246,23 @@ INLINE __m512i iq3_codes(struct points p, const uint8_t (*tables)[64], __m512i l
 #endif
 }
 #define IQ3_TABLES(CODE) {T64(CODE, 0, 3), T64(CODE, 3, 1), T64(CODE, 0, 5), T64(CODE, 3, 2)}
-static const _Alignas(64) uint8_t iq3_xxs_tables[4][64] = IQ3_TABLES(IQ3_XXS_CODE), iq3_s_tables[4][64] = IQ3_TABLES(IQ3_S_CODE);
+static const _Alignas(64) uint8_t iq3_xxs_tables[4][64] = IQ3_TABLES(IQ3_XXS_CODE);
+static const _Alignas(64) uint8_t iq3_s_tables[4][64] = IQ3_TABLES(IQ3_S_CODE);
 
-INLINE void meet_iq3(const struct found *f, const struct ready *x, const int u, const uint8_t (*tables)[64], __m512 acc[2]) {
+INLINE void meet_iq3(const struct found *f, const struct ready *x, const int u, const uint8_t (*tables)[64],
+                     __m512 acc[2]) {
     const __m512i s = f->signs[0], left = shift_left(s, 3), right = shift_right(s, 1);
     __m512i sum[2] = {_mm512_load_si512(x->start[u][0]), _mm512_setzero_si512()};
-    for (int j = 0; j < 4; j++) sum[j % 2] = dot4(sum[j % 2], iq3_codes(f->p, tables, left, s, right, j), _mm512_load_si512(x->q[u][j]));
+    for (int j = 0; j < 4; j++)
+        sum[j % 2] = dot4(sum[j % 2], iq3_codes(f->p, tables, left, s, right, j), _mm512_load_si512(x->q[u][j]));
     acc[0] = scaled(acc[0], _mm512_add_epi32(sum[0], sum[1]), f->scale[0], x->d[u][0]);
 }
-INLINE void meet_iq3_xxs(const struct found *f, const struct ready *x, const int u, __m512 acc[2]) { meet_iq3(f, x, u, iq3_xxs_tables, acc); }
-INLINE void meet_iq3_s(const struct found *f, const struct ready *x, const int u, __m512 acc[2]) { meet_iq3(f, x, u, iq3_s_tables, acc); }
+INLINE void meet_iq3_xxs(const struct found *f, const struct ready *x, const int u, __m512 acc[2]) {
+    meet_iq3(f, x, u, iq3_xxs_tables, acc);
+}
+INLINE void meet_iq3_s(const struct found *f, const struct ready *x, const int u, __m512 acc[2]) {
+    meet_iq3(f, x, u, iq3_s_tables, acc);
+}
 
 /* Eight times level j of each byte, plus 2 or 0. */
 INLINE __m512i iq1_codes(__m512i v, __m512i shift, const int j) {
@@ -255,8 +279,10 @@ INLINE void meet_iq1_s(const struct found *f, const struct ready *x, const int u
     acc[0] = scaled(acc[0], _mm512_add_epi32(low, high), f->scale[0], x->d[u][0]);
 }
 INLINE void meet_iq1_m(const struct found *f, const struct ready *x, const int u, __m512 acc[2]) {
-    acc[0] = scaled(acc[0], iq1_sum(_mm512_load_si512(x->start[u][0]), f->p.low, f->signs[0], x->q[u]), f->scale[0], x->d[u][0]);
-    acc[1] = scaled(acc[1], iq1_sum(_mm512_load_si512(x->start[u][1]), f->p.high, f->signs[1], x->q[u] + 4), f->scale[1], x->d[u][1]);
+    acc[0] = scaled(acc[0], iq1_sum(_mm512_load_si512(x->start[u][0]), f->p.low, f->signs[0], x->q[u]), f->scale[0],
+                    x->d[u][0]);
+    acc[1] = scaled(acc[1], iq1_sum(_mm512_load_si512(x->start[u][1]), f->p.high, f->signs[1], x->q[u] + 4),
+                    f->scale[1], x->d[u][1]);
 }
 
 /* ---- formats: a and b are the blocks of a unit, one or two rows of them ------------------------------------- */
@@ -282,14 +308,16 @@ INLINE __m512 nibble_scales(const uint8_t *p, const uint8_t *d, __m512 table) {
     const __m512i bytes2 = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
     int64_t eight;
     memcpy(&eight, p, 8);
-    const __m512i n = _mm512_srlv_epi32(_mm512_shuffle_epi8(_mm512_set1_epi64(eight), bytes2), _mm512_set1_epi64((int64_t)4 << 32));
+    const __m512i n =
+        _mm512_srlv_epi32(_mm512_shuffle_epi8(_mm512_set1_epi64(eight), bytes2), _mm512_set1_epi64((int64_t)4 << 32));
     return _mm512_mul_ps(entry(table, n), half_of(d));
 }
 
 /* Signs of twos, from those of points. */
 INLINE void signs_of_twos(__m512i s, __m512i out[2]) {
     const struct points t = twos((struct points){s, shift_right(s, 4)});
-    out[0] = t.low, out[1] = t.high;
+    out[0] = t.low;
+    out[1] = t.high;
 }
 
 INLINE void look_iq2_xs(const int rows, const uint8_t *const *a, const uint8_t *const *b, struct found *out) {
@@ -310,7 +338,8 @@ INLINE void look_iq2_xs(const int rows, const uint8_t *const *a, const uint8_t *
 
 /* Qwords 0, 1, 2, 3 of v and of w in turn, or 4 .. 7: lanes have 8 bytes of each. */
 INLINE __m512i in_turn(__m512i v, __m512i w, const int from) {
-    return _mm512_permutex2var_epi64(v, _mm512_add_epi64(_mm512_set_epi64(11, 3, 10, 2, 9, 1, 8, 0), _mm512_set1_epi64(from)), w);
+    return _mm512_permutex2var_epi64(
+        v, _mm512_add_epi64(_mm512_set_epi64(11, 3, 10, 2, 9, 1, 8, 0), _mm512_set1_epi64(from)), w);
 }
 
 /* Two bits for each index: those of index n of eight in bits 2n of word l of the qword of lane l. */
@@ -322,8 +351,8 @@ INLINE __m512i two_bits(__m512i qwords) {
 #undef LANE
     return _mm512_multishift_epi64_epi8(at, qwords);
 #else
-    const __m512i lane = _mm512_set_epi64(0x0606060606060606, 0x0606060606060606, 0x0404040404040404, 0x0404040404040404,
-                                          0x0202020202020202, 0x0202020202020202, 0, 0);
+    const __m512i lane = _mm512_set_epi64(0x0606060606060606, 0x0606060606060606, 0x0404040404040404,
+                                          0x0404040404040404, 0x0202020202020202, 0x0202020202020202, 0, 0);
     const __m512i byte = _mm512_set4_epi32(0x09090909, 0x08080808, 0x01010101, 0);
     const __m512i four = _mm512_shuffle_epi8(qwords, _mm512_add_epi8(lane, byte));
     const __m512i v = _mm512_srlv_epi16(four, _mm512_set1_epi32(4 << 16));
@@ -338,7 +367,8 @@ INLINE void look_iq2_s(const int rows, const uint8_t *const *a, const uint8_t *c
     for (int r = 0; r < rows; r++) {
         const __m512i v = load(a[r] + 2), w = load(b[r] + 2); /* 32 bytes of indices, 32 of signs */
         int64_t high[2];
-        memcpy(&high[0], a[r] + 66, 8), memcpy(&high[1], b[r] + 66, 8);
+        memcpy(&high[0], a[r] + 66, 8);
+        memcpy(&high[1], b[r] + 66, 8);
         index[r] = in_turn(v, w, 0);
         upper[r] = two_bits(_mm512_broadcast_i32x4(_mm_set_epi64x(high[1], high[0])));
         signs_of_twos(in_turn(v, w, 4), out[r].signs);
@@ -356,7 +386,8 @@ INLINE __m512i signs_of_fours(__m256i s) {
 }
 
 INLINE __m512i for_two(__m256i v) {
-    return _mm512_permutexvar_epi32(_mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0), _mm512_castsi256_si512(v));
+    return _mm512_permutexvar_epi32(_mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0),
+                                    _mm512_castsi256_si512(v));
 }
 
 INLINE void look_iq3_xxs(const int rows, const uint8_t *const *a, const uint8_t *const *b, struct found *out) {
@@ -391,7 +422,8 @@ INLINE void look_iq3_s(const int rows, const uint8_t *const *a, const uint8_t *c
 /* Of a group: 2, or 0 where bit 3 of n is set. */
 INLINE __m512i two_unless_8(__m512i n) {
     const int two = 0x02020202;
-    return _mm512_permutexvar_epi32(n, _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, two, two, two, two, two, two, two, two));
+    return _mm512_permutexvar_epi32(n,
+                                    _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, two, two, two, two, two, two, two, two));
 }
 
 INLINE void look_iq1_s(const int rows, const uint8_t *const *a, const uint8_t *const *b, struct found *out) {
@@ -426,8 +458,8 @@ INLINE __m512 iq1_m_scales(const uint8_t *p, __m512 table) {
     uint64_t x;
     memcpy(&x, p, 8);
     const uint64_t d = (x >> 12 & 0xf) | (x >> 24 & 0xf0) | (x >> 36 & 0xf00) | (x >> 48 & 0xf000);
-    const __m512i lanes = _mm512_set_epi32(0x706, 0x706, 0x706, 0x706, 0x504, 0x504, 0x504, 0x504, 0x302, 0x302, 0x302, 0x302,
-                                           0x100, 0x100, 0x100, 0x100);
+    const __m512i lanes = _mm512_set_epi32(0x706, 0x706, 0x706, 0x706, 0x504, 0x504, 0x504, 0x504, 0x302, 0x302, 0x302,
+                                           0x302, 0x100, 0x100, 0x100, 0x100);
     const __m512i words = _mm512_shuffle_epi8(_mm512_set1_epi64((int64_t)x), lanes);
     const __m512 s = entry(table, _mm512_srlv_epi32(words, _mm512_set4_epi32(9, 6, 3, 0)));
     return _mm512_mul_ps(s, _mm512_cvtph_ps(_mm256_set1_epi16((short)d)));
@@ -445,7 +477,8 @@ INLINE void look_iq1_m(const int rows, const uint8_t *const *a, const uint8_t *c
         upper[r] = nibbles_up(_mm512_permutex2var_epi32(v, dwords, w));
         const __m512i shift = _mm512_andnot_si512(shift_right(upper[r], 6), bytes(2));
         const struct points t = twos((struct points){shift, shift});
-        out[r].signs[0] = t.low, out[r].signs[1] = t.high;
+        out[r].signs[0] = t.low;
+        out[r].signs[1] = t.high;
         out[r].scale[0] = iq1_m_scales(a[r] + 48, table);
         out[r].scale[1] = iq1_m_scales(b[r] + 48, table);
     }
@@ -472,57 +505,58 @@ SHARED void sums_of(const __m512 v[16], int n, float *out) {
 
 /* The dot kernel of a format, `each` rows at once. At the end of a row comes the next one, at the last the first again.
  * Codes are the same for all tokens; the compiler sees that. */
-#define DOT(name, meet, unit, bytes, zero, each)                                                                     \
-    SHARED void look_first_##name(const uint8_t *const *a, const uint8_t *const *b, struct found *out) {             \
-        look_##name(each, a, b, out);                                                                                \
-    }                                                                                                                \
+#define DOT(name, meet, unit, bytes, zero, each)                                                                       \
+    SHARED void look_first_##name(const uint8_t *const *a, const uint8_t *const *b, struct found *out) {               \
+        look_##name(each, a, b, out);                                                                                  \
+    }                                                                                                                  \
     INLINE void name##_pass(const int T, const struct kt_matrix *m, int64_t first, int rows, const struct kt_act *act, \
-                            size_t ahead, float *out, int64_t ldc) {                                                 \
-        enum { SPAN = (unit) == POINTS4 ? (bytes) : 2 * (bytes) };                                                   \
-        struct ready x[DOT_TOKENS];                                                                                  \
-        __m512 sum[DOT_TOKENS][KT_DOT_ROWS + 1];                                                                     \
-        for (int t = 0; t < T; t++)                                                                                  \
-            for (int r = 0; r < (rows + 15) / 16 * 16; r++) sum[t][r] = _mm512_setzero_ps();                                     \
-        for (int64_t c = 0; c < m->cols; c += CHUNK) {                                                               \
-            const uint8_t *const w = m->data + (size_t)first * m->stride + (size_t)(c / KT_QK * (bytes));            \
-            const uint8_t *a[each], *b[each];                                                                        \
-            struct found now[each], next[each];                                                                      \
-            for (int t = 0; t < T; t++) make_ready_##unit(&x[t], zero, act + t, c, m->cols - c < CHUNK ? m->cols - c : CHUNK); \
-            const int units = x[0].units;                                                                            \
-            const size_t to_b = x[0].odd ? 0 : (bytes); /* in the last unit */                                       \
-            for (int i = 0; i < (each); i++) {                                                                       \
-                a[i] = w + (i < rows ? (size_t)i * m->stride : 0);                                                   \
-                b[i] = a[i] + (units == 1 ? to_b : (bytes));                                                         \
-            }                                                                                                        \
-            look_first_##name(a, b, now);                                                                            \
-            for (int r = 0; r < rows; r += (each)) {                                                                 \
-                __m512 acc[each][DOT_TOKENS][2];                                                                     \
-                const uint8_t *then[each];                                                                           \
-                for (int i = 0; i < (each); i++) {                                                                   \
-                    for (int t = 0; t < T; t++) acc[i][t][0] = acc[i][t][1] = _mm512_setzero_ps();                   \
-                    then[i] = w + (r + (each) + i < rows ? (size_t)(r + (each) + i) * m->stride : 0);                \
-                }                                                                                                    \
-                for (int u = 0; u < units; u++) {                                                                    \
-                    const size_t last = (size_t)-(u + 1 == units), v = (size_t)(u + 1) & ~last;                      \
-                    const size_t width = v + 1 == (size_t)units ? to_b : (bytes);                                    \
-                    for (int i = 0; i < (each); i++) {                                                               \
-                        a[i] += SPAN + (((uintptr_t)then[i] - (uintptr_t)a[i] - SPAN) & last); /* no jump */         \
-                        b[i] = a[i] + width;                                                                         \
-                        for (int l = 0; l < SPAN; l += 64) PREFETCH(a[i] + l, ahead);                                \
-                    }                                                                                                \
-                    look_##name(each, a, b, next);                                                                   \
-                    for (int i = 0; i < (each); i++)                                                                 \
-                        for (int t = 0; t < T; t++) meet(&now[i], &x[t], u, acc[i][t]);                              \
-                    for (int i = 0; i < (each); i++) now[i] = next[i];                                               \
-                }                                                                                                    \
-                for (int i = 0; i < (each); i++)                                                                     \
-                    for (int t = 0; t < T; t++)                                                                      \
-                        sum[t][r + i] = _mm512_add_ps(sum[t][r + i], _mm512_add_ps(acc[i][t][0], acc[i][t][1]));     \
-            }                                                                                                        \
-        }                                                                                                            \
-        for (int t = 0; t < T; t++)                                                                                  \
-            for (int r = 0; r < rows; r += 16) sums_of(sum[t] + r, rows - r < 16 ? rows - r : 16, out + t * ldc + r); \
-    }                                                                                                                \
+                            size_t ahead, float *out, int64_t ldc) {                                                   \
+        enum { SPAN = (unit) == POINTS4 ? (bytes) : 2 * (bytes) };                                                     \
+        struct ready x[DOT_TOKENS];                                                                                    \
+        __m512 sum[DOT_TOKENS][KT_DOT_ROWS + 1];                                                                       \
+        for (int t = 0; t < T; t++)                                                                                    \
+            for (int r = 0; r < (rows + 15) / 16 * 16; r++) sum[t][r] = _mm512_setzero_ps();                           \
+        for (int64_t c = 0; c < m->cols; c += CHUNK) {                                                                 \
+            const uint8_t *const w = m->data + (size_t)first * m->stride + (size_t)(c / KT_QK * (bytes));              \
+            const uint8_t *a[each], *b[each];                                                                          \
+            struct found now[each], next[each];                                                                        \
+            const int64_t n = m->cols - c < CHUNK ? m->cols - c : CHUNK;                                               \
+            for (int t = 0; t < T; t++) make_ready_##unit(&x[t], zero, act + t, c, n);                                 \
+            const int units = x[0].units;                                                                              \
+            const size_t to_b = x[0].odd ? 0 : (bytes); /* in the last unit */                                         \
+            for (int i = 0; i < (each); i++) {                                                                         \
+                a[i] = w + (i < rows ? (size_t)i * m->stride : 0);                                                     \
+                b[i] = a[i] + (units == 1 ? to_b : (bytes));                                                           \
+            }                                                                                                          \
+            look_first_##name(a, b, now);                                                                              \
+            for (int r = 0; r < rows; r += (each)) {                                                                   \
+                __m512 acc[each][DOT_TOKENS][2];                                                                       \
+                const uint8_t *then[each];                                                                             \
+                for (int i = 0; i < (each); i++) {                                                                     \
+                    for (int t = 0; t < T; t++) acc[i][t][0] = acc[i][t][1] = _mm512_setzero_ps();                     \
+                    then[i] = w + (r + (each) + i < rows ? (size_t)(r + (each) + i) * m->stride : 0);                  \
+                }                                                                                                      \
+                for (int u = 0; u < units; u++) {                                                                      \
+                    const size_t last = (size_t)-(u + 1 == units), v = (size_t)(u + 1) & ~last;                        \
+                    const size_t width = v + 1 == (size_t)units ? to_b : (bytes);                                      \
+                    for (int i = 0; i < (each); i++) {                                                                 \
+                        a[i] += SPAN + (((uintptr_t)then[i] - (uintptr_t)a[i] - SPAN) & last); /* no jump */           \
+                        b[i] = a[i] + width;                                                                           \
+                        for (int l = 0; l < SPAN; l += 64) PREFETCH(a[i] + l, ahead);                                  \
+                    }                                                                                                  \
+                    look_##name(each, a, b, next);                                                                     \
+                    for (int i = 0; i < (each); i++)                                                                   \
+                        for (int t = 0; t < T; t++) meet(&now[i], &x[t], u, acc[i][t]);                                \
+                    for (int i = 0; i < (each); i++) now[i] = next[i];                                                 \
+                }                                                                                                      \
+                for (int i = 0; i < (each); i++)                                                                       \
+                    for (int t = 0; t < T; t++)                                                                        \
+                        sum[t][r + i] = _mm512_add_ps(sum[t][r + i], _mm512_add_ps(acc[i][t][0], acc[i][t][1]));       \
+            }                                                                                                          \
+        }                                                                                                              \
+        for (int t = 0; t < T; t++)                                                                                    \
+            for (int r = 0; r < rows; r += 16) sums_of(sum[t] + r, rows - r < 16 ? rows - r : 16, out + t * ldc + r);  \
+    }                                                                                                                  \
     DOT_FOR_TOKENS(name)
 DOT(iq1_s, meet_iq1_s, POINTS8, 50, 9, 2)
 DOT(iq1_m, meet_iq1_m, POINTS8_16, 56, 9, 2)

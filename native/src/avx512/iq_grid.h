@@ -71,7 +71,8 @@ INLINE void table7(const uint8_t *t, const int count, const __m512i *i, masks m,
 #define TABLE(bits, half)                                                                                    \
     INLINE void table##bits(const uint8_t *t, const int count, const __m512i *i, masks m, __m512i out[2]) {  \
         __m512i low[2], high[2];                                                                             \
-        table##half(t, count, i, m, low), table##half(t + (1 << (half)), count, i, m, high);                 \
+        table##half(t, count, i, m, low);                                                                    \
+        table##half(t + (1 << (half)), count, i, m, high);                                                   \
         for (int n = 0; n < count; n++) out[n] = _mm512_mask_blend_epi8(m[n][(half)-7], low[n], high[n]);    \
     }
 TABLE(8, 7)
@@ -87,14 +88,14 @@ INLINE void index_masks(const int count, const __m512i *index, const __m512i *up
     }
 }
 
-#define GRID(name, bits)                                                                                               \
-    INLINE void points_##name(const int count, const __m512i *index, const __m512i *upper, struct points *out) {       \
-        __mmask64 m[2][4];                                                                                             \
-        __m512i low[2], high[2];                                                                                       \
-        index_masks(count, index, upper, 0, m);                                                                        \
-        table##bits(kt_##name##_bytes[0], count, index, m, low); \
-        table##bits(kt_##name##_bytes[1], count, index, m, high); \
-        for (int n = 0; n < count; n++) out[n] = (struct points){low[n], high[n]};                                     \
+#define GRID(name, bits)                                                                                         \
+    INLINE void points_##name(const int count, const __m512i *index, const __m512i *upper, struct points *out) { \
+        __mmask64 m[2][4];                                                                                       \
+        __m512i low[2], high[2];                                                                                 \
+        index_masks(count, index, upper, 0, m);                                                                  \
+        table##bits(kt_##name##_bytes[0], count, index, m, low);                                                 \
+        table##bits(kt_##name##_bytes[1], count, index, m, high);                                                \
+        for (int n = 0; n < count; n++) out[n] = (struct points){low[n], high[n]};                               \
     }
 
 /* kt_iq1_high: sixteen points in a row have one or two second bytes. */
@@ -103,7 +104,8 @@ INLINE void points_iq1(const int count, const __m512i *index, const __m512i *upp
     __mmask64 m[2][4];
     for (int n = 0; n < count; n++) sixteen[n] = merge(bytes(15), shift_right(index[n], 4), upper[n]);
     table7(kt_iq1_step, count, sixteen, m, step);
-    table7(kt_iq1_high[0], count, sixteen, m, first), table7(kt_iq1_high[1], count, sixteen, m, last);
+    table7(kt_iq1_high[0], count, sixteen, m, first);
+    table7(kt_iq1_high[1], count, sixteen, m, last);
     for (int n = 0; n < count; n++) {
         __mmask64 past = _mm512_cmpge_epu8_mask(_mm512_and_si512(index[n], bytes(15)), step[n]);
         out[n].high = _mm512_mask_blend_epi8(past, first[n], last[n]);

@@ -109,8 +109,10 @@ INLINE void columns8(const struct rows *rows, size_t at, __m512i v[8]) {
     for (int i = 0; i < 8; i += 4) { /* 4 x 4 dwords in each 128-bit lane */
         __m512i a = _mm512_unpacklo_epi32(t[i], t[i + 1]), b = _mm512_unpackhi_epi32(t[i], t[i + 1]);
         __m512i c = _mm512_unpacklo_epi32(t[i + 2], t[i + 3]), d = _mm512_unpackhi_epi32(t[i + 2], t[i + 3]);
-        t[i] = _mm512_unpacklo_epi64(a, c), t[i + 1] = _mm512_unpackhi_epi64(a, c);
-        t[i + 2] = _mm512_unpacklo_epi64(b, d), t[i + 3] = _mm512_unpackhi_epi64(b, d);
+        t[i] = _mm512_unpacklo_epi64(a, c);
+        t[i + 1] = _mm512_unpackhi_epi64(a, c);
+        t[i + 2] = _mm512_unpacklo_epi64(b, d);
+        t[i + 3] = _mm512_unpackhi_epi64(b, d);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
@@ -142,16 +144,17 @@ INLINE void put_scale(const struct kt_tile *to, const int group, __m512 d, __m51
     _mm512_store_ps(to->scales + group * KT_TILE, _mm512_mul_ps(d, scale));
 }
 
-#define TILE(name, bytes) \
-    static void tile_##name(const struct kt_matrix *w, int64_t first, int64_t k0, int64_t n, \
-                             const struct kt_tile *out) { \
+#define TILE(name, bytes)                                                                        \
+    static void tile_##name(const struct kt_matrix *w, int64_t first, int64_t k0, int64_t n,     \
+                             const struct kt_tile *out) {                                        \
         const uint8_t *p = w->data + (size_t)first * w->stride + (size_t)(k0 / KT_QK * (bytes)); \
-        const struct rows rows = rows_of(p, w->stride); \
-        struct kt_tile to = *out; \
-        for (int64_t at = 0; at < n / KT_QK * (bytes); at += (bytes)) { \
-            name##_block(&rows, (size_t)at, &to); \
-            to.data += KT_QK / 4 * KT_TILE, to.scales += KT_QK / w->traits->group * KT_TILE; \
-        } \
+        const struct rows rows = rows_of(p, w->stride);                                          \
+        struct kt_tile to = *out;                                                                \
+        for (int64_t at = 0; at < n / KT_QK * (bytes); at += (bytes)) {                          \
+            name##_block(&rows, (size_t)at, &to);                                                \
+            to.data += KT_QK / 4 * KT_TILE;                                                      \
+            to.scales += KT_QK / w->traits->group * KT_TILE;                                     \
+        }                                                                                        \
     }
 
 /* ---- IQ2 --------------------------------------------------------------------------------------------- */

@@ -41,8 +41,10 @@ INLINE void columns4(const struct rows *rows, size_t at, vec v[4]) {
     }
     __m512i a = _mm512_unpacklo_epi32(t[0], t[1]), b = _mm512_unpackhi_epi32(t[0], t[1]);
     __m512i c = _mm512_unpacklo_epi32(t[2], t[3]), d = _mm512_unpackhi_epi32(t[2], t[3]);
-    v[0] = (vec)_mm512_unpacklo_epi64(a, c), v[1] = (vec)_mm512_unpackhi_epi64(a, c);
-    v[2] = (vec)_mm512_unpacklo_epi64(b, d), v[3] = (vec)_mm512_unpackhi_epi64(b, d);
+    v[0] = (vec)_mm512_unpacklo_epi64(a, c);
+    v[1] = (vec)_mm512_unpackhi_epi64(a, c);
+    v[2] = (vec)_mm512_unpacklo_epi64(b, d);
+    v[3] = (vec)_mm512_unpackhi_epi64(b, d);
 }
 
 /* In each 16 bytes the 8 bytes at p, then those at q. */

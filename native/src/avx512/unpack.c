@@ -5,19 +5,27 @@
 #include "../templates/tile_k.h"
 
 static void unpack_f16(const uint8_t *w, int64_t n, void *data, float *scales, float *mins) {
-    (void)scales, (void)mins;
+    (void)scales;
+    (void)mins;
     float *out = data;
     int64_t i = 0;
-    for (; i + 16 <= n; i += 16) PREFETCH(w + 2 * i, UNPACK_AHEAD), _mm512_storeu_ps(out + i, load_f16(w + 2 * i));
+    for (; i + 16 <= n; i += 16) {
+        PREFETCH(w + 2 * i, UNPACK_AHEAD);
+        _mm512_storeu_ps(out + i, load_f16(w + 2 * i));
+    }
     __mmask16 m = (__mmask16)((1u << (n - i)) - 1);
     _mm512_mask_storeu_ps(out + i, m, load_f16_mask(m, w + 2 * i));
 }
 
 static void unpack_bf16(const uint8_t *w, int64_t n, void *data, float *scales, float *mins) {
-    (void)scales, (void)mins;
+    (void)scales;
+    (void)mins;
     float *out = data;
     int64_t i = 0;
-    for (; i + 16 <= n; i += 16) PREFETCH(w + 2 * i, UNPACK_AHEAD), _mm512_storeu_ps(out + i, load_bf16(w + 2 * i));
+    for (; i + 16 <= n; i += 16) {
+        PREFETCH(w + 2 * i, UNPACK_AHEAD);
+        _mm512_storeu_ps(out + i, load_bf16(w + 2 * i));
+    }
     __mmask16 m = (__mmask16)((1u << (n - i)) - 1);
     _mm512_mask_storeu_ps(out + i, m, load_bf16_mask(m, w + 2 * i));
 }

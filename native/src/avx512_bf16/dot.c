@@ -114,7 +114,9 @@ static void either_f8(const struct kt_matrix *w, int64_t first, int rows, const 
 }
 
 void kt_fill_dot_avx512_bf16(struct kt_kernels *k) {
-    bf16_below = k->dot[KT_FMT_BF16], f8_below = k->dot[KT_FMT_F8_E4M3];
-    k->dot[KT_FMT_BF16] = either_bf16, k->dot[KT_FMT_F8_E4M3] = either_f8;
+    bf16_below = k->dot[KT_FMT_BF16];
+    f8_below = k->dot[KT_FMT_F8_E4M3];
+    k->dot[KT_FMT_BF16] = either_bf16;
+    k->dot[KT_FMT_F8_E4M3] = either_f8;
     k->dot_bf16 = 1;
 }

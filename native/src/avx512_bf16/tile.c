@@ -4,25 +4,25 @@
 
 /* Columns k0 .. k0 + n of 16 rows, of `size` bytes: each 16 bytes of them as four dwords a row. An odd number of bytes
  * at the end of a row is padded with zeros. */
-#define BF16_TILE(name, size)                                                                                          \
-    static void tile_##name(const struct kt_matrix *w, int64_t first, int64_t k0, int64_t n, \
-                             const struct kt_tile *to) { \
-        const struct rows rows = rows_of(w->data + (size_t)first * w->stride + (size_t)k0 * (size), w->stride);        \
-        const size_t bytes = (size_t)n * (size);                                                                       \
-        const int64_t dwords = (n + 1) / 2;                                                                            \
-        struct name##_state state = {0};                                                                               \
-        uint32_t *out = to->data;                                                                                      \
-        size_t at = 0;                                                                                                 \
-        for (; at + 16 <= bytes; at += 16, out += (8 / (size)) * KT_TILE) name##_piece(&rows, at, out, &state);        \
-        if (at < bytes) {                                                                                              \
-            uint8_t rest[16][16] = {{0}};                                                                              \
-            _Alignas(64) uint32_t last[8 / (size) * KT_TILE];                                                          \
-            for (int r = 0; r < 16; r++) memcpy(rest[r], row_at(&rows, r, at), bytes - at);                            \
-            const struct rows padded = rows_of(rest[0], 16);                                                           \
-            name##_piece(&padded, 0, last, &state);                                                                    \
-            memcpy(out, last, (size_t)(to->data + dwords * KT_TILE - out) * 4);                                        \
-        }                                                                                                              \
-        name##_end(&state, to->data, dwords);                                                                          \
+#define BF16_TILE(name, size)                                                                                   \
+    static void tile_##name(const struct kt_matrix *w, int64_t first, int64_t k0, int64_t n,                    \
+                             const struct kt_tile *to) {                                                        \
+        const struct rows rows = rows_of(w->data + (size_t)first * w->stride + (size_t)k0 * (size), w->stride); \
+        const size_t bytes = (size_t)n * (size);                                                                \
+        const int64_t dwords = (n + 1) / 2;                                                                     \
+        struct name##_state state = {0};                                                                        \
+        uint32_t *out = to->data;                                                                               \
+        size_t at = 0;                                                                                          \
+        for (; at + 16 <= bytes; at += 16, out += (8 / (size)) * KT_TILE) name##_piece(&rows, at, out, &state); \
+        if (at < bytes) {                                                                                       \
+            uint8_t rest[16][16] = {{0}};                                                                       \
+            _Alignas(64) uint32_t last[8 / (size) * KT_TILE];                                                   \
+            for (int r = 0; r < 16; r++) memcpy(rest[r], row_at(&rows, r, at), bytes - at);                     \
+            const struct rows padded = rows_of(rest[0], 16);                                                    \
+            name##_piece(&padded, 0, last, &state);                                                             \
+            memcpy(out, last, (size_t)(to->data + dwords * KT_TILE - out) * 4);                                 \
+        }                                                                                                       \
+        name##_end(&state, to->data, dwords);                                                                   \
     }
 
 struct bf16_state {
@@ -35,7 +35,9 @@ INLINE void bf16_piece(const struct rows *rows, size_t at, uint32_t *out, struct
     for (int i = 0; i < 4; i++) store(out + i * KT_TILE, v[i]);
 }
 INLINE void bf16_end(const struct bf16_state *state, uint32_t *data, int64_t dwords) {
-    (void)state, (void)data, (void)dwords;
+    (void)state;
+    (void)data;
+    (void)dwords;
 }
 BF16_TILE(bf16, 2)
 

@@ -34,8 +34,10 @@ INLINE void store_tile(float *out, const float32x4_t v[4], int add) {
 INLINE void transpose(uint32x4_t v[4]) {
     const uint32x4_t a = vzip1q_u32(v[0], v[2]), b = vzip2q_u32(v[0], v[2]);
     const uint32x4_t c = vzip1q_u32(v[1], v[3]), d = vzip2q_u32(v[1], v[3]);
-    v[0] = vzip1q_u32(a, c), v[1] = vzip2q_u32(a, c);
-    v[2] = vzip1q_u32(b, d), v[3] = vzip2q_u32(b, d);
+    v[0] = vzip1q_u32(a, c);
+    v[1] = vzip2q_u32(a, c);
+    v[2] = vzip1q_u32(b, d);
+    v[3] = vzip2q_u32(b, d);
 }
 
 #endif

@@ -21,7 +21,10 @@ INLINE vfloat v_load_bf16(const void *p) { return load_bf16(p); }
 #define REST(name, size, value)                                                      \
     INLINE vfloat name##_rest(vfloat acc, const uint8_t *p, const float *x, int n) { \
         float w[4] = {0}, v[4] = {0};                                                \
-        for (int i = 0; i < n; i++) w[i] = value(p + size * i), v[i] = x[i];         \
+        for (int i = 0; i < n; i++) {                                                \
+            w[i] = value(p + size * i);                                              \
+            v[i] = x[i];                                                             \
+        }                                                                            \
         return v_fma(vld1q_f32(w), vld1q_f32(v), acc);                               \
     }                                                                                \
     FLOATS(name, size)

@@ -144,8 +144,12 @@ static void gemm_q8(const struct kt_panel *p, const struct kt_acts *a, const int
         for (int t = 0, n; t < tokens; t += n) {
             n = tokens - t < TOKENS ? tokens - t : TOKENS;
             struct slice s;
-            s.p = p, s.k = k, s.n = p->k - k < KT_CACHE_BYTES ? p->k - k : KT_CACHE_BYTES;
-            s.c = c + t * ldc, s.ldc = ldc, s.add = add || k;
+            s.p = p;
+            s.k = k;
+            s.n = p->k - k < KT_CACHE_BYTES ? p->k - k : KT_CACHE_BYTES;
+            s.c = c + t * ldc;
+            s.ldc = ldc;
+            s.add = add || k;
             for (int i = 0; i < n; i++) prepare(&s, i, a, token[t + i] * a->stride + k0 + k);
             (n == 4 ? tokens4 : n == 3 ? tokens3 : n == 2 ? tokens2 : tokens1)(&s);
         }

@@ -5,7 +5,8 @@
 #include "../templates/tile_k.h"
 
 static void unpack_f16(const uint8_t *w, int64_t n, void *data, float *scales, float *mins) {
-    (void)scales, (void)mins;
+    (void)scales;
+    (void)mins;
     float *out = data;
     int64_t i = 0;
     for (; i + 4 <= n; i += 4) vst1q_f32(out + i, load_f16(w + 2 * i));
@@ -13,7 +14,8 @@ static void unpack_f16(const uint8_t *w, int64_t n, void *data, float *scales, f
 }
 
 static void unpack_bf16(const uint8_t *w, int64_t n, void *data, float *scales, float *mins) {
-    (void)scales, (void)mins;
+    (void)scales;
+    (void)mins;
     float *out = data;
     int64_t i = 0;
     for (; i + 4 <= n; i += 4) vst1q_f32(out + i, load_bf16(w + 2 * i));
@@ -22,7 +24,8 @@ static void unpack_bf16(const uint8_t *w, int64_t n, void *data, float *scales, 
 
 /* kt_e4m3_to_f32: as fp16 the same bits mean 2^-8 of it, and a number of all ones is NaN. */
 static void unpack_f8(const uint8_t *w, int64_t n, void *data, float *scales, float *mins) {
-    (void)scales, (void)mins;
+    (void)scales;
+    (void)mins;
     float *out = data;
     int64_t i = 0;
     for (; i + 8 <= n; i += 8) {

@@ -123,12 +123,14 @@ static void gemm_q8(const struct kt_panel *p, const struct kt_acts *a, const int
     }
     struct slice s;
     struct groups of;
-    s.p = p, s.ldc = ldc;
+    s.p = p;
+    s.ldc = ldc;
     kt_ahead_spread(p->ahead, (tokens + TOKENS - 1) / TOKENS * (p->k / KT_ACT_GROUP) * p->tiles * (KT_TILE / ROWS));
     for (s.k = 0; s.k < p->k; s.k += KT_CACHE_BYTES)
         for (int t = 0; t < tokens; t += TOKENS) {
             s.n = p->k - s.k < KT_CACHE_BYTES ? p->k - s.k : KT_CACHE_BYTES;
-            s.c = c + t * ldc, s.add = add || s.k;
+            s.c = c + t * ldc;
+            s.add = add || s.k;
             s.tokens = tokens - t < TOKENS ? tokens - t : TOKENS;
             for (int i = 0; i < s.tokens; i++) prepare(&s, &of, i, a, token[t + i] * a->stride + k0 + s.k);
             if (s.tokens & 1) /* an odd last token is its own partner */

@@ -61,11 +61,13 @@ static void gemm_bf16(const struct kt_panel *p, const struct kt_acts *a, const i
                       float *c, int64_t ldc, int add) {
     const int64_t dwords = (p->k + 1) / 2, step = KT_CACHE_BYTES / 4;
     struct slice s;
-    s.p = p, s.ldc = ldc;
+    s.p = p;
+    s.ldc = ldc;
     for (s.k = 0; s.k < dwords; s.k += step)
         for (int t = 0; t < tokens; t += TOKENS) {
             s.n = dwords - s.k < step ? dwords - s.k : step;
-            s.c = c + t * ldc, s.add = add || s.k;
+            s.c = c + t * ldc;
+            s.add = add || s.k;
             s.tokens = tokens - t < TOKENS ? tokens - t : TOKENS;
             for (int i = 0; i < s.tokens + s.tokens % 2; i++) { /* an odd last token is its own partner */
                 const int64_t of = token[t + (i < s.tokens ? i : s.tokens - 1)];

@@ -39,7 +39,8 @@ INLINE struct rows4 zip(uint32x4_t first, uint32x4_t second) {
 INLINE void twice(const float *v, float32x4_t out[4]) {
     for (int i = 0; i < 2; i++) {
         const float32x4_t x = vld1q_f32(v + 4 * i);
-        out[2 * i] = vzip1q_f32(x, x), out[2 * i + 1] = vzip2q_f32(x, x);
+        out[2 * i] = vzip1q_f32(x, x);
+        out[2 * i + 1] = vzip2q_f32(x, x);
     }
 }
 

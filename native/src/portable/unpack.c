@@ -6,25 +6,31 @@
 #include "../formats/quants.h"
 
 static void unpack_f32(const uint8_t *w, int64_t n, void *data, float *scales, float *mins) {
-    (void)scales, (void)mins;
+    (void)scales;
+    (void)mins;
     memcpy(data, w, (size_t)n * 4);
 }
 
 static void unpack_f16(const uint8_t *w, int64_t n, void *data, float *scales, float *mins) {
-    (void)scales, (void)mins;
+    (void)scales;
+    (void)mins;
     float *out = data;
     for (int64_t i = 0; i < n; i++) out[i] = kt_load_f16(w + 2 * i);
 }
 
 static void unpack_bf16(const uint8_t *w, int64_t n, void *data, float *scales, float *mins) {
-    (void)scales, (void)mins;
+    (void)scales;
+    (void)mins;
     float *out = data;
     for (int64_t i = 0; i < n; i++) out[i] = kt_bf16_to_f32(kt_load16(w + 2 * i));
 }
 
 /* 16 bytes: low nibbles are values 0..15, high ones 16..31. */
 static void nibbles(const uint8_t qs[16], uint8_t *u) {
-    for (int i = 0; i < 16; i++) u[i] = qs[i] & 15, u[i + 16] = qs[i] >> 4;
+    for (int i = 0; i < 16; i++) {
+        u[i] = qs[i] & 15;
+        u[i + 16] = qs[i] >> 4;
+    }
 }
 
 static void fifth_bits(const uint8_t qh[4], uint8_t *u) {

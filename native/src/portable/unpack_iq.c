@@ -6,7 +6,10 @@
 /* ---- IQ4: a codebook of 16 values ------------------------------------------------------------------- */
 
 static void codebook(const uint8_t qs[16], uint8_t *u) {
-    for (int i = 0; i < 16; i++) u[i] = kt_iq4_codes[qs[i] & 15], u[i + 16] = kt_iq4_codes[qs[i] >> 4];
+    for (int i = 0; i < 16; i++) {
+        u[i] = kt_iq4_codes[qs[i] & 15];
+        u[i + 16] = kt_iq4_codes[qs[i] >> 4];
+    }
 }
 
 static void unpack_iq4_nl(const uint8_t *w, int64_t n, void *data, float *scales, float *mins) {

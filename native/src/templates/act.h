@@ -47,7 +47,8 @@ static inline void fit_group(const float *x, float factor, struct kt_fit *fit) {
         product.all = h ? product.all + t * c : t * c;
         square.all = h ? square.all + c * c : c * c;
     }
-    fit->product = sum_lanes(&product), fit->square = sum_lanes(&square);
+    fit->product = sum_lanes(&product);
+    fit->square = sum_lanes(&square);
 }
 
 /* Whether b, whose numbers are `less` times as large, explains more of the group's sum of squares than a. */

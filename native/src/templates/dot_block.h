@@ -74,7 +74,8 @@ INLINE plain q4_0_scales(const uint8_t *p) {
 }
 INLINE void q4_0_codes(const uint8_t *p, const int i, vint *low, vint *high) {
     const vint v = v_once(v_lanes(p + i * LANES * 18 + 2, 18));
-    *low = v_low4(v), *high = v_high4(v);
+    *low = v_low4(v);
+    *high = v_high4(v);
 }
 NIBBLES(q4_0, plain, 18, 8, v_dot_two)
 
@@ -84,7 +85,8 @@ INLINE mins q4_1_scales(const uint8_t *p) {
 }
 INLINE void q4_1_codes(const uint8_t *p, const int i, vint *low, vint *high) {
     const vint v = v_lanes(p + i * LANES * 20 + 4, 20);
-    *low = v_low4(v), *high = v_high4(v);
+    *low = v_low4(v);
+    *high = v_high4(v);
 }
 NIBBLES(q4_1, mins, 20, 0, v_dot_two)
 
@@ -94,7 +96,8 @@ INLINE plain q5_0_scales(const uint8_t *p) {
 INLINE void q5_0_codes(const uint8_t *p, const int i, vint *low, vint *high) {
     const uint8_t *b = p + i * LANES * 22;
     const vint v = v_lanes(b + 6, 22);
-    *low = v_low4(v), *high = v_high4(v);
+    *low = v_low4(v);
+    *high = v_high4(v);
     add_fifths(b + 2, 22, low, high);
 }
 NIBBLES(q5_0, plain, 22, 16, v_dot_two)
@@ -106,7 +109,8 @@ INLINE mins q5_1_scales(const uint8_t *p) {
 INLINE void q5_1_codes(const uint8_t *p, const int i, vint *low, vint *high) {
     const uint8_t *b = p + i * LANES * 24;
     const vint v = v_lanes(b + 8, 24);
-    *low = v_low4(v), *high = v_high4(v);
+    *low = v_low4(v);
+    *high = v_high4(v);
     add_fifths(b + 4, 24, low, high);
 }
 NIBBLES(q5_1, mins, 24, 0, v_dot_two)
@@ -139,7 +143,8 @@ INLINE plain mxfp4_scales(const uint8_t *p) {
 }
 INLINE void mxfp4_codes(const uint8_t *p, const int i, vint *low, vint *high) {
     const vint v = v_lanes(p + i * LANES * 17 + 1, 17);
-    *low = v_look_up(kt_fp4_codes, v_low4(v)), *high = v_look_up(kt_fp4_codes, v_high4(v));
+    *low = v_look_up(kt_fp4_codes, v_low4(v));
+    *high = v_look_up(kt_fp4_codes, v_high4(v));
 }
 NIBBLES(mxfp4, plain, 17, 12, v_dot_two)
 
@@ -148,7 +153,8 @@ INLINE plain q8_0_scales(const uint8_t *p) { return halves_34(p); }
 INLINE void q8_0_codes(const uint8_t *p, const int i, vint *low, vint *high) {
     p += i * LANES * 34 + 2;
     const vint a = v_halves(p, 34), b = v_halves(p + LANES / 2 * 34, 34);
-    *low = v_wide_signed(v_even_lanes(a, b)), *high = v_wide_signed(v_odd_lanes(a, b));
+    *low = v_wide_signed(v_even_lanes(a, b));
+    *high = v_wide_signed(v_odd_lanes(a, b));
 }
 NIBBLES(q8_0, plain, 34, WIDE_ZERO, dot_two_wide)
 
@@ -195,13 +201,17 @@ NIBBLES(iq4_xs, plain, 17, WIDE_ZERO, dot_two_wide)
 /* First and second halves of 32 bytes. */
 INLINE void halves_apart(const uint8_t *p, vint *first, vint *second) {
     const vint a = v_load(p), b = v_load(p + VECTOR);
-    *first = v_once(v_even_lanes(a, b)), *second = v_once(v_odd_lanes(a, b));
+    *first = v_once(v_even_lanes(a, b));
+    *second = v_once(v_odd_lanes(a, b));
 }
 
 INLINE void q4_k_codes(const uint8_t *p, const int i, vint *u) {
     vint first, second;
     halves_apart(p + 16 + 2 * i * VECTOR, &first, &second);
-    u[0] = v_low4(first), u[1] = v_low4(second), u[2] = v_high4(first), u[3] = v_high4(second);
+    u[0] = v_low4(first);
+    u[1] = v_low4(second);
+    u[2] = v_high4(first);
+    u[3] = v_high4(second);
 }
 NIBBLES_K(q4_k, 144)
 
@@ -242,8 +252,10 @@ NIBBLES_K(q5_k, 176)
 /* Two bits: 32 bytes a half of the block, four vectors of codes a load. */
 INLINE void two_bits(const uint8_t *qs, const int i, vint *u) {
     const vint v = v_once(v_load(qs + i * VECTOR)), three = v_bytes(3);
-    u[0] = v_and(v, three), u[1] = v_and(v_shift_right(v, 2), three);
-    u[2] = v_and(v_shift_right(v, 4), three), u[3] = v_and(v_shift_right(v, 6), three);
+    u[0] = v_and(v, three);
+    u[1] = v_and(v_shift_right(v, 2), three);
+    u[2] = v_and(v_shift_right(v, 4), three);
+    u[3] = v_and(v_shift_right(v, 6), three);
 }
 
 INLINE plain tq2_0_scales(const uint8_t *p) {

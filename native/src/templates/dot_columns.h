@@ -102,7 +102,10 @@ INLINE void columns_dot(const struct kt_matrix *w, int64_t first, int rows, cons
                 sum[i][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[i]),
                                             _mm512_mul_ps(scale[v], _mm512_set1_ps(a[i].d[c / 32])), sum[i][v]);
         }
-        if (same == 0) line++, same = w->scale_cols;
+        if (same == 0) {
+            line++;
+            same = w->scale_cols;
+        }
     }
     for (int i = 0; i < tokens; i++)
         for (int v = 0; v < vectors; v++) {
@@ -163,8 +166,10 @@ INLINE void awq_four(const uint8_t *p, size_t stride, size_t far, __mmask16 word
     for (int j = 0; j < 4; j++) PREFETCH(p + (size_t)j * stride, far);
     const __m512i ab = _mm512_unpacklo_epi8(line[0], line[1]), AB = _mm512_unpackhi_epi8(line[0], line[1]);
     const __m512i cd = _mm512_unpacklo_epi8(line[2], line[3]), CD = _mm512_unpackhi_epi8(line[2], line[3]);
-    v[0] = _mm512_unpacklo_epi16(ab, cd), v[1] = _mm512_unpackhi_epi16(ab, cd);
-    v[2] = _mm512_unpacklo_epi16(AB, CD), v[3] = _mm512_unpackhi_epi16(AB, CD);
+    v[0] = _mm512_unpacklo_epi16(ab, cd);
+    v[1] = _mm512_unpackhi_epi16(ab, cd);
+    v[2] = _mm512_unpacklo_epi16(AB, CD);
+    v[3] = _mm512_unpackhi_epi16(AB, CD);
     for (int t = 0; t < T; t++) four[t] = four_acts(q + 32 * t);
     for (int j = 0; j < 4; j++) {
         const __m512i low = _mm512_and_si512(v[j], low4), high = _mm512_and_si512(_mm512_srli_epi16(v[j], 4), low4);
@@ -229,20 +234,20 @@ static void dot_awq4(const struct kt_matrix *w, int64_t first, int rows, const s
 
 /* ---- GPTQ -------------------------------------------------------------------------------------------- */
 
-#define COLUMNS_DOT(name, bits) \
+#define COLUMNS_DOT(name, bits)                                                                                    \
     static void dot_##name(const struct kt_matrix *w, int64_t first, int rows, const struct kt_act *a, int tokens, \
-                           size_t ahead, float *out, int64_t ldc) { \
-        if (w->group == 16) { \
-            for (int i = 0; i < tokens; i++) \
-                columns_dot(w, first, rows, a + i, 1, ahead, out + i * ldc, ldc, bits, 16); \
-            return; \
-        } \
-        switch (tokens) { \
-        case 1: columns_dot(w, first, rows, a, 1, ahead, out, ldc, bits, 32); break; \
-        case 2: columns_dot(w, first, rows, a, 2, ahead, out, ldc, bits, 32); break; \
-        case 3: columns_dot(w, first, rows, a, 3, ahead, out, ldc, bits, 32); break; \
-        default: columns_dot(w, first, rows, a, 4, ahead, out, ldc, bits, 32); \
-        } \
+                           size_t ahead, float *out, int64_t ldc) {                                                \
+        if (w->group == 16) {                                                                                      \
+            for (int i = 0; i < tokens; i++)                                                                       \
+                columns_dot(w, first, rows, a + i, 1, ahead, out + i * ldc, ldc, bits, 16);                        \
+            return;                                                                                                \
+        }                                                                                                          \
+        switch (tokens) {                                                                                          \
+        case 1: columns_dot(w, first, rows, a, 1, ahead, out, ldc, bits, 32); break;                               \
+        case 2: columns_dot(w, first, rows, a, 2, ahead, out, ldc, bits, 32); break;                               \
+        case 3: columns_dot(w, first, rows, a, 3, ahead, out, ldc, bits, 32); break;                               \
+        default: columns_dot(w, first, rows, a, 4, ahead, out, ldc, bits, 32);                                     \
+        }                                                                                                          \
     }
 
 COLUMNS_DOT(gptq4, 4)

@@ -1,10 +1,10 @@
-/* templates/dot_rows.h: what the decode kernels of quantized formats share. They multiply one row after the other: memory is read
- * in order, which is what reaches its bandwidth; four rows side by side lose a quarter of it. To pay for rearranging the
- * activations a call takes several rows.
+/* templates/dot_rows.h: what the decode kernels of quantized formats share. They multiply one row after the other:
+ * memory is read in order, which is what reaches its bandwidth; four rows side by side lose a quarter of it. To pay
+ * for rearranging the activations a call takes several rows.
  *
- * The text is compiled for several instruction sets; dot_vec.h of each brings the vectors. A row is cut into windows of 256
- * columns. Where the columns are no multiple, the last window ends with the row and starts over columns that the one
- * before has seen; their activations are zero there. */
+ * The text is compiled for several instruction sets; dot_vec.h of each brings the vectors. A row is cut into windows
+ * of 256 columns. Where the columns are no multiple, the last window ends with the row and starts over columns that
+ * the one before has seen; their activations are zero there. */
 #ifndef KT_DOT_ROWS_H
 #define KT_DOT_ROWS_H
 
@@ -13,7 +13,8 @@
 
 enum {
     WINDOW = 256,
-    CHUNK = 8192, /* columns of a row at once: their activations, rearranged, share the first-level cache with weights */
+    /* Columns of a row at once: their activations, rearranged, share the first-level cache with weights */
+    CHUNK = 8192,
     WINDOWS = CHUNK / WINDOW + 1,
     VECTORS = WINDOW / VECTOR,
 };
@@ -29,7 +30,9 @@ enum layout {
 };
 
 /* Whether two vectors of codes meet the same scales and share a sum. */
-INLINE int is_chain(const enum layout order) { return order == HALVES || order == EVENS || order == EIGHTS || order == PAIRS; }
+INLINE int is_chain(const enum layout order) {
+    return order == HALVES || order == EVENS || order == EIGHTS || order == PAIRS;
+}
 
 /* A window of one token's activations, ready for rows of one format. */
 struct window {
@@ -72,8 +75,10 @@ INLINE void arrange(const enum layout order, const int8_t *q, int8_t *out) {
                 if (order == EVENS) {
                     part_pairs(q, out, out + VECTOR);
                 } else {
-                    memcpy(out, q, 8), memcpy(out + 8, q + 16, 8);
-                    memcpy(out + VECTOR, q + 8, 8), memcpy(out + VECTOR + 8, q + 24, 8);
+                    memcpy(out, q, 8);
+                    memcpy(out + 8, q + 16, 8);
+                    memcpy(out + VECTOR, q + 8, 8);
+                    memcpy(out + VECTOR + 8, q + 24, 8);
                 }
             }
     else
@@ -118,11 +123,14 @@ INLINE void fill_window(struct window *x, const enum layout order, const int zer
     twice(_mm256_mul_ps(less, first), _mm256_mul_ps(less, second), x->m);
 }
 
-/* Columns from .. from + n of a matrix, n at most CHUNK, for token i of T; what lies before `from` is there to be read. */
-INLINE void make_ready(struct ready *x, const int T, const int i, const enum layout order, const int zero, const int group,
-                       const struct kt_act *a, int64_t from, int64_t n) {
+/* Columns from .. from + n of a matrix, n at most CHUNK, for token i of T; what lies before `from` is there to be
+ * read. */
+INLINE void make_ready(struct ready *x, const int T, const int i, const enum layout order, const int zero,
+                       const int group, const struct kt_act *a, int64_t from, int64_t n) {
     struct window *to = x->window + i;
-    x->moved = -1, x->last = 0, x->windows = (int)((n + WINDOW - 1) / WINDOW);
+    x->moved = -1;
+    x->last = 0;
+    x->windows = (int)((n + WINDOW - 1) / WINDOW);
     for (int w = 0; w < n / WINDOW; w++, to += T) {
         const int64_t c = from + w * WINDOW, g = c / KT_ACT_GROUP;
         fill_window(to, order, zero, group, a->q + c, a->d + g, a->ds + g, a->low + g, a->high + g);
@@ -135,10 +143,16 @@ INLINE void make_ready(struct ready *x, const int T, const int i, const enum lay
     const int64_t c = from + n - rest, g = c / KT_ACT_GROUP;
     const int narrow = from + n < WINDOW, at = narrow ? 0 : WINDOW - rest; /* narrow rows are padded at the end */
     memcpy(q + at, a->q + c, (size_t)rest);
-    for (int j = 0; j < rest / 32; j++)
-        d[at / 32 + j] = a->d[g + j], ds[at / 32 + j] = a->ds[g + j], low[at / 32 + j] = a->low[g + j],
-                    high[at / 32 + j] = a->high[g + j];
-    if (!narrow) x->moved = x->windows - 1, x->last = n - WINDOW;
+    for (int j = 0; j < rest / 32; j++) {
+        d[at / 32 + j] = a->d[g + j];
+        ds[at / 32 + j] = a->ds[g + j];
+        low[at / 32 + j] = a->low[g + j];
+        high[at / 32 + j] = a->high[g + j];
+    }
+    if (!narrow) {
+        x->moved = x->windows - 1;
+        x->last = n - WINDOW;
+    }
     fill_window(to, order, zero, group, q, d, ds, low, high);
 }
 
@@ -170,9 +184,10 @@ struct sums {
 };
 
 /* For each window: x, its activations of T tokens, and p, its `bytes` of a row at w. */
-#define EACH_WINDOW(ready, T, w, bytes)                                                                  \
-    const uint8_t *p = w, *const moved = w + offset_of((ready)->last, bytes);                            \
-    const struct window *x = (ready)->window, *const end = x + (ready)->windows * (T), *const at = x + (ready)->moved * (T); \
+#define EACH_WINDOW(ready, T, w, bytes)                                                                \
+    const uint8_t *p = w, *const moved = w + offset_of((ready)->last, bytes);                          \
+    const struct window *x = (ready)->window;                                                          \
+    const struct window *const end = x + (ready)->windows * (T), *const at = x + (ready)->moved * (T); \
     for (; x < end; x += (T), p = x == at ? moved : p + (bytes))
 
 /* Lines of what is read next; see kt_act. */

@@ -55,9 +55,11 @@ struct scales {
     int64_t left;              /* rows that meet the scales at hand */
 };
 
-/* Columns c .. c + n, in groups of `group`; c is a multiple of 256. Scales are multiplied by m->scale and by `factor`. */
+/* Columns c .. c + n, in groups of `group`; c is a multiple of 256. Scales are multiplied by m->scale and by
+ * `factor`. */
 SHARED struct scales scales_of_columns(const struct kt_matrix *m, int64_t c, int64_t n, const int group, float factor) {
-    struct scales s = {.m = m, .from = c / m->scale_cols, .groups = (n + group - 1) / group, .first = c, .group = group};
+    struct scales s = {
+        .m = m, .from = c / m->scale_cols, .groups = (n + group - 1) / group, .first = c, .group = group};
     s.count = (c + n - 1) / m->scale_cols + 1 - s.from;
     s.up_to = s.groups + 8 > 256 / group ? s.groups + 8 : 256 / group;
     s.each = s.count == 1 ? s.groups : m->scale_cols % group ? 0 : m->scale_cols / group;
@@ -74,7 +76,8 @@ INLINE void load_line(const struct scales *s, int64_t line, float *out) {
     int64_t i = 0;
     PREFETCH(p, ahead);
     for (size_t b = 64; b < s->m->scale_stride; b += 64) PREFETCH(p + b, ahead);
-    for (; i + 8 <= s->count; i += 8) _mm256_storeu_ps(out + i, _mm256_mul_ps(scales_at(s->m->scale_type, p, s->from + i), factor));
+    for (; i + 8 <= s->count; i += 8)
+        _mm256_storeu_ps(out + i, _mm256_mul_ps(scales_at(s->m->scale_type, p, s->from + i), factor));
     for (; i < s->count; i++) out[i] = scale_at(s->m->scale_type, p, s->from + i) * s->factor;
 }
 
@@ -85,7 +88,8 @@ INLINE void spread_line(const struct scales *s, const float *line, float *out) {
         for (int64_t g = 0; g < s->groups; g++) out[g] = line[(s->first + g * s->group) / s->m->scale_cols - s->from];
     } else if (s->each >= 8) {
         for (int64_t g = 0; g < s->groups; line++)
-            for (const int64_t end = s->count == 1 ? s->groups : g + s->each; g < end; g += 8) _mm256_storeu_ps(out + g, _mm256_set1_ps(*line));
+            for (const int64_t end = s->count == 1 ? s->groups : g + s->each; g < end; g += 8)
+                _mm256_storeu_ps(out + g, _mm256_set1_ps(*line));
     } else { /* 2 or 4 */
         const __m256i at = _mm256_srlv_epi32(lane, _mm256_set1_epi32(s->each == 2 ? 1 : 2));
         const int64_t step = s->each == 2 ? 4 : 2;
@@ -108,15 +112,17 @@ SHARED void scales_of_row(struct scales *s, int64_t row, float *line, float *out
     for (int64_t g = s->groups; g < s->up_to; g++) out[g] = 0.0f;
 }
 
-/* out[g] = scale * (zero point - of) of group g: what packed zero points of `bits` bits take away from a row beyond `of`.
- * scale: of the row, as scales_of_row left them in its `out` (each is 1) or `line`. own: room for a line. */
-SHARED void minus_of_row(const struct scales *s, int64_t row, const int bits, const int of, const float *scale, float *own, float *out) {
+/* out[g] = scale * (zero point - of) of group g: what packed zero points of `bits` bits take away from a row beyond
+ * `of`. scale: of the row, as scales_of_row left them in its `out` (each is 1) or `line`. own: room for a line. */
+SHARED void minus_of_row(const struct scales *s, int64_t row, const int bits, const int of, const float *scale,
+                         float *own, float *out) {
     const struct kt_matrix *m = s->m;
     const uint8_t *p = m->zeros + (size_t)(row / (32 / bits)) * m->zero_stride + 4 * s->from;
     const uint32_t shift = (uint32_t)(row % (32 / bits) * bits), mask = (1u << bits) - 1;
     const int less = m->zero_bias - of;
     float *to = s->each == 1 ? out : own;
-    for (int64_t i = 0; i < s->count; i++) to[i] = scale[i] * (float)((int)(kt_load32(p + 4 * i) >> shift & mask) + less);
+    for (int64_t i = 0; i < s->count; i++)
+        to[i] = scale[i] * (float)((int)(kt_load32(p + 4 * i) >> shift & mask) + less);
     if (s->each != 1) spread_line(s, own, out);
     for (int64_t g = s->groups; g < s->up_to; g++) out[g] = 0.0f;
 }

@@ -74,7 +74,8 @@ INLINE struct part part_of(const struct block f, const struct kt_matrix *w, int6
 INLINE void advance(const struct block f, const int blocks, struct part *p) {
     p->at += (size_t)(blocks * f.bytes);
     p->to.data += blocks * f.columns / 4 * KT_TILE;
-    p->to.scales += blocks * f.groups * KT_TILE, p->to.mins += blocks * f.min_groups * KT_TILE;
+    p->to.scales += blocks * f.groups * KT_TILE;
+    p->to.mins += blocks * f.min_groups * KT_TILE;
 }
 
 INLINE void tile_blocks(const struct block f, block_fn unpack, const struct kt_matrix *w, int64_t first, int64_t k0,
@@ -137,7 +138,10 @@ INLINE void tile_small(const struct block f, codes_fn codes, const struct kt_mat
 
 INLINE void q4_0_codes(const struct kt_tile *to, const vec *w, const int off, const vec *v) {
     put_scale(to, 0, half_in(w, off));
-    for (int j = 0; j < 4; j++) put(to, j, v[j] & LOW4), put(to, 4 + j, high_nibbles(v[j]));
+    for (int j = 0; j < 4; j++) {
+        put(to, j, v[j] & LOW4);
+        put(to, 4 + j, high_nibbles(v[j]));
+    }
 }
 TILE_SMALL(q4_0, 32, 18, 1, 0, 2, 8)
 
@@ -149,7 +153,10 @@ INLINE void put_scale_and_min(const struct kt_tile *to, vec header) {
 INLINE void q4_1_codes(const struct kt_tile *to, const vec *w, const int off, const vec *v) {
     (void)off; /* always 0 */
     put_scale_and_min(to, w[0]);
-    for (int j = 0; j < 4; j++) put(to, j, v[j] & LOW4), put(to, 4 + j, high_nibbles(v[j]));
+    for (int j = 0; j < 4; j++) {
+        put(to, j, v[j] & LOW4);
+        put(to, 4 + j, high_nibbles(v[j]));
+    }
 }
 TILE_SMALL(q4_1, 32, 20, 1, 1, 4, 4)
 
@@ -258,7 +265,10 @@ INLINE vec four_nibbles(vec v, const int high) {
 INLINE void i4_block(const struct rows *rows, size_t at, const struct kt_tile *to) {
     vec v[4];
     columns4(rows, at, v);
-    for (int j = 0; j < 4; j++) put(to, 2 * j, four_nibbles(v[j], 0)), put(to, 2 * j + 1, four_nibbles(v[j], 1));
+    for (int j = 0; j < 4; j++) {
+        put(to, 2 * j, four_nibbles(v[j], 0));
+        put(to, 2 * j + 1, four_nibbles(v[j], 1));
+    }
 }
 TILE_BLOCKS(i4, 32, 16, 0, 0)
 

@@ -9,29 +9,29 @@ typedef int8_t bytes8 __attribute__((vector_size(4 * W)));
 
 /* A function that calls name_dword for every dword of 16 bytes of W rows, then of the next W. `each` columns a dword.
  * The last columns of a row go by way of padded copies. */
-#define FLOAT_TILE(name, each)                                                                                        \
-    INLINE void name##_piece(const struct rows *rows, size_t at, float *out) {                                        \
-        vec v[4];                                                                                                     \
-        columns4(rows, at, v);                                                                                        \
-        for (int i = 0; i < 4; i++) name##_dword(v[i], out + i * (each)*KT_TILE);                                     \
-    }                                                                                                                 \
-    static void tile_##name(const struct kt_matrix *w, int64_t first, int64_t k0, int64_t n, \
-                             const struct kt_tile *to) { \
-        const size_t size = 4 / (each);                                                                               \
-        for (int r = 0; r < KT_TILE; r += W) {                                                                        \
-            const uint8_t *p = w->data + (size_t)(first + r) * w->stride + (size_t)k0 * size; \
-            const struct rows rows = rows_of(p, w->stride); \
-            float *out = (float *)to->data + r;                                                                       \
-            int64_t c = 0;                                                                                            \
-            for (; c + 4 * (each) <= n; c += 4 * (each)) name##_piece(&rows, (size_t)c * size, out + c * KT_TILE);    \
-            if (c == n) continue;                                                                                     \
-            uint8_t rest[W][16] = {{0}};                                                                              \
-            _Alignas(64) float last[4 * (each)*KT_TILE];                                                              \
-            for (int i = 0; i < W; i++) memcpy(rest[i], row_at(&rows, i, (size_t)c * size), (size_t)(n - c) * size);  \
-            const struct rows padded = rows_of(rest[0], 16);                                                          \
-            name##_piece(&padded, 0, last);                                                                           \
-            for (; c < n; c++) memcpy(out + c * KT_TILE, last + c % (4 * (each)) * KT_TILE, 4 * W);                   \
-        }                                                                                                             \
+#define FLOAT_TILE(name, each)                                                                                       \
+    INLINE void name##_piece(const struct rows *rows, size_t at, float *out) {                                       \
+        vec v[4];                                                                                                    \
+        columns4(rows, at, v);                                                                                       \
+        for (int i = 0; i < 4; i++) name##_dword(v[i], out + i * (each)*KT_TILE);                                    \
+    }                                                                                                                \
+    static void tile_##name(const struct kt_matrix *w, int64_t first, int64_t k0, int64_t n,                         \
+                             const struct kt_tile *to) {                                                             \
+        const size_t size = 4 / (each);                                                                              \
+        for (int r = 0; r < KT_TILE; r += W) {                                                                       \
+            const uint8_t *p = w->data + (size_t)(first + r) * w->stride + (size_t)k0 * size;                        \
+            const struct rows rows = rows_of(p, w->stride);                                                          \
+            float *out = (float *)to->data + r;                                                                      \
+            int64_t c = 0;                                                                                           \
+            for (; c + 4 * (each) <= n; c += 4 * (each)) name##_piece(&rows, (size_t)c * size, out + c * KT_TILE);   \
+            if (c == n) continue;                                                                                    \
+            uint8_t rest[W][16] = {{0}};                                                                             \
+            _Alignas(64) float last[4 * (each)*KT_TILE];                                                             \
+            for (int i = 0; i < W; i++) memcpy(rest[i], row_at(&rows, i, (size_t)c * size), (size_t)(n - c) * size); \
+            const struct rows padded = rows_of(rest[0], 16);                                                         \
+            name##_piece(&padded, 0, last);                                                                          \
+            for (; c < n; c++) memcpy(out + c * KT_TILE, last + c % (4 * (each)) * KT_TILE, 4 * W);                  \
+        }                                                                                                            \
     }
 
 INLINE void f32_dword(vec v, float *out) { store_f(out, (fvec)v); }

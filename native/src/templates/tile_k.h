@@ -43,7 +43,10 @@ INLINE void q4_k_block(const struct rows *rows, size_t at, const struct kt_tile 
         const int dword = i / 2 * 16 + i % 2 * 4;
         vec v[4];
         columns4(rows, at + 16 + 16 * i, v);
-        for (int j = 0; j < 4; j++) put(to, dword + j, v[j] & LOW4), put(to, dword + 8 + j, high_nibbles(v[j]));
+        for (int j = 0; j < 4; j++) {
+            put(to, dword + j, v[j] & LOW4);
+            put(to, dword + 8 + j, high_nibbles(v[j]));
+        }
     }
 }
 TILE_BLOCKS(q4_k, KT_QK, 144, 8, 8)
@@ -210,7 +213,8 @@ INLINE void put_digits(const struct kt_tile *to, const int dword, const int apar
         for (int n = 0; n < count; n++) {
             const vec16 product = odd * three;
             put(to, dword + apart * n + j, (vec)(times_high16(even, three) | (product & 0xff00)));
-            even *= three, odd = product & 0x00ff;
+            even *= three;
+            odd = product & 0x00ff;
         }
     }
 }

@@ -38,12 +38,18 @@ static int reshape(struct kt_pool *p, int threads) {
     struct seat *seats = calloc((size_t)threads, sizeof *seats);
     if (!status && (!workers || !seats)) status = KT_ERR_MEMORY;
     if (status) {
-        free(machine), free(workers), free(seats);
+        free(machine);
+        free(workers);
+        free(seats);
         return status;
     }
     pthread_mutex_lock(&pools_lock);
-    free(p->machine), free(p->workers), free(p->seats);
-    p->machine = machine, p->workers = workers, p->seats = seats;
+    free(p->machine);
+    free(p->workers);
+    free(p->seats);
+    p->machine = machine;
+    p->workers = workers;
+    p->seats = seats;
     p->nodes = machine->nodes;
     atomic_store(&p->threads, threads);
     p->looks = threads <= usable ? LOOKS : 0;
@@ -98,7 +104,8 @@ int kt_pool_create_on(int threads, int bind, const char *nodes, kt_pool **pool) 
     if (nodes && !(p->nodes_text = strdup(nodes))) status = KT_ERR_MEMORY;
     if (!status) status = reshape(p, threads);
     if (status) {
-        free(p->nodes_text), free(p);
+        free(p->nodes_text);
+        free(p);
         return status;
     }
     init_sync(p);
@@ -144,7 +151,11 @@ void kt_pool_destroy(kt_pool *p) {
     pthread_mutex_destroy(&p->lock);
     pthread_cond_destroy(&p->work);
     pthread_cond_destroy(&p->done);
-    free(p->machine), free(p->workers), free(p->seats), free(p->nodes_text), free(p->shared);
+    free(p->machine);
+    free(p->workers);
+    free(p->seats);
+    free(p->nodes_text);
+    free(p->shared);
     free(p);
 }
 

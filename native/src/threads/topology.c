@@ -146,7 +146,8 @@ int kt_cgroup_cpus(const char *root) {
         line[strcspn(line, "\n")] = 0;
         char *controllers = strchr(line, ':'), *group = controllers ? strchr(controllers + 1, ':') : NULL;
         if (!group) continue;
-        *group++ = 0, controllers++;
+        *group++ = 0;
+        controllers++;
         int here = INT_MAX;
         if (!*controllers) {
             here = walk(root, "", group, read_v2);
@@ -212,7 +213,10 @@ static void add_nodes(const char *root, int nodes, const struct kt_cpus *cpus, i
 
 /* CPUs that the kernel puts in no node are the last node's; without any node there is one. */
 static int complete(int nodes, struct kt_cpus *cpus) {
-    if (nodes < 1) memset(cpus, 0, sizeof *cpus), nodes = 1;
+    if (nodes < 1) {
+        memset(cpus, 0, sizeof *cpus);
+        nodes = 1;
+    }
     for (int cpu = 0; cpu < KT_MAX_CPUS; cpu++) {
         int listed = 0;
         for (int n = 0; n < nodes; n++) listed |= kt_cpus_have(&cpus[n], cpu);
@@ -242,7 +246,10 @@ int kt_topology_cpus(const struct kt_topology *t, int core, int node, struct kt_
     for (int cpu = 0; cpu < KT_MAX_CPUS; cpu++) {
         int its = t->core_of[cpu];
         if (its < 0 || !kt_cpus_have(&t->usable, cpu)) continue;
-        if (core < 0 ? t->core[its].node == node : its == core) kt_cpus_add(cpus, cpu), any = 1;
+        if (core < 0 ? t->core[its].node == node : its == core) {
+            kt_cpus_add(cpus, cpu);
+            any = 1;
+        }
     }
     return any;
 }
