@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ktransformers.errors import UnsupportedError, WeightError, did_you_mean
+from ktransformers.errors import UnsupportedError, WeightError, did_you_mean, is_whole
 from ktransformers.gguf_files.pretokenizers import ADDS_BOS, NAMES, SPLITS, WHOLE_WORDS_FIRST
 from ktransformers.loaders import open_weights
 
@@ -332,7 +332,7 @@ def _add_special(writer, folder: Path, config) -> list[str]:
 def _ids(stated: Any, size: int) -> list[int]:
     """Token ids, one or several as configs state them, that the vocabulary has."""
     numbers = stated if isinstance(stated, list) else [stated]
-    return list(dict.fromkeys(n for n in numbers if type(n) is int and 0 <= n < size))
+    return list(dict.fromkeys(n for n in numbers if is_whole(n, 0, size - 1)))
 
 
 def _templates(folder: Path, settings: dict) -> str | list[dict[str, str]] | None:

@@ -101,7 +101,7 @@ def _mismatches(files: WeightFiles, arch: str, config) -> list[str]:
 
     def compare(key: str, stored: object, attribute: str, *also: int) -> None:
         wanted = getattr(config, attribute)
-        if type(stored) is int and stored != wanted and stored not in also:
+        if is_whole(stored) and stored != wanted and stored not in also:
             notes.append(f"{arch}.{key} is {stored} in the GGUF file, the config has {attribute} {wanted}")
 
     stated = metadata.get(f"{arch}.nextn_predict_layers")

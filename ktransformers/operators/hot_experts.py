@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ktransformers.devices import device_problem
-from ktransformers.errors import RuleError, parse_ranges, ranges
+from ktransformers.errors import RuleError, is_whole, parse_ranges, ranges
 from ktransformers.loaders import WeightSource
 from ktransformers.loaders.sources import ExpertWeights, Matrices
 from ktransformers.models.traits import is_interleaved, layer_of
@@ -46,11 +46,11 @@ def expert_ids(spec: GpuExperts, layer: int | None, n_experts: int) -> list[int]
         return []
     if isinstance(spec, str):
         ids = [n for first, last in _spans(spec, n_experts) for n in range(first, last + 1)]
-    elif isinstance(spec, int) and not isinstance(spec, bool):
+    elif is_whole(spec):
         if not 0 <= spec <= n_experts:
             raise RuleError(f"gpu_experts: found {spec}, expected 0 to {n_experts}, the layer's experts")
         return list(range(spec))
-    elif isinstance(spec, Sequence) and all(isinstance(n, int) and not isinstance(n, bool) for n in spec):
+    elif isinstance(spec, Sequence) and all(map(is_whole, spec)):
         ids = list(spec)
     else:
         raise RuleError(f"gpu_experts: found {str(spec)[:80]!r}; {FORMS}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ktransformers.devices import canonical
-from ktransformers.errors import UnsupportedError
+from ktransformers.errors import UnsupportedError, is_whole
 from ktransformers.loaders import WeightSource
 from ktransformers.models.traits import TRAITS
 from ktransformers.operators.base_operator import FamilyOperator, to_device
@@ -161,7 +161,7 @@ def _weights_device(module: nn.Module) -> torch.device | None:
 
 def _whole_number(value: Any) -> int | None:
     """`value` as a layer number, given as a number or as its digits; None when it is neither."""
-    if isinstance(value, int) and not isinstance(value, bool):
+    if is_whole(value):
         return value
     return int(value) if isinstance(value, str) and value.strip().lstrip("-").isdecimal() else None
 

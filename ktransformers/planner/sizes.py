@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ktransformers import native
 from ktransformers.models.traits import TRAITS, is_beside_text, layer_of
 from ktransformers.operators.experts import KTransformersExperts
 from ktransformers.operators.hot_experts import gpu_device, ids_of
 from ktransformers.operators.inner_ops import final_name, given, is_cpu
 from ktransformers.operators.linear import KTransformersLinear
 from ktransformers.planner.formats import Format
+from ktransformers.quants.scaled import BLOCKS_IN_C, SCALED_IN_C
 from ktransformers.rules.chain import placed_by
 from ktransformers.rules.plan import Replacement
 
@@ -164,8 +164,8 @@ def _matrix(
 
 
 def in_c(type_: str) -> bool:
-    """Whether the C library computes a type: by its tables, so also where it is not built."""
-    return type_ in native.SUPPORTED_TYPES | native.SCALED_TYPES
+    """Whether the C library computes a type: by the tables of formats, so also where it is not built."""
+    return type_ in BLOCKS_IN_C | SCALED_IN_C
 
 
 def _kind(name: str, module: nn.Module) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from torch import nn
 
-from ktransformers.errors import RuleError, did_you_mean
+from ktransformers.errors import RuleError, did_you_mean, is_whole
 from ktransformers.models.traits import TRAITS
 from ktransformers.optimize_rules import NAMES
 from ktransformers.paths import existing_path
@@ -442,7 +442,7 @@ class _RuleReader(Reporter):
 
     def expect(self, item: dict) -> int | None:
         expect = item.get("expect")
-        if expect is None or isinstance(expect, int) and not isinstance(expect, bool) and expect >= 0:
+        if expect is None or is_whole(expect, 0):
             return expect
         self(f"expect: found {expect!r}, expected how many modules the rule takes, such as 61", "expect")
         return None

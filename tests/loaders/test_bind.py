@@ -17,7 +17,7 @@ from ktransformers import optimize_and_load
 from ktransformers.errors import UnsupportedError, WeightError
 from ktransformers.gguf_files.write import quantize_folder
 from ktransformers.loaders import bind, open_weights
-from ktransformers.loaders.problems import Problem, grouped
+from ktransformers.loaders.problems import TensorProblem, grouped
 from tests.loaders import small_files
 
 EXPERTS = "model.layers.1.mlp.experts"
@@ -567,10 +567,10 @@ def test_grouping():
     """Equal problems of many layers are one line with ranges; few, or different ones, stay apart, in
     order."""
     many = [
-        Problem(f"model.layers.{i}.mlp.gate.weight", f"looked for blk.{i}.ffn.weight") for i in range(3, 61)
+        TensorProblem(f"model.layers.{i}.mlp.gate.weight", f"looked for blk.{i}.ffn.weight") for i in range(3, 61)
     ]
-    some = [Problem(f"model.layers.{i}.norm.weight", "[2, 3] is wrong") for i in (1, 5)]
-    gaps = [Problem(f"a.{i}.b.{e}.c", "missing") for i in (0, 1, 2, 7) for e in (4, 5)]
+    some = [TensorProblem(f"model.layers.{i}.norm.weight", "[2, 3] is wrong") for i in (1, 5)]
+    gaps = [TensorProblem(f"a.{i}.b.{e}.c", "missing") for i in (0, 1, 2, 7) for e in (4, 5)]
     assert grouped(many + some + gaps) == [
         "model.layers.{3-60}.mlp.gate.weight: looked for blk.{3-60}.ffn.weight (58 tensors)",
         "model.layers.1.norm.weight: [2, 3] is wrong",

@@ -78,6 +78,12 @@ def test_tied_weights_are_counted_once(checkpoint):
     assert head.ops == 2 * 64 * 128 and head.held == 0
 
 
+def test_what_the_c_library_computes_is_known_without_it(monkeypatch):
+    """Types of both tables of formats, by name; I8 is a table of indices in one and a weight in the other."""
+    monkeypatch.delattr("ktransformers.native.SUPPORTED_TYPES")
+    assert all(map(sizes.in_c, ("Q4_K", "BF16", "I8", "AWQ4"))) and not any(map(sizes.in_c, ("Q8_K", "I64", sizes.DENSE)))
+
+
 @pytest.mark.parametrize("own", [True, False])
 def test_a_head_of_its_own_counts_whatever_the_config_says(checkpoint, tmp_path, own):
     """As loading has it: what a checkpoint holds twice with other numbers is not tied."""
