@@ -85,7 +85,7 @@ def model_path(model: str | Path) -> Path | None:
 
 
 def _nothing_there(model: str) -> KTransformersError:
-    from ktransformers.models.known import did_you_mean_known, known_names
+    from ktransformers.models.known import did_you_mean_known
 
     path = Path(model)
     hint = did_you_mean_known(model)
@@ -93,7 +93,7 @@ def _nothing_there(model: str) -> KTransformersError:
         hint = did_you_mean(path.name, _names_in(parent))
     return KTransformersError(
         f"model {model[:200]!r}: no such folder or file, and no known model of that name{hint}. Give a folder with "
-        f"config.json, that file, a .gguf, or one of: {', '.join(known_names())}."
+        "config.json, that file, a .gguf, or the name of a known model (`kt list models`)."
     )
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from ktransformers.cli import published_flags
-from ktransformers.cli.common import DevicesOption, OneCommand, passive_openmp
+from ktransformers.cli.common import DevicesOption, OneCommand, before_torch
 
 
 def _option(name: str, help: str, **more: Any) -> Any:
@@ -56,7 +56,7 @@ def main(
     """Chat with a model whose modules a rule file places and replaces."""
     from ktransformers.cli.conversation import Options, talk
 
-    passive_openmp()
+    before_torch()
     talk(
         Options(
             model_path=model_path, weights=gguf_path, rule=optimize_config_path, devices=tuple(devices),

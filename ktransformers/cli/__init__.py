@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ktransformers.cli import chat, config, doctor, listing, plan, profile, quantize, rules, simulate, version
-from ktransformers.cli.common import Program, out, passive_openmp
+from ktransformers.cli.common import Program, before_torch, out
 
 PLAN, RUN, INSPECT = "Plan", "Run", "Inspect"
 """Headings of `kt --help`, in its order."""
@@ -60,7 +60,7 @@ def _start(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    passive_openmp()
+    before_torch()
 
 
 for heading, function in COMMANDS:

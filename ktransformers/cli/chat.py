@@ -41,7 +41,7 @@ def chat(
             help="Maximum new tokens in an answer; default: the model's generation_config, else 1000.",
         ),
     ] = None,
-    threads: Annotated[int, typer.Option(help="CPU threads; 0: all cores this process may use.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: all cores this process may use.")] = 0,
     chunk_size: Annotated[
         int, typer.Option("--chunk-size", "--chunk_size", min=1, help="Prompt tokens per forward pass.")
     ] = 8192,

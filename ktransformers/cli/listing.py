@@ -118,7 +118,8 @@ def _rules(rows: list[dict[str, Any]]) -> Table:
 def _table(title: str, columns: tuple[str, ...], right: tuple[int, ...] = ()) -> Table:
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index in right else "left", overflow="fold")
+        justify = "right" if index in right else "left"
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=column == "name")  # names are copied whole
     return table
 
 

@@ -2,7 +2,7 @@
 
 Written so that llama.cpp finds the keys it needs; keys and their meanings follow
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and llama.cpp's own converter. Most keys are one field of the
-config, told by FIELDS in both directions; what is more than that stands in gguf_families.py.
+config, told by FIELDS in both directions; what is more than that stands in families.py.
 It knows no tensors but their names: some settings are told only by a tensor that is there or is not.
 """
 
@@ -13,6 +13,9 @@ from typing import Any
 
 from ktransformers.errors import UnsupportedError, WeightError
 from ktransformers.gguf_files.families import READERS, WRITERS, as_float, rope_of, shortest
+from ktransformers.gguf_files.rope import rope_parameters
+from ktransformers.gguf_files.special import ends_of_turn
+from ktransformers.gguf_files.unread import check_unread
 from ktransformers.loaders import checkpoint_dtype, open_weights
 from ktransformers.loaders.base import WeightFiles
 
@@ -155,8 +158,10 @@ def config_from_gguf(path: str | Path) -> Any:
         model_type, special = READERS[arch](read)
         config = AutoConfig.for_model(model_type)
         special |= {"architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]}
+        fields = read.fields(config) | special
+        check_unread(read)
         try:
-            return AutoConfig.for_model(model_type, **read.fields(config) | special)
+            return AutoConfig.for_model(model_type, **fields)
         except Exception as error:  # transformers and what it validates with raise many kinds
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise WeightError(f"{path}: its metadata make no {model_type} config: {reason}.") from error
@@ -167,6 +172,7 @@ class Metadata:
 
     def __init__(self, files: WeightFiles, arch: str) -> None:
         self.files, self.arch = files, arch
+        self.asked: set[str] = set()
         blocks = [found for name in files.names() if (found := re.match(r"blk\.(\d{1,6})\.", name))]
         stored = 1 + max((int(found[1]) for found in blocks), default=-1)
         layers, predicting = self("block_count"), self("nextn_predict_layers", 0)
@@ -178,6 +184,7 @@ class Metadata:
 
     def __call__(self, key: str, absent: Any = _NEEDED) -> Any:
         """A number of the architecture, or `absent`."""
+        self.asked.add(f"{self.arch}.{key}")
         value = self.files.metadata.get(f"{self.arch}.{key}", absent)
         if value is _NEEDED or value is not absent and not isinstance(value, (int, float, str, bool)):
             found = "missing" if value is _NEEDED else f"{value!r}, expected one number"
@@ -185,10 +192,12 @@ class Metadata:
         return shortest(value) if isinstance(value, float) else value
 
     def says(self, key: str) -> bool:
+        self.asked.add(f"{self.arch}.{key}")
         return f"{self.arch}.{key}" in self.files.metadata
 
     def layers(self, key: str) -> list[int]:
         """One number for each layer that transformers builds."""
+        self.asked.add(f"{self.arch}.{key}")
         stored = self.files.metadata.get(f"{self.arch}.{key}")
         count = self("block_count") - self("nextn_predict_layers", 0)
         numbers = list(stored) if isinstance(stored, Sequence) and not isinstance(stored, str) else []
@@ -232,32 +241,13 @@ class Metadata:
         """Ids of the tokens that begin, end and fill; what ends a turn ends an answer as well."""
         ids = {name: self.files.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in _SPECIAL}
         ids = {name: number if isinstance(number, int) else None for name, number in ids.items()}
-        ends = list(dict.fromkeys(n for n in (ids["eos"], ids["eot"], ids["eom"]) if n is not None))
+        stated = [n for n in (ids["eos"], ids["eot"], ids["eom"]) if n is not None]
+        ends = list(dict.fromkeys([*stated, *ends_of_turn(self.files.metadata)]))
         return {
             "bos_token_id": ids["bos"],
-            "eos_token_id": ends if len(ends) > 1 else ids["eos"],
+            "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
             "pad_token_id": ids["padding"],
         }
 
     def rope(self, head: int | None) -> dict[str, Any]:
-        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": self("rope.freq_base", 10000.0)}
-        turned = self("rope.dimension_count", None)
-        if turned and head and turned != head:
-            rope["partial_rotary_factor"] = turned / head
-        kind = self("rope.scaling.type", "none")
-        if kind not in ("none", ""):
-            if kind not in ("linear", "yarn"):
-                raise UnsupportedError(
-                    f"{self.files.paths[0]}: RoPE scaling of type {kind!r} is not read yet (linear and yarn are). Give "
-                    "the folder with the model's config.json (--model_path)."
-                )
-            names = {
-                "yarn_beta_fast": "beta_fast",
-                "yarn_beta_slow": "beta_slow",
-                "yarn_attn_factor": "attention_factor",
-                "original_context_length": "original_max_position_embeddings",
-            }
-            stated = {name: self(f"rope.scaling.{key}", None) for key, name in names.items()}
-            rope |= {"rope_type": kind, "factor": self("rope.scaling.factor", 1.0)}
-            rope |= {name: value for name, value in stated.items() if value is not None}
-        return rope
+        return rope_parameters(self, head)

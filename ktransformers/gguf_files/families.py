@@ -1,6 +1,6 @@
 """GGUF keys of an architecture that are more than one field of its config: how to write them and how to read them.
 
-Keys that are one field stand in gguf_config.py. An architecture without a reader can be written and its weights can be
+Keys that are one field stand in config.py. An architecture without a reader can be written and its weights can be
 loaded, but a file of it does not say enough to build the config.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 _SOFTMAX, _SIGMOID = 1, 2  # gguf.ExpertGatingFuncType
 
 Metadata = Any
-"""What a reader asks: gguf_config.Metadata, which is made by the file that imports this one."""
+"""What a reader asks: config.Metadata, which is made by the file that imports this one."""
 
 Writer = Callable[[Any], dict[str, Any]]
 Reader = Callable[[Metadata], tuple[str, dict[str, Any]]]

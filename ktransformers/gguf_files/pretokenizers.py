@@ -1,7 +1,7 @@
 """How byte-level BPE splits text into words, by the name that `tokenizer.ggml.pre` gives it.
 
 The names are llama.cpp's, the patterns those of the models' own tokenizer.json: each is applied to the pieces that the
-one before it left. Data only; gguf_tokenizer.py reads and writes them.
+one before it left. Data only; tokenizer.py reads and writes them.
 """
 
 _ENDING = r"\s*[\r\n]+|\s+(?!\S)|\s+"

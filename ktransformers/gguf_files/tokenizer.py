@@ -2,11 +2,13 @@
 
 The file's own tokenizer.json (`tokenizer.huggingface.json`, which we write) is taken as it is. Files without one, such
 as llama.cpp's, name a vocabulary and how text is split; from these the same tokenizer is built for byte-level BPE
-("gpt2") and for SentencePiece's BPE ("llama"). What a name of a split means stands in gguf_splits.py. Nothing is
+("gpt2") and for SentencePiece's BPE ("llama"). What a name of a split means stands in pretokenizers.py. Nothing is
 guessed: a tokenizer that cannot be built right is an error, as wrong tokens look like a bad model.
 """
 
 import json
+import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,24 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # gguf.Toke
 _SPACE = "\u2581"  # what SentencePiece writes for a space
 _SPECIAL = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
 _INSTEAD = "Pass --model_path (or AutoTokenizer a folder) with the model's tokenizer.json"
+
+_READ = (
+    r"tokenizer\.ggml\.(model|pre|tokens|token_type|scores|merges|add_bos_token|add_eos_token|add_space_prefix)",
+    r"tokenizer\.ggml\.(bos|eos|unknown|padding)_token_id",
+    r"tokenizer\.chat_template(s|\..+)?",
+)
+_LEFT = {
+    r"tokenizer\.ggml\.eo[tm]_token_id": "ends of a turn: config_from_gguf makes them ends of an answer",
+    r"tokenizer\.ggml\.(seperator|cls|mask)_token_id": "of models that fill in or compare, not of causal ones",
+    r"tokenizer\.ggml\.add_sep_token": "the same",
+    r"tokenizer\.ggml\.token_type_count": "of BERT's sentence types",
+    r"tokenizer\.ggml\.(fim_\w+|prefix|suffix|middle)_token_id": "prompts for filling in are written by hand",
+    r"tokenizer\.rwkv\.world": "of a kind of tokenizer that is not built",
+}
+"""Keys that are left, and why that is right."""
+
+_REFUSED = {"remove_extra_whitespaces": False, "precompiled_charsmap": None}
+"""Keys of SentencePiece that change how text is cut, and the value with which they do not."""
 
 # --- reading ----------------------------------------------------------------------------------------------
 
@@ -40,10 +60,11 @@ def tokenizer_from_gguf(path: str | Path) -> Any:
             raise WeightError(f"{path}: not a GGUF file, so there is no tokenizer in it. Give the path of a .gguf.")
         source = _Source(files.paths[0], files.metadata)
         backend = source.stored() or source.built()
+        source.check_unread()
         special = {f"{name}_token": text for name in _SPECIAL if (text := source.special(name, backend)) is not None}
         return PreTrainedTokenizerFast(
             tokenizer_object=backend,
-            chat_template=source.get("tokenizer.chat_template", str),
+            chat_template=source.templates(),
             model_max_length=source.get(f"{source.metadata.get('general.architecture')}.context_length", int),
             clean_up_tokenization_spaces=False,
             **special,
@@ -77,6 +98,31 @@ class _Source:
         if count is not None and len(values) != count:
             raise self.fail(f"tokenizer.ggml.{key} has {len(values)} entries for {count} tokens")
         return values
+
+    def templates(self) -> str | dict[str, str] | None:
+        """The chat template, or all of them by name where there are several."""
+        default = self.get("tokenizer.chat_template", str)
+        names = self.metadata.get("tokenizer.chat_templates")
+        if names is None:
+            return default
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise self.fail(f"tokenizer.chat_templates is {names!r}, expected names")
+        found = {name: self.get(f"tokenizer.chat_template.{name}", str) for name in names} | {"default": default}
+        return {name: text for name, text in found.items() if text is not None}
+
+    def check_unread(self) -> None:
+        """Warn of keys of the tokenizer that nobody knows. Raises UnsupportedError for what would cut text wrongly."""
+        if "tokenizer.huggingface.json" in self.metadata:
+            return  # it says everything
+        for key, neutral in _REFUSED.items():
+            value = self.metadata.get(f"tokenizer.ggml.{key}")
+            if value is not None and value is not neutral and not (hasattr(value, "__len__") and not len(value)):
+                raise UnsupportedError(f"{self.path}: tokenizer.ggml.{key} is not computed. {_INSTEAD}.")
+        known = re.compile("|".join((*_READ, *_LEFT)))
+        keys = [key for key in self.metadata if key.startswith("tokenizer.") and not known.fullmatch(key)]
+        if unknown := [key for key in keys if key.removeprefix("tokenizer.ggml.") not in _REFUSED]:
+            names = ", ".join(unknown)
+            warnings.warn(f"{self.path.name}: not known and not used: {names}. {_INSTEAD}.", UserWarning, stacklevel=3)
 
     def special(self, name: str, backend: "Tokenizer") -> str | None:
         number = self.get(f"tokenizer.ggml.{_SPECIAL[name]}", int)
@@ -259,15 +305,38 @@ def _add_special(writer, folder: Path, config) -> None:
     settings = {}
     if (folder / "tokenizer_config.json").is_file():
         settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
-    for kind in ("bos", "eos", "pad"):
-        number = getattr(config, f"{kind}_token_id", None)
-        number = number[0] if isinstance(number, list) and number else number
-        if isinstance(number, int) and 0 <= number < config.vocab_size:
+    for kind in ("bos", "pad"):
+        for number in _ids(getattr(config, f"{kind}_token_id", None), config.vocab_size)[:1]:
             getattr(writer, f"add_{kind}_token_id")(number)
+    ends = _ids(getattr(config, "eos_token_id", None), config.vocab_size)
+    if (folder / "generation_config.json").is_file():
+        generation = json.loads((folder / "generation_config.json").read_text("utf-8"))
+        ends += [n for n in _ids(generation.get("eos_token_id"), config.vocab_size) if n not in ends]
+    for kind, number in zip(("eos", "eot", "eom"), ends, strict=False):  # GGUF has words for three ends
+        getattr(writer, f"add_{kind}_token_id")(number)
     for kind in ("bos", "eos"):
         if isinstance(settings.get(f"add_{kind}_token"), bool):
             getattr(writer, f"add_add_{kind}_token")(settings[f"add_{kind}_token"])
-    template = folder / "chat_template.jinja"
-    text = template.read_text("utf-8") if template.is_file() else settings.get("chat_template")
-    if isinstance(text, str):
-        writer.add_chat_template(text)
+    if (templates := _templates(folder, settings)) is not None:
+        writer.add_chat_template(templates)
+
+
+def _ids(stated: Any, size: int) -> list[int]:
+    """Token ids, one or several as configs state them, that the vocabulary has."""
+    numbers = stated if isinstance(stated, list) else [stated]
+    return list(dict.fromkeys(n for n in numbers if type(n) is int and 0 <= n < size))
+
+
+def _templates(folder: Path, settings: dict) -> str | list[dict[str, str]] | None:
+    """A folder's chat template, or all of them with their names, wherever transformers keeps them."""
+    found = settings.get("chat_template")
+    named = {"default": found} if isinstance(found, str) else {}
+    for one in found if isinstance(found, list) else ():
+        if isinstance(one, dict) and {"name", "template"} <= one.keys():
+            named[one["name"]] = one["template"]
+    if (single := folder / "chat_template.jinja").is_file():
+        named["default"] = single.read_text("utf-8")
+    named |= {path.stem: path.read_text("utf-8") for path in folder.glob("additional_chat_templates/*.jinja")}
+    if named.keys() <= {"default"}:
+        return named.get("default")
+    return [{"name": name, "template": text} for name, text in named.items()]

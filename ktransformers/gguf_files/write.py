@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -258,30 +259,11 @@ def quantize_folder(source: Path, out: Path, mix: str = "Q4_K_M", split: int = 0
 
     Raises WeightError or UnsupportedError, all problems of the checkpoint at once, before writing anything.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    if mix not in FILE_TYPES:
-        raise UnsupportedError(
-            f"Unknown --type {mix!r}{did_you_mean(mix, FILE_TYPES)}. Known: {', '.join(FILE_TYPES)}."
-        )
-    if split < 0:
-        raise UnsupportedError(f"--split {split}: expected 0 (one file) or more tensors in a file.")
-    if out.suffix != ".gguf" or out.is_dir():
-        raise WeightError(f"{out}: expected the path of a file NAME.gguf to write.")
-    if not (source / "config.json").is_file():
-        raise WeightError(f"{source}: no config.json in it. Give a folder in Hugging Face form.")
-    try:
-        config = AutoConfig.from_pretrained(source, local_files_only=True)
-    except Exception as error:  # transformers and what it validates with raise many kinds
-        raise WeightError(
-            f"{source / 'config.json'}: cannot be used ({_reason(error)}). Download it again."
-        ) from error
-    families = [f for f in gguf_names.FAMILIES.values() if config.model_type in f.model_types]
-    if not families:
-        known = ", ".join(t for f in gguf_names.FAMILIES.values() for t in f.model_types)
-        raise UnsupportedError(
-            f"{source}: the GGUF names of {config.model_type!r} models are not known. Known: {known}."
-        )
+    _check_wishes(out, mix, split)
+    config = _config_of(source)
+    family = _family_of(source, config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -292,13 +274,46 @@ def quantize_folder(source: Path, out: Path, mix: str = "Q4_K_M", split: int = 0
         tied = {name for name, origin in model.all_tied_weights_keys.items() if weights.same(name, origin)}
         outputs = plan(weights, config, shapes, mix, tied)
         with _progress(outputs, show) as advance:
-            written, notice = write_gguf(out, families[0].arch, config, outputs, mix, source, split, advance)
+            written, notice = write_gguf(out, family.arch, config, outputs, mix, source, split, advance)
     return {
         "files": [str(path) for path in written],
         "bytes": sum(path.stat().st_size for path in written),
         "types": dict(Counter(output.type.name for output in outputs)),
         "notices": [f"no tokenizer in the file: {notice}; llama.cpp needs one"] if notice else [],
     }
+
+
+def _check_wishes(out: Path, mix: str, split: int) -> None:
+    """Refuse what cannot be written, before anything is read."""
+    if mix not in FILE_TYPES:
+        raise UnsupportedError(
+            f"Unknown --type {mix!r}{did_you_mean(mix, FILE_TYPES)}. Known: {', '.join(FILE_TYPES)}."
+        )
+    if split < 0:
+        raise UnsupportedError(f"--split {split}: expected 0 (one file) or more tensors in a file.")
+    if out.suffix != ".gguf" or out.is_dir():
+        raise WeightError(f"{out}: expected the path of a file NAME.gguf to write.")
+
+
+def _config_of(source: Path) -> Any:
+    from transformers import AutoConfig
+
+    if not (source / "config.json").is_file():
+        raise WeightError(f"{source}: no config.json in it. Give a folder in Hugging Face form.")
+    try:
+        return AutoConfig.from_pretrained(source, local_files_only=True)
+    except Exception as error:  # transformers and what it validates with raise many kinds
+        raise WeightError(
+            f"{source / 'config.json'}: cannot be used ({_reason(error)}). Download it again."
+        ) from error
+
+
+def _family_of(source: Path, config: Any) -> gguf_names.Family:
+    for family in gguf_names.FAMILIES.values():
+        if config.model_type in family.model_types:
+            return family
+    known = ", ".join(t for f in gguf_names.FAMILIES.values() for t in f.model_types)
+    raise UnsupportedError(f"{source}: the GGUF names of {config.model_type!r} models are not known. Known: {known}.")
 
 
 def _reason(error: Exception) -> str:

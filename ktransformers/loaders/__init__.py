@@ -39,10 +39,12 @@ def open_weights(path: str | Path) -> WeightFiles:
     except (OSError, RuntimeError) as error:  # a name too long, the home of nobody
         raise WeightError(f"weights: {str(path)[:80]!r} cannot be looked up: {error.args[-1]}.") from error
     if path.is_dir():
-        if any(path.glob("*.safetensors*")):  # a folder with both: upstream's choice too
+        if any(path.glob("*.safetensors")):  # a folder with both: upstream's choice too
             return SafetensorsFiles.open(path)
         if any(path.glob("*.gguf")):
             return GGUFFiles.open(path)
+        if any(path.glob("*.safetensors.index.json")):  # the files that it names are missing, which it says
+            return SafetensorsFiles.open(path)
         raise WeightError(_no_weights(path))
     if not path.exists():
         raise WeightError(f"{path}: no such file or folder. Check the path.")

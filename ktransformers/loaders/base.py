@@ -174,6 +174,8 @@ class WeightFiles(ABC):
     format: str
     method = ""
     """What the checkpoint's config names as its `quant_method`, if anything."""
+    passed_over = ""
+    """A file of weights in the same folder that is not read, because another comes before it."""
 
     def __init__(self, files: list[MappedFile], tensors: dict[str, TensorInfo], metadata: dict) -> None:
         self.paths: list[Path] = [file.path for file in files]

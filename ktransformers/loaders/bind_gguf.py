@@ -4,6 +4,8 @@ import re
 import warnings
 from collections.abc import Iterator
 
+import torch
+
 from ktransformers.errors import UnsupportedError
 from ktransformers.loaders import gguf_names
 from ktransformers.loaders.base import WeightFiles
@@ -27,7 +29,7 @@ def bind_gguf(files: WeightFiles, model, shapes: Shapes, binding: Binding) -> No
             "one (AutoModelForCausalLM)."
         )
     family = gguf_names.family_of(files.metadata.get("general.architecture"), config.model_type)
-    binding.notes += _metadata_mismatches(files.metadata, family.arch, config)
+    binding.notes += _mismatches(files, family.arch, config)
     for notice in _notices(files.metadata, family.arch, config):
         warnings.warn(notice, UserWarning, stacklevel=3)
     if family.interleaved:
@@ -92,9 +94,9 @@ def _gguf_experts(
     return source, " and ".join(looked_for)
 
 
-def _metadata_mismatches(metadata: dict, arch: str, config) -> list[str]:
-    """Numbers that the file and the config both give and do not agree on."""
-    notes = []
+def _mismatches(files: WeightFiles, arch: str, config) -> list[str]:
+    """What the file and the config both say and do not agree on."""
+    notes, metadata = [], files.metadata
 
     def compare(key: str, stored: object, attribute: str, *also: int) -> None:
         wanted = getattr(config, attribute)
@@ -108,7 +110,19 @@ def _metadata_mismatches(metadata: dict, arch: str, config) -> list[str]:
     for key, attributes in gguf_names.CHECKS:
         if attribute := _attribute(config, attributes):
             compare(key, metadata.get(f"{arch}.{key}"), attribute)
+    scaled = next((name for name in ("rope_freqs.weight", "rope_factors_long.weight") if name in files), None)
+    if scaled and _unscaled(config) and bool((files.tensor(scaled, dtype=torch.float32) != 1).any()):
+        notes.append(
+            f"{scaled} scales RoPE in the GGUF file, the config has rope_type 'default'; take both from the same source"
+        )
     return notes
+
+
+def _unscaled(config) -> bool:
+    """Whether the config says that no frequency is scaled; some families have settings for each kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [part for part in rope.values() if isinstance(part, dict)] or [rope]
+    return all(part.get("rope_type", "default") == "default" for part in kinds)
 
 
 def _attribute(config, attributes: tuple[str, ...]) -> str | None:

@@ -1,10 +1,7 @@
 """What binding a checkpoint to a model finds, and what both formats share in finding it."""
 
 
-
-from ktransformers.loaders.sources import (
-    Source,
-)
+from ktransformers.loaders.sources import Source
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -30,6 +27,3 @@ def extra_layers(config, stated: object = None) -> range:
     layers, known = config.num_hidden_layers, getattr(config, "num_nextn_predict_layers", 0) or 0
     more = min(stated, 1000) if type(stated) is int else 0
     return range(layers, layers + max(known, more))
-
-
-# --- safetensors ------------------------------------------------------------------------------------------

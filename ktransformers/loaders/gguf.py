@@ -2,7 +2,7 @@
 
 Own, because a vocabulary of 150k tokens must open in a fraction of a second, and because a header is hostile
 until checked: every count, length, offset and shape is bounded by the file's size before it is used.
-It knows bytes and tensor names of the file; what they mean to a model is the business of names.py.
+It knows bytes and tensor names of the file; what they mean to a model is for bind_gguf.py.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """

@@ -1,7 +1,7 @@
 """What llama.cpp's converter does to tensors, each step with its way back: the loader undoes what the writer does.
 
 A layout says in how many parts and in which order a GGUF file holds one tensor of the model. Which tensor of which
-family has one is told by gguf_names.py; reading and writing files is the business of names.py and quantize.py.
+family has one is told by gguf_names.py; reading and writing files is for bind_gguf.py and gguf_files/write.py.
 Letters: h heads, k key heads, v value heads for one of them, d size of a head.
 """
 

@@ -1,8 +1,8 @@
 """GGUF's names and layouts, family by family: what the gguf package's name map does not say.
 
-The map turns `model.layers.3.self_attn.q_proj` into `blk.3.attn_q`. Exceptions stand here, once, and are read by the
-loader (names.py) and by the writer (quantize.py). A new family is a row in FAMILIES; what its converter in llama.cpp
-does to tensors on the way is a layout (gguf_layouts.py).
+The map turns `model.layers.3.self_attn.q_proj` into `blk.3.attn_q`. Exceptions are here, once, and are read by the
+loader (bind_gguf.py) and by the writer (gguf_files/write.py). A new family is a row in FAMILIES; what its converter in
+llama.cpp does to tensors on the way is a layout (gguf_layouts.py).
 """
 
 import re
@@ -89,8 +89,10 @@ _BIASES: dict[bool, dict[str, Layout]] = {
     for interleaved, how in ((False, layouts.EXPERT_BIASES), (True, layouts.EXPERT_BIASES_IN_TURN))
 }
 
-IGNORED = re.compile(r"^rope_freqs\.weight$|^rope_factors_(long|short)\.weight$|\.attn_rot_embd$|\.rope_freqs\.weight$")
-"""Tensors that repeat what the config says about RoPE; transformers computes them itself."""
+IGNORED = re.compile(r"(^|^blk\.\d+\.)rope_(freqs|factors_(long|short))\.weight$|\.attn_rot_embd(\.weight)?$")
+"""Tensors about RoPE, which no module has: transformers computes frequencies from the config. What they scale is in the
+config of a lone file (gguf_files/rope.py) and is checked against any other (bind_gguf.py); `attn_rot_embd`, of files of
+2023, are the frequencies that `rope.freq_base` gives."""
 
 _EXCEPTIONS = {
     r"(.+\.)?(e_score_correction_bias|expert_bias)": "exp_probs_b.bias",

@@ -4,6 +4,8 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 
+from ktransformers.errors import ranges
+
 _NUMBER = re.compile(r"(?<=\.)[0-9]{1,9}(?=\.)")  # a layer or expert inside a dotted name
 
 
@@ -21,7 +23,7 @@ class Problem:
 
 def grouped(problems: list[Problem], at_least: int = 3) -> list[str]:
     """One line per problem; from `at_least` on, lines that differ only in numbers inside names become one,
-    `model.layers.{3..60}.mlp.gate.weight: missing (58 tensors)`. The order of first appearance is kept."""
+    `model.layers.{3-60}.mlp.gate.weight: missing (58 tensors)`. The order of first appearance is kept."""
     groups: dict[str, list[str]] = defaultdict(list)
     for problem in problems:
         groups[_NUMBER.sub("#", problem.line)].append(problem.line)
@@ -33,22 +35,16 @@ def grouped(problems: list[Problem], at_least: int = 3) -> list[str]:
 
 def _merged(lines: list[str]) -> str:
     columns = zip(*([int(n) for n in _NUMBER.findall(line)] for line in lines), strict=True)
-    numbers = [_ranges(sorted(set(column))) for column in columns]
+    numbers = [_shown(set(column)) for column in columns]
     merged = _NUMBER.sub(lambda _: numbers.pop(0), lines[0])
     return f"{merged} ({len(lines)} tensors)"
 
 
-def _ranges(values: list[int]) -> str:
-    """`{3..60}`, `{0,2,5..9}`, or the number itself when there is only one."""
+def _shown(values: set[int]) -> str:
+    """`{3-60}`, `{0,2,5-9}`, or the number itself when there is only one."""
     if len(values) == 1:
-        return str(values[0])
-    runs: list[list[int]] = []
-    for value in values:
-        if runs and value == runs[-1][-1] + 1:
-            runs[-1].append(value)
-        else:
-            runs.append([value])
-    shown = [str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs]
-    if len(shown) > 8:
-        shown = [*shown[:7], "...", shown[-1]]
-    return "{" + ",".join(shown) + "}"
+        return str(*values)
+    runs = ranges(values).split(",")
+    if len(runs) > 8:
+        runs = [*runs[:7], "...", runs[-1]]
+    return "{" + ",".join(runs) + "}"

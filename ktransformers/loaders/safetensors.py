@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ktransformers.errors import WeightError, did_you_mean, join_errors
 from ktransformers.loaders.base import MappedFile, TensorInfo, WeightFiles, check_ranges, describe_folder
-from ktransformers.loaders.schemes import ScaledInfo, combine, read_scheme
+from ktransformers.loaders.schemes import ScaledInfo, combine, read_config, read_scheme
 from ktransformers.quants.blocks import QUANT_TYPES, Packed, QuantType
 from ktransformers.quants.scaled import ScaledWeight
 
@@ -48,7 +48,7 @@ TYPES |= {
     )
 }
 """Every dtype of the format by name and size. On their own F32, F16 and BF16 are computed; what others mean together,
-companions.py says."""
+schemes.py says."""
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict:
@@ -161,6 +161,7 @@ class SafetensorsFiles(WeightFiles):
                 _place(stored, info, weight_map.get(name))
         _check_index(paths, stored, weight_map)
         opened = cls(files, stored, metadata)
+        opened.passed_over = _passed_over(path, paths) if path.is_dir() else ""
         opened._stored = stored
         scheme = read_scheme(paths[0].parent)
         opened.method = scheme.method
@@ -273,10 +274,24 @@ def _find(path: Path) -> tuple[list[Path], dict[str, str]]:
             return [path], {}
         index = path.with_name(shard["stem"] + _INDEX)
         return _by_index(index) if index.is_file() else (_by_name(path, shard), {})
+    return _in_folder(path)
+
+
+def _in_folder(path: Path) -> tuple[list[Path], dict[str, str]]:
+    """The files of a folder that count: those that transformers reads, where it would read any.
+
+    That is what the config names, else model.safetensors, else model.safetensors.index.json; whatever lies beside
+    them (other layouts, variants, adapters) is not read. Of folders that transformers refuses, these are read too:
+    shards model-0000i-of-0000n without their index, one index of another name, files without any.
+    """
+    for name in (*_named_by_config(path), "model.safetensors", "model" + _INDEX):
+        if _is_file(path / name):
+            return _by_index(path / name) if name.endswith(_INDEX) else ([path / name], {})
+    if shard := next((found for p in sorted(path.glob("model-*")) if (found := _SHARD.fullmatch(p.name))), None):
+        return _by_name(path / shard[0], shard), {}
     indexes = sorted(path.glob("*" + _INDEX))
-    main = path / ("model" + _INDEX)
-    if main in indexes or len(indexes) == 1:
-        return _by_index(main if main in indexes else indexes[0])
+    if len(indexes) == 1:
+        return _by_index(indexes[0])
     if indexes:
         names = ", ".join(p.name for p in indexes)
         raise WeightError(f"{path}: holds several indexes ({names}). Give the path of one of them.")
@@ -286,9 +301,29 @@ def _find(path: Path) -> tuple[list[Path], dict[str, str]]:
             f"{path}: no .safetensors file in it; {describe_folder(path)}. Give the folder of the weights."
         )
     shard = _SHARD.fullmatch(found[0].name)
-    if shard:
-        return _by_name(found[0], shard), {}
-    return found, {}
+    return (_by_name(found[0], shard) if shard else found), {}
+
+
+def _named_by_config(folder: Path) -> list[str]:
+    """The file or index that config.json names, if it names one (`transformers_weights`)."""
+    config = folder / "config.json"
+    if (name := (read_config(config) or {}).get("transformers_weights")) is None:
+        return []
+    if not isinstance(name, str) or Path(name).name != name or not name.endswith((".safetensors", _INDEX)):
+        raise WeightError(
+            f"{config}: transformers_weights is {name!r:.80}, expected the name of a .safetensors file or of its index "
+            "in the same folder. Correct it, or remove it."
+        )
+    _require([folder / name], folder)
+    return [name]
+
+
+def _passed_over(folder: Path, read: list[Path]) -> str:
+    """The index, or else the weights, of a folder that are not among the files `read` of it."""
+    names = {path.name for path in read}
+    files = [path.name for path in sorted(folder.glob("*.safetensors")) if path.name not in names]
+    indexes = [path.name for path in sorted(folder.glob("*" + _INDEX))] if files else []
+    return next(iter(indexes or files), "")
 
 
 def _by_name(path: Path, shard: re.Match) -> list[Path]:

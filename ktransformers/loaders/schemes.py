@@ -80,14 +80,17 @@ def read_scheme(folder: Path) -> Scheme:
     return Scheme()
 
 
-def _config(path: Path) -> dict | None:
+def read_config(path: Path) -> dict | None:
+    """The object in a JSON file, or None where there is no file or no object. Raises WeightError for other text."""
     try:
-        if not path.is_file():
-            return None
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes()) if path.is_file() else None
     except (OSError, ValueError, RecursionError) as error:
         raise WeightError(f"{path}: cannot be read as JSON ({error}). Download it again.") from error
-    if not isinstance(content, dict):
+    return content if isinstance(content, dict) else None
+
+
+def _config(path: Path) -> dict | None:
+    if (content := read_config(path)) is None:
         return None
     if path.name != "config.json":
         return content

@@ -191,6 +191,9 @@ class ModelWeights:
         if found and self.files.method and self.files.method not in schemes.READ:
             known = ", ".join(schemes.READ)
             notes = [f"its config names quant_method {self.files.method!r}, not read yet (read: {known})", *notes]
+        if missing and self.files.passed_over:
+            other = f"{self.path if self.path.is_dir() else self.path.parent} also holds {self.files.passed_over}"
+            notes = [*notes, f"{other}, which is not read, as transformers does not; give its path to read it instead"]
         return notes + grouped(found)
 
     def _missing_text(self, name: str, unused: list[str], missing: int) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ktransformers.errors import NativeError, UnsupportedError, did_you_mean
+from ktransformers.native import torch_ops
 from ktransformers.native.checks import DTYPES, as_read, checked_input, readable_tensor
 from ktransformers.native.library import Pool, State, loaded, pooled
 from ktransformers.native.weights import fill_weight
@@ -86,6 +87,7 @@ class Experts:
         status = state.lib.kt_experts_create(self.count, *arrays, glu, out)
         state.check(status, name)
         self._experts = state.ffi.gc(out[0], state.lib.kt_experts_destroy)
+        self.number = torch_ops.name_it(self)
 
     def _bias(self, state: State, bias: torch.Tensor | None, role: str, width: int) -> Any:
         """A pointer to fp32 [E, width] that this object keeps alive."""
@@ -104,6 +106,12 @@ class Experts:
 
         Returns [T, H] of hidden's dtype. An id outside 0..E-1 is skipped; duplicate ids in a row both count.
         """
+        if all(isinstance(x, torch.Tensor) for x in (hidden, ids, weights)) and torch_ops.is_watched(hidden):
+            return torch_ops.experts(hidden, ids, weights, self.number)
+        return self.compute(hidden, ids, weights)
+
+    def compute(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """`forward`, past torch's dispatcher."""
         state, pool = pooled()
         hidden, ids, weights = self.arguments(hidden, ids, weights)
         out = torch.empty_like(hidden)

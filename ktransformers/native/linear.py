@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ktransformers.errors import NativeError
+from ktransformers.native import torch_ops
 from ktransformers.native.checks import DTYPES, as_read, checked_input, readable_tensor
 from ktransformers.native.library import loaded, pooled
 from ktransformers.native.weights import fill_weight
@@ -32,9 +33,16 @@ class Linear:
             if tuple(bias.shape) != (self.out_features,) or not bias.is_floating_point():
                 raise NativeError(f"{name} (bias): found {bias.dtype} {list(bias.shape)}, expected {expected}.")
             self.bias = as_read(bias, torch.float32)
+        self.number = torch_ops.name_it(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x` [..., K] of float32, bfloat16 or float16 -> [..., N] of the same dtype."""
+        if isinstance(x, torch.Tensor) and torch_ops.is_watched(x):
+            return torch_ops.linear(x, self.number)
+        return self.compute(x)
+
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        """`forward`, past torch's dispatcher."""
         state, pool = pooled()
         x = checked_input(x, self.in_features, self.name)
         out = torch.empty((*x.shape[:-1], self.out_features), dtype=x.dtype, device="cpu")

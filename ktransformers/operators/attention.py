@@ -1,9 +1,9 @@
 """Multi-head latent attention (DeepSeek-V2, V3 and kin) with `kv_b_proj` absorbed into queries and outputs.
 
-The cache holds, per token, one latent (rank L) and one rotated key (R) for all heads, exactly as
-transformers' own module fills it, so dynamic, static and quantized caches all work. transformers expands the
-whole cache to per-head keys and values in every step; here a step with few queries works on the latents
-instead. Following the papers (DeepSeek-V2, section 2.1), with W_UK and W_UV the key and value rows of
+The cache holds, per token, one latent (rank L) and one rotated key (R) for all heads, exactly as transformers' own
+module fills it, so dynamic, static and quantized caches all work; attention_inputs.py refuses those that are not known.
+transformers expands the whole cache to per-head keys and values in every step; here a step with few queries works on
+the latents instead. Following the papers (DeepSeek-V2, section 2.1), with W_UK and W_UV the key and value rows of
 `kv_b_proj`:
 
     expanded   score = q_nope · (W_UK c) + q_rot · k_rot        out = Σ p (W_UV c)
@@ -15,6 +15,7 @@ parts of a query without and with rotary positions.
 """
 
 import inspect
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -23,10 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ktransformers.errors import UnsupportedError
-from ktransformers.operators import cpu_attention
+from ktransformers.operators.attention_inputs import BUILD_WITH, IMPLEMENTATIONS, check_inputs, update_cache
 from ktransformers.operators.base_operator import FamilyOperator
-from ktransformers.operators.cpu_attention import filled
+from ktransformers.operators.cpu_attention import fused, one_query
 from ktransformers.operators.gqa import KLlamaAttention, KQwen3MoeAttention  # noqa: F401  rule files name them here
 
 _NEEDED = (
@@ -42,15 +42,14 @@ _ARGUMENTS = frozenset(
     | {"cache_position", "use_cache", "output_attentions"}  # these change no number
 )
 _PLAIN_NUMBERS = frozenset({"scaling", "attention_dropout"})
-_BUILD_WITH = "Build the model with attn_implementation='sdpa' or 'eager'"
 
 
 class KDeepseekV2Attention(FamilyOperator):
     """MLA for DeepSeek-V2 (complex rotary factors) and V3 (cos, sin).
 
     Args:
-        chunck_size: queries whose scores are in memory at a time, fp32 [B, A, chunck_size, T]
-            (upstream's spelling).
+        chunck_size: queries whose scores are in memory at a time, fp32 [B, A, chunck_size, T], where torch's fused
+            kernel, which holds none, does not compute: see `_in_parts` (upstream's spelling).
         absorb_for_prefill: work on the latents whatever the number of queries. Otherwise the form with fewer
             multiplications is taken (`absorbing_is_cheaper`): absorbed to decode, expanded for long prompts.
 
@@ -84,8 +83,8 @@ class KDeepseekV2Attention(FamilyOperator):
             return [f"{cls.__name__} replaces multi-head latent attention as DeepSeek computes it; {found}"]
         problems = []
         masks = getattr(getattr(orig_module, "config", None), "_attn_implementation", None)
-        if masks not in (None, "sdpa", "eager", cpu_attention.NAME):
-            problems.append(f"{cls.__name__} takes no masks of attn_implementation {masks!r}. {_BUILD_WITH}")
+        if masks not in IMPLEMENTATIONS:
+            problems.append(f"{cls.__name__} takes no masks of attn_implementation {masks!r}. {BUILD_WITH}")
         chunk = kwargs.get("chunck_size", 1)
         if not isinstance(chunk, int) or chunk <= 0:
             problems.append(f"chunck_size: {chunk!r}, expected a positive number of queries")
@@ -110,6 +109,7 @@ class KDeepseekV2Attention(FamilyOperator):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden [B, S, H] -> ([B, S, H], None, or [B, A, S, T] where attentions are asked for)."""
+        check_inputs(type(self).__name__, self.config, attention_mask, kwargs)
         batch, length = hidden_states.shape[:2]
         q_nope, q_rot = self._queries(hidden_states)
         compressed = self.kv_a_proj_with_mqa(hidden_states)
@@ -118,11 +118,12 @@ class KDeepseekV2Attention(FamilyOperator):
         interleave = getattr(self.config, "rope_interleave", False)
         q_rot = rotate(q_rot, position_embeddings, interleave)
         k_rot = rotate(k_rot.unsqueeze(1), position_embeddings, interleave)  # [B, 1, S, R]
-        if past_key_values is not None:
-            latent, k_rot = past_key_values.update(latent, k_rot, self.layer_idx)
-        mask = _checked_mask(attention_mask, self.config)
-
-        if mask is None and length > 1:
+        latent, k_rot = update_cache(type(self).__name__, past_key_values, latent, k_rot, self.layer_idx)
+        mask = attention_mask
+        if mask is not None:
+            mask = mask[..., : latent.shape[2]]
+            mask = mask if mask.dtype == torch.bool else mask.to(latent.dtype)
+        elif length > 1:
             # transformers omits the mask only where the cache was empty; beyond, a static one still is empty.
             latent, k_rot = latent[:, :, :length], k_rot[:, :, :length]
 
@@ -152,60 +153,76 @@ class KDeepseekV2Attention(FamilyOperator):
         """`kv_b_proj` as [A * (N + V), L]: for each head the rows of W_UK, then those of W_UV."""
         return _dense_weight(self.kv_b_proj) if self._kv_b is None else self._kv_b
 
-    def _absorbed(self, q_nope, q_rot, latent, k_rot, mask, wants_weights) -> tuple[Tensor, Tensor | None]:
-        per_head = [self.qk_nope_head_dim, self.v_head_dim]
-        weight = self._kv_b_weight().to(latent.dtype).view(-1, sum(per_head), self.kv_lora_rank)
-        w_uk, w_uv = weight.split(per_head, 1)  # [A, N, L], [A, V, L]: views
-        q_latent = torch.einsum("basn,anl->basl", q_nope, w_uk)
-        context, weights = self._attend([(q_latent, latent), (q_rot, k_rot)], latent, mask, wants_weights)
+    def _absorbed(
+        self, q_nope: Tensor, q_rot: Tensor, latent: Tensor, k_rot: Tensor, mask: Tensor | None, wants_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention on the latents: W_UK goes into the queries, W_UV comes after the sum.
+
+        Args:
+            q_nope: [B, A, S, N], and q_rot [B, A, S, R]: the two parts of the queries, the second one rotated.
+            latent: [B, 1, T, L], and k_rot [B, 1, T, R]: the cache.
+            mask: [B, 1, S, T], bool or added to scores; None is causal with S = T, or S = 1.
+
+        Returns:
+            [B, A, S, V], and the weights [B, A, S, T] if they are wanted.
+        """
+        w_uk, w_uv = self._per_head_weights(latent.dtype)  # [A, N, L], [A, V, L]
+        # A latent query can be far larger than any key: scaled before the product, by a power of two, exactly.
+        power = 2.0 ** round(math.log2(self.scaling))
+        q_latent = torch.einsum("basn,anl->basl", q_nope * power, w_uk)
+        query = torch.cat([q_latent, q_rot * power], -1)  # [B, A, S, L + R]
+        key = torch.cat([latent, k_rot], -1)  # [B, 1, T, L + R]
+        scale = self.scaling / power
+        weights = None
+        if query.shape[2] == 1 and not wants_weights and not self._dropout:
+            context = one_query(query, key, key, mask, scale)[..., : self.kv_lora_rank]
+        elif query.device.type == "cpu" and not wants_weights and not self._dropout:
+            keys = key.expand(-1, query.shape[1], -1, -1)
+            context = fused(query, keys, keys, mask, scale, causal=mask is None)[..., : self.kv_lora_rank]
+        else:  # on GPUs also because heads this wide may get a kernel that copies the keys for every head
+            context, weights = self._in_parts(query, key, latent, mask, scale, wants_weights)
         return torch.einsum("basl,avl->basv", context, w_uv), weights
 
-    def _expanded(self, q_nope, q_rot, latent, k_rot, mask, wants_weights) -> tuple[Tensor, Tensor | None]:
+    def _expanded(
+        self, q_nope: Tensor, q_rot: Tensor, latent: Tensor, k_rot: Tensor, mask: Tensor | None, wants_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention on keys [B, A, T, N + R] and values [B, A, T, V] made of the latents; otherwise as `_absorbed`."""
         per_head = [self.qk_nope_head_dim, self.v_head_dim]
         expanded = F.linear(latent[:, 0], self._kv_b_weight().to(latent.dtype))  # [B, T, A * (N + V)]
         expanded = expanded.view(*expanded.shape[:2], -1, sum(per_head)).transpose(1, 2)
         keys, values = expanded.split(per_head, -1)
-        dropout = self.training and self.attention_dropout
-        if mask is None and not wants_weights and not dropout and q_nope.shape[-1] + q_rot.shape[-1] >= self.v_head_dim:
-            return self._fused(q_nope, q_rot, keys, k_rot, values), None
-        return self._attend([(q_nope, keys), (q_rot, k_rot)], values, mask, wants_weights)
-
-    def _fused(self, q_nope: Tensor, q_rot: Tensor, keys: Tensor, k_rot: Tensor, values: Tensor) -> Tensor:
-        """Causal attention by torch's fused kernel, which holds no scores in memory.
-
-        It takes values only as wide as keys, so they are padded with zeros: for V3's sizes and 1024 tokens on a CPU 2.4
-        times as fast as what torch falls back to otherwise.
-        """
         query = torch.cat([q_nope, q_rot], -1)
         key = torch.cat([keys, k_rot.expand(-1, keys.shape[1], -1, -1)], -1)
-        width = values.shape[-1]
-        values = F.pad(values, (0, query.shape[-1] - width))
-        causal = query.shape[2] > 1
-        return F.scaled_dot_product_attention(query, key, values, is_causal=causal, scale=self.scaling)[..., :width]
+        if wants_weights or self._dropout:
+            return self._in_parts(query, key, values, mask, self.scaling, wants_weights)
+        return fused(query, key, values, mask, self.scaling, mask is None and query.shape[2] > 1), None
 
-    def _attend(
-        self, parts, values: Tensor, mask: Tensor | None, wants_weights: bool
+    @property
+    def _dropout(self) -> float:
+        """The share of attention weights to drop: nothing outside training."""
+        return self.attention_dropout if self.training else 0.0
+
+    def _in_parts(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, wants_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention whose scores sum over `parts`: queries [B, A, S, D] with keys [B, A or 1, T, D]."""
-        queries, cached = parts[0][0].shape[2], values.shape[2]
-        out, weights = [], []
-        decodes = queries == 1 and values.device.type == "cpu" and values.element_size() == 2
-        summed = filled(values) if decodes else values
-        if decodes:  # products of few lengths: see cpu_attention
-            parts = [(q, summed if k is values else filled(k)) for q, k in parts]
-        for start in range(0, queries, self.chunck_size):
-            stop = min(start + self.chunck_size, queries)
-            causal = mask is None and not wants_weights
-            seen = cached - queries + stop if causal else cached  # the chunk's last query sees no further
-            all_or_seen = slice(None) if decodes else slice(seen)
-            products = [_product(q[:, :, start:stop], k[:, :, all_or_seen].transpose(2, 3)) for q, k in parts]
-            scores = sum(product[..., :seen].float() for product in products) * self.scaling  # [B, A, chunk, T]
-            probs = F.softmax(_masked(scores, mask, start), -1).to(values.dtype)
-            if self.training and self.attention_dropout:
-                probs = F.dropout(probs, self.attention_dropout)
-            out.append(_product(filled(probs, 3), summed) if decodes else _product(probs, summed[:, :, :seen]))
+        """As `fused`, `chunck_size` queries at a time, with the weights if they are wanted.
+
+        query [B, A, S, D], key [B, A or 1, T, D], value [B, A or 1, T, V] -> [B, A, S, V], [B, A, S, T] or None.
+        Scores are products in fp32: in fp16 those of large keys would be infinite.
+        """
+        out, weights, key = [], [], key.float().transpose(2, 3)
+        for start in range(0, query.shape[2], self.chunck_size):
+            part = query[:, :, start : start + self.chunck_size].float() * scale
+            probs = F.softmax(_masked(_product(part, key), mask, start), -1).to(value.dtype)
+            probs = F.dropout(probs, self._dropout) if self._dropout else probs
+            out.append(_product(probs, value))
             weights += [probs] if wants_weights else []
         return torch.cat(out, 2), torch.cat(weights, 2) if wants_weights else None
+
+    def _per_head_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """W_UK [A, N, L] and W_UV [A, V, L]: views of `kv_b_proj` where it has `dtype`."""
+        per_head = [self.qk_nope_head_dim, self.v_head_dim]
+        return self._kv_b_weight().to(dtype).view(-1, sum(per_head), self.kv_lora_rank).split(per_head, 1)
 
 
 def _differences(module: nn.Module) -> list[str]:
@@ -265,19 +282,9 @@ def _masked(scores: Tensor, mask: Tensor | None, start: int) -> Tensor:
             return scores  # one query: the newest token, which sees all
         at = torch.arange(start, start + chunk, device=scores.device).unsqueeze(1)
         return scores.masked_fill(torch.arange(cached, device=scores.device) > at, _LOWEST)
-    part = mask[:, :, start : start + chunk, :cached]
+    part = mask[:, :, start : start + chunk]
     # Not -inf: a row with nothing to attend to (left padding) must stay finite, for it enters the cache.
     return scores.masked_fill(~part, _LOWEST) if part.dtype == torch.bool else scores + part
-
-
-def _checked_mask(mask: Any, config: Any) -> Tensor | None:
-    if mask is None or (isinstance(mask, Tensor) and mask.dim() == 4):
-        return mask
-    found = f"a {mask.dim()}-D tensor" if isinstance(mask, Tensor) else type(mask).__name__
-    raise UnsupportedError(
-        f"KDeepseekV2Attention takes 4-D masks, found {found} (attn_implementation "
-        f"{config._attn_implementation!r}). {_BUILD_WITH}."
-    )
 
 
 def rotate(x: Tensor, position_embeddings: Any, interleave: bool) -> Tensor:

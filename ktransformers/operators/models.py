@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ktransformers.devices import canonical
+from ktransformers.errors import UnsupportedError
 from ktransformers.models.traits import TRAITS
 from ktransformers.operators.base_operator import FamilyOperator, to_device
 
@@ -121,6 +123,8 @@ class DecoderModel(FamilyOperator):
 
     def _shared(self, value: Any, device: Any) -> Any:
         """As `to_device`, but what all layers are given alike (masks, positions) crosses once per forward."""
+        if torch.compiler.is_compiling():
+            return to_device(value, device)  # ids are of no use in a graph
         if isinstance(value, Tensor):
             key = (id(value), str(device))
             if key not in self._moved:
@@ -136,6 +140,12 @@ class DecoderModel(FamilyOperator):
         return value
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("cache") is not None and len({canonical(place) for place in self.transfer_map.values()}) > 1:
+            raise UnsupportedError(
+                f"{type(self).__name__}: found a {type(kwargs['cache']).__name__} of paged attention, which is on one "
+                f"device, and layers on several ({', '.join(dict.fromkeys(map(str, self.transfer_map.values())))}). "
+                "Use model.generate instead of generate_batch."
+            )
         try:
             return super().forward(
                 *to_device(args, self.entry_device), **to_device(kwargs, self.entry_device)

@@ -88,9 +88,8 @@ def _attention_seconds(cache: Cache, queries: int, keys: int) -> float:
 
         def absorbed() -> None:
             latent_query = torch.einsum("basn,anl->basl", narrow, weight)
-            latents = cpu_attention.filled(k)[0, 0]
-            scores = (latent_query[0, :, 0] @ latents.T).float().softmax(-1)
-            torch.einsum("basl,avl->basv", (scores.bfloat16() @ latents).view(1, heads, 1, size), weight)
+            keys = k.clone()  # the operator joins latents and rotated keys in every step
+            torch.einsum("basl,avl->basv", cpu_attention.one_query(latent_query, keys, keys, None, 1.0), weight)
 
         return _median(absorbed)
 

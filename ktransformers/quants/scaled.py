@@ -2,7 +2,7 @@
 
 What quants.py is for blocks that carry their scales: the formats' readable reference, to which the C kernels and
 the tests are held. It knows bytes, shapes and numbers; it knows nothing about files, names or configs
-(loaders/companions.py does). Nothing here copies a weight: slices are views.
+(loaders/schemes.py does). Nothing here copies a weight: slices are views.
 
 A weight [N, K] is `(code - zero) * scale * global_scale`. Its codes lie in lines of bytes: a line is a row for most
 types; GPTQ and AWQ pack along K, so that a line is a few columns of all rows.

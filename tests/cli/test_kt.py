@@ -368,7 +368,6 @@ BAD_CHATS = [
     (["--weights", "/no/such/file.gguf"], 1, "no such file"),
     (["--rule", "DeepSek-V3"], 1, "did you mean 'DeepSeek-V3'"),
     (["--prompt-file", "/no/such/prompt"], 1, "cannot be read"),
-    (["--threads", "100000"], 1, "the cores this process may use"),
     (["--threads", "-1"], 2, "threads"),
     (["--max-new-tokens", "0"], 2, "max-new-tokens"),
     (["--devices", "cuda"], 1, "expected NAME=NAME"),

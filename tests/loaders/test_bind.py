@@ -517,8 +517,8 @@ def test_grouping():
     some = [Problem(f"model.layers.{i}.norm.weight", "[2, 3] is wrong") for i in (1, 5)]
     gaps = [Problem(f"a.{i}.b.{e}.c", "missing") for i in (0, 1, 2, 7) for e in (4, 5)]
     assert grouped(many + some + gaps) == [
-        "model.layers.{3..60}.mlp.gate.weight: looked for blk.{3..60}.ffn.weight (58 tensors)",
+        "model.layers.{3-60}.mlp.gate.weight: looked for blk.{3-60}.ffn.weight (58 tensors)",
         "model.layers.1.norm.weight: [2, 3] is wrong",
         "model.layers.5.norm.weight: [2, 3] is wrong",
-        "a.{0..2,7}.b.{4..5}.c: missing (8 tensors)",
+        "a.{0-2,7}.b.{4-5}.c: missing (8 tensors)",
     ]

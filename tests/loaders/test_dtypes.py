@@ -91,7 +91,7 @@ def test_a_failed_load_leaves_dtype_and_config_as_they_were(tmp_path, monkeypatc
     def fail(*_):
         raise WeightError("the disk is gone")
 
-    monkeypatch.setattr("ktransformers.optimize.tie", fail)
+    monkeypatch.setattr("ktransformers.finish.tie", fail)
     with pytest.raises(WeightError, match="the disk is gone"):
         optimize_and_load(model, "Default", path, progress=False)
     assert tensors_of(model) == before and model.config.dtype is None

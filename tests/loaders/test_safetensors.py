@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from ktransformers.errors import KTransformersError, UnsupportedError, WeightError
-from ktransformers.loaders import open_weights
+from ktransformers.loaders import bind, open_weights
 from tests.loaders.small_files import write_safetensors
 
 
@@ -225,6 +226,96 @@ def test_only_the_models_files(tmp_path):
     save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
     save_file({"x": torch.ones(2)}, tmp_path / "consolidated.safetensors")
     assert open_weights(tmp_path).names() == ["a"]
+
+
+def at(folder, **files):
+    """Files of weights by stem, each with one tensor `w` of its own number."""
+    for stem, number in files.items():
+        save_file({"w": torch.full((2,), float(number))}, folder / f"{stem.replace('__', '-')}.safetensors")
+
+
+def index(folder, stem, file):
+    text = json.dumps({"metadata": {"total_size": 8}, "weight_map": {"w": f"{file}.safetensors"}})
+    (folder / f"{stem}.safetensors.index.json").write_text(text)
+
+
+SHARD = "model-00001-of-00001"
+FOLDERS = {  # what is there, and which file counts
+    "another layout's index": (lambda f: (at(f, model=1, other=2), index(f, "consolidated", "other")), 1),
+    "an index that is left over": (lambda f: (at(f, model=1, other=2), index(f, "model", "other")), 1),
+    "an index without its files": (lambda f: (at(f, model=1), index(f, "model", "gone")), 1),
+    "a variant": (lambda f: at(f, **{"model": 1, "model.fp16": 2}), 1),
+    "a variant's index": (lambda f: (at(f, **{"model.fp16": 2, SHARD: 1}), index(f, "model", SHARD),
+                                     index(f, "model.fp16", "model.fp16")), 1),
+    "an adapter": (lambda f: (at(f, adapter_model=2, **{SHARD: 1}), index(f, "model", SHARD)), 1),
+    "two indexes": (lambda f: (at(f, consolidated=2, **{SHARD: 1}), index(f, "model", SHARD),
+                               index(f, "consolidated", "consolidated")), 1),
+    "named by the config": (lambda f: (at(f, model=2, mine=1), named(f, "mine.safetensors")), 1),
+    "an index named by the config": (lambda f: (at(f, model=2, mine=1), index(f, "x", "mine"),
+                                                named(f, "x.safetensors.index.json")), 1),
+}  # fmt: skip
+
+
+def named(folder, name):
+    config = json.loads((folder / "config.json").read_text()) | {"transformers_weights": name}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_of_a_folder_the_files_count_that_transformers_reads(case, tmp_path):
+    class Model(PreTrainedModel):
+        config_class = LlamaConfig
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.w = torch.nn.Parameter(torch.zeros(2))
+            self.post_init()
+
+        def _init_weights(self, module):
+            pass
+
+    LlamaConfig().save_pretrained(tmp_path)
+    write, number = FOLDERS[case]
+    write(tmp_path)
+    assert Model.from_pretrained(tmp_path).w.tolist() == [number, number]
+    assert open_weights(tmp_path).tensor("w").tolist() == [number, number]
+
+
+def test_folders_that_only_we_read(tmp_path):
+    """Shards whose index is lost come before another layout's index; a lone index of another name is read."""
+    at(tmp_path, other=2, **{SHARD: 1})
+    index(tmp_path, "consolidated", "other")
+    assert open_weights(tmp_path).tensor("w").tolist() == [1, 1]
+    (tmp_path / f"{SHARD}.safetensors").unlink()
+    assert open_weights(tmp_path).tensor("w").tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("name", ["gone.safetensors", "../x.safetensors", "model.bin", 3])
+def test_a_config_that_names_no_weights(name, tmp_path):
+    at(tmp_path, model=1)
+    (tmp_path / "config.json").write_text(json.dumps({"transformers_weights": name}))
+    with pytest.raises(WeightError, match="gone.safetensors" if name == "gone.safetensors" else "transformers_weights is"):
+        open_weights(tmp_path)
+
+
+def test_what_is_passed_over_is_named_when_something_is_missing(tmp_path):
+    at(tmp_path, model=1, other=2)
+    index(tmp_path, "model", "other")
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=8))
+    problems = bind(open_weights(tmp_path), model).problems({"model.norm.weight": (8,)})
+    assert "model.safetensors.index.json, which is not read, as transformers does not; give its path" in problems[0]
+    given = bind(open_weights(tmp_path / "model.safetensors"), model).problems({"model.norm.weight": (8,)})
+    assert not any("not read" in text for text in given)
+
+
+def test_an_index_left_in_a_folder_of_gguf_files(tmp_path):
+    index(tmp_path, "model", SHARD)
+    with pytest.raises(WeightError, match=f"1 of 1.*\n.*{SHARD}"):
+        open_weights(tmp_path)
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(WeightError, match="m.gguf"):
+        open_weights(tmp_path)
 
 
 def test_folder_without_weights(tmp_path):

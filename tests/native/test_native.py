@@ -155,8 +155,6 @@ def test_bad_inputs_are_named():
         linear(torch.zeros(2, 63))
     with pytest.raises(NativeError, match="float64"):
         linear(torch.zeros(2, 64, dtype=torch.float64))
-    with pytest.raises(NativeError, match="meta"):
-        linear(torch.zeros(2, 64, device="meta"))
     with pytest.raises(NativeError, match=r"bias.*expected float \[8\]"):
         native.Linear(linear.weight, bias=torch.zeros(9))
     e, (x, ids, w) = experts(), call()
@@ -174,7 +172,6 @@ def unreadable(x: torch.Tensor):
     yield x.tolist(), "found list"
     yield None, "found NoneType"
     yield x.numpy(), "found ndarray"
-    yield x.to("meta"), "on meta"
     yield x.to_sparse(), "torch.sparse_coo"
     yield torch.nested.nested_tensor([x, x]), "nested"
     yield torch.nested.nested_tensor([x, x], layout=torch.jagged), "nested"
@@ -182,7 +179,7 @@ def unreadable(x: torch.Tensor):
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_what_is_not_a_readable_tensor_is_named():
-    """Lists, None, arrays, meta, sparse and nested tensors in any place raise NativeError with that place's name."""
+    """Lists, None, arrays, sparse and nested tensors in any place raise NativeError with that place's name."""
     weight = random_weight(rng(), "Q8_0", 8, 64)
     linear = native.Linear(weight, name="blk.1")
     for bad, words in unreadable(torch.zeros(2, 64)):

@@ -6,9 +6,21 @@ import re
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, DynamicCache
+from transformers import (
+    AutoConfig,
+    Cache,
+    ContinuousBatchingConfig,
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationConfig,
+    StaticCache,
+    cache_utils,
+)
+from transformers.generation.continuous_batching.input_outputs import PagedAttentionArgs
+from transformers.utils import TransformersKwargs
 
 from ktransformers.errors import UnsupportedError
+from ktransformers.operators import attention_inputs
 from ktransformers.operators.attention import KDeepseekV2Attention
 from ktransformers.operators.base_operator import load_weights
 from tests.dict_weights import DictWeights
@@ -133,6 +145,31 @@ def test_bf16_stays_near_transformers_bf16(mla):
         assert relative_error(model(ids).logits, truth(ids).logits) < 0.05
 
 
+@pytest.mark.parametrize("form", ["_absorbed", "_expanded"])
+@pytest.mark.parametrize("queries, mask", [(1, None), (1, "bool"), (9, None), (9, "float")])
+@pytest.mark.parametrize("wants_weights", [True, False])
+def test_scores_that_fp16_cannot_hold_unscaled_stay_exact(form, queries, mask, wants_weights):
+    """All keys have a large part in common: it makes every score large and changes no weight."""
+    attention = twin("deepseek_v3", chunck_size=4)[1].model.layers[0].self_attn.half()
+    generator = torch.Generator().manual_seed(queries)
+    sizes = ((2, 4, queries, 16), (2, 4, queries, 8), (2, 1, 9, 32), (2, 1, 9, 8))
+    q_nope, q_rot, latent, k_rot = (torch.randn(size, generator=generator) for size in sizes)
+    q_rot, k_rot = (q_rot * 4 + 40).half(), (k_rot + 300).half()
+    q_nope, latent = (q_nope * 4).half(), (latent + 300 * (form == "_absorbed")).half()
+    assert (q_rot @ k_rot.transpose(2, 3)).isinf().all()
+    if mask:
+        mask = torch.rand(2, 1, queries, 9, generator=generator) > 0.3
+        mask[..., 0] = True
+    given = mask if mask is None or queries == 1 else torch.zeros(mask.shape).masked_fill(~mask, -60000.0)
+    with torch.no_grad():
+        half = mask if given is None else given if given.dtype == torch.bool else given.half()
+        found, weights = getattr(attention, form)(q_nope, q_rot, latent, k_rot, half, wants_weights)
+        wide = [x.float() for x in (q_nope, q_rot, latent, k_rot)]
+        expected, _ = getattr(attention.float(), form)(*wide, given, False)
+    assert found.isfinite().all() and (weights is not None) == wants_weights
+    assert relative_error(found, expected) < 0.01
+
+
 @FAMILIES
 def test_gradients_pass(mla):
     truth, model = twin(mla)
@@ -208,9 +245,119 @@ def test_check_refuses_implementations_whose_masks_it_cannot_read(implementation
         assert KDeepseekV2Attention.check("a", attention, {}) == []
 
 
-def test_a_mask_it_cannot_read_is_refused():
+CACHES = {
+    "dynamic": lambda config: DynamicCache(),
+    "dynamic, by the config": lambda config: DynamicCache(config=config),
+    "dynamic, sliding": lambda config: Cache(layers=[cache_utils.DynamicSlidingWindowLayer(64) for _ in range(3)]),
+    "static": lambda config: StaticCache(config, max_cache_len=24),
+    "static, sliding": lambda config: Cache(layers=[cache_utils.StaticSlidingWindowLayer(24, 64) for _ in range(3)]),
+    "fp8": lambda config: Cache(layers=[cache_utils.Fp8QuantizedLayer() for _ in range(3)]),
+}
+
+
+@FAMILIES
+@pytest.mark.parametrize("kind", CACHES)
+def test_known_caches_give_what_they_give_transformers(mla, kind):
+    truth, model = twin(mla)
+    ids, mask = random_ids(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[0, :3] = 0
+    for given in (None, mask):
+        caches = [CACHES[kind](truth.config) for _ in range(2)]
+        for begin, end in ((0, 7), (7, 9), (9, 10), (10, 11), (11, 12)):
+            more = {} if given is None else {"attention_mask": given[:, :end]}
+            with torch.no_grad():
+                found, expected = (
+                    one(ids[:, begin:end], past_key_values=cache, **more).logits[1]
+                    for one, cache in zip((model, truth), caches, strict=True)
+                )
+            assert relative_error(found, expected) < 1e-4, (begin, given is None)
+
+
+def test_the_layers_it_knows_are_those_of_the_caches_above_or_need_a_library():
+    made = {type(layer).__name__ for make in CACHES.values() for layer in make(tiny_config("deepseek_v3")).layers}
+    made |= {"DynamicLayer", "QuantoQuantizedLayer", "HQQQuantizedLayer"}  # the last two derive from what is above
+    assert {name.rpartition(".")[2] for name in attention_inputs.CACHE_LAYERS} == made
+    for name in attention_inputs.CACHE_LAYERS:
+        assert isinstance(getattr(cache_utils, name.rpartition(".")[2]), type)
+
+
+class OwnCache(DynamicCache):
+    def update(self, keys, values, layer_idx, *args, **kwargs):
+        return super().update(keys, values, layer_idx)
+
+
+class OwnLayer(cache_utils.DynamicLayer):
+    pass
+
+
+@pytest.mark.parametrize(
+    "cache, name",
+    [
+        (lambda: OwnCache(), "OwnCache"),
+        (lambda: Cache(layers=[OwnLayer() for _ in range(3)]), "OwnLayer"),
+        (lambda: EncoderDecoderCache(DynamicCache(), DynamicCache()), "EncoderDecoderCache"),
+        (lambda: ((torch.zeros(1, 1, 2, 32), torch.zeros(1, 1, 2, 8)),), "tuple"),
+    ],
+)
+def test_a_cache_it_does_not_know_is_refused_by_name(cache, name):
+    attention, hidden, positions = one_layer()
+    with pytest.raises(UnsupportedError, match=rf"found a cache.*{name}.*DynamicCache, StaticCache"):
+        attention(hidden, past_key_values=cache(), position_embeddings=positions)
+
+
+def one_layer():
     _, model = twin("deepseek_v3")
-    attention, hidden = model.model.layers[0].self_attn, torch.randn(1, 3, 64)
-    positions = model.model.rotary_emb(hidden, torch.arange(3).unsqueeze(0))
+    hidden = torch.randn(1, 3, 64)
+    return model.model.layers[0].self_attn, hidden, model.model.rotary_emb(hidden, torch.arange(3).unsqueeze(0))
+
+
+@pytest.mark.parametrize("name", ["cache", "block_table", "read_index", "write_index", "cu_seq_lens_q", "seq_idx"])
+def test_arguments_of_paged_and_packed_attention_are_refused_by_name(name):
+    attention, hidden, positions = one_layer()
+    with pytest.raises(UnsupportedError, match=f"KDeepseekV2Attention: found the argument '{name}'"):
+        attention(hidden, position_embeddings=positions, **{name: torch.zeros(2)})
+    attention(hidden, position_embeddings=positions, **{name: None})
+    with pytest.raises(UnsupportedError, match="'is_causal' and no mask"):
+        attention(hidden, position_embeddings=positions, is_causal=False)
+
+
+def test_every_argument_that_transformers_hands_down_is_known():
+    """What neither changes numbers nor is refused, so that a new one is looked at."""
+    harmless = {
+        "input_ids", "attention_mask", "position_ids", "num_items_in_batch", "output_hidden_states",
+        "output_attentions", "output_router_logits", "max_length_q", "max_length_k", "logits_indices",
+        "logits_processor_args", "use_cache", "is_causal",
+    }  # fmt: skip
+    handed = {*TransformersKwargs.__annotations__, *PagedAttentionArgs.__annotations__}
+    assert handed == harmless | attention_inputs.PAGED | attention_inputs.PACKED
+
+
+def test_an_implementation_set_later_is_refused_by_name():
+    attention, hidden, positions = one_layer()
+    attention.config._attn_implementation_internal = "paged|sdpa"
+    with pytest.raises(UnsupportedError, match=r"attn_implementation 'paged\|sdpa'.*set_attn_implementation"):
+        attention(hidden, position_embeddings=positions)
+
+
+def test_continuous_batching_ends_with_a_named_error_and_no_tokens(caplog):
+    """Before, every token but the first was wrong, without an error."""
+    _, model = twin("deepseek_v3")
+    model.set_attn_implementation("sdpa")
+    settings = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    batching = ContinuousBatchingConfig(page_size=16, num_blocks=8, max_batch_tokens=32)
+    try:
+        outputs = model.generate_batch(
+            [[3, 4, 5], [6, 7]], generation_config=settings, continuous_batching_config=batching, progress_bar=False
+        )
+    except UnsupportedError as error:
+        assert "paged" in str(error)
+        return
+    assert all(not output.generated_tokens for output in outputs.values())
+    said = [str(output.error) for output in outputs.values()] + [str(r.exc_info or r.getMessage()) for r in caplog.records]
+    assert any("KDeepseekV2Attention" in text and "paged" in text for text in said), said
+
+
+def test_a_mask_it_cannot_read_is_refused():
+    attention, hidden, positions = one_layer()
     with pytest.raises(UnsupportedError, match="4-D masks, found a 2-D tensor"):
         attention(hidden, attention_mask=torch.ones(1, 3), position_embeddings=positions)

@@ -168,6 +168,18 @@ def test_forward_only_computes_and_refuses_gradients():
         assert not forward_only(lambda t: t * 2, "part.a", x).requires_grad
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiler_may_trace_the_backward_that_nobody_asks_for(backend):
+    def part(x):
+        return forward_only(lambda t: t * 2, "part.b", x * 1)
+
+    x = torch.ones(2, requires_grad=True)
+    y = torch.compile(part, backend=backend, fullgraph=True)(x)
+    assert torch.equal(y, torch.full((2,), 2.0)) and y.requires_grad
+    with pytest.raises(UnsupportedError, match=r"part\.b has no backward yet"):
+        y.sum().backward()
+
+
 def test_a_notice_is_given_once():
     with pytest.warns(UserWarning, match="only once"):
         base_operator.warn_once("only once, for the test")

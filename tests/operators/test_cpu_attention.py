@@ -1,11 +1,13 @@
 """Decoding's attention on the CPU: against fp32 arithmetic, beside torch's own, and inside models."""
 
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 
 from ktransformers import optimize_and_load
 from ktransformers.operators import cpu_attention
@@ -28,12 +30,22 @@ def error(found, expected):
     return ((found.float() - expected).abs().mean() / expected.abs().mean()).item()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+ERRORS = {torch.float32: 1e-5, torch.bfloat16: 0.01, torch.float16: 0.002}
+
+
+@pytest.mark.parametrize("dtype", ERRORS)
 @pytest.mark.parametrize("mask", ["none", "bool", "float", "per head"])
-@pytest.mark.parametrize("sizes", [(1, 8, 2, 33, 16, 16), (3, 6, 6, 1, 32, 32), (2, 12, 1, 100, 64, 48)], ids=str)
-def test_one_query_is_as_near_to_fp32_as_torch_s_own(sizes, mask, dtype):
+@pytest.mark.parametrize(
+    "sizes", [(1, 8, 2, 33, 16, 16), (3, 6, 6, 1, 32, 32), (2, 12, 1, 100, 64, 48), (1, 4, 4, 600, 16, 24)], ids=str
+)
+@pytest.mark.parametrize("size_of_keys", [1, 20_000])
+def test_one_query_is_as_near_to_fp32_as_torch_s_own(sizes, mask, dtype, size_of_keys):
+    """Some keys make scores that fp16 cannot hold before they are scaled."""
     batch, heads, _, cached, *_ = sizes
     query, key, value = inputs(*sizes, dtype)
+    query, key = query * size_of_keys**0.5, key * size_of_keys**0.5
+    if size_of_keys > 1 and dtype is torch.float16 and cached > 1:
+        assert not (query @ key.repeat_interleave(heads // key.shape[1], 1).transpose(2, 3)).isfinite().all()
     given = None
     if mask != "none":
         given = torch.rand(batch, heads if mask == "per head" else 1, 1, cached) > 0.3
@@ -44,24 +56,36 @@ def test_one_query_is_as_near_to_fp32_as_torch_s_own(sizes, mask, dtype):
     module = SimpleNamespace(num_key_value_groups=heads // key.shape[1], is_causal=True)
     found, weights = cpu_attention.attention(module, query, key, value, given, scaling=0.21)
     assert weights is None and found.shape == expected.shape and found.dtype == dtype
-    assert error(found, expected) < (0.01 if dtype == torch.bfloat16 else 0.002), (sizes, mask, dtype)
+    assert error(found, expected) < ERRORS[dtype], (sizes, mask, dtype, size_of_keys)
 
 
-@pytest.mark.parametrize("what", ["fp32", "two queries", "position bias", "dropout", "gradients"])
+@pytest.mark.parametrize("dtype", ERRORS)
+@pytest.mark.parametrize("groups", [2, 4])
+def test_a_sequence_that_may_look_at_nothing_stays_finite(dtype, groups):
+    query, key, value = inputs(2, 4, groups, 9, 16, 16, dtype)
+    mask = torch.ones(2, 1, 1, 9, dtype=torch.bool)
+    mask[0] = False
+    alone, _ = cpu_attention.attention(None, query[1:], key[1:], value[1:], None)
+    found, _ = cpu_attention.attention(None, query, key, value, mask)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found[1:], alone)
+
+
+@pytest.mark.parametrize("what", ["two queries", "position bias", "dropout", "softcap", "sinks"])
 def test_all_else_goes_to_transformers(monkeypatch, what):
     from transformers.integrations import sdpa_attention
 
     called = []
     monkeypatch.setattr(sdpa_attention, "sdpa_attention_forward", lambda *a, **k: called.append(1) or (None, None))
-    query, key, value = inputs(1, 4, 2, 9, 16, 16, torch.float32 if what == "fp32" else torch.bfloat16)
+    query, key, value = inputs(1, 4, 2, 9, 16, 16, torch.bfloat16)
     if what == "two queries":
         query = query.expand(-1, -1, 2, -1)
-    query.requires_grad_(what == "gradients")
-    more = {"position_bias": torch.zeros(1)} if what == "position bias" else {}
+    more = {
+        "position bias": {"position_bias": torch.zeros(1)}, "softcap": {"softcap": 30.0},
+        "sinks": {"s_aux": torch.zeros(4)},
+    }.get(what, {})  # fmt: skip
     cpu_attention.attention(None, query, key, value, None, dropout=0.1 if what == "dropout" else 0.0, **more)
     assert called
-
-
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "qwen2_moe"])
@@ -101,6 +125,23 @@ def test_a_family_that_asks_for_sdpa_by_name_keeps_it(checkpoint):
     meta.set_attn_implementation("sdpa")
     model = optimize_and_load(meta, "MoE", folder, progress=False)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_the_families_that_ask_for_sdpa_by_name_are_those_of_this_transformers():
+    folder = Path(transformers.__file__).parent / "models"
+    asking = {path.parent.name for path in folder.glob("*/modeling_*.py") if '"sdpa"' in path.read_text("utf-8")}
+    assert asking == cpu_attention.ASK_FOR_SDPA
+
+
+def test_gradients_pass_and_are_torch_s():
+    query, key, value = (x.requires_grad_() for x in inputs(1, 4, 2, 9, 16, 16, torch.float32))
+    truth(query, key, value, None, 0.25).square().sum().backward()
+    expected = [x.grad.clone() for x in (query, key, value)]
+    for x in (query, key, value):
+        x.grad = None
+    cpu_attention.attention(None, query, key, value, None, scaling=0.25)[0].square().sum().backward()
+    for x, grad in zip((query, key, value), expected, strict=True):
+        torch.testing.assert_close(x.grad, grad, rtol=1e-4, atol=1e-5)
 
 
 def test_a_config_that_says_so_serves_the_next_model_too(checkpoint):

@@ -175,7 +175,7 @@ def test_the_engine_loads_a_folder(chat_folder):
     [
         (["plan", "MODEL"], "routed experts"),
         (["rules", "explain", "Qwen3-VL-MoE", "MODEL", "--gpus", "2"], "model.language_model.layers"),
-        (["simulate", "Qwen3-VL-MoE", "MODEL", "--gpus", "2"], "Qwen3VLMoeForConditionalGeneration: 1 sequence of 64"),
+        (["simulate", "Qwen3-VL-MoE", "MODEL", "--gpus", "2"], "1 sequence of 64 tokens"),
     ],
 )
 def test_the_program_takes_such_a_folder(chat_folder, command, expected):

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from ktransformers import optimize_and_load, plan
 from ktransformers.errors import DeviceError, RuleError, ranges
 from ktransformers.gguf_files.write import quantize_folder
+from ktransformers.loaders import bind_safetensors
 from ktransformers.operators import hot_experts
 from ktransformers.operators.base_operator import InferenceState
 from ktransformers.operators.experts import KExpertsCPU, KExpertsTorch, KTransformersExperts
@@ -342,14 +343,25 @@ def test_a_gpu_that_is_full_is_one_error(monkeypatch):
         module.load()
 
 
-def test_weights_that_cannot_be_read_one_by_one_are_a_problem(tmp_path):
-    """Inkling-2's experts are made by a conversion of transformers' own, all at once."""
+def test_weights_that_cannot_be_read_one_by_one_are_a_problem(tmp_path, monkeypatch):
+    """Inkling-2's experts, were their conversion one that only transformers knows: all at once."""
+    monkeypatch.setattr(bind_safetensors, "_stays_packed", lambda *_: None)
     truth = AutoModelForCausalLM.from_config(families.config_of("inkling2_text"))
     save(truth, tmp_path)
     message = "gate_up_proj is stored in another form .* and experts cannot be read one by one; leave gpu_experts out"
     with pytest.raises(RuleError, match=message):
         optimize_and_load(meta_model(truth.config), rules(2, "KExpertsTorch"), tmp_path, progress=False)
     optimize_and_load(meta_model(truth.config), rules(0, "KExpertsTorch"), tmp_path, progress=False)
+
+
+def test_experts_whose_rows_a_file_mixes_are_read_one_by_one(tmp_path):
+    """Inkling-2's gate and up take turns row by row in its file; the model has them one after the other."""
+    truth = randomize(AutoModelForCausalLM.from_config(families.config_of("inkling2_text")).eval())
+    save(truth, tmp_path)
+    model = optimize_and_load(meta_model(truth.config), rules(2, "KExpertsTorch"), tmp_path, progress=False)
+    ids = random_ids(1, 9)
+    with torch.no_grad():
+        assert relative_error(model(ids).logits, truth(ids).logits) < 1e-4
 
 
 @pytest.mark.parametrize("hidden_on", ["cpu", "cuda:0", "cuda:1"])

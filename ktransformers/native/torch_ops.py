@@ -1,0 +1,115 @@
+"""The C calls as operators of torch (`torch.ops.ktransformers`), which the dispatcher knows by name and shape.
+
+So torch.compile and torch.export put each into their graphs as one step, fake and meta tensors get shapes without a
+computation, and profilers show it. A schema has no type for a handle of C: torch's own class objects need C++, and its
+opaque Python objects are experimental. So an operator names its Linear or Experts by a number, which is never given
+twice; the object, not the number, keeps weights alive.
+They are defined on a bare Library, which costs 4 us a call; `torch.library.custom_op` costs 14 and an autograd formula
+6 more (one core of a Sapphire Rapids, torch 2.13). Where nobody looks, a call goes past the dispatcher (`is_watched`):
+13 us for a linear of 32 x 32, as before. Gradients are `operators.base_operator.forward_only`'s to say.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import profiler
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from ktransformers.errors import NativeError
+from ktransformers.native.checks import DTYPES
+
+
+class LinearCall(Protocol):
+    """What `linear` needs of the object that a number names: native.Linear."""
+
+    name: str
+    in_features: int
+    out_features: int
+
+    def compute(self, x: Tensor) -> Tensor: ...
+
+
+class ExpertsCall(Protocol):
+    """What `experts` needs: native.Experts."""
+
+    name: str
+    hidden: int
+
+    def compute(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor: ...
+
+
+_named: weakref.WeakValueDictionary[int, LinearCall | ExpertsCall] = weakref.WeakValueDictionary()
+_numbers = itertools.count(1)
+
+
+def name_it(call: LinearCall | ExpertsCall) -> int:
+    """The number by which `linear` and `experts` know `call` from now on, for as long as it lives."""
+    number = next(_numbers)
+    _named[number] = call
+    return number
+
+
+def _find(number: int) -> LinearCall | ExpertsCall:
+    call = _named.get(number)
+    if call is None:
+        raise NativeError(
+            f"torch.ops.ktransformers, number {number}: found no weights, for their model is gone. A compiled or "
+            "exported program holds none: keep the model that it was made from, or make it again."
+        )
+    return call
+
+
+def is_watched(x: Tensor) -> bool:
+    """Whether more than numbers is wanted of a call on `x`: a graph, shapes alone, or a line in a profile."""
+    return not x.is_nested and (
+        type(x) is not Tensor or torch.compiler.is_compiling() or x.is_meta
+        or is_in_torch_dispatch_mode() or profiler._is_profiler_enabled
+    )  # fmt: skip
+
+
+def _linear(x: Tensor, number: int) -> Tensor:
+    return _find(number).compute(x)
+
+
+def _experts(hidden: Tensor, ids: Tensor, weights: Tensor, number: int) -> Tensor:
+    return _find(number).compute(hidden, ids, weights)
+
+
+def _linear_shape(x: Tensor, number: int) -> Tensor:
+    call = _find(number)
+    _check_fake(x, call.in_features, call.name)
+    return x.new_empty((*x.shape[:-1], call.out_features))
+
+
+def _experts_shape(hidden: Tensor, ids: Tensor, weights: Tensor, number: int) -> Tensor:
+    call = _find(number)
+    _check_fake(hidden, call.hidden, call.name)
+    return hidden.new_empty(hidden.shape)
+
+
+def _check_fake(x: Tensor, cols: int, name: str) -> None:
+    """As much of `checks.checked_input` as holds for a tensor without values."""
+    if x.device.type not in ("cpu", "meta") or x.dtype not in DTYPES or x.dim() < 1 or x.shape[-1] != cols:
+        found, known = f"{x.dtype} {list(x.shape)} on {x.device}", "float32, bfloat16 or float16"
+        raise NativeError(f"{name}: found input of {found}, expected {known} [..., {cols}] on the cpu.")
+
+
+_library = torch.library.Library("ktransformers", "DEF")  # kept, for the operators end with it
+for _schema, _compute, _shape in (
+    ("linear(Tensor x, int number) -> Tensor", _linear, _linear_shape),
+    ("experts(Tensor hidden, Tensor ids, Tensor weights, int number) -> Tensor", _experts, _experts_shape),
+):
+    _name = _schema.partition("(")[0]
+    _library.define(_schema)
+    _library.impl(_name, _compute, "CompositeExplicitAutograd")  # every device: ours is the message that refuses one
+    torch.library.register_fake(f"ktransformers::{_name}", _shape, lib=_library)
+
+linear = torch.ops.ktransformers.linear.default
+"""(x [..., K], number) -> [..., N]"""
+experts = torch.ops.ktransformers.experts.default
+"""(hidden [T, H], ids [T, K], weights [T, K], number) -> [T, H]"""
