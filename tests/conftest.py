@@ -1,5 +1,7 @@
 """Fixtures for all tests. This folder is on sys.path, so tests write ``from tiny import ...``."""
 
+import signal
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from ktransformers import native
 from tests.tiny import FAMILIES, save, tiny_model
 
 torch.set_num_threads(1)  # at these sizes threads cost more than they give
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs and their children ignore Ctrl-C
 
 
 @pytest.fixture(scope="session")
