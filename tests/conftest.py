@@ -1,4 +1,4 @@
-"""Fixtures for all tests. This folder is on sys.path, so tests write ``from tiny import ...``."""
+"""Fixtures for all tests."""
 
 import signal
 
