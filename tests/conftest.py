@@ -6,10 +6,15 @@ import pytest
 import torch
 
 from ktransformers import native
+from tests.fast import mark_slow
 from tests.tiny import FAMILIES, save, tiny_model
 
 torch.set_num_threads(1)  # at these sizes threads cost more than they give
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs and their children ignore Ctrl-C
+
+
+def pytest_collection_modifyitems(items):
+    mark_slow(items)
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "kt --help": ([*KT, "--help"], ""),
     "kt chat --no-such-flag": ([*KT, "chat", "--no-such-flag"], ""),
     "kt list": ([*KT, "list"], ""),
-    "kt plan deepseek-v3": ([*KT, "plan", "deepseek-v3", "--gpu", "24GiB", "--ram", "384GiB", "--json"], ""),
+    "kt plan deepseek-v3": ([*KT, "plan", "deepseek-v3", "--gpu", "24GiB", "--ram", "400GiB", "--format", "Q4_K_M", "--json"], ""),
     "kt rules check": ([*KT, "rules", "check", "DeepSeek-V3", "deepseek-v3"], ""),
     "echo hi | kt chat": ([*KT, "chat"], "hi\n"),
 }

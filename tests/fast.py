@@ -1,0 +1,45 @@
+"""What `make test-fast` leaves out, by the marker `slow`: tests that take seconds of their own, and of a test over many
+families, formats or models all but each 24th case. So every kind of test still runs.
+"""
+
+from collections import Counter
+
+import pytest
+
+SLOW = (
+    "tests/cli/test_doctor.py::test_a_sound_machine_is_measured_and_passes",
+    "tests/cli/test_doctor.py::test_every_wrong_setting_is_a_problem_and_stops_nothing",
+    "tests/cli/test_kt.py::test_chat_answers_a_prompt_with_the_embedded_model",
+    "tests/cli/test_messages.py::test_a_session_at_a_terminal",
+    "tests/cli/test_plan_cli.py::test_a_plot_is_written_or_the_missing_library_is_named",
+    "tests/cli/test_plan_cli.py::test_this_machine_is_measured_without_flags",
+    "tests/cli/test_quantize.py::test_the_module_that_scripts_know",
+    "tests/gguf_files/test_llama_cpp.py",
+    "tests/machine/test_hardware.py::test_a_gpu_that_cannot_be_measured_is_taken_for_a_known_one",
+    "tests/machine/test_hardware.py::test_this_machine_is_measured_in_sane_figures",
+    "tests/native/test_aarch64.py::test_every_format_on_every_rung",
+    "tests/native/test_threads.py",
+    "tests/operators/test_compile.py",
+    "tests/operators/test_every_multimodal.py::test_the_program_takes_such_a_folder",
+    "tests/test_docs.py",
+    "tests/test_embedded_model.py::test_it_answers_nine_of_ten",
+    "tests/test_local_chat.py::test_a_full_disk_below_standard_output_is_one_error",
+    "tests/test_local_chat.py::test_a_prompt_file_is_answered_once",
+    "tests/test_local_chat.py::test_each_line_of_a_pipe_is_answered",
+    "tests/test_local_chat.py::test_stray_bytes_and_a_closed_input_are_no_disaster",
+    "tests/test_packaging.py::test_a_plain_checkout_works_once_the_library_is_built_in_place",
+    "tests/test_packaging.py::test_a_wheel_built_from_the_sdist_is_complete",
+)
+"""Beginnings of test ids."""
+
+EVERY = 24
+
+
+def mark_slow(items: list[pytest.Item]) -> None:
+    """Mark what the table names, and of each test's cases all but the first of each EVERY."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        test = item.nodeid.split("[")[0]
+        seen[test] += 1
+        if test.startswith(SLOW) or seen[test] % EVERY != 1:
+            item.add_marker(pytest.mark.slow)
