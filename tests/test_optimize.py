@@ -187,7 +187,7 @@ def test_an_fp32_model_of_bf16_weights_keeps_fp32(gguf, checkpoint):
             if tensor.dim() > 1 and not name.endswith("mlp.gate.weight"):  # vectors and routers stay F32 in the file
                 tensor.copy_(tensor.bfloat16())
     model = load("deepseek_v3", folder, DEFAULT_RULES["deepseek_v3"], gguf("deepseek_v3", "BF16"))
-    ids = random_ids(1, 64)
+    ids = random_ids(1, 64, seed=2)  # with seed 1 two experts score alike for token 53, and rounding decides
     with torch.no_grad():
         once = model(ids).logits
         assert relative_error(once, reference(ids).logits) < 1e-4
