@@ -59,7 +59,7 @@ doctor: setup ## what this machine has, whether the kernels compute right on it,
 test: setup-dev ## every test
 	$(PY) -m pytest $(ARGS)
 
-test-fast: setup-dev ## every test that takes no longer than a second or two
+test-fast: setup-dev ## one test of each kind, in under two minutes
 	$(PY) -m pytest -m "not slow" $(ARGS)
 
 bench-setup: ## time from a fresh clone to the first answer, by parts (PIP_ARGS=..., JSON=file)

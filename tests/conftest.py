@@ -4,9 +4,14 @@ import pytest
 import torch
 
 from ktransformers import native
+from tests.fast import mark_slow
 from tests.tiny import FAMILIES, save, tiny_model
 
 torch.set_num_threads(1)  # at these sizes threads cost more than they give
+
+
+def pytest_collection_modifyitems(items):
+    mark_slow(items)
 
 
 @pytest.fixture(scope="session")
