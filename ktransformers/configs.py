@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ktransformers.errors import KTransformersError, UnsupportedError, did_you_mean, is_whole
+from ktransformers.paths import existing_path
 
 _MOST_BYTES = 16 << 20
 """Of a config.json. The largest published ones have some 100 KB; a file of weights given by mistake is not read."""
@@ -78,9 +79,8 @@ def text_config(config: Any) -> Any:
 def model_path(model: str | Path) -> Path | None:
     """The path that `model` is, or None where there is nothing."""
     try:
-        path = Path(model).expanduser()
-        return path if str(model).strip() and path.exists() else None
-    except (OSError, RuntimeError, ValueError):  # no file can have this name, or ~user is nobody
+        return existing_path(model, "model") if str(model).strip() else None
+    except KTransformersError:  # no file can have this name, or ~user is nobody
         return None
 
 

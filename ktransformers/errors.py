@@ -6,6 +6,7 @@ nothing about rules, weights or devices; it is the bottom of the import order to
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
@@ -70,3 +71,18 @@ def ranges(numbers: Iterable[int]) -> str:
 def is_whole(value: object, least: float = -math.inf, most: float = math.inf) -> bool:
     """Whether `value` is a whole number from `least` to `most`; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def parse_ranges(text: str) -> tuple[list[tuple[int, int | None]], str | None]:
+    """The reverse of `ranges`: ``3-5,8`` -> first and last number of each part. Last is None for an open end, ``30-``.
+
+    Returns them and None, or nothing and the first part that is no range. An empty text names none.
+    """
+    found: list[tuple[int, int | None]] = []
+    for part in text.split(",") if text.strip() else ():
+        match = re.fullmatch(r"\s*(\d{1,9})\s*(-\s*(\d{1,9})?\s*)?", part, re.ASCII)
+        last = match and (int(match[3]) if match[3] else None if match[2] else int(match[1]))
+        if not match or last is not None and last < int(match[1]):
+            return [], part
+        found.append((int(match[1]), last))
+    return found, None

@@ -6,7 +6,6 @@ back as it was. What a model needs beyond operators and tensors is in `finish.py
 """
 
 import contextlib
-import inspect
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,13 @@ import torch
 from torch import nn
 
 from ktransformers import checks, env, finish
-from ktransformers.errors import RuleError, WeightError, join_errors
-from ktransformers.loaders import bind, held_as_stored, open_weights
+from ktransformers.errors import WeightError, join_errors
+from ktransformers.loaders import ModelWeights, WeightSource, bind, held_as_stored, open_weights
 from ktransformers.loaders.progress import load_progress
 from ktransformers.models import register_families
 from ktransformers.operators import cpu_attention
 from ktransformers.operators.base_operator import load_weights
+from ktransformers.rules.build import build
 from ktransformers.rules.plan import Replacement, RulesLike, plan
 from ktransformers.rules.table import print_plan
 
@@ -107,7 +107,7 @@ def _run(model, rule, weights, config, default_device, devices, progress) -> nn.
     return model.eval()
 
 
-def inject(model: nn.Module, replacements: Mapping[str, Replacement], source: Any, config: Any = None) -> None:
+def inject(model: nn.Module, replacements: Mapping[str, Replacement], source: WeightSource, config: Any = None) -> None:
     """Swap in the operators: a setattr on the parent, parents before children."""
     for key, replacement in replacements.items():
         if replacement.operator is None:
@@ -115,21 +115,7 @@ def inject(model: nn.Module, replacements: Mapping[str, Replacement], source: An
         parent_name, _, child_name = key.rpartition(".")
         parent = model.get_submodule(parent_name)
         original = getattr(parent, child_name)
-        setattr(parent, child_name, _build(replacement, source, config or model.config, original))
-
-
-def _build(replacement: Replacement, source: Any, config: Any, original: nn.Module) -> nn.Module:
-    arguments = (replacement.key, source, config, original)
-    try:
-        inspect.signature(replacement.operator).bind(*arguments, **replacement.kwargs)
-    except TypeError as error:
-        raise RuleError(
-            f"{replacement.rule.where}: {replacement.operator.__name__} for {replacement.key} was not built with "
-            f"kwargs {dict(replacement.kwargs)}: {error}. Its constructor is {inspect.signature(replacement.operator)}."
-        ) from error
-    operator = replacement.operator(*arguments, **replacement.kwargs)
-    operator._is_hf_initialized = True  # transformers must not initialize it again
-    return operator.train(original.training)
+        setattr(parent, child_name, build(replacement, source, config or model.config, original))
 
 
 @contextlib.contextmanager
@@ -149,7 +135,7 @@ def _restored_on_failure(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _load(model: nn.Module, replacements: Mapping[str, Replacement], source: Any, progress: bool) -> None:
+def _load(model: nn.Module, replacements: Mapping[str, Replacement], source: ModelWeights, progress: bool) -> None:
     """Load every tensor once. Peak memory: the mapped files plus one tensor."""
     devices = {name: replacement.device for name, replacement in replacements.items()}
     source.devices = devices  # for operators of users' that load their children themselves

@@ -1,4 +1,6 @@
-"""Fixtures for all tests. This folder is on sys.path, so tests write ``from tiny import ...``."""
+"""Fixtures for all tests."""
+
+import signal
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from tests.fast import mark_slow
 from tests.tiny import FAMILIES, save, tiny_model
 
 torch.set_num_threads(1)  # at these sizes threads cost more than they give
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs and their children ignore Ctrl-C
 
 
 def pytest_collection_modifyitems(items):

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS = [  # lowest first: one row a floor, folders and single files of ktransformers/, and models/
-    "errors env devices upstream",
+    "errors paths env devices upstream",
     "models quants",
     "native machine kernels",
     "loaders",

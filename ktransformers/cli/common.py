@@ -8,7 +8,6 @@ import gc
 import json
 import math
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
 from ktransformers.errors import KTransformersError
+from ktransformers.paths import write_whole
 
 T = TypeVar("T")
 
@@ -207,18 +207,8 @@ def new_file(text: str, flag: str, force: bool) -> Path | None:
 
 def write_file(path: Path, text: str, flag: str) -> None:
     """Write all of a file or nothing: what is there may be the only copy. Raises KTransformersError."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        if path.exists() and not path.is_file():
-            path.write_text(text, encoding="utf-8")
-            return
-        try:
-            part.write_text(text, encoding="utf-8")
-            if path.exists():
-                shutil.copymode(path, part)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_whole(path, text)
     except OSError as error:
         raise KTransformersError(
             f"{flag} {path}: cannot be written: {error.strerror or error}. Choose another path, or free space."

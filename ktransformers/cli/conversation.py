@@ -22,6 +22,7 @@ from ktransformers.cli import messages
 from ktransformers.cli.common import drop_output, err, error_object, note, print_error, renamed_devices
 from ktransformers.configs import text_config
 from ktransformers.errors import KTransformersError
+from ktransformers.paths import existing_path
 
 if TYPE_CHECKING:
     from ktransformers.engine.generate import Timing
@@ -128,8 +129,9 @@ def _set_threads(count: int) -> None:
 def _read_prompt_file(path: str) -> str:
     if not path:
         return ""
+    there = existing_path(path, "prompt file") or Path(path)
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        text = there.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise KTransformersError(f"prompt file {path}: cannot be read: {error}. Check the path.") from error
     if not text.strip():

@@ -24,6 +24,7 @@ from ktransformers.cli.common import (
 )
 from ktransformers.configs import text_config
 from ktransformers.errors import KTransformersError
+from ktransformers.paths import existing_path
 
 if TYPE_CHECKING:
     from ktransformers.planner.profile import RoutingProfile
@@ -92,9 +93,10 @@ def read_prompts(path: Path) -> list[tuple[int, str]]:
     A file that ends in .jsonl holds JSON throughout; in any other a line that is a JSON object with "prompt" is one,
     and every other line is a prompt as it is.
     """
+    there = existing_path(path, "--prompts") or path
     try:
-        lines = path.expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError, RuntimeError) as error:
+        lines = there.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
         raise KTransformersError(f"--prompts {path}: cannot be read: {error}. Check the path.") from error
     found = [(n, _prompt(line, path, n)) for n, line in enumerate(lines, 1) if line.strip()]
     if not found:

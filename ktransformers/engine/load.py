@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ktransformers.errors import KTransformersError
+from ktransformers.paths import existing_path
 
 
 def _silent(text: str) -> None:
@@ -99,7 +100,7 @@ def _notices(notify: Callable[[str], None]) -> Iterator[None]:
 
 def read_config_and_tokenizer(model_path: str, needs_template: bool = True) -> tuple[Any, Any]:
     """Config and tokenizer of a model folder, or of a GGUF file."""
-    path = Path(model_path).expanduser()
+    path = existing_path(model_path, "model") or Path(model_path)
     if path.suffix == ".gguf" and not path.is_dir():
         from ktransformers import config_from_gguf, tokenizer_from_gguf
 

@@ -128,8 +128,21 @@ def _rope_scaling(config) -> dict[str, str | int | float | None]:
         "rope.scaling.original_context_length": rope.get("original_max_position_embeddings"),
         "rope.scaling.yarn_beta_fast": as_float(rope.get("beta_fast")),
         "rope.scaling.yarn_beta_slow": as_float(rope.get("beta_slow")),
-        "rope.scaling.yarn_attn_factor": as_float(rope.get("attention_factor")),
+        "rope.scaling.yarn_attn_factor": as_float(_attention_factor(config, rope)),
     }
+
+
+def _attention_factor(config, rope: dict[str, Any]) -> float | None:
+    """What sine and cosine are multiplied by, where a file's other keys do not tell it.
+
+    A file has one logarithm's multiplier, which readers take for both of `mscale` and `mscale_all_dim`.
+    """
+    stated, whole = rope.get("attention_factor"), rope.get("mscale_all_dim")
+    if stated is not None or rope["rope_type"] != "yarn" or not whole or rope.get("mscale") == whole:
+        return stated
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    return ROPE_INIT_FUNCTIONS["yarn"](config, device="cpu")[1]
 
 
 # --- reading ----------------------------------------------------------------------------------------------

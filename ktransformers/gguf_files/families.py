@@ -67,7 +67,10 @@ def _write_deepseek2(config) -> dict[str, Any]:
 
 
 def _read_mla(read: Metadata) -> dict[str, Any]:
-    turned = read("rope.dimension_count")
+    turned, rope = read("rope.dimension_count"), read.rope(None)
+    if (multiplier := read("rope.scaling.yarn_log_multiplier", None)) is not None:
+        scale = shortest(multiplier * 10)
+        rope |= {"mscale": scale, "mscale_all_dim": scale}
     return {
         "num_key_value_heads": read("attention.head_count"),
         "q_lora_rank": read("attention.q_lora_rank", None),
@@ -75,15 +78,12 @@ def _read_mla(read: Metadata) -> dict[str, Any]:
         "head_dim": turned,  # what transformers' rotary embedding reads
         "qk_nope_head_dim": (read("attention.key_length_mla", None) or read("attention.key_length")) - turned,
         "v_head_dim": read("attention.value_length_mla", None) or read("attention.value_length"),
-        "rope_parameters": read.rope(None),
+        "rope_parameters": rope,
     }
 
 
 def _read_deepseek2(read: Metadata) -> tuple[str, dict[str, Any]]:
     sigmoid, found = read("expert_gating_func", _SOFTMAX) == _SIGMOID, _read_mla(read)
-    if (multiplier := read("rope.scaling.yarn_log_multiplier", None)) is not None:
-        scale = shortest(multiplier * 10)
-        found["rope_parameters"] |= {"mscale": scale, "mscale_all_dim": scale}
     if not sigmoid:
         grouped = read("expert_group_count", 0) > 1
         found["topk_method"] = "group_limited_greedy" if grouped else "greedy"

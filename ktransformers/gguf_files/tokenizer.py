@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ktransformers.errors import UnsupportedError, WeightError, did_you_mean
+from ktransformers.errors import UnsupportedError, WeightError, did_you_mean, is_whole
 from ktransformers.gguf_files.pretokenizers import ADDS_BOS, NAMES, SPLITS, WHOLE_WORDS_FIRST
 from ktransformers.loaders import open_weights
 
@@ -251,29 +251,32 @@ def _add_tokens(backend: "Tokenizer", tokens: list[str], types: list[int]) -> No
 
 # --- writing ----------------------------------------------------------------------------------------------
 
+_NO_TOKENIZER = "no tokenizer in the file: {}; llama.cpp needs one"
+_END_KEYS = ("eos", "eot", "eom")  # all that GGUF has for ends
 
-def add_tokenizer(writer, folder: Path, config) -> str | None:
-    """Write the tokenizer of a model folder. Returns None, or why llama.cpp finds none in the file.
+
+def add_tokenizer(writer, folder: Path, config) -> list[str]:
+    """Write the tokenizer of a model folder. Returns what of it is not in the file, or not for llama.cpp, and why.
 
     tokenizer.json goes in whole, which is what KTransformers reads; byte-level BPE also in llama.cpp's keys.
     """
     source = folder / "tokenizer.json"
     if not source.is_file():
-        return f"no tokenizer.json in {folder}"
+        return [_NO_TOKENIZER.format(f"no tokenizer.json in {folder}")]
     text = source.read_text("utf-8")
     described = json.loads(text)
     writer.add_string("tokenizer.huggingface.json", text)
-    _add_special(writer, folder, config)
+    notices = _add_special(writer, folder, config)
     model = described.get("model", {})
     if model.get("type") != "BPE" or "ByteLevel" not in json.dumps(described.get("pre_tokenizer")):
-        return f"{source} is not a byte-level BPE tokenizer"
+        return [*notices, _NO_TOKENIZER.format(f"{source} is not a byte-level BPE tokenizer")]
     tokens, kinds = _tokens(described, config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(_pre_tokenizer(described["pre_tokenizer"]))
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in model.get("merges", [])])
-    return None
+    return notices
 
 
 def _tokens(described: dict, size: int) -> tuple[list[str], list[int]]:
@@ -301,7 +304,8 @@ def _pre_tokenizer(pre: dict) -> str:
     return NAMES.get(tuple(patterns), "default") if known else "default"
 
 
-def _add_special(writer, folder: Path, config) -> None:
+def _add_special(writer, folder: Path, config) -> list[str]:
+    """Special ids, whether they are put around texts, and the chat templates. Returns what has no key."""
     settings = {}
     if (folder / "tokenizer_config.json").is_file():
         settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
@@ -312,19 +316,23 @@ def _add_special(writer, folder: Path, config) -> None:
     if (folder / "generation_config.json").is_file():
         generation = json.loads((folder / "generation_config.json").read_text("utf-8"))
         ends += [n for n in _ids(generation.get("eos_token_id"), config.vocab_size) if n not in ends]
-    for kind, number in zip(("eos", "eot", "eom"), ends, strict=False):  # GGUF has words for three ends
+    for kind, number in zip(_END_KEYS, ends, strict=False):
         getattr(writer, f"add_{kind}_token_id")(number)
     for kind in ("bos", "eos"):
         if isinstance(settings.get(f"add_{kind}_token"), bool):
             getattr(writer, f"add_add_{kind}_token")(settings[f"add_{kind}_token"])
     if (templates := _templates(folder, settings)) is not None:
         writer.add_chat_template(templates)
+    if not (left := ends[len(_END_KEYS) :]):
+        return []
+    return [f"end-of-sequence tokens {left} are not in the file: GGUF has keys for {len(_END_KEYS)} ends. Readers end "
+            "an answer there only if they know the tokens by their text."]  # fmt: skip
 
 
 def _ids(stated: Any, size: int) -> list[int]:
     """Token ids, one or several as configs state them, that the vocabulary has."""
     numbers = stated if isinstance(stated, list) else [stated]
-    return list(dict.fromkeys(n for n in numbers if type(n) is int and 0 <= n < size))
+    return list(dict.fromkeys(n for n in numbers if is_whole(n, 0, size - 1)))
 
 
 def _templates(folder: Path, settings: dict) -> str | list[dict[str, str]] | None:

@@ -189,11 +189,11 @@ def write_gguf(
     source: Path,
     split: int = 0,
     progress=lambda _: None,
-) -> tuple[list[Path], str | None]:
+) -> tuple[list[Path], list[str]]:
     """Write the planned tensors to `out`, or to OUT-0000i-of-0000n.gguf with at most `split` tensors each.
 
-    `progress` is called with the number of weights after each tensor. Returns the files and why there is no
-    tokenizer in them, if there is none. Raises WeightError when the disk is full, leaving nothing behind.
+    `progress` is called with the number of weights after each tensor. Returns the files and notices: what
+    of the tokenizer is not in them. Raises WeightError when the disk is full, leaving nothing behind.
     """
     import gguf
 
@@ -212,11 +212,11 @@ def write_gguf(
             writer.add_file_type(FILE_TYPES[mix])
             writer.add_quantization_version(2)
             add_config(writer, arch, config)
-            no_tokenizer = add_tokenizer(writer, source, config)
+            notices = add_tokenizer(writer, source, config)
             _write_tensors(writer, outputs, progress)
         finally:
             writer.close()
-        return _publish(folder, out), no_tokenizer
+        return _publish(folder, out), notices
 
 
 def _publish(folder: Path, out: Path) -> list[Path]:
@@ -274,12 +274,12 @@ def quantize_folder(source: Path, out: Path, mix: str = "Q4_K_M", split: int = 0
         tied = {name for name, origin in model.all_tied_weights_keys.items() if weights.same(name, origin)}
         outputs = plan(weights, config, shapes, mix, tied)
         with _progress(outputs, show) as advance:
-            written, notice = write_gguf(out, family.arch, config, outputs, mix, source, split, advance)
+            written, notices = write_gguf(out, family.arch, config, outputs, mix, source, split, advance)
     return {
         "files": [str(path) for path in written],
         "bytes": sum(path.stat().st_size for path in written),
         "types": dict(Counter(output.type.name for output in outputs)),
-        "notices": [f"no tokenizer in the file: {notice}; llama.cpp needs one"] if notice else [],
+        "notices": notices,
     }
 
 

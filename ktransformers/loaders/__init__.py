@@ -11,6 +11,7 @@ from ktransformers.loaders.bind import bind
 from ktransformers.loaders.dtypes import checkpoint_dtype, held_as_stored
 from ktransformers.loaders.sources import ExpertWeights
 from ktransformers.loaders.weights import ModelWeights
+from ktransformers.paths import existing_path
 
 GGUFLoader = ModelWeights
 """The name users' operators annotate `gguf_loader` with; it is whatever weight source is open."""
@@ -33,11 +34,9 @@ def open_weights(path: str | Path) -> WeightFiles:
 
     if not isinstance(path, (str, Path)) or not str(path):
         raise WeightError(f"weights: found {path!r}, expected the path of a folder, a .safetensors or a .gguf.")
-    try:
-        path = Path(path).expanduser()
-        path.is_dir()
-    except (OSError, RuntimeError) as error:  # a name too long, the home of nobody
-        raise WeightError(f"weights: {str(path)[:80]!r} cannot be looked up: {error.args[-1]}.") from error
+    given, path = path, existing_path(path, "weights", WeightError)
+    if path is None:
+        raise WeightError(f"{given}: no such file or folder. Check the path.")
     if path.is_dir():
         if any(path.glob("*.safetensors")):  # a folder with both: upstream's choice too
             return SafetensorsFiles.open(path)
@@ -46,8 +45,6 @@ def open_weights(path: str | Path) -> WeightFiles:
         if any(path.glob("*.safetensors.index.json")):  # the files that it names are missing, which it says
             return SafetensorsFiles.open(path)
         raise WeightError(_no_weights(path))
-    if not path.exists():
-        raise WeightError(f"{path}: no such file or folder. Check the path.")
     if not path.is_file():
         raise WeightError(f"{path}: neither a file nor a folder. Give the path of the weights.")
     if path.suffix == ".gguf":

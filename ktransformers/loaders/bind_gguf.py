@@ -1,12 +1,13 @@
 """GGUF names to the model's, through gguf_names.py, and the file's metadata against the config."""
 
+import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from ktransformers.errors import UnsupportedError
+from ktransformers.errors import UnsupportedError, is_whole
 from ktransformers.loaders import gguf_names
 from ktransformers.loaders.base import WeightFiles
 from ktransformers.loaders.binding import Binding, Shapes, extra_layers
@@ -100,7 +101,7 @@ def _mismatches(files: WeightFiles, arch: str, config) -> list[str]:
 
     def compare(key: str, stored: object, attribute: str, *also: int) -> None:
         wanted = getattr(config, attribute)
-        if type(stored) is int and stored != wanted and stored not in also:
+        if is_whole(stored) and stored != wanted and stored not in also:
             notes.append(f"{arch}.{key} is {stored} in the GGUF file, the config has {attribute} {wanted}")
 
     stated = metadata.get(f"{arch}.nextn_predict_layers")
@@ -110,12 +111,28 @@ def _mismatches(files: WeightFiles, arch: str, config) -> list[str]:
     for key, attributes in gguf_names.CHECKS:
         if attribute := _attribute(config, attributes):
             compare(key, metadata.get(f"{arch}.{key}"), attribute)
+    notes += _other_kv_heads(metadata, arch, config)
     scaled = next((name for name in ("rope_freqs.weight", "rope_factors_long.weight") if name in files), None)
     if scaled and _unscaled(config) and bool((files.tensor(scaled, dtype=torch.float32) != 1).any()):
         notes.append(
             f"{scaled} scales RoPE in the GGUF file, the config has rope_type 'default'; take both from the same source"
         )
     return notes
+
+
+def _other_kv_heads(metadata: dict, arch: str, config) -> list[str]:
+    """Key-value heads that are not the config's. Rows of k_proj do not tell them: half as many of twice the size fit.
+
+    A file has one number, or one for each layer: 0 where a layer is no attention, twice the config's in layers of some
+    families. Latent attention (MLA) has no such heads; its files say 1, or all heads, by age.
+    """
+    key, wanted = f"{arch}.attention.head_count_kv", getattr(config, "num_key_value_heads", None)
+    stored = metadata.get(key)
+    counts = {stored} if is_whole(stored) else set(stored) - {0} if isinstance(stored, Sequence) else set()
+    if not wanted or getattr(config, "kv_lora_rank", None) or not counts or wanted in counts:
+        return []
+    found = stored if is_whole(stored) else sorted(counts)
+    return [f"{key} is {found} in the GGUF file, the config has num_key_value_heads {wanted}"]
 
 
 def _unscaled(config) -> bool:
@@ -131,8 +148,15 @@ def _attribute(config, attributes: tuple[str, ...]) -> str | None:
 
 
 def _notices(metadata: dict, arch: str, config) -> Iterator[str]:
-    """Choices that the config makes otherwise than the file."""
+    """Choices that the config makes otherwise than the file, whose floats are float32."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    theta = rope.get("full_attention", rope).get("rope_theta")
     for key, attributes in gguf_names.CHOICES:
-        attribute, stored = _attribute(config, attributes), metadata.get(f"{arch}.{key}")
-        if attribute and type(stored) is type(wanted := getattr(config, attribute)) is int and stored != wanted:
-            yield f"{attribute} is {wanted} in the config and {stored} in the GGUF file; the config's number counts"
+        attribute, stored = _attribute(config, attributes) or attributes[0], metadata.get(f"{arch}.{key}")
+        wanted = theta if attribute == "rope_theta" else getattr(config, attribute, None)
+        if _is_number(stored) and _is_number(wanted) and not math.isclose(stored, wanted, rel_tol=1e-5):
+            yield f"{attribute} is {wanted} in the config and {stored:.7g} in the GGUF file; the config's number counts"
+
+
+def _is_number(value: object) -> bool:
+    return is_whole(value) or isinstance(value, float)

@@ -1,6 +1,6 @@
 """What binding a checkpoint to a model finds, and what both formats share in finding it."""
 
-
+from ktransformers.errors import is_whole
 from ktransformers.loaders.sources import Source
 
 Shapes = dict[str, tuple[int, ...]]
@@ -25,5 +25,5 @@ def extra_layers(config, stated: object = None) -> range:
     file says it has."""
     config = config.get_text_config()
     layers, known = config.num_hidden_layers, getattr(config, "num_nextn_predict_layers", 0) or 0
-    more = min(stated, 1000) if type(stated) is int else 0
+    more = min(stated, 1000) if is_whole(stated) else 0
     return range(layers, layers + max(known, more))

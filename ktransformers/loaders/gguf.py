@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ktransformers.errors import UnsupportedError, WeightError, join_errors
+from ktransformers.errors import UnsupportedError, WeightError, is_whole, join_errors
 from ktransformers.loaders.base import MappedFile, TensorInfo, WeightFiles, check_ranges, describe_folder
 from ktransformers.quants.blocks import BY_ID, REMOVED
 
@@ -195,7 +195,7 @@ def _read_metadata(cursor: _Cursor, entries: int) -> dict:
 
 def _read_alignment(cursor: _Cursor, metadata: dict) -> int:
     alignment = metadata.get("general.alignment", 32)
-    if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1) or alignment > 1 << 20:
+    if not is_whole(alignment, 1, 1 << 20) or alignment & (alignment - 1):
         raise cursor.fail(f"general.alignment is {alignment!r}, expected a power of two")
     return alignment
 

@@ -122,8 +122,16 @@ CHECKS = (
 """Metadata keys (after the architecture) and the config attributes that must agree with them: they say how tensors are
 shaped, or cut into heads and experts."""
 
-CHOICES = (("expert_used_count", ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk")),)
-"""The same for what any weights can be computed with: the config's number counts, with a notice."""
+_EPSILONS = ("rms_norm_eps", "norm_eps", "layernorm_epsilon", "layer_norm_epsilon")
+
+CHOICES = (
+    ("expert_used_count", ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk")),
+    ("attention.layer_norm_rms_epsilon", _EPSILONS),
+    ("attention.layer_norm_epsilon", _EPSILONS),
+    ("rope.freq_base", ("rope_theta",)),
+)
+"""The same for what any weights can be computed with: the config's number counts, with a notice. `rope_theta` is that
+of full attention where kinds of layers differ."""
 
 
 def family_of(arch: object, model_type: str) -> Family:

@@ -10,7 +10,7 @@ _NUMBER = re.compile(r"(?<=\.)[0-9]{1,9}(?=\.)")  # a layer or expert inside a d
 
 
 @dataclass(frozen=True)
-class Problem:
+class TensorProblem:
     """Something wrong with the tensor `name`."""
 
     name: str
@@ -21,7 +21,7 @@ class Problem:
         return f"{self.name}: {self.text}"
 
 
-def grouped(problems: list[Problem], at_least: int = 3) -> list[str]:
+def grouped(problems: list[TensorProblem], at_least: int = 3) -> list[str]:
     """One line per problem; from `at_least` on, lines that differ only in numbers inside names become one,
     `model.layers.{3-60}.mlp.gate.weight: missing (58 tensors)`. The order of first appearance is kept."""
     groups: dict[str, list[str]] = defaultdict(list)

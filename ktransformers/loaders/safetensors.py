@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ktransformers.errors import WeightError, did_you_mean, join_errors
+from ktransformers.errors import WeightError, did_you_mean, is_whole, join_errors
 from ktransformers.loaders.base import MappedFile, TensorInfo, WeightFiles, check_ranges, describe_folder
 from ktransformers.loaders.schemes import ScaledInfo, combine, read_config, read_scheme
 from ktransformers.quants.blocks import QUANT_TYPES, Packed, QuantType
@@ -76,7 +76,7 @@ def _parse_json(text: bytes, path: Path, what: str) -> dict:
 
 
 def _whole(value: object) -> bool:
-    return type(value) is int and 0 <= value < 1 << 63
+    return is_whole(value, 0, (1 << 63) - 1)
 
 
 def _entry(path: Path, name: str, entry: object, data: int, size: int) -> TensorInfo:

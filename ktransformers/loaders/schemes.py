@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ktransformers.errors import WeightError
+from ktransformers.errors import WeightError, is_whole
 from ktransformers.loaders.base import TensorInfo
 from ktransformers.quants.scaled import AWQ4, F4_E2M1, F8_E4M3, GPTQ4, GPTQ8, I4, I8, U8, ScaledType
 
@@ -122,7 +122,7 @@ def _scheme(config: dict) -> Scheme:
 
 def _size(value: Any) -> int | None:
     """`value` if it is a whole number from 1 on."""
-    return value if type(value) is int and value > 0 else None
+    return value if is_whole(value, 1) else None
 
 
 # --- putting tensors together ----------------------------------------------------------------------------------------

@@ -365,7 +365,7 @@ def split_gate_up(source: Source, interleaved: bool = False) -> tuple[Matrices, 
     rows = fused.shape[1] // 2
     experts = [fused.expert(e) for e in range(fused.shape[0])]
     if interleaved:
-        return [e.rows(0, 2 * rows, 2) for e in experts], [e.rows(1, 2 * rows, 2) for e in experts]
+        return [_every_other(e, 0) for e in experts], [_every_other(e, 1) for e in experts]
     return [e.rows(0, rows) for e in experts], [e.rows(rows, 2 * rows) for e in experts]
 
 

@@ -11,11 +11,12 @@ from ktransformers.errors import UnsupportedError, WeightError, did_you_mean
 from ktransformers.loaders import schemes
 from ktransformers.loaders.base import TensorInfo, WeightFiles
 from ktransformers.loaders.binding import Binding, Shapes
-from ktransformers.loaders.problems import Problem, grouped
+from ktransformers.loaders.problems import TensorProblem, grouped
 from ktransformers.loaders.sources import (
     Converted,
     ExpertWeights,
     ModelTransposed,
+    Plain,
     RowsInTurn,
     Source,
     StoredTransposed,
@@ -170,7 +171,8 @@ class ModelWeights:
         if self.has(name := f"{prefix}.down_proj_bias"):
             down_bias = self.tensor(name, dtype=torch.float32)
         gate, up = split_gate_up(gate_up, interleaved) if first == "gate_up_proj" else (None, split_down(gate_up))
-        copied = isinstance(down, StoredTransposed) or isinstance(gate_up, RowsInTurn)
+        in_turn = isinstance(gate_up, RowsInTurn) or interleaved and type(gate_up) is Plain and type(gate[0]) is Packed
+        copied = isinstance(down, StoredTransposed) or in_turn
         return ExpertWeights(gate, up, split_down(down), gate_bias, up_bias, down_bias, copied)
 
     def problems(self, expected: Shapes, ignore_unexpected: Iterable[str] = ()) -> list[str]:
@@ -182,11 +184,11 @@ class ModelWeights:
         binding = self._binding
         missing = [name for name in expected if name not in self._sources]
         unused = self._unused(ignore_unexpected)
-        found = [Problem(name, self._missing_text(name, unused, len(missing))) for name in missing]
+        found = [TensorProblem(name, self._missing_text(name, unused, len(missing))) for name in missing]
         for name, shape in expected.items():
             if name in self._sources:
                 found += self._misfits(name, tuple(shape))
-        found += [Problem(name, "in the checkpoint, but the model has no place for it") for name in unused]
+        found += [TensorProblem(name, "in the checkpoint, but the model has no place for it") for name in unused]
         notes = binding.notes
         if found and self.files.method and self.files.method not in schemes.READ:
             known = ", ".join(schemes.READ)
@@ -201,20 +203,20 @@ class ModelWeights:
         few = missing <= 20 and len(unused) <= 200  # else the hint costs more than it helps
         return text + (did_you_mean(name, unused) if few else "")
 
-    def _misfits(self, name: str, shape: tuple[int, ...]) -> list[Problem]:
+    def _misfits(self, name: str, shape: tuple[int, ...]) -> list[TensorProblem]:
         source = self._sources[name]
         found = []
         if faults := [info for info in source.infos if info.fault]:
             more = f" (and {len(faults) - 1} more of its tensors)" if len(faults) > 1 else ""
             where = f"{faults[0].name}: " if faults[0].name != name else ""
-            return [Problem(name, f"{where}{faults[0].fault}{more}")]
+            return [TensorProblem(name, f"{where}{faults[0].fault}{more}")]
         shape = (self._binding.experts.get(name, shape[0]), *shape[1:]) if shape else shape
         if source.shape != shape or source.broken:
             text = f"has shape {_shapes(source)} in the checkpoint, the model expects {list(shape)}"
-            found.append(Problem(name, text))
+            found.append(TensorProblem(name, text))
         for kind in dict.fromkeys(info.type for info in source.infos):
             if not source.computes(kind):
-                found.append(Problem(name, f"stored as {kind.name}, not computed yet; {_OTHER[self.format]}"))
+                found.append(TensorProblem(name, f"stored as {kind.name}, not computed yet; {_OTHER[self.format]}"))
         return found
 
     def _unused(self, ignore_unexpected: Iterable[str]) -> list[str]:

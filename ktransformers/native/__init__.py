@@ -8,7 +8,7 @@ Letters: T tokens, H hidden, I intermediate, E experts, K experts per token.
 """
 
 from ktransformers.native.checks import MAX_THREADS
-from ktransformers.native.experts import ACTIVATIONS, Experts
+from ktransformers.native.experts import ACTIVATIONS, Experts, Glu
 from ktransformers.native.library import (
     NOT_BUILT,
     Pool,
@@ -20,6 +20,7 @@ from ktransformers.native.library import (
     isa,
     isa_needs,
     isas,
+    nodes,
     scratch_bytes,
     set_exact,
     set_isa,
@@ -39,6 +40,7 @@ __all__ = [
     "SCALES",
     "SUPPORTED_TYPES",
     "Experts",
+    "Glu",
     "HostCall",
     "Linear",
     "Pool",
@@ -52,6 +54,7 @@ __all__ = [
     "isa",
     "isa_needs",
     "isas",
+    "nodes",
     "scratch_bytes",
     "set_exact",
     "set_isa",

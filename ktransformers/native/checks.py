@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ktransformers.errors import NativeError
+from ktransformers.errors import NativeError, is_whole
 
 if TYPE_CHECKING:
     from ktransformers.quants.blocks import Packed
@@ -19,7 +19,7 @@ MAX_THREADS = 1024
 
 
 def whole_number(value: Any, low: int, high: int, subject: str, otherwise: str = "") -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+    if not is_whole(value, low, high):
         raise NativeError(f"{subject}: found {value!r}, expected a whole number from {low} to {high}{otherwise}.")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,22 @@ ACTIVATIONS = {
 """Names of kt_activation, in transformers' spelling where it has one; a test holds them to the header."""
 
 
+@dataclass(frozen=True)
+class Glu:
+    """What experts do between their products: activation(gate + bias) * (up + bias), and the bias after down.
+
+    `activation`: a key of ACTIVATIONS; "swigluoai" is gate * sigmoid(alpha * gate) * (up + 1). Before the activation
+    gate is cut to at most `limit` and up to -limit..limit. Biases: floats [E, I], [E, I], [E, H].
+    """
+
+    activation: str = "silu"
+    alpha: float = 1.0
+    limit: float = math.inf
+    gate_bias: torch.Tensor | None = None
+    up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+
+
 class Experts:
     """Routed experts on packed bytes. Keeps the Packed weights alive; makes no copy of them. No gradients."""
 
@@ -30,64 +47,50 @@ class Experts:
         gate: list[Packed] | None,
         up: list[Packed],
         down: list[Packed],
-        activation: str = "silu",
+        glu: Glu | str = "silu",
         name: str = "experts",
-        *,
-        gate_bias: torch.Tensor | None = None,
-        up_bias: torch.Tensor | None = None,
-        down_bias: torch.Tensor | None = None,
-        alpha: float = 1.0,
-        limit: float | None = None,
     ) -> None:
-        """E matrices each: gate and up [I, H], down [H, I]; types may differ. `activation`: a key of ACTIVATIONS.
+        """E matrices each: gate and up [I, H], down [H, I]; types may differ. `glu`: a Glu, or its activation alone.
 
-        `gate` None: experts without a gate, activation(up). Biases: floats [E, I], [E, I], [E, H]. Before the
-        activation gate is cut to at most `limit` and up to -limit..limit. "swigluoai" is
-        gate * sigmoid(alpha * gate) * (up + 1).
-        Raises UnsupportedError for a weight type or activation without C code, NativeError for what does not fit.
+        `gate` None: experts without a gate, activation(up). Raises UnsupportedError for a weight type or activation
+        without C code, NativeError for what does not fit.
         """
         state = loaded()
-        if not isinstance(activation, str) or activation not in ACTIVATIONS:
-            raise UnsupportedError(
-                f"{name}: activation {activation!r} is not computed in C{did_you_mean(str(activation), ACTIVATIONS)}. "
-                f"Known: {', '.join(ACTIVATIONS)}."
-            )
+        glu = glu if isinstance(glu, Glu) else Glu(glu)
+        _check_activation(glu.activation, name)
         roles = {"gate": gate, "up": up, "down": down}
-        for role, weights in roles.items():
-            if not isinstance(weights, (list, tuple)) and not (role == "gate" and weights is None):
-                raise NativeError(f"{name} ({role}): found {type(weights).__name__}, expected a list of E Packed.")
-        counts = [len(w) for w in roles.values() if w is not None]
-        if not up or len(set(counts)) != 1:
-            found = ", ".join(f"{len(w)} {role}" for role, w in roles.items() if w is not None)
-            raise NativeError(f"{name}: found {found} matrices, expected E of each.")
-        self.name, self.count = name, len(up)
+        self.name, self.count = name, _count(roles, name)
         self._keep: list[Any] = []
-        role = "up" if gate is None else "gate"
-        first = fill_weight(state, roles[role][0], f"{name}.0.{role}", [], state.ffi.new("kt_weight *"))
-        self.intermediate, self.hidden = first
-        arrays = []
-        shapes = {"up": (self.intermediate, self.hidden), "down": (self.hidden, self.intermediate)}
-        for role, weights in roles.items():
-            if weights is None:
-                arrays.append(state.ffi.NULL)
-                continue
-            array = state.ffi.new("kt_weight[]", self.count)
-            for e, weight in enumerate(weights):
-                subject, expected = f"{name}.{e}.{role}", shapes.get(role, shapes["up"])
-                shape = fill_weight(state, weight, subject, self._keep, array[e])
-                if shape != expected:
-                    raise NativeError(f"{subject}: found shape {list(shape)}, expected {list(expected)}.")
-            arrays.append(array)
-        glu = state.ffi.new("kt_glu *", {"activation": ACTIVATIONS[activation], "alpha": alpha})
-        glu.limit = math.inf if limit is None else limit
-        glu.gate_bias = self._bias(state, gate_bias, "gate", self.intermediate)
-        glu.up_bias = self._bias(state, up_bias, "up", self.intermediate)
-        glu.down_bias = self._bias(state, down_bias, "down", self.hidden)
+        first, role = (up, "up") if gate is None else (gate, "gate")
+        sizes = fill_weight(state, first[0], f"{name}.0.{role}", [], state.ffi.new("kt_weight *"))
+        self.intermediate, self.hidden = sizes
+        arrays = [self._matrices(state, role, weights) for role, weights in roles.items()]
         out = state.ffi.new("kt_experts **")
-        status = state.lib.kt_experts_create(self.count, *arrays, glu, out)
-        state.check(status, name)
+        state.check(state.lib.kt_experts_create(self.count, *arrays, self._glu(state, glu), out), name)
         self._experts = state.ffi.gc(out[0], state.lib.kt_experts_destroy)
         self.number = torch_ops.name_it(self)
+
+    def _matrices(self, state: State, role: str, weights: list[Packed] | None) -> Any:
+        """The E weights of a role as C's array, each of the shape that it must have; NULL for None."""
+        if weights is None:
+            return state.ffi.NULL
+        expected = (self.hidden, self.intermediate) if role == "down" else (self.intermediate, self.hidden)
+        array = state.ffi.new("kt_weight[]", self.count)
+        for e, weight in enumerate(weights):
+            subject = f"{self.name}.{e}.{role}"
+            shape = fill_weight(state, weight, subject, self._keep, array[e])
+            if shape != expected:
+                raise NativeError(f"{subject}: found shape {list(shape)}, expected {list(expected)}.")
+        return array
+
+    def _glu(self, state: State, glu: Glu) -> Any:
+        """`glu` as C's struct."""
+        made = state.ffi.new("kt_glu *", {"activation": ACTIVATIONS[glu.activation], "alpha": glu.alpha})
+        made.limit = glu.limit
+        made.gate_bias = self._bias(state, glu.gate_bias, "gate", self.intermediate)
+        made.up_bias = self._bias(state, glu.up_bias, "up", self.intermediate)
+        made.down_bias = self._bias(state, glu.down_bias, "down", self.hidden)
+        return made
 
     def _bias(self, state: State, bias: torch.Tensor | None, role: str, width: int) -> Any:
         """A pointer to fp32 [E, width] that this object keeps alive."""
@@ -149,3 +152,23 @@ class Experts:
         return hidden, as_read(ids, torch.int64), as_read(weights, torch.float32)
 
     __call__ = forward
+
+
+def _check_activation(activation: Any, name: str) -> None:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise UnsupportedError(
+            f"{name}: activation {activation!r} is not computed in C{did_you_mean(str(activation), ACTIVATIONS)}. "
+            f"Known: {', '.join(ACTIVATIONS)}."
+        )
+
+
+def _count(roles: dict[str, Any], name: str) -> int:
+    """E, after checking that each role has as many matrices. Only a gate may be missing."""
+    for role, weights in roles.items():
+        if not isinstance(weights, (list, tuple)) and not (role == "gate" and weights is None):
+            raise NativeError(f"{name} ({role}): found {type(weights).__name__}, expected a list of E Packed.")
+    counts = {role: len(weights) for role, weights in roles.items() if weights is not None}
+    if not counts["up"] or len(set(counts.values())) != 1:
+        found = ", ".join(f"{count} {role}" for role, count in counts.items())
+        raise NativeError(f"{name}: found {found} matrices, expected E of each.")
+    return counts["up"]

@@ -145,6 +145,12 @@ def threads() -> int:
     return state.lib.kt_pool_threads(pool)
 
 
+def nodes() -> list[int]:
+    """Threads of the pool on each NUMA node that it knows; one number where there is one node."""
+    state, pool = pooled()
+    return [state.lib.kt_pool_node_threads(pool, n) for n in range(state.lib.kt_pool_nodes(pool))]
+
+
 def set_threads(count: int | None) -> None:
     """Use `count` threads from now on, the calling one included; None: KT_THREADS or the machine's cores.
 

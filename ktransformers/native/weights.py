@@ -10,20 +10,17 @@ import torch
 from ktransformers.errors import NativeError, UnsupportedError, did_you_mean
 from ktransformers.native.checks import packed_shape
 from ktransformers.native.library import State, loaded
+from ktransformers.quants.scaled import BLOCKS_IN_C, SCALED_IN_C
 
 if TYPE_CHECKING:
     from ktransformers.quants.blocks import Packed
     from ktransformers.quants.scaled import ScaledWeight
 
-SUPPORTED_TYPES = frozenset(
-    ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
-     "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4",
-     "NVFP4"]
-)  # fmt: skip
+SUPPORTED_TYPES = BLOCKS_IN_C
 """Block formats with C kernels (with SCALED_TYPES the rows of traits.c; a test holds them together)."""
 
-SCALED_TYPES = frozenset(["F8_E4M3", "F4_E2M1", "I8", "U8", "I4", "GPTQ4", "GPTQ8", "AWQ4"])
-"""Types with C kernels with separate scales (ktransformers.quants.scaled)."""
+SCALED_TYPES = SCALED_IN_C
+"""Types with C kernels with separate scales."""
 
 SCALES = {"F32": 0, "F16": 1, "BF16": 2, "E8M0": 3, "E4M3": 4}
 """Names of kt_scale; a test holds them to the header."""

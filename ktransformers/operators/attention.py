@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ktransformers.loaders import WeightSource
 from ktransformers.operators.attention_inputs import BUILD_WITH, IMPLEMENTATIONS, check_inputs, update_cache
 from ktransformers.operators.base_operator import FamilyOperator
 from ktransformers.operators.cpu_attention import fused, one_query
@@ -60,7 +61,7 @@ class KDeepseekV2Attention(FamilyOperator):
     def __init__(
         self,
         key: str,
-        gguf_loader: Any,
+        gguf_loader: WeightSource,
         config: Any,
         orig_module: nn.Module | None = None,
         prefill_device: str = "cuda",
@@ -76,7 +77,7 @@ class KDeepseekV2Attention(FamilyOperator):
 
     @classmethod
     def check(
-        cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None
+        cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: WeightSource | None = None
     ) -> list[str]:
         if differences := _differences(orig_module):
             found = f"found {type(orig_module).__name__} with {'; '.join(differences)}"

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ktransformers.errors import UnsupportedError, WeightError
+from ktransformers.loaders import WeightSource
+from ktransformers.operators import failures
 
 
 class InferenceState(enum.Enum):
@@ -44,12 +46,15 @@ class BaseInjectedModule(nn.Module):
     loaded. A class that replaces the weights by something else says ``adopts = False`` and starts empty.
     """
 
+    rule: str = ""
+    """The place of the rule that put it here, such as "my.yaml:12"; for messages."""
+
     adopts: ClassVar[bool]  # no value here: a mixin such as KLinearBase, later in the MRO, may say False
 
     def __init__(
         self,
         key: str,
-        gguf_loader: Any,
+        gguf_loader: WeightSource,
         config: Any,
         orig_module: nn.Module | None = None,
         prefill_device: str = "cuda",
@@ -70,9 +75,15 @@ class BaseInjectedModule(nn.Module):
                 for shared in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
                     self.__dict__[shared] = orig_module.__dict__[shared]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A forward of a user's own says where it failed; those of this package are not slowed down."""
+        super().__init_subclass__(**kwargs)
+        if "forward" in vars(cls) and not cls.__module__.startswith("ktransformers."):
+            cls.forward = failures.noting_failures(cls.forward)
+
     @classmethod
     def check(
-        cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None
+        cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: WeightSource | None = None
     ) -> list[str]:
         """Say why this operator cannot take the place of `orig_module`; an empty list when it can.
 
@@ -139,7 +150,7 @@ class FamilyOperator(BaseInjectedModule):
 
     @classmethod
     def check(
-        cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None
+        cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: WeightSource | None = None
     ) -> list[str]:
         if cls.fits(orig_module):
             return []
@@ -148,7 +159,7 @@ class FamilyOperator(BaseInjectedModule):
     def __new__(
         cls,
         key: str = "",
-        gguf_loader: Any = None,
+        gguf_loader: WeightSource | None = None,
         config: Any = None,
         orig_module: nn.Module | None = None,
         *args: Any,
@@ -161,7 +172,7 @@ class FamilyOperator(BaseInjectedModule):
     def __init__(
         self,
         key: str,
-        gguf_loader: Any,
+        gguf_loader: WeightSource,
         config: Any,
         orig_module: nn.Module | None = None,
         prefill_device: str = "cuda",
@@ -187,7 +198,7 @@ def _family_class(operator: type, family: type) -> type:
 
 
 def load_weights(
-    module: nn.Module, gguf_loader: Any, prefix: str = "", devices: Mapping[str, str] | None = None
+    module: nn.Module, gguf_loader: WeightSource, prefix: str = "", devices: Mapping[str, str] | None = None
 ) -> None:
     """Load `module`, whose name in the model is `prefix`, and everything below it. An operator loads itself.
 
@@ -197,19 +208,20 @@ def load_weights(
     devices = devices or {}
     if callable(getattr(module, "load", None)):
         module.devices = devices
-        module.load()
+        with failures.named(type(module), "load", prefix, getattr(module, "rule", "")):
+            module.load()
         return
     load_own_weights(module, gguf_loader, prefix, device_of(prefix, devices))
     load_children(module, gguf_loader, prefix, devices)
 
 
-def load_children(module: nn.Module, gguf_loader: Any, prefix: str, devices: Mapping[str, str]) -> None:
+def load_children(module: nn.Module, gguf_loader: WeightSource, prefix: str, devices: Mapping[str, str]) -> None:
     """`load_weights` for each child of `module`."""
     for name, child in module.named_children():
         load_weights(child, gguf_loader, join(prefix, name), devices)
 
 
-def load_own_weights(module: nn.Module, gguf_loader: Any, prefix: str, device: Any) -> None:
+def load_own_weights(module: nn.Module, gguf_loader: WeightSource, prefix: str, device: Any) -> None:
     """Load the parameters and persistent buffers of `module` itself.
 
     A tensor the checkpoint does not hold stays on meta (it may be tied to one that it holds); whoever drives

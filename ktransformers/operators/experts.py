@@ -9,7 +9,6 @@ ways of gating. Some experts of a layer may be on a GPU and the others elsewhere
 Letters: T tokens, H hidden, I intermediate, E experts, K experts per token.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,11 +18,13 @@ from torch import Tensor, nn
 
 from ktransformers import native
 from ktransformers.errors import DeviceError, did_you_mean
+from ktransformers.loaders import WeightSource
 from ktransformers.models.traits import identity_experts, is_transposed
 from ktransformers.operators import hot_experts
 from ktransformers.operators.base_operator import InferenceState, forward_only, load_children, warn_once
 from ktransformers.operators.gating import Gating, apply_gate, gating_of
 from ktransformers.operators.inner_ops import (
+    InnerOperator,
     StagedOperator,
     dtype_problem,
     final_name,
@@ -61,7 +62,7 @@ class KExpertsBase:
     ids: Sequence[int] | None = None
     """The experts to hold, ascending; None is all. Those of others come as -1, or are skipped, and take no memory."""
 
-    def __init__(self, key: str, gguf_loader: Any, config: Any, orig_module: nn.Module, device: Any = "cpu"):
+    def __init__(self, key: str, gguf_loader: WeightSource, config: Any, orig_module: nn.Module, device: Any = "cpu"):
         self.key, self.gguf_loader, self.config = key, gguf_loader, config
         self.orig_module, self.device = orig_module, device
 
@@ -86,7 +87,7 @@ class KExpertsCPU(KExpertsBase):
         self.experts: native.Experts | None = None
 
     @classmethod
-    def problem(cls, key: str, experts: nn.Module, weights: Any) -> str:
+    def problem(cls, key: str, experts: nn.Module, weights: WeightSource | None) -> str:
         """Say why the C library cannot compute these experts, or return ``""``. `weights` may be None."""
         if not native.available():
             return f"{native.NOT_BUILT}; KExpertsTorch needs none"
@@ -111,9 +112,12 @@ class KExpertsCPU(KExpertsBase):
         if packed.copied:
             stored = "experts are stored by columns, or gate and up row by row in turn"
             warn_once(f"{stored}: KExpertsCPU computes from a copy in memory, not from the file")
-        biases = {"gate_bias": packed.gate_bias, "up_bias": packed.up_bias, "down_bias": packed.down_bias}
-        more = {name: bias for name, bias in biases.items() if bias is not None} | _numbers(gating)
-        self.experts = native.Experts(packed.gate, packed.up, packed.down, gating.activation, name=self.key, **more)
+        glu = native.Glu(
+            gating.activation, gating.alpha, gating.limit, packed.gate_bias, packed.up_bias, packed.down_bias
+        )
+        self.experts = native.Experts(packed.gate, packed.up, packed.down, glu, name=self.key)
+        if len(native.nodes()) > 1:  # else the first token that needs a page would place it, on whatever node that is
+            self.experts.place()
 
     def unload(self) -> None:
         self.experts = None
@@ -198,7 +202,7 @@ class KExpertsTorch(KExpertsBase):
         return F.linear(y, self.down[e], second)
 
 
-EXPERTS_MAP: dict[str, type] = {"KExpertsTorch": KExpertsTorch, "KExpertsCPU": KExpertsCPU}
+EXPERTS_MAP: dict[str, type[InnerOperator]] = {"KExpertsTorch": KExpertsTorch, "KExpertsCPU": KExpertsCPU}
 """Names a rule may give as `generate_op` and `prefill_op`; authors may add theirs."""
 
 
@@ -214,7 +218,7 @@ class KTransformersExperts(StagedOperator):
     def __init__(
         self,
         key: str,
-        gguf_loader: Any,
+        gguf_loader: WeightSource,
         config: Any,
         orig_module: nn.Module | None = None,
         prefill_device: str = "cuda",
@@ -246,10 +250,10 @@ class KTransformersExperts(StagedOperator):
         self.hold(generate, self._op(prefill_op, prefill_device) if given(prefill_op) else None)
 
     @staticmethod
-    def _op(name: str, device: str) -> tuple[type, torch.device]:
+    def _op(name: str, device: str) -> tuple[type[InnerOperator], torch.device]:
         return EXPERTS_MAP[resolve_op(name, device)], torch.device(device)
 
-    def _make(self, operator: type, device: Any) -> Any:
+    def _make(self, operator: type[InnerOperator], device: Any) -> InnerOperator:
         inner = super()._make(operator, device)
         if self.split is not None:
             inner.ids = self.split.rest_ids
@@ -257,7 +261,7 @@ class KTransformersExperts(StagedOperator):
 
     @classmethod
     def check(
-        cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None
+        cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: WeightSource | None = None
     ) -> list[str]:
         if problem := layout_problem(orig_module):
             return [problem]
@@ -352,7 +356,7 @@ class KSmallthinkerExperts(KTransformersExperts):
     """`KTransformersExperts`, under the name of SmallThinker's rule files."""
 
 
-def _method_problem(name: Any, key: str, weights: Any) -> str:
+def _method_problem(name: Any, key: str, weights: WeightSource | None) -> str:
     """Say why experts are not stored as a rule's `backend` or `method` says, or return ``""``."""
     known = (*METHODS, *BACKENDS)
     if name not in known:
@@ -373,12 +377,6 @@ def _method_problem(name: Any, key: str, weights: Any) -> str:
 def first_projection(experts: nn.Module) -> str:
     """The name of what multiplies the input: gate and up in one, or up alone."""
     return "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
-
-
-def _numbers(gating: Gating) -> dict[str, float]:
-    """The numbers of a gating that are not its defaults."""
-    numbers = {"alpha": (gating.alpha, 1.0), "limit": (gating.limit, math.inf)}
-    return {name: value for name, (value, usual) in numbers.items() if value != usual}
 
 
 def _not_in_c(experts: nn.Module, gating: Gating | None) -> str:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ktransformers.devices import device_problem
-from ktransformers.errors import RuleError, ranges
+from ktransformers.errors import RuleError, is_whole, parse_ranges, ranges
+from ktransformers.loaders import WeightSource
 from ktransformers.loaders.sources import ExpertWeights, Matrices
 from ktransformers.models.traits import is_interleaved, layer_of
 
@@ -44,12 +45,12 @@ def expert_ids(spec: GpuExperts, layer: int | None, n_experts: int) -> list[int]
     if spec is None:
         return []
     if isinstance(spec, str):
-        ids = [n for first, last in _parse_ranges(spec, n_experts) for n in range(first, last + 1)]
-    elif isinstance(spec, int) and not isinstance(spec, bool):
+        ids = [n for first, last in _spans(spec, n_experts) for n in range(first, last + 1)]
+    elif is_whole(spec):
         if not 0 <= spec <= n_experts:
             raise RuleError(f"gpu_experts: found {spec}, expected 0 to {n_experts}, the layer's experts")
         return list(range(spec))
-    elif isinstance(spec, Sequence) and all(isinstance(n, int) and not isinstance(n, bool) for n in spec):
+    elif isinstance(spec, Sequence) and all(map(is_whole, spec)):
         ids = list(spec)
     else:
         raise RuleError(f"gpu_experts: found {str(spec)[:80]!r}; {FORMS}")
@@ -60,18 +61,16 @@ def expert_ids(spec: GpuExperts, layer: int | None, n_experts: int) -> list[int]
     return sorted(ids)
 
 
-def _parse_ranges(text: str, n_experts: int) -> list[tuple[int, int]]:
+def _spans(text: str, n_experts: int) -> list[tuple[int, int]]:
     """First and last of each range in `text`, bounded before anyone counts from one to the other."""
-    found = []
-    for part in text.split(",") if text.strip() else ():
-        match = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", part, re.ASCII)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if first > last:
-            raise RuleError(f"gpu_experts: {part.strip()[:40]!r} is no id and no range; {FORMS}")
-        if last >= n_experts:
-            raise RuleError(f"gpu_experts: no expert {last} here; expected ids from 0 to {n_experts - 1}")
-        found.append((first, last))
-    return found
+    spans, wrong = parse_ranges(text)
+    if wrong is None:
+        wrong = next((f"{first}-" for first, last in spans if last is None), None)
+    if wrong is not None:
+        raise RuleError(f"gpu_experts: {wrong.strip()[:40]!r} is no id and no range; {FORMS}")
+    if beyond := [last for _, last in spans if last >= n_experts]:
+        raise RuleError(f"gpu_experts: no expert {beyond[0]} here; expected ids from 0 to {n_experts - 1}")
+    return spans
 
 
 def _by_layer(spec: Mapping[Any, Any]) -> dict[int, Any]:
@@ -97,7 +96,7 @@ def ids_of(key: str, experts: nn.Module, kwargs: Mapping[str, Any]) -> list[int]
     return expert_ids(kwargs.get("gpu_experts"), layer_of(key), len(experts.down_proj))
 
 
-def problems(key: str, experts: nn.Module, kwargs: Mapping[str, Any], weights: Any) -> list[str]:
+def problems(key: str, experts: nn.Module, kwargs: Mapping[str, Any], weights: WeightSource | None) -> list[str]:
     """Say what is wrong with a rule's `gpu_experts` for the module `key`. `weights` may be None."""
     spec = kwargs.get("gpu_experts")
     try:
@@ -116,7 +115,7 @@ def problems(key: str, experts: nn.Module, kwargs: Mapping[str, Any], weights: A
     return found
 
 
-def _absent_layers(named: list[int], key: str, experts: nn.Module, weights: Any) -> str:
+def _absent_layers(named: list[int], key: str, experts: nn.Module, weights: WeightSource | None) -> str:
     """Say which layers of a mapping have no experts: told by the weights, else by how many layers the config has."""
     count = getattr(getattr(experts, "config", None), "num_hidden_layers", None)
     if weights is not None:

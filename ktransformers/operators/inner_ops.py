@@ -5,12 +5,14 @@ Which names are today's, obsolete, or need a GPU is said here once for `KTransfo
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
 from ktransformers import native
 from ktransformers.errors import did_you_mean
+from ktransformers.loaders import WeightSource
 from ktransformers.loaders.schemes import ScaledInfo
 from ktransformers.operators.base_operator import BaseInjectedModule, InferenceState, warn_once
 
@@ -86,7 +88,7 @@ def dtype_problem(dtype: torch.dtype | None, torch_op: str) -> str:
     return f"the C library does not compute {name} (it does float32, bfloat16, float16); use {torch_op}"
 
 
-def stored_problem(weights: Any, names: Iterable[str], torch_op: str) -> str:
+def stored_problem(weights: WeightSource | None, names: Iterable[str], torch_op: str) -> str:
     """Say why the C library cannot compute the weights `names` as they are stored, or return ``""``."""
     infos = [info for name in names for info in weights.infos(name)]
     computed = native.SUPPORTED_TYPES | native.SCALED_TYPES
@@ -109,17 +111,39 @@ def _in_groups(info: ScaledInfo) -> bool:
     return info.shape[-1] % 32 == 0 and (whole or info.scale_cols % unit == 0)
 
 
+@runtime_checkable
+class InnerOperator(Protocol):
+    """What computes inside a `StagedOperator`: constructed with (key, gguf_loader, config, orig_module, device).
+
+    It is no child module, so that names in the state dict stay those of the original. Its weights are where it was
+    constructed to be, in a form of its own.
+    """
+
+    key: str
+    device: Any
+
+    def load(self, w: Any = None, device: Any = None) -> None:
+        """Read the weights from the checkpoint, or take them from `w`; `device` None is the operator's."""
+
+    def unload(self) -> None:
+        """Give the memory back."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """A linear's x [..., K] -> [..., N], or hidden [T, H], ids [T, K], weights [T, K] -> [T, H] of experts."""
+
+
 class StagedOperator(BaseInjectedModule):
     """An operator around an inner one, or around two of which one is loaded at a time.
 
     The generate operator serves prefill too: one weight in memory. Another prefill operator, where a rule
-    asks for one, is loaded in its stead by ``set_inference_mode(InferenceState.PREFILL)``. An inner operator
-    has ``load(w=None)``, ``unload()`` and ``forward(...)``; it is no child module.
+    asks for one, is loaded in its stead by ``set_inference_mode(InferenceState.PREFILL)``.
     """
 
     adopts = False
 
-    def hold(self, generate: tuple[type, Any], prefill: tuple[type, Any] | None) -> None:
+    def hold(
+        self, generate: tuple[type[InnerOperator], Any], prefill: tuple[type[InnerOperator], Any] | None
+    ) -> None:
         """Make the inner operators, each a (class, device). With `prefill` None or equal, one serves both."""
         first = second = self._make(*generate)
         if prefill is not None and prefill != generate:
@@ -128,11 +152,11 @@ class StagedOperator(BaseInjectedModule):
         # In a dict, so that nn.Module does not register them: state dict names stay those of the original.
         self._inner = {InferenceState.GENERATE: first, InferenceState.PREFILL: second}
 
-    def _make(self, operator: type, device: Any) -> Any:
+    def _make(self, operator: type[InnerOperator], device: Any) -> InnerOperator:
         return operator(self.key, self.gguf_loader, self.config, self.orig_module, device)
 
     @property
-    def active(self) -> Any:
+    def active(self) -> InnerOperator:
         """The inner operator that computes now."""
         stage = InferenceState.PREFILL if self.mode is InferenceState.PREFILL else InferenceState.GENERATE
         return self._inner[stage]

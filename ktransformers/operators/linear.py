@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from ktransformers import native
 from ktransformers.errors import WeightError
+from ktransformers.loaders import WeightSource
 from ktransformers.models.traits import is_linear
 from ktransformers.operators.base_operator import BaseInjectedModule, InferenceState, forward_only
 from ktransformers.operators.inner_ops import (
     OBSOLETE_OPS,
+    InnerOperator,
     StagedOperator,
     dtype_problem,
     given,
@@ -46,7 +48,7 @@ class KLinearBase:
     def __init__(
         self,
         key: str | None = None,
-        gguf_loader: Any = None,
+        gguf_loader: WeightSource | None = None,
         config: Any = None,
         orig_module: nn.Module | None = None,
         device: str | None = None,
@@ -97,7 +99,7 @@ def _weight_and_bias(w: Weight, key: str) -> tuple[Tensor, Tensor | None]:
 class KLinearTorch(KLinearBase, nn.Module):
     """Dense weight on any device, computed by torch. Parameters `weight` and `bias` in the model's dtype."""
 
-    def __init__(self, key: str, gguf_loader: Any, config: Any, orig_module: nn.Module, device: Any = None):
+    def __init__(self, key: str, gguf_loader: WeightSource, config: Any, orig_module: nn.Module, device: Any = None):
         super().__init__(key, gguf_loader, config, orig_module, device)
         weight = getattr(orig_module, "weight", None)
         self.dtype = torch.get_default_dtype() if weight is None else weight.dtype
@@ -126,12 +128,12 @@ class KLinearCPUInfer(KLinearBase):
 
     cpu_only = True
 
-    def __init__(self, key: str, gguf_loader: Any, config: Any, orig_module: nn.Module, device: Any = None):
+    def __init__(self, key: str, gguf_loader: WeightSource, config: Any, orig_module: nn.Module, device: Any = None):
         super().__init__(key, gguf_loader, config, orig_module, device)
         self.linear: native.Linear | None = None
 
     @classmethod
-    def problem(cls, key: str, weights: Any, dtype: torch.dtype | None = None) -> str:
+    def problem(cls, key: str, weights: WeightSource | None, dtype: torch.dtype | None = None) -> str:
         """Say why the C library cannot compute this weight in a model of `dtype`, or return ``""``."""
         if not native.available():
             return f"{native.NOT_BUILT}; KLinearTorch needs none"
@@ -160,7 +162,7 @@ class KLinearCPUInfer(KLinearBase):
         return forward_only(lambda t: self.linear.forward(t.cpu()).to(t.device), what, x)
 
 
-LINEAR_MAP: dict[str, type] = {"KLinearTorch": KLinearTorch, "KLinearCPUInfer": KLinearCPUInfer}
+LINEAR_MAP: dict[str, type[InnerOperator]] = {"KLinearTorch": KLinearTorch, "KLinearCPUInfer": KLinearCPUInfer}
 """Names a rule may give as `generate_op` and `prefill_op`; authors may add theirs."""
 
 
@@ -175,7 +177,7 @@ class KTransformersLinear(StagedOperator, nn.Linear):
     def __init__(
         self,
         key: str,
-        gguf_loader: Any,
+        gguf_loader: WeightSource,
         config: Any,
         orig_module: nn.Module | None = None,
         generate_device: str = "cuda",
@@ -190,7 +192,7 @@ class KTransformersLinear(StagedOperator, nn.Linear):
         self.hold(generate, self._op(prefill_op, prefill_device) if given(prefill_op) else None)
         self.in_features, self.out_features = self.active.in_features, self.active.out_features
 
-    def _op(self, name: str | None, device: str) -> tuple[type, torch.device]:
+    def _op(self, name: str | None, device: str) -> tuple[type[InnerOperator], torch.device]:
         today = resolve_op(name, device) if given(name) else None
         if today is not None and (today == OBSOLETE_OPS.get(name, name) or today != "KLinearCPUInfer"):
             return LINEAR_MAP[today], torch.device(device)
@@ -201,7 +203,7 @@ class KTransformersLinear(StagedOperator, nn.Linear):
 
     @classmethod
     def check(
-        cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None
+        cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: WeightSource | None = None
     ) -> list[str]:
         if problem := _not_linear(orig_module):
             return [f"{cls.__name__} {problem}"]
@@ -266,7 +268,7 @@ class LinearTorchInject(BaseInjectedModule, KLinearBase):
     def __init__(
         self,
         key: str,
-        gguf_loader: Any,
+        gguf_loader: WeightSource,
         config: Any,
         orig_module: nn.Module | None = None,
         generate_device: str = "cuda",
@@ -282,7 +284,7 @@ class LinearTorchInject(BaseInjectedModule, KLinearBase):
 
     @classmethod
     def check(
-        cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None
+        cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: WeightSource | None = None
     ) -> list[str]:
         problem = _not_linear(orig_module)
         return [f"{cls.__name__} {problem}"] if problem else []

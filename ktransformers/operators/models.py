@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ktransformers.devices import canonical
-from ktransformers.errors import UnsupportedError
+from ktransformers.errors import UnsupportedError, is_whole
+from ktransformers.loaders import WeightSource
 from ktransformers.models.traits import TRAITS
 from ktransformers.operators.base_operator import FamilyOperator, to_device
 
@@ -32,7 +33,7 @@ class DecoderModel(FamilyOperator):
     def __init__(
         self,
         key: str,
-        gguf_loader: Any,
+        gguf_loader: WeightSource,
         config: Any,
         orig_module: nn.Module | None = None,
         prefill_device: str = "cuda",
@@ -54,7 +55,7 @@ class DecoderModel(FamilyOperator):
 
     @classmethod
     def check(
-        cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None
+        cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: WeightSource | None = None
     ) -> list[str]:
         layers = getattr(orig_module, "layers", None)
         if not TRAITS["decoder"](orig_module):
@@ -160,7 +161,7 @@ def _weights_device(module: nn.Module) -> torch.device | None:
 
 def _whole_number(value: Any) -> int | None:
     """`value` as a layer number, given as a number or as its digits; None when it is neither."""
-    if isinstance(value, int) and not isinstance(value, bool):
+    if is_whole(value):
         return value
     return int(value) if isinstance(value, str) and value.strip().lstrip("-").isdecimal() else None
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ktransformers.loaders import WeightSource
 from ktransformers.operators.base_operator import BaseInjectedModule, forward_arguments
 
 
@@ -24,7 +25,7 @@ class SparseMoEBlock(BaseInjectedModule):
 
     @classmethod
     def check(
-        cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: Any = None
+        cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: WeightSource | None = None
     ) -> list[str]:
         found = frozenset(name for name, _ in orig_module.named_children())
         own = [*orig_module._parameters, *orig_module._buffers]

@@ -1,6 +1,7 @@
 """How many bytes a weight takes in a checkpoint: as published, in another format, or by the checkpoint's own headers.
 
-A `Format` answers for one tensor of the model at a time, in module names. Nothing here reads tensors; what a format's
+A `Format` answers for one tensor of the model at a time, in module names. Nothing here reads tensors, but two that the
+config ties and a checkpoint holds both, as loading does; what a format's
 bytes mean is in quants/blocks.py and quants/scaled.py.
 """
 
@@ -8,6 +9,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +65,13 @@ def bits(name: str) -> float | None:
 @dataclass(frozen=True)
 class Format:
     """`stored(name, shape, dtype)` gives a tensor's type and bytes. `name` is what people call it; `source` the open
-    checkpoint (`loaders.ModelWeights`) whose headers say so, if any."""
+    checkpoint (`loaders.ModelWeights`) whose headers say so, if any; `same(name, other)` whether two tensors that the
+    config ties are one."""
 
     name: str
     stored: Callable[[str, tuple[int, ...], Any], tuple[str, int]]
     source: Any = None
+    same: Callable[[str, str], bool] = lambda name, other: True
 
 
 def format_of(
@@ -173,7 +177,7 @@ def weights_format(source: Any) -> Format:
         kinds = source.quant_type(tensor).split("+")
         return kinds[-1], source.nbytes(tensor)
 
-    return Format(source.path.name, stored, source)
+    return Format(source.path.name, stored, source, cache(source.same))
 
 
 def _skipped(quantization: dict[str, Any]) -> Callable[[str], bool]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ktransformers.errors import KTransformersError, is_whole, ranges
 from ktransformers.models.traits import TRAITS, layer_of
 from ktransformers.operators.experts import KTransformersExperts
+from ktransformers.paths import existing_path, write_whole
 
 FORMAT, VERSION = "ktransformers routing profile", 1
 MAX_BYTES, MAX_EXPERTS, MAX_COUNT = 64 << 20, 1 << 20, 1 << 62
@@ -83,7 +84,7 @@ class RoutingProfile:
         data = {"format": FORMAT, "version": VERSION, "model_type": self.model_type, "tokens": self.tokens}
         text = json.dumps({**data, "layers": layers}) + "\n"
         try:
-            _write_whole(Path(path).expanduser().resolve(), text)
+            write_whole(Path(path).expanduser().resolve(), text)
         except (OSError, RuntimeError, ValueError) as error:  # the last two: links in a circle, a zero byte in the name
             reason = getattr(error, "strerror", None) or error
             raise KTransformersError(
@@ -93,8 +94,8 @@ class RoutingProfile:
     @classmethod
     def read(cls, path: str | Path) -> "RoutingProfile":
         """Read what `write` wrote; nothing in the file is believed before it is checked. Raises KTransformersError."""
+        file = existing_path(path, "routing profile") or Path(path)
         try:
-            file = Path(path).expanduser()
             size = file.stat().st_size
             if not file.is_file() or size > MAX_BYTES:
                 raise _refuse(path, "no ordinary file" if size <= MAX_BYTES else f"{size} bytes, more than any has")
@@ -113,21 +114,6 @@ class RoutingProfile:
             raise _refuse(path, problem)
         layers = {int(layer): counts for layer, counts in data["layers"].items()}
         return cls(data["model_type"], layers, data["tokens"])
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file in one step, so that a full disk leaves what was there. A device or a pipe is just written to."""
-    if path.exists() and not path.is_file():
-        path.write_text(text, encoding="utf-8")
-        return
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise
 
 
 def _refuse(path: str | Path, found: str) -> KTransformersError:

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ktransformers import native
 from ktransformers.models.traits import TRAITS, is_beside_text, layer_of
 from ktransformers.operators.experts import KTransformersExperts
 from ktransformers.operators.hot_experts import gpu_device, ids_of
 from ktransformers.operators.inner_ops import final_name, given, is_cpu
 from ktransformers.operators.linear import KTransformersLinear
 from ktransformers.planner.formats import Format
+from ktransformers.quants.scaled import BLOCKS_IN_C, SCALED_IN_C
 from ktransformers.rules.chain import placed_by
 from ktransformers.rules.plan import Replacement
 
@@ -99,11 +99,12 @@ Hits = Mapping[int, Mapping[int, float]]
 def parts(
     model: nn.Module, plan: Mapping[str, Replacement], form: Format, hits: Hits | None = None
 ) -> list[Part]:
-    """Every part of `model` that holds weights. Tied weights are counted once.
+    """Every part of `model` that holds weights. Tied weights are counted once, unless a checkpoint's own differ.
 
     `hits` come from a routing profile; without it all experts are chosen alike.
     """
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    stated = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = {target: origin for target, origin in stated.items() if form.same(target, origin)}
     found: list[Part] = []
     for name, module in model.named_modules():
         own = {
@@ -163,8 +164,8 @@ def _matrix(
 
 
 def in_c(type_: str) -> bool:
-    """Whether the C library computes a type: by its tables, so also where it is not built."""
-    return type_ in native.SUPPORTED_TYPES | native.SCALED_TYPES
+    """Whether the C library computes a type: by the tables of formats, so also where it is not built."""
+    return type_ in BLOCKS_IN_C | SCALED_IN_C
 
 
 def _kind(name: str, module: nn.Module) -> str:

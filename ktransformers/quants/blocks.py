@@ -27,7 +27,7 @@ class QuantType:
     """One storage format. `id` is the GGUF type id, -1 for a format that only safetensors has.
 
     `unpack` maps uint8 [B, nbytes] to float32 [B, block]; `torch_dtype` is set for plain numbers instead.
-    A type with neither is known by name and size only.
+    A type with neither is known by name and size only. `in_c`: the C library computes it, a row of its traits.c.
     """
 
     name: str
@@ -36,6 +36,7 @@ class QuantType:
     nbytes: int
     unpack: Callable[[Tensor], Tensor] | None = None
     torch_dtype: torch.dtype | None = None
+    in_c: bool = False
 
     @property
     def computed(self) -> bool:
@@ -332,39 +333,39 @@ def _iq1_m(blocks: Tensor) -> Tensor:
 
 
 _TABLE = (
-    QuantType("F32", 0, 1, 4, torch_dtype=torch.float32),
-    QuantType("F16", 1, 1, 2, torch_dtype=torch.float16),
-    QuantType("Q4_0", 2, 32, 18, _q4_0),
-    QuantType("Q4_1", 3, 32, 20, _q4_1),
-    QuantType("Q5_0", 6, 32, 22, _q5_0),
-    QuantType("Q5_1", 7, 32, 24, _q5_1),
-    QuantType("Q8_0", 8, 32, 34, _q8_0),
+    QuantType("F32", 0, 1, 4, torch_dtype=torch.float32, in_c=True),
+    QuantType("F16", 1, 1, 2, torch_dtype=torch.float16, in_c=True),
+    QuantType("Q4_0", 2, 32, 18, _q4_0, in_c=True),
+    QuantType("Q4_1", 3, 32, 20, _q4_1, in_c=True),
+    QuantType("Q5_0", 6, 32, 22, _q5_0, in_c=True),
+    QuantType("Q5_1", 7, 32, 24, _q5_1, in_c=True),
+    QuantType("Q8_0", 8, 32, 34, _q8_0, in_c=True),
     QuantType("Q8_1", 9, 32, 40),
-    QuantType("Q2_K", 10, 256, 84, _q2_k),
-    QuantType("Q3_K", 11, 256, 110, _q3_k),
-    QuantType("Q4_K", 12, 256, 144, _q4_k),
-    QuantType("Q5_K", 13, 256, 176, _q5_k),
-    QuantType("Q6_K", 14, 256, 210, _q6_k),
+    QuantType("Q2_K", 10, 256, 84, _q2_k, in_c=True),
+    QuantType("Q3_K", 11, 256, 110, _q3_k, in_c=True),
+    QuantType("Q4_K", 12, 256, 144, _q4_k, in_c=True),
+    QuantType("Q5_K", 13, 256, 176, _q5_k, in_c=True),
+    QuantType("Q6_K", 14, 256, 210, _q6_k, in_c=True),
     QuantType("Q8_K", 15, 256, 292),
-    QuantType("IQ2_XXS", 16, 256, 66, _iq2_xxs),
-    QuantType("IQ2_XS", 17, 256, 74, _iq2_xs),
-    QuantType("IQ3_XXS", 18, 256, 98, _iq3_xxs),
-    QuantType("IQ1_S", 19, 256, 50, _iq1_s),
-    QuantType("IQ4_NL", 20, 32, 18, _iq4_nl),
-    QuantType("IQ3_S", 21, 256, 110, _iq3_s),
-    QuantType("IQ2_S", 22, 256, 82, _iq2_s),
-    QuantType("IQ4_XS", 23, 256, 136, _iq4_xs),
+    QuantType("IQ2_XXS", 16, 256, 66, _iq2_xxs, in_c=True),
+    QuantType("IQ2_XS", 17, 256, 74, _iq2_xs, in_c=True),
+    QuantType("IQ3_XXS", 18, 256, 98, _iq3_xxs, in_c=True),
+    QuantType("IQ1_S", 19, 256, 50, _iq1_s, in_c=True),
+    QuantType("IQ4_NL", 20, 32, 18, _iq4_nl, in_c=True),
+    QuantType("IQ3_S", 21, 256, 110, _iq3_s, in_c=True),
+    QuantType("IQ2_S", 22, 256, 82, _iq2_s, in_c=True),
+    QuantType("IQ4_XS", 23, 256, 136, _iq4_xs, in_c=True),
     QuantType("I8", 24, 1, 1),
     QuantType("I16", 25, 1, 2),
     QuantType("I32", 26, 1, 4),
     QuantType("I64", 27, 1, 8),
     QuantType("F64", 28, 1, 8),
-    QuantType("IQ1_M", 29, 256, 56, _iq1_m),
-    QuantType("BF16", 30, 1, 2, torch_dtype=torch.bfloat16),
-    QuantType("TQ1_0", 34, 256, 54, _tq1_0),
-    QuantType("TQ2_0", 35, 256, 66, _tq2_0),
-    QuantType("MXFP4", 39, 32, 17, _mxfp4),
-    QuantType("NVFP4", 40, 64, 36, _nvfp4),
+    QuantType("IQ1_M", 29, 256, 56, _iq1_m, in_c=True),
+    QuantType("BF16", 30, 1, 2, torch_dtype=torch.bfloat16, in_c=True),
+    QuantType("TQ1_0", 34, 256, 54, _tq1_0, in_c=True),
+    QuantType("TQ2_0", 35, 256, 66, _tq2_0, in_c=True),
+    QuantType("MXFP4", 39, 32, 17, _mxfp4, in_c=True),
+    QuantType("NVFP4", 40, 64, 36, _nvfp4, in_c=True),
     QuantType("Q1_0", 41, 128, 18),
 )
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ktransformers.errors import WeightError
-from ktransformers.quants.blocks import WEIGHTS_AT_ONCE
+from ktransformers.quants.blocks import QUANT_TYPES, WEIGHTS_AT_ONCE
 
 SCALE_TYPES: dict[str, torch.dtype] = {
     "F32": torch.float32,
@@ -40,7 +40,8 @@ class ScaledType:
 
     `layout`: "rows" (a line is a row), "gptq" (a line is the columns of one 32-bit word, for all rows) or "awq" (a
     line is one column, eight rows to a word). `zero` is what a code of value 0 is stored as.
-    `unpack` maps contiguous uint8 [lines, bytes] to the codes as stored, float32 [N, K].
+    `unpack` maps contiguous uint8 [lines, bytes] to the codes as stored, float32 [N, K]. `in_c`: the C library
+    computes it, a row of its traits.c.
     """
 
     name: str
@@ -49,6 +50,7 @@ class ScaledType:
     layout: str
     zero: int
     unpack: Callable[[Tensor], Tensor]
+    in_c: bool = False
 
     computed = True
     torch_dtype = None
@@ -114,18 +116,22 @@ def _awq4(data: Tensor) -> Tensor:
     return codes.flatten(1).T.float()
 
 
-F8_E4M3 = ScaledType("F8_E4M3", 1000, 8, "rows", 0, _f8_e4m3)
-F4_E2M1 = ScaledType("F4_E2M1", 1001, 4, "rows", 0, _f4_e2m1)
-I8 = ScaledType("I8", 1002, 8, "rows", 0, _i8)
-I4 = ScaledType("I4", 1003, 4, "rows", 8, _i4)
-GPTQ4 = ScaledType("GPTQ4", 1004, 4, "gptq", 8, lambda data: _gptq(data, 4))
-GPTQ8 = ScaledType("GPTQ8", 1005, 8, "gptq", 128, lambda data: _gptq(data, 8))
-AWQ4 = ScaledType("AWQ4", 1006, 4, "awq", 8, _awq4)
-U8 = ScaledType("U8", 1007, 8, "rows", 128, _u8)
+F8_E4M3 = ScaledType("F8_E4M3", 1000, 8, "rows", 0, _f8_e4m3, in_c=True)
+F4_E2M1 = ScaledType("F4_E2M1", 1001, 4, "rows", 0, _f4_e2m1, in_c=True)
+I8 = ScaledType("I8", 1002, 8, "rows", 0, _i8, in_c=True)
+I4 = ScaledType("I4", 1003, 4, "rows", 8, _i4, in_c=True)
+GPTQ4 = ScaledType("GPTQ4", 1004, 4, "gptq", 8, lambda data: _gptq(data, 4), in_c=True)
+GPTQ8 = ScaledType("GPTQ8", 1005, 8, "gptq", 128, lambda data: _gptq(data, 8), in_c=True)
+AWQ4 = ScaledType("AWQ4", 1006, 4, "awq", 8, _awq4, in_c=True)
+U8 = ScaledType("U8", 1007, 8, "rows", 128, _u8, in_c=True)
 
 SCALED_TYPES: dict[str, ScaledType] = {t.name: t for t in (F8_E4M3, F4_E2M1, I8, I4, GPTQ4, GPTQ8, AWQ4, U8)}
 """F8_E4M3, F4_E2M1: floats of 8 and 4 bits, two of the latter a byte, low nibble first. I8: two's complement. I4, U8:
 offset binary, code - 8 (two a byte) and code - 128. GPTQ4, GPTQ8, AWQ4: the 32-bit words of those files."""
+
+BLOCKS_IN_C = frozenset(name for name, kind in QUANT_TYPES.items() if kind.in_c)
+SCALED_IN_C = frozenset(name for name, kind in SCALED_TYPES.items() if kind.in_c)
+"""What the C library computes, by the tables here, so also where it is not built."""
 
 
 # --- a weight --------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ Plan = Mapping[str, Replacement]
 
 
 @dataclass(frozen=True)
-class Problem:
+class ChainProblem:
     """What is wrong with a plan.
 
     `module` is the module's name, `rule` what placed it ("3 (x.yaml:12)", "" where no rule did), `devices` those that
@@ -49,7 +49,7 @@ def placed_by(name: str, plan: Plan) -> Replacement | None:
     return plan.get(name)
 
 
-def chain_problems(model: nn.Module, plan: Plan) -> list[Problem]:
+def chain_problems(model: nn.Module, plan: Plan) -> list[ChainProblem]:
     """Compare the devices along the chain: embedding, layers, norm, head.
 
     Args:
@@ -115,7 +115,7 @@ class _Chain:
     decoder: nn.Module
     layers: list[_Layer] = field(default_factory=list)
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[ChainProblem]:
         self.mover = self.plan.get(self.name) if self._moves() else None
         self.layers = [
             _Layer(number, name := f"{self.name}.layers.{number}".lstrip("."), list(self._parts(name, layer)))
@@ -181,7 +181,7 @@ class _Chain:
 
     # --- the chain ---
 
-    def _follow(self) -> tuple[tuple[str, str], list[Problem]]:
+    def _follow(self) -> tuple[tuple[str, str], list[ChainProblem]]:
         """Walk the layers. Returns (where the last one's output is, why it is there) and the problems."""
         at = self._device(self._embedding())
         why, mapped, found = "where the embedding is", False, []
@@ -215,15 +215,15 @@ class _Chain:
         given = (self.mover.kwargs.get("transfer_map") if self.mover is not None else None) or {}
         return {int(layer): canonical(device) for layer, device in given.items()}
 
-    def _unmoved(self, layer: _Layer, own: str) -> Problem:
+    def _unmoved(self, layer: _Layer, own: str) -> ChainProblem:
         part = next(part for part in layer.parts if not part.key)
         text = (
             f"{_by(part)} put layer {layer.number} on {own}, but its input is on {layer.input}, {layer.moved}, and "
             f"nothing moves it; add a rule that replaces {self.name!r} by ktransformers.operators.models.DecoderModel"
         )
-        return Problem(part.name, rule_label(part.placed), text, (own, layer.input))
+        return ChainProblem(part.name, rule_label(part.placed), text, (own, layer.input))
 
-    def _strangers(self) -> list[Problem]:
+    def _strangers(self) -> list[ChainProblem]:
         """Parts that are not where their layer's input is: whole layers first, then single modules."""
         found: dict[tuple, list[tuple[_Layer, _Part]]] = {}
         for layer in self.layers:
@@ -236,7 +236,7 @@ class _Chain:
                 found.setdefault(key, []).append((layer, part))
         return [self._whole_layers(group) if key[0] else self._single(group) for key, group in found.items()]
 
-    def _whole_layers(self, group: list[tuple[_Layer, _Part]]) -> Problem:
+    def _whole_layers(self, group: list[tuple[_Layer, _Part]]) -> ChainProblem:
         layer, part = group[0]
         numbers, behind = _ranges([layer.number for layer, _ in group]), group[-1][0].number + 1
         advice = f"place the layer on {layer.input}"
@@ -247,9 +247,9 @@ class _Chain:
         elif layer.mapped:
             advice = f"give the transfer_map {layer.number}: {part.device}, or {advice}"
         text = f"{_by(part)} put {numbers} on {part.device}, but the input is on {layer.input}, {layer.moved}; {advice}"
-        return Problem(part.name, rule_label(part.placed), text, (part.device, layer.input))
+        return ChainProblem(part.name, rule_label(part.placed), text, (part.device, layer.input))
 
-    def _single(self, group: list[tuple[_Layer, _Part]]) -> Problem:
+    def _single(self, group: list[tuple[_Layer, _Part]]) -> ChainProblem:
         layer, part = group[0]
         more = f" (and so for {len(group) - 1} more modules)" if len(group) > 1 else ""
         if part.key:
@@ -262,9 +262,9 @@ class _Chain:
                 f"{_by(part)} put it on {part.device}, but its layer's input is on {layer.input}, {layer.moved}{more}; "
                 f"place it on {layer.input}"
             )
-        return Problem(part.name, rule_label(part.placed), text, (part.device, layer.input))
+        return ChainProblem(part.name, rule_label(part.placed), text, (part.device, layer.input))
 
-    def _forgotten(self, named: set[str]) -> list[Problem]:
+    def _forgotten(self, named: set[str]) -> list[ChainProblem]:
         """Layers that no rule names though rules name most others."""
         bare = [layer for layer in self.layers if layer.parts and not any(_has_rule(part) for part in layer.parts)]
         full = [layer for layer in self.layers if layer.parts and all(_has_rule(part) for part in layer.parts)]
@@ -278,14 +278,14 @@ class _Chain:
             f"no rule names {_ranges([layer.number for layer in bare])}, though rules name the same modules of other "
             f"layers; it is on the default device, {part.device}. Widen a rule's range"
         )
-        return [Problem(part.name, "", text, (part.device,))]
+        return [ChainProblem(part.name, "", text, (part.device,))]
 
     def _is_alone(self, layer: _Layer) -> bool:
         """Whether no layer next to it is on its device."""
         beside = self.layers[max(layer.number - 1, 0) : layer.number + 2]
         return all(other.input != layer.input for other in beside if other is not layer)
 
-    def _detours(self) -> list[Problem]:
+    def _detours(self) -> list[ChainProblem]:
         """Layers whose input goes back to a device that the chain has left."""
         found, left, before = [], set(), None
         for layer in self.layers:
@@ -298,12 +298,14 @@ class _Chain:
                         "copies than layers in one run for each device would need"
                     )
                     found.append(
-                        Problem(part.name, rule_label(part.placed), text, (before.input, layer.input), warning=True)
+                        ChainProblem(
+                            part.name, rule_label(part.placed), text, (before.input, layer.input), warning=True
+                        )
                     )
             before = layer
         return found
 
-    def _end(self, end: tuple[str, str]) -> list[Problem]:
+    def _end(self, end: tuple[str, str]) -> list[ChainProblem]:
         """What is behind the last layer: the decoder's own (a norm), then the head."""
         (at, why), found, behind = end, [], False
         for child_name, child in self.decoder.named_children():
@@ -323,12 +325,12 @@ class _Chain:
         return found
 
 
-def _at_end(part: _Part, at: str, why: str) -> Problem:
+def _at_end(part: _Part, at: str, why: str) -> ChainProblem:
     text = (
         f"{_by(part)} put it on {part.device}, but the hidden state that reaches it is on {at}, {why}; place it on "
         f"{at}, or for a linear layer name ktransformers.operators.linear.KTransformersLinear, which moves its input"
     )
-    return Problem(part.name, rule_label(part.placed), text, (part.device, at))
+    return ChainProblem(part.name, rule_label(part.placed), text, (part.device, at))
 
 
 def _has_rule(part: _Part) -> bool:

@@ -157,12 +157,15 @@ def _hints(function) -> dict[str, Any]:
 def device_parameters(operator: type) -> list[str]:
     """Which of generate_device and prefill_device the framework fills in when a rule gives none.
 
-    Those the operator's own constructor names; all it takes at all when it names neither. An operator written as the
-    tutorial's hands its generate_device on by position, where a prefill_device beside it would be one value too many.
+    Those that the first constructor names which names any: the operator's own, or of a class that it derives from. One
+    written as the tutorial's hands its generate_device on by position, and wants no prefill_device that no rule gave.
     """
     both = ("generate_device", "prefill_device")
-    own = inspect.signature(operator.__init__).parameters
-    return [key for key in both if key in own] or [key for key in both if key in parameters(operator)]
+    for cls in operator.__mro__:
+        named = inspect.signature(cls.__init__).parameters if "__init__" in vars(cls) else ()
+        if found := [key for key in both if key in named]:
+            return found
+    return []
 
 
 def is_operator(cls: type) -> bool:

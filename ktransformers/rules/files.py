@@ -15,9 +15,10 @@ from typing import Any
 import yaml
 from torch import nn
 
-from ktransformers.errors import RuleError, did_you_mean
+from ktransformers.errors import RuleError, did_you_mean, is_whole
 from ktransformers.models.traits import TRAITS
 from ktransformers.optimize_rules import NAMES
+from ktransformers.paths import existing_path
 from ktransformers.rules import classes
 from ktransformers.rules.findings import Finding, Keys, Reporter, place, rule_error, unknown_key
 from ktransformers.rules.layers import LAYER, Devices, parse_devices
@@ -283,17 +284,11 @@ def _has_unknown(value: Any) -> bool:
 
 def _read_file(rule: str | Path) -> tuple[str, Any]:
     """(the path, or the name of the packaged file; what YAML makes of it)."""
-    try:
-        path = Path(rule).expanduser()
-        label = str(path)
-        path.is_dir()
-    except (OSError, RuntimeError) as error:  # a name too long, the home of nobody
-        raise RuleError(
-            f"rule file {str(rule)[:80]!r}: cannot be looked up: {error.args[-1]}. Check the path."
-        ) from error
-    if path.is_dir():
+    path = existing_path(rule, "rule file", RuleError)
+    label = str(path)
+    if path is not None and path.is_dir():
         raise RuleError(f"rule file {rule}: is a folder, expected a YAML file or one of {', '.join(packaged_rules())}")
-    if not path.is_file():
+    if path is None or not path.is_file():
         stem = packaged_name(rule)
         if not stem:
             packaged = packaged_rules()
@@ -447,7 +442,7 @@ class _RuleReader(Reporter):
 
     def expect(self, item: dict) -> int | None:
         expect = item.get("expect")
-        if expect is None or isinstance(expect, int) and not isinstance(expect, bool) and expect >= 0:
+        if expect is None or is_whole(expect, 0):
             return expect
         self(f"expect: found {expect!r}, expected how many modules the rule takes, such as 61", "expect")
         return None

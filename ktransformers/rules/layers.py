@@ -4,13 +4,13 @@
 ``layer``. Nothing here knows rules, or whether a device exists.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from ktransformers.errors import parse_ranges
 from ktransformers.models.traits import TRAITS, find_layers
 
 LAYER = "layer"
@@ -66,14 +66,12 @@ def _spans(value: Any) -> tuple[list[tuple[int, int | None]], str]:
     """First and last layer of each span (None: to the end), and the first part that is none."""
     if value == REST:
         return [], ""
-    items = value if isinstance(value, Sequence) and not isinstance(value, str) else str(value).split(",")
-    spans = []
-    for item in [] if isinstance(value, bool) else items:
-        found = re.fullmatch(r"\s*(\d{1,6})\s*(-\s*(\d{1,6})?\s*)?", str(item), re.ASCII)
-        last = found and (int(found[3]) if found[3] else None if found[2] else int(found[1]))
-        if not found or isinstance(item, bool) or (last is not None and last < int(found[1])):
-            return [], str(item)
-        spans.append((int(found[1]), last))
+    spans: list[tuple[int, int | None]] = []
+    for item in value if isinstance(value, Sequence) and not isinstance(value, str) else [value]:
+        found, wrong = ([], str(item)) if isinstance(item, bool) else parse_ranges(str(item))
+        if wrong is not None or not found:
+            return [], str(item) if not wrong else wrong
+        spans += found
     return spans, "" if spans else str(value)
 
 

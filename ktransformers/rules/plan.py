@@ -11,18 +11,22 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ktransformers import devices as device_names
-from ktransformers.errors import did_you_mean
+from ktransformers.errors import KTransformersError, did_you_mean
 from ktransformers.models.traits import TRAITS
+from ktransformers.operators import failures
 from ktransformers.rules import classes
 from ktransformers.rules.files import Rule, RuleFile, RulesLike, load_rules, packaged_rules, read_rules
 from ktransformers.rules.findings import Finding, Keys, RuleWarning, rule_error
 from ktransformers.rules.layers import LAYER, Placed, place
 from ktransformers.rules.matching import Matching
+
+if TYPE_CHECKING:
+    from ktransformers.loaders import WeightSource
 
 __all__ = ["Replacement", "Rule", "RuleFile", "RulesLike", "load_rules", "module_pattern", "packaged_rules", "plan"]
 
@@ -53,7 +57,7 @@ def plan(
     *,
     default_device: str | None = None,
     devices: Mapping[str, str] | None = None,
-    weights: Any = None,
+    weights: "WeightSource | None" = None,
     gpus: int | None = None,
 ) -> dict[str, Replacement]:
     """Say what becomes of every module of `model`, without touching it. Needs no weights.
@@ -79,7 +83,9 @@ def plan(
         return _plan(model, rules, default_device, devices, weights)
 
 
-def _plan(model: nn.Module, rules: RulesLike, default_device: str | None, devices: Any, weights: Any) -> dict:
+def _plan(
+    model: nn.Module, rules: RulesLike, default_device: str | None, devices: Any, weights: "WeightSource | None"
+) -> dict[str, Replacement]:
     file, found = read_rules(rules)
     placed = _place(file, model, devices, found)
     if default_device is None:
@@ -218,7 +224,7 @@ class _Walk:
                 text, *keys = self._why_no_match(rule)
                 report(text, *keys)
 
-    def report_operators(self, found: list[Finding], weights: Any = None) -> None:
+    def report_operators(self, found: list[Finding], weights: "WeightSource | None" = None) -> None:
         """Add what operators say of their modules; of a rule with a mistake in `replace` nothing can be said yet."""
         for rule, keys, text, modules in operator_complaints(self.model, self.plan, weights):
             report = rule.reporter(found)
@@ -346,7 +352,9 @@ def _condition(key: str, rule: Rule) -> str:
     return f"class {rule.cls.__module__}.{rule.cls.__qualname__}" if key == "class" else f"trait {rule.trait!r}"
 
 
-def operator_problems(model: nn.Module, replacements: Mapping[str, Replacement], weights: Any) -> list[Finding]:
+def operator_problems(
+    model: nn.Module, replacements: Mapping[str, Replacement], weights: "WeightSource | None"
+) -> list[Finding]:
     """Ask every operator about its module; the same complaint about many layers becomes one finding."""
     found: list[Finding] = []
     for rule, keys, text, _ in operator_complaints(model, replacements, weights):
@@ -355,15 +363,14 @@ def operator_problems(model: nn.Module, replacements: Mapping[str, Replacement],
 
 
 def operator_complaints(
-    model: nn.Module, replacements: Mapping[str, Replacement], weights: Any
+    model: nn.Module, replacements: Mapping[str, Replacement], weights: "WeightSource | None"
 ) -> Iterator[tuple[Rule, Keys, str, list[str]]]:
     """(rule, key of it that is at fault, what the operator says, modules) for each complaint of an operator."""
     seen: dict[tuple[int, str], list[str]] = {}
     for key, replacement in replacements.items():
-        check = getattr(replacement.operator, "check", None)
-        if check is None:
+        if not hasattr(replacement.operator, "check"):
             continue
-        for text in check(key, model.get_submodule(key), dict(replacement.kwargs), weights):
+        for text in _asked(replacement, model.get_submodule(key), weights):
             pattern = text.replace(key, module_pattern(key))
             seen.setdefault((replacement.rule.number, pattern), []).append(key)
     for (_, text), modules in seen.items():
@@ -373,6 +380,23 @@ def operator_complaints(
         many = f" ({len(modules)} modules)" if len(modules) > 1 else ""
         subject = module_pattern(modules[0]) if len(modules) > 1 else modules[0]
         yield rule, keys, f"{subject}: {text}{many}", modules
+
+
+def _asked(replacement: Replacement, module: nn.Module, weights: "WeightSource | None") -> list[str]:
+    """What the operator says about its module. Users' `check` may also return one text, or fail."""
+    operator, key = replacement.operator, replacement.key
+    try:
+        said = operator.check(key, module, dict(replacement.kwargs), weights)
+    except KTransformersError as error:
+        return [str(error)]
+    except Exception as error:
+        return [failures.failure(error, operator, "check", "", "")]
+    if isinstance(said, str):
+        return [said] if said else []
+    if isinstance(said, (list, tuple)) and all(isinstance(text, str) for text in said):
+        return list(said)
+    found = "nothing (None)" if said is None else repr(said)[:80]
+    return [f"{operator.__name__}.check returned {found}, expected a list of problems, empty when there are none"]
 
 
 def module_pattern(name: str) -> str:

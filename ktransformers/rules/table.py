@@ -1,7 +1,7 @@
 """What people look at: the plan as a table, loading as a progress bar. Decides nothing, changes nothing."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -9,8 +9,13 @@ from torch import nn
 
 from ktransformers.rules.plan import Replacement, module_pattern, rule_label
 
+if TYPE_CHECKING:
+    from ktransformers.loaders import WeightSource
 
-def plan_rows(model: nn.Module, plan: Mapping[str, Replacement], weights: Any = None) -> list[dict[str, Any]]:
+
+def plan_rows(
+    model: nn.Module, plan: Mapping[str, Replacement], weights: "WeightSource | None" = None
+) -> list[dict[str, Any]]:
     """Group a plan by pattern: one row for the same module of every layer with the same outcome.
 
     Each row holds pattern, operator, rule ("2 (DeepSeek-V3.yaml:7)" or "-"), device, quant (types of the module's own
@@ -46,14 +51,14 @@ def _device(replacement: Replacement) -> str:
     return f"{device} (prefill {prefill})" if prefill not in (None, device) else str(device)
 
 
-def _quant_types(weights: Any, name: str, owned: list[str]) -> str:
+def _quant_types(weights: "WeightSource | None", name: str, owned: list[str]) -> str:
     if weights is None:
         return ""
     types = {weights.quant_type(f"{name}.{key}") for key in owned if weights.has(f"{name}.{key}")}
     return "+".join(sorted({part for text in types for part in text.split("+")}))
 
 
-def plan_table(model: nn.Module, plan: Mapping[str, Replacement], weights: Any = None) -> Table:
+def plan_table(model: nn.Module, plan: Mapping[str, Replacement], weights: "WeightSource | None" = None) -> Table:
     """The rows of `plan_rows` as a table for a terminal."""
     table = Table(title=f"Plan for {type(model).__name__}", title_justify="left")
     for column in ("pattern", "operator", "rule", "device", "quant"):
@@ -64,7 +69,7 @@ def plan_table(model: nn.Module, plan: Mapping[str, Replacement], weights: Any =
     return table
 
 
-def print_plan(model: nn.Module, plan: Mapping[str, Replacement], weights: Any = None) -> None:
+def print_plan(model: nn.Module, plan: Mapping[str, Replacement], weights: "WeightSource | None" = None) -> None:
     """Print the table to standard error (what KT_DEBUG=1 does), wide enough not to wrap in a log file."""
     console = Console(stderr=True)
     if not console.is_terminal:

@@ -193,9 +193,9 @@ class _Experts:
     """`native.Experts`, likewise."""
 
     def __init__(
-        self, gate: list | None, up: list, down: list, activation: str = "silu", name: str = "experts", **more: Any
+        self, gate: list | None, up: list, down: list, glu: native.Glu | str = "silu", name: str = "experts"
     ) -> None:
-        self.name, self.more, self.held = name, more, _held([*(gate or ()), *up, *down])
+        self.name, self.glu, self.held = name, glu, _held([*(gate or ()), *up, *down])
         self.count = len(up)
         self.intermediate, self.hidden = up[0].shape
         if len(down) != self.count or tuple(down[0].shape) != (self.hidden, self.intermediate):
@@ -264,6 +264,7 @@ def stand_ins() -> Iterator[None]:
         swapped(native, "Linear", _Linear),
         swapped(native, "Experts", _Experts),
         swapped(native, "available", lambda: True),
+        swapped(native, "nodes", lambda: [1]),
         swapped(hot_experts, "some", lambda mask: True),
         swapped(experts_module, "gating_of", with_numbers),
         swapped(experts_module.KExpertsTorch, "forward", _shared_evenly),

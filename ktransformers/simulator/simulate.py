@@ -29,7 +29,7 @@ from ktransformers.configs import meta_model
 from ktransformers.errors import KTransformersError, is_whole
 from ktransformers.models import ONE_BY_ONE
 from ktransformers.operators.base_operator import device_of, load_weights
-from ktransformers.rules.chain import Plan, Problem, chain_problems, placed_by
+from ktransformers.rules.chain import ChainProblem, Plan, chain_problems, placed_by
 from ktransformers.rules.plan import RulesLike, rule_label
 from ktransformers.rules.plan import plan as plan_rules
 from ktransformers.simulator.fake import fake_devices
@@ -71,7 +71,7 @@ class Simulation:
     gpus: int
     batch: int
     context: int
-    problems: list[Problem]
+    problems: list[ChainProblem]
     weights: dict[str, int] = field(default_factory=dict)
     cache: dict[str, int] = field(default_factory=dict)
     prefill: PassReport | None = None
@@ -267,7 +267,7 @@ def _report(tokens: int, record: PassRecord) -> PassReport:
 # --- what went wrong ------------------------------------------------------------------------------------------------
 
 
-def explain(failure: Failure, plan: Plan) -> Problem:
+def explain(failure: Failure, plan: Plan) -> ChainProblem:
     """A failed operation as a problem: the module, the rule that placed it, the devices or shapes, what to do."""
     weights = [operand for operand in failure.operands if operand.weight]
     module = weights[0].weight.rpartition(".")[0] if weights else failure.module
@@ -281,12 +281,12 @@ def explain(failure: Failure, plan: Plan) -> Problem:
             f"{operation} got {given}; {by}. Place them on one device, or name an operator that moves its input "
             "(linear.KTransformersLinear, or models.DecoderModel for what goes between layers)"
         )
-        return Problem(module, rule, text, devices, operation)
+        return ChainProblem(module, rule, text, devices, operation)
     reason = (str(failure.error).strip().splitlines() or [type(failure.error).__name__])[0]
     if not isinstance(failure.error, KTransformersError) and operation:
         given = ", ".join(f"{operand.weight or 'a tensor'} {list(operand.shape)}" for operand in failure.operands)
         reason = f"{operation} of {given} raised {type(failure.error).__name__}: {reason}"
-    return Problem(module, rule, f"{reason} ({by})", devices, operation)
+    return ChainProblem(module, rule, f"{reason} ({by})", devices, operation)
 
 
 def _placed(module: str, plan: Plan) -> str:

@@ -400,8 +400,7 @@ static void pool_cases(int with_fork) {
     const int format[3] = {Q8_0, Q8_0, Q8_0};
     struct moe m = moe_make(format, 64, 96, 20, KT_SILU);
     float *expected = malloc(20 * 64 * 4);
-    kt_pool *pool = NULL;
-    *shared = NULL;
+    kt_pool *pool = NULL, *shared = NULL;
     for (int threads = 1; threads < 9; threads++) { /* one more than any core count of a laptop: sleeps at once */
         check(kt_pool_create(threads, &pool) == KT_OK, "pool");
         if (threads == 1) moe_run(&m, pool, expected);

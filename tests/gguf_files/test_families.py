@@ -230,6 +230,24 @@ def test_the_config_comes_back(written, arch):
         assert error(load(config, path), model) < 1e-4
 
 
+YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=32, beta_fast=32.0,
+            beta_slow=1.0)  # fmt: skip
+
+
+@pytest.mark.parametrize("scales", [{}, dict(mscale=1.0, mscale_all_dim=1.0), dict(mscale=0.707, mscale_all_dim=0.707),
+                                    dict(mscale=1.0, mscale_all_dim=0.8), dict(mscale_all_dim=0.8)])  # fmt: skip
+@pytest.mark.parametrize("model_type", ["deepseek_v2", "deepseek_v3", "glm_moe_dsa"])
+def test_yarn_comes_back_where_attention_is_latent(tmp_path, model_type, scales):
+    """Angles, the factor of sine and cosine, and the scale of attention's scores, of which files say the logarithm's."""
+    model = model_of(model_type, rope_parameters=YARN | scales)
+    model.save_pretrained(tmp_path / "hf")
+    quantize_folder(tmp_path / "hf", tmp_path / "m.gguf", "F32")
+    loaded = load(config_from_gguf(tmp_path / "m.gguf"), tmp_path / "m.gguf")
+    found, expected = loaded.model.rotary_emb, model.model.rotary_emb
+    assert torch.allclose(found.inv_freq, expected.inv_freq) and error(loaded, model, 60) < 1e-4
+    assert found.attention_scaling == pytest.approx(expected.attention_scaling, rel=1e-6)
+
+
 def test_configs_that_are_not_told_are_one_error(written, tmp_path):
     untold = next(f.model_types[0] for f in FAMILIES.values() if f.arch not in READERS)
     with pytest.raises(UnsupportedError, match=r"cannot be told from its metadata.*--model_path"):

@@ -259,8 +259,19 @@ def test_several_ends_survive(tmp_path):
     config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": [5, 7]}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
-    quantize_folder(folder, tmp_path / "m.gguf", "F16")
-    assert config_from_gguf(tmp_path / "m.gguf").eos_token_id[:3] == [5, 7, 9]
+    done = quantize_folder(folder, tmp_path / "m.gguf", "F16")
+    assert config_from_gguf(tmp_path / "m.gguf").eos_token_id[:3] == [5, 7, 9] and done["notices"] == []
+
+
+def test_ends_that_gguf_has_no_key_for_are_a_notice(tmp_path):
+    folder = shutil.copytree(embedded_model(), tmp_path / "hf", ignore=shutil.ignore_patterns("*.gguf"))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9, 11, 13]}))
+    config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": 5}
+    (folder / "config.json").write_text(json.dumps(config))
+    (notice,) = quantize_folder(folder, tmp_path / "m.gguf", "F16")["notices"]
+    assert "tokens [11, 13] are not in the file" in notice
+    read = config_from_gguf(tmp_path / "m.gguf").eos_token_id
+    assert set(read) >= {5, 7, 9} and not {11, 13} & set(read)
 
 
 def test_keys_of_the_tokenizer_are_named_or_refused(tmp_path):

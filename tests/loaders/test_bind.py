@@ -5,6 +5,7 @@ import copy
 import pickle
 import re
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from ktransformers import optimize_and_load
 from ktransformers.errors import UnsupportedError, WeightError
 from ktransformers.gguf_files.write import quantize_folder
 from ktransformers.loaders import bind, open_weights
-from ktransformers.loaders.problems import Problem, grouped
+from ktransformers.loaders.problems import TensorProblem, grouped
 from tests.loaders import small_files
 
 EXPERTS = "model.layers.1.mlp.experts"
@@ -218,6 +219,24 @@ def test_fused_gate_up_in_gguf(saved, tmp_path):
     gate_up = one.state[f"{EXPERTS}.gate_up_proj"]
     assert torch.equal(weights.tensor(f"{EXPERTS}.gate_up_proj"), gate_up)
     assert torch.equal(weights.experts(EXPERTS).up[2].dequantize(), gate_up[2, 32:])
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("kind", ["F32", "BF16", "Q8_0", "Q4_K", "MXFP4"])
+def test_one_fused_stack_is_cut_into_gate_and_up(kind, interleaved):
+    """Packed rows of gate and up, one after the other or in turn, are the numbers of the whole stack's rows."""
+    from ktransformers.loaders.sources import Plain, split_gate_up
+    from ktransformers.quants.blocks import QUANT_TYPES, Packed
+
+    type_ = QUANT_TYPES[kind]
+    data = torch.randint(0, 60, (type_.packed_bytes((3, 10, 512)),), dtype=torch.uint8)
+    whole = Packed(data, type_, (3, 10, 512))
+    files = SimpleNamespace(info=lambda name: SimpleNamespace(shape=whole.shape, type=type_), packed=lambda name: whole)
+    gate, up = split_gate_up(Plain(files, "experts.gate_up_proj"), interleaved)
+    numbers = whole.dequantize()
+    expected = (numbers[:, 0::2], numbers[:, 1::2]) if interleaved else numbers.chunk(2, 1)
+    for found, right in zip((gate, up), expected, strict=True):
+        assert torch.equal(torch.stack([matrix.dequantize() for matrix in found]), right)
 
 
 def whole_kv_b(state, keep: bool):
@@ -432,6 +451,42 @@ def test_config_and_file_disagree(saved):
     assert any(p.startswith("model.layers.2.mlp.experts.gate_up_proj: missing") for p in problems)
 
 
+def test_heads_of_keys_that_shapes_do_not_tell(saved):
+    """Half as many heads of twice the size have the same rows."""
+    one = saved("qwen3_moe")
+    model = small_files.meta("qwen3_moe")
+    model.config.num_key_value_heads = 1
+    problems = bind(open_weights(one.gguf), model).problems(small_files.expected(model))
+    said = "qwen3moe.attention.head_count_kv is 2 in the GGUF file, the config has num_key_value_heads 1"
+    assert problems == [said]
+
+
+def test_heads_of_keys_by_layer():
+    """None where a layer is no attention; latent attention has none of its own."""
+    from ktransformers.loaders.bind_gguf import _other_kv_heads
+
+    def said(stored, **config):
+        return _other_kv_heads({"x.attention.head_count_kv": stored}, "x", SimpleNamespace(**config))
+
+    assert said([0, 2, 0], num_key_value_heads=2) == said([2, 4], num_key_value_heads=2) == said("?") == []
+    assert said(1, num_key_value_heads=4, kv_lora_rank=32) == said(4, num_key_value_heads=None) == []
+    assert "is [2, 4] in the GGUF file" in said([0, 2, 4], num_key_value_heads=8)[0]
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"rms_norm_eps": 1e-5}, ["rms_norm_eps is 1e-05 in the config and 1e-06 in the GGUF file"]),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+     ["rope_theta is 500000.0 in the config and 10000 in the GGUF file"]),
+    ({"rms_norm_eps": 1.0000001e-6}, []),
+])  # fmt: skip
+def test_numbers_of_the_config_that_are_not_the_files_are_a_notice(saved, change, said):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        weights, expected = bound(saved("qwen3_moe").gguf, "qwen3_moe", **change)
+    assert weights.problems(expected) == []
+    assert [str(w.message) for w in told] == [f"{one}; the config's number counts" for one in said]
+
+
 @pytest.mark.parametrize("form", ["hf", "gguf"])
 def test_how_many_experts_a_token_meets_is_the_users_choice(saved, form):
     """Weights are the same for any number: the model computes with the config's, and one notice says so."""
@@ -512,10 +567,10 @@ def test_grouping():
     """Equal problems of many layers are one line with ranges; few, or different ones, stay apart, in
     order."""
     many = [
-        Problem(f"model.layers.{i}.mlp.gate.weight", f"looked for blk.{i}.ffn.weight") for i in range(3, 61)
+        TensorProblem(f"model.layers.{i}.mlp.gate.weight", f"looked for blk.{i}.ffn.weight") for i in range(3, 61)
     ]
-    some = [Problem(f"model.layers.{i}.norm.weight", "[2, 3] is wrong") for i in (1, 5)]
-    gaps = [Problem(f"a.{i}.b.{e}.c", "missing") for i in (0, 1, 2, 7) for e in (4, 5)]
+    some = [TensorProblem(f"model.layers.{i}.norm.weight", "[2, 3] is wrong") for i in (1, 5)]
+    gaps = [TensorProblem(f"a.{i}.b.{e}.c", "missing") for i in (0, 1, 2, 7) for e in (4, 5)]
     assert grouped(many + some + gaps) == [
         "model.layers.{3-60}.mlp.gate.weight: looked for blk.{3-60}.ffn.weight (58 tensors)",
         "model.layers.1.norm.weight: [2, 3] is wrong",

@@ -50,7 +50,8 @@ class Case:
     def run(self, activation: str, biased: bool, gated: bool = True, **kwargs) -> torch.Tensor:
         some = {f"{r}_bias": b for r, b in self.bias.items() if gated or r != "gate"} if biased else {}
         gate = self.packed["gate"] if gated else None
-        experts = native.Experts(gate, self.packed["up"], self.packed["down"], activation, **some, **kwargs)
+        glu = native.Glu(activation, **some, **kwargs)
+        experts = native.Experts(gate, self.packed["up"], self.packed["down"], glu)
         return experts(self.x, self.ids, self.scale)
 
 

@@ -103,9 +103,9 @@ def test_linear_equals_portable(name, nasty):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_jobs_of_full_size(name):
-    """A thread's jobs grow to 64 rows only where there are many: the last of 403 rows, too, equals portable C's."""
+    """A job has 128 rows only where there are many: the last of 787 rows, too, equals portable C's."""
     rng = rng_for("jobs", name)
-    weight = random_weight(rng, name, 403, 512)
+    weight = random_weight(rng, name, 787, 512)
     linear = native.Linear(weight)
     native.set_threads(1)
     for tokens in (1, 2, 9):

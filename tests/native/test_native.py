@@ -214,10 +214,10 @@ def test_experts_that_do_not_fit_are_named():
     with pytest.raises(NativeError, match="0 gate"):
         native.Experts([], [], [])
     with pytest.raises(UnsupportedError, match="did you mean 'silu'"):
-        native.Experts([a], [a], [b], activation="silo")
+        native.Experts([a], [a], [b], "silo")
     for bad in ([], None, 3, {"silu": 1}):
         with pytest.raises(UnsupportedError, match="^ffn: activation.*Known: silu"):
-            native.Experts([a], [a], [b], activation=bad, name="ffn")
+            native.Experts([a], [a], [b], bad, name="ffn")
     for bad in (None, a, 3, "abc", iter([a])):
         with pytest.raises(NativeError, match=r"^ffn \(up\): found.*expected a list"):
             native.Experts([a], bad, [b], name="ffn")

@@ -104,9 +104,9 @@ def test_linear_equals_dequantized_weights(name):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_jobs_of_full_size(name):
-    """A thread's jobs grow to 64 rows only where there are many: all of 408 rows equal portable C's."""
+    """A job has 128 rows only where there are many: all of 792 rows equal portable C's."""
     rng = rng_for("jobs", name)
-    weight = random_scaled(rng, KINDS[name], 408, 512)
+    weight = random_scaled(rng, KINDS[name], 792, 512)
     linear, values = native.Linear(weight), weight.dequantize().double()
     native.set_threads(1)
     for tokens in (1, 2, 9):

@@ -30,8 +30,11 @@ two_cores = pytest.mark.skipif(native.available() and native.default_threads() <
 
 @pytest.fixture(autouse=True)
 def _restore():
-    yield
-    native.set_threads(None)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("KT_THREADS", "KT_PIN", "KT_NUMA"):
+            patch.delenv(name, raising=False)
+        yield
+        native.set_threads(None)
 
 
 def run(code: str, **environment: str) -> str:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from ktransformers import native, optimize_and_load
 from ktransformers.errors import UnsupportedError
 from ktransformers.operators import base_operator, experts
 from ktransformers.operators.base_operator import InferenceState
@@ -240,3 +241,14 @@ def test_float64_is_refused_before_loading():
         (problem,) = KTransformersExperts.check(KEY, meta, {"generate_op": "KExpertsCPU", **CPU}, source)
         assert "does not compute float64" in problem and "use KExpertsTorch" in problem
     assert KTransformersExperts.check(KEY, meta, {"generate_op": "KExpertsTorch", **CPU}, weights) == []
+
+
+@pytest.mark.parametrize("threads", [[2], [1, 1]], ids=str)
+def test_weights_are_placed_where_there_are_several_numa_nodes(checkpoint, monkeypatch, threads):
+    reference, folder = checkpoint("qwen3_moe")
+    placed = []
+    monkeypatch.setattr(native, "nodes", lambda: threads)
+    monkeypatch.setattr(native.Experts, "place", lambda self: placed.append(self.name))
+    optimize_and_load(meta_model(reference.config), "MoE", folder, devices={"cuda": "cpu"}, progress=False)
+    expected = [f"model.layers.{i}.mlp.experts" for i in range(3)] if len(threads) > 1 else []
+    assert placed == expected

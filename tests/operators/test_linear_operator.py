@@ -256,3 +256,14 @@ def test_float64_is_refused_before_loading_and_goes_to_torch_where_nothing_is_na
     x = torch.randn(2, 64, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(module(x), truth(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("table", ["LINEAR_MAP", "EXPERTS_MAP"])
+def test_every_inner_operator_keeps_the_contract(table):
+    from ktransformers.operators import experts, linear
+    from ktransformers.operators.inner_ops import InnerOperator
+
+    original = nn.Linear(4, 4, bias=False, device="meta")
+    for operator in getattr(linear if table == "LINEAR_MAP" else experts, table).values():
+        assert isinstance(operator("a", None, None, original, "cpu"), InnerOperator)
+    assert not isinstance(original, InnerOperator)

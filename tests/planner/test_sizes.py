@@ -1,9 +1,12 @@
 """What the planner says that parts and caches take, against the modules, files and caches themselves."""
 
+import copy
+
 import pytest
 import torch
 from ktransformers.models import DEFAULT_RULES
 from ktransformers.models.known import KNOWN
+from safetensors.torch import save_file
 
 from ktransformers import open_weights, optimize_and_load, plan
 from ktransformers.configs import meta_model as known_model
@@ -73,6 +76,29 @@ def test_tied_weights_are_counted_once(checkpoint):
     assert sum(p.weights for p in found) == sum(p.numel() for p in reference.parameters())
     head = next(p for p in found if p.kind == "head")
     assert head.ops == 2 * 64 * 128 and head.held == 0
+
+
+def test_what_the_c_library_computes_is_known_without_it(monkeypatch):
+    """Types of both tables of formats, by name; I8 is a table of indices in one and a weight in the other."""
+    monkeypatch.delattr("ktransformers.native.SUPPORTED_TYPES")
+    assert all(map(sizes.in_c, ("Q4_K", "BF16", "I8", "AWQ4"))) and not any(map(sizes.in_c, ("Q8_K", "I64", sizes.DENSE)))
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_head_of_its_own_counts_whatever_the_config_says(checkpoint, tmp_path, own):
+    """As loading has it: what a checkpoint holds twice with other numbers is not tied."""
+    reference, _ = checkpoint("qwen3_moe", tie_word_embeddings=False)
+    state = reference.state_dict() if own else reference.state_dict() | {
+        "lm_head.weight": reference.model.embed_tokens.weight.detach().clone()}  # fmt: skip
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "model.safetensors")
+    config = copy.deepcopy(reference.config)
+    config.tie_word_embeddings = True
+    model = meta_model(config)
+    assert model.all_tied_weights_keys
+    with open_weights(tmp_path) as files:
+        found = sizes.parts(model, plan(model, "MoE", gpus=0), formats.weights_format(bind(files, model)))
+    head = next(part for part in found if part.kind == "head")
+    assert (head.weights, head.held > 0) == ((64 * 128, True) if own else (0, False))
 
 
 @pytest.mark.parametrize("mix", ["Q4_K_M", "Q8_0", "F16"])
