@@ -54,7 +54,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def _is_decoder(module: nn.Module) -> bool:
-    """The stack itself: an embedding and a list of layers behind one another."""
+    """The stack itself: an embedding and a list of layers in order."""
     layers = getattr(module, "layers", None)
     return isinstance(layers, nn.ModuleList) and any(isinstance(child, nn.Embedding) for child in module.children())
 

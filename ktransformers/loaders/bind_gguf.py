@@ -23,10 +23,10 @@ from ktransformers.models.traits import is_beside_text
 
 def bind_gguf(files: WeightFiles, model, shapes: Shapes, binding: Binding) -> None:
     config = model.config
-    if beside := sorted({".".join(name.split(".")[:2]) for name in shapes if is_beside_text(name)}):
+    if lacking := sorted({".".join(name.split(".")[:2]) for name in shapes if is_beside_text(name)}):
         raise UnsupportedError(
             f"{files.paths[0]}: a GGUF file holds a language model alone, and {type(model).__name__} also has "
-            f"{', '.join(beside)}. Use the model's safetensors, or build the class of its text alone where there is "
+            f"{', '.join(lacking)}. Use the model's safetensors, or build the class of its text alone where there is "
             "one (AutoModelForCausalLM)."
         )
     family = gguf_names.family_of(files.metadata.get("general.architecture"), config.model_type)

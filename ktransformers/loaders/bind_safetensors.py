@@ -77,7 +77,7 @@ def _find_layouts(model, binding: Binding) -> None:
 
 
 def _is_idle_bias(files: WeightFiles, key: str) -> bool:
-    """Whether `key` is a bias of zeros beside quantized codes: AutoGPTQ writes one for layers that have none."""
+    """Whether `key` is a bias of zeros with quantized codes: AutoGPTQ writes one for layers that have none."""
     weight = f"{key.removesuffix('bias')}weight"
     if not key.endswith(".bias") or weight not in files or not isinstance(files.info(weight).type, ScaledType):
         return False

@@ -114,7 +114,7 @@ def _value_heads(count: int, config: Config, size: int) -> Tensor:
 
 
 VALUES = _moved(lambda shape, config: _value_heads(shape[0], config, config.linear_value_head_dim))
-"""Rows of value heads, perhaps behind those of queries and keys."""
+"""Rows of value heads, perhaps after those of queries and keys."""
 
 VALUE_SCALARS = _moved(lambda shape, config: _value_heads(shape[0], config, 1))
 """One row for each value head."""

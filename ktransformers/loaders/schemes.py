@@ -1,7 +1,7 @@
-"""Which tensors of a safetensors checkpoint make one weight: codes, and the scales, zeros and order beside them.
+"""Which tensors of a safetensors checkpoint make one weight: codes, and their scales, zeros and order.
 
 Publishers name and shape them in a dozen ways; here each way becomes a `ScaledInfo` under the name that the weight
-has in an unquantized checkpoint (`...gate_proj.weight`), so that everything behind sees one tensor. Told from names,
+has in an unquantized checkpoint (`...gate_proj.weight`), so that everything after sees one tensor. Told from names,
 types and shapes alone; the config's `quantization_config` is asked only where these leave a choice.
 
 The layouts: transformers' finegrained_fp8 and mxfp4 integrations, compressed-tensors, NVIDIA's modelopt, AutoGPTQ
@@ -214,10 +214,10 @@ def _scale_names(weight: str) -> list[str]:
 _OF_ACTIVATIONS = ("input_scale", "activation_scale", "input_global_scale", "input_zero_point", "output_scale",
                    "input_scale_ub", "qscale_act", "pre_quant_scale")  # fmt: skip
 """Companions that say how to round activations. The C library rounds them its own way, so they are not used; but the
-last multiplies them, so a weight beside it is refused."""
+last multiplies them, so a weight next to it is refused."""
 
 IGNORED = r"\.([kvq]_|kv_|prob_output_)(scale|zero_point|global_scale)$"
-"""Scales for quantized attention and its cache, which lie beside no weight."""
+"""Scales for quantized attention and its cache, which belong to no weight."""
 
 
 def _found(
@@ -240,7 +240,7 @@ def _need(parts: Tensors, key: str, weight: str) -> TensorInfo:
     if key not in parts:
         base = weight.removesuffix("weight") if weight.endswith(".weight") else f"{weight}_"
         have = ", ".join(p.name.rpartition(".")[2] for p in parts.values()) or "nothing"
-        raise _Unfit(f"no {base}{key} in the checkpoint, found {have} beside the codes")
+        raise _Unfit(f"no {base}{key} in the checkpoint, found {have} with the codes")
     return parts[key]
 
 
@@ -323,7 +323,7 @@ def _plain_codes(name: str, codes: TensorInfo, parts: Tensors, scheme: Scheme) -
     if fp4:
         return _fp4(name, codes, scales, parts.get("factor"), divides=False)
     if "factor" in parts:
-        raise _Unfit(f"{parts['factor'].name} beside {kind} codes, expected none")
+        raise _Unfit(f"{parts['factor'].name} with {kind} codes, expected none")
     if kind == "I8":
         _stored_as(scales, "F32", "F16", "BF16")
     block = _block_of(codes.shape, scales, scheme.blocks)
@@ -345,11 +345,11 @@ def _fp4(name: str, codes: TensorInfo, scales: TensorInfo, factor: TensorInfo | 
     _same(scales, (*shape[:-1], shape[-1] // group), f"for the weight {list(shape)}")
     if nv and factor is None:
         expected = f"{name.removesuffix('weight')}weight_global_scale" if divides else f"{name}_scale_2"
-        raise _Unfit(f"no {expected} in the checkpoint, found {scales.name} beside the codes")
+        raise _Unfit(f"no {expected} in the checkpoint, found {scales.name} with the codes")
     if factor is not None:
         _stored_as(factor, "F32")
         if math.prod(factor.shape) != 1 or len(shape) != 2:
-            raise _Unfit(f"{factor.name} has shape {list(factor.shape)} beside {list(shape)}, expected one number")
+            raise _Unfit(f"{factor.name} has shape {list(factor.shape)} for {list(shape)}, expected one number")
     return _weight(name, F4_E2M1, shape, codes, scales, (1, group), factor=factor, divides=divides)
 
 
@@ -368,7 +368,7 @@ def _packed_fp4(name: str, codes: TensorInfo, parts: Tensors) -> ScaledInfo:
     _stored_as(codes, "U8")
     scales = _need(parts, "weight_scale", name)
     if "weight_zero_point" in parts:
-        raise _Unfit(f"{parts['weight_zero_point'].name} beside FP4 codes, expected none")
+        raise _Unfit(f"{parts['weight_zero_point'].name} with FP4 codes, expected none")
     return _fp4(name, codes, scales, parts.get("weight_global_scale"), divides=True)
 
 
@@ -393,7 +393,7 @@ def _packed_integers(name: str, codes: TensorInfo, parts: Tensors, scheme: Schem
         else:
             _stored_as(zeros, "I32")
             if block[0] != 1:
-                raise _Unfit(f"{zeros.name} beside one scale for {block[0]} rows, expected one a row or group")
+                raise _Unfit(f"{zeros.name} with one scale for {block[0]} rows, expected one per row or group")
             grid = (math.ceil(shape[-2] / kind.per_word), math.ceil(shape[-1] / block[1]))
             _same(zeros, (*shape[:-2], *grid), f"for the weight {list(shape)}")
             rest["zeros"] = zeros

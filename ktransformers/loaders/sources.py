@@ -351,7 +351,7 @@ class ExpertWeights:
 
 
 def split_gate_up(source: Source, interleaved: bool = False) -> tuple[Matrices, Matrices]:
-    """The gate and up matrices behind a `gate_up_proj` source; one fused tensor is cut in the middle, or into its even
+    """The gate and up matrices of a `gate_up_proj` source; one fused tensor is cut in the middle, or into its even
     and odd rows where they are `interleaved`."""
     if isinstance(source, Stacked) and len(source.parts) == 2:
         return source.matrices(0), source.matrices(1)
@@ -376,7 +376,7 @@ def split_gate_up_bias(bias: Tensor, interleaved: bool = False) -> tuple[Tensor,
 
 
 def split_down(source: Source) -> Matrices:
-    """The matrices behind a `down_proj` source, or behind an `up_proj` without a gate."""
+    """The matrices of a `down_proj` source, or of an `up_proj` without a gate."""
     if isinstance(source, Stacked):
         return source.matrices(0)
     if isinstance(source, StoredTransposed):

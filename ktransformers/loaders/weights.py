@@ -73,7 +73,7 @@ class ModelWeights:
         return self._source(name).shape
 
     def infos(self, name: str) -> list[TensorInfo]:
-        """The checkpoint's tensors behind `name`, as it describes them."""
+        """The checkpoint's tensors of `name`, as it describes them."""
         return self._source(name).infos
 
     def quant_type(self, name: str) -> str:
@@ -94,11 +94,11 @@ class ModelWeights:
         return all(method in schemes.methods(info) for info in self._source(name).infos)
 
     def nbytes(self, name: str) -> int:
-        """Bytes of the stored tensors behind `name`."""
+        """Bytes of the stored tensors of `name`."""
         return sum(info.nbytes for info in self._source(name).infos)
 
     def stored_names(self, name: str) -> tuple[str, ...]:
-        """The checkpoint's own names of the tensors behind `name`."""
+        """The checkpoint's own names of the tensors of `name`."""
         return self._source(name).names
 
     def tensor(

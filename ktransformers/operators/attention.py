@@ -55,7 +55,7 @@ class KDeepseekV2Attention(FamilyOperator):
             multiplications is taken (`absorbing_is_cheaper`): absorbed to decode, expanded for long prompts.
 
     W_UK and W_UV are views of `kv_b_proj`. If a rule replaces it by something without a dense `weight`, a
-    dense copy is loaded beside it.
+    dense copy is loaded as well.
     """
 
     def __init__(
@@ -227,7 +227,7 @@ class KDeepseekV2Attention(FamilyOperator):
 
 
 def _differences(module: nn.Module) -> list[str]:
-    """What `module` lacks of this attention or has beside it; told from its structure, for families share names.
+    """What `module` lacks of this attention or has besides; told from its structure, for families share names.
 
     Families that pass in transformers 5.23 compute the same numbers: deepseek_v2, deepseek_v3, glm4_moe_lite,
     youtu, axk1 and minicpm3.

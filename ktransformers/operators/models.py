@@ -93,15 +93,15 @@ class DecoderModel(FamilyOperator):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        device, behind = None, False
+        device, after = None, False
         for child in self.children():
             if isinstance(child, nn.Embedding):
                 # It may stay on the CPU; what is made of its output (masks, positions) is for the layers.
                 out = child.register_forward_hook(lambda _, args, out: to_device(out, self.entry_device))
                 self._hooks += [self._watch(child, None), out]
-            elif behind and not TRAITS["rotary"](child):
+            elif after and not TRAITS["rotary"](child):
                 self._hooks.append(self._watch(child, None))
-            behind = behind or child is self.layers
+            after = after or child is self.layers
         for number, layer in enumerate(self.layers):
             device = self.transfer_map.get(number, device)
             self._hooks.append(self._watch(layer, device))

@@ -1,4 +1,4 @@
-"""Weights whose scales lie beside their codes, as safetensors checkpoints hold them: FP8, FP4, INT8, INT4, GPTQ, AWQ.
+"""Weights whose scales are stored apart from their codes, as safetensors have them: FP8, FP4, INT8, INT4, GPTQ, AWQ.
 
 What quants.py is for blocks that carry their scales: the formats' readable reference, to which the C kernels and
 the tests are held. It knows bytes, shapes and numbers; it knows nothing about files, names or configs
@@ -224,7 +224,7 @@ class ScaledWeight:
                 raise WeightError(f"{self}: {rows} rows, expected a multiple of {per_word}, as zeros are packed.")
             return self.scales.shape[-2], rows // per_word * 4
         if self.type.zero == 0 or self.scale_rows != 1:
-            raise WeightError(f"{self}: zeros beside {self.type.name} in blocks of {self.scale_rows} rows.")
+            raise WeightError(f"{self}: zeros for {self.type.name} in blocks of {self.scale_rows} rows.")
         return math.ceil(rows / per_word), self._group_count * 4
 
     def __str__(self) -> str:
@@ -239,7 +239,7 @@ class ScaledWeight:
 
     @property
     def span(self) -> int:
-        """Bytes from the first of a matrix's codes to behind the last."""
+        """Bytes from the first of a matrix's codes to after the last."""
         return _span(self.data)
 
     @property

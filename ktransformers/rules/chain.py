@@ -238,12 +238,12 @@ class _Chain:
 
     def _whole_layers(self, group: list[tuple[_Layer, _Part]]) -> ChainProblem:
         layer, part = group[0]
-        numbers, behind = _ranges([layer.number for layer, _ in group]), group[-1][0].number + 1
+        numbers, after = _ranges([layer.number for layer, _ in group]), group[-1][0].number + 1
         advice = f"place the layer on {layer.input}"
         if not _has_rule(part):
             advice = f"name {numbers} in a rule, for {layer.input}"
-        elif layer.mapped and layer.number in self._transfers() and behind < len(self.layers):
-            advice = f"move that entry to layer {behind}, or {advice}"
+        elif layer.mapped and layer.number in self._transfers() and after < len(self.layers):
+            advice = f"move that entry to layer {after}, or {advice}"
         elif layer.mapped:
             advice = f"give the transfer_map {layer.number}: {part.device}, or {advice}"
         text = f"{_by(part)} put {numbers} on {part.device}, but the input is on {layer.input}, {layer.moved}; {advice}"
@@ -282,8 +282,8 @@ class _Chain:
 
     def _is_alone(self, layer: _Layer) -> bool:
         """Whether no layer next to it is on its device."""
-        beside = self.layers[max(layer.number - 1, 0) : layer.number + 2]
-        return all(other.input != layer.input for other in beside if other is not layer)
+        neighbours = self.layers[max(layer.number - 1, 0) : layer.number + 2]
+        return all(other.input != layer.input for other in neighbours if other is not layer)
 
     def _detours(self) -> list[ChainProblem]:
         """Layers whose input goes back to a device that the chain has left."""
@@ -306,17 +306,17 @@ class _Chain:
         return found
 
     def _end(self, end: tuple[str, str]) -> list[ChainProblem]:
-        """What is behind the last layer: the decoder's own (a norm), then the head."""
-        (at, why), found, behind = end, [], False
+        """What comes after the last layer: the decoder's own (a norm), then the head."""
+        (at, why), found, after = end, [], False
         for child_name, child in self.decoder.named_children():
             name = f"{self.name}.{child_name}".lstrip(".")
-            last = behind and not isinstance(child, nn.Embedding) and not child_name.startswith(BEFORE)
+            last = after and not isinstance(child, nn.Embedding) and not child_name.startswith(BEFORE)
             for part in self._parts(name, child) if last else ():
                 if self.mover is not None and part.name == name:
                     at, why = part.device, f"where {name} is"
                 elif part.device != at and not part.key:
                     found.append(_at_end(part, at, why))
-            behind = behind or child is self.decoder.layers
+            after = after or child is self.decoder.layers
         head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
         name = next((name for name, module in self.model.named_modules() if module is head), "")
         for part in self._parts(name, head) if head is not None and name else ():

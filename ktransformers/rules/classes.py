@@ -131,7 +131,7 @@ def _module_hint(name: str) -> str:
 def parameters(operator: type) -> Mapping[str, Any]:
     """Every kwarg that a rule may give `operator`: name -> annotation (`inspect.Parameter.empty` when it has none).
 
-    An ``__init__`` with ``**kwargs`` hands on what it does not name, so the classes behind it count too.
+    An ``__init__`` with ``**kwargs`` hands on what it does not name, so its base classes count too.
     """
     known: dict[str, Any] = {}
     for cls in operator.__mro__:

@@ -82,14 +82,14 @@ class Placed:
     stack: str
     devices: tuple[str, ...]
     last: frozenset[str]
-    """Top-level names of what comes behind the layers: the final norm, the head."""
+    """Top-level names of what comes after the layers: the final norm, the head."""
 
     def device(self, name: str) -> str:
-        """The device of module `name`: its layer's; the last layer's for what comes behind, else the first's."""
+        """The device of module `name`: its layer's; the last layer's for what comes after them, else the first's."""
         if name.startswith(f"{self.stack}."):
             return self.devices[int(name[len(self.stack) + 1 :].partition(".")[0])]
-        behind = any(name == top or name.startswith(f"{top}.") for top in self.last)
-        return self.devices[-1 if behind else 0]
+        after = any(name == top or name.startswith(f"{top}.") for top in self.last)
+        return self.devices[-1 if after else 0]
 
     @property
     def transfer_map(self) -> dict[int, str]:
@@ -149,7 +149,7 @@ def _rest_problems(owners: Sequence[str | None], rest: str | None) -> Problems:
 
 
 BEFORE = ("per_layer_",)
-"""How names begin of what stands behind the layers but works before them: Gemma 4's embeddings for each layer."""
+"""How names begin of what stands after the layers but works before them: Gemma 4's embeddings for each layer."""
 
 
 def _behind(model: nn.Module, stack: str) -> list[str]:
@@ -157,11 +157,11 @@ def _behind(model: nn.Module, stack: str) -> list[str]:
     share, and what stands next to the head. What sees or hears works before them, wherever the walk meets it."""
     decoder = f"{stack.rpartition('.')[0]}.".lstrip(".")
     names: list[str] = []
-    behind = False
+    after = False
     for name, module in model.named_modules():
         if name == stack:
-            behind = True
-        elif behind and not name.startswith(f"{stack}.") and not any(name.startswith(f"{top}.") for top in names):
+            after = True
+        elif after and not name.startswith(f"{stack}.") and not any(name.startswith(f"{top}.") for top in names):
             before = name.rpartition(".")[2].startswith(BEFORE)
             shared = before or TRAITS["rotary"](module) or TRAITS["embedding"](module)
             if not shared and (name.startswith(decoder) or _is_next_to_the_head(model, name, stack)):

@@ -24,7 +24,7 @@ __getattr__ = gone(
 
 
 def load_weights(module: nn.Module, gguf_loader: Any, prefix: str = "", device: Any = None) -> None:
-    """Load `module` and all below it; `prefix` is its name with a dot behind. `device` None: where the rules put it."""
+    """Load `module` and all below it; `prefix` is its name and a dot. `device` None: where the rules put it."""
     name = prefix.removesuffix(".")
     devices = getattr(gguf_loader, "devices", {}) if device is None else {name: str(device)}
     base_operator.load_weights(module, gguf_loader, name, devices)

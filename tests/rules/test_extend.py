@@ -128,7 +128,7 @@ def test_rules_that_differ_in_more_than_layers_stay_apart(extended, model):
 
 
 def test_modules_that_no_rule_names_stay_where_they_were(extended, model):
-    """The old default is cuda:0; the new one would be the layer's, and the last layer's behind the layers."""
+    """The old default is cuda:0; the new one would be the layer's, and the last layer's after the layers."""
     new, _ = extended(model, [placed("[0-2]", "cuda:0", name="mlp"), placed("[3-5]", "cuda:1", name="mlp"),
                               placed("[0-2]", "cuda:0", name="self_attn"), placed("[3-5]", "cuda:1", name="self_attn")])  # fmt: skip
     assert new["devices"] == {"cuda:0": "0-2", "cuda:1": "rest"}
