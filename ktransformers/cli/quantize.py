@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from ktransformers.cli.common import JsonOption, err, quiet_transformers, show
+from ktransformers.cli.common import ForceOption, JsonOption, err, quiet_transformers, show
+from ktransformers.errors import KTransformersError
 
 
 def quantize(
@@ -16,11 +17,15 @@ def quantize(
         str, typer.Option("--type", metavar="TYPE", help="F32, F16, BF16, Q8_0, Q6_K, Q5_K_M or Q4_K_M.")
     ] = "Q4_K_M",
     split: Annotated[int, typer.Option(metavar="N", help="Maximum tensors per file; 0: one file.")] = 0,
+    force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a model as one GGUF file, or several, quantized."""
     from ktransformers.gguf_files.write import quantize_folder
 
+    there = out if out.is_file() else next(iter(sorted(out.parent.glob(f"{out.stem}-*-of-*.gguf"))), None)
+    if there is not None and not force:
+        raise KTransformersError(f"OUT {there}: exists already. Choose another path, or overwrite it with --force.")
     quiet_transformers()
     done = quantize_folder(source, out, mix, split, show=err.is_terminal and not as_json)
     show(done, as_json, lambda: _lines(done))

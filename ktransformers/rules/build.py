@@ -31,6 +31,11 @@ def build(replacement: Replacement, source: "WeightSource", config: Any, origina
         ) from error
     with failures.named(operator, "__init__", key, where):
         built = _construct(operator, arguments, dict(replacement.kwargs))
+    if "_modules" not in vars(built):
+        raise RuleError(
+            f"{where}: {operator.__name__} for {key}: its __init__ did not call that of its base class, so it is no "
+            "module. Begin it with super().__init__(key, gguf_loader, config, orig_module, ...)."
+        )
     built.rule = where
     built._is_hf_initialized = True  # transformers must not initialize it again
     return built.train(original.training)

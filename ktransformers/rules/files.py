@@ -287,7 +287,8 @@ def _read_file(rule: str | Path) -> tuple[str, Any]:
     path = existing_path(rule, "rule file", RuleError)
     label = str(path)
     if path is not None and path.is_dir():
-        raise RuleError(f"rule file {rule}: is a folder, expected a YAML file or one of {', '.join(packaged_rules())}")
+        names = ", ".join(packaged_rules())
+        raise RuleError(f"rule file {str(rule)!r}: is a folder, expected a YAML file or one of {names}")
     if path is None or not path.is_file():
         stem = packaged_name(rule)
         if not stem:

@@ -246,6 +246,7 @@ def test_a_file_that_cannot_be_written_leaves_what_was_there(tmp_path, monkeypat
         ("plan", "qwen3-30b-a3b", "--ram", "64GiB", "--plot"),
         ("profile", "embedded", "--prompts", "PROMPTS", "-o"),
         ("rules", "extend", "MoE", "qwen3-30b-a3b", "-o"),
+        ("quantize", "models/embedded"),
     ],
     ids=" ".join,
 )

@@ -157,3 +157,13 @@ def test_what_check_says_in_any_form_is_listed_or_refused(checkpoint, monkeypatc
 def test_a_check_that_says_nothing_lets_the_operator_in(checkpoint, monkeypatch, said):
     monkeypatch.setattr(SaysText, "said", said)
     optimized(checkpoint, SaysText)
+
+
+class ForgetsItsBase(BaseInjectedModule):
+    def __init__(self, *args, **kwargs):
+        pass
+
+
+def test_a_constructor_that_forgets_its_base_is_named(checkpoint):
+    with pytest.raises(RuleError, match=rf"ForgetsItsBase for {MODULE}: its __init__ did not call .*super\(\)"):
+        optimized(checkpoint, ForgetsItsBase)
