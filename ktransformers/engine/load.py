@@ -117,6 +117,10 @@ def read_config_and_tokenizer(model_path: str, needs_template: bool = True) -> t
     return config, tokenizer
 
 
+TOKENIZERS = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.*")
+"""Files of which a model folder has at least one, where it has a tokenizer."""
+
+
 def _read_folder(model_path: str, folder: Path) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoTokenizer
 
@@ -136,6 +140,11 @@ def _read_folder(model_path: str, folder: Path) -> tuple[Any, Any]:
                 f"{model_path}: transformers does not know this model or its tokenizer, and code from a model folder "
                 "is not run. Use a release of transformers that has the model, or build config, model and tokenizer "
                 "with trust_remote_code=True in a program of your own and call optimize_and_load."
+            ) from error
+        if not any(path for pattern in TOKENIZERS for path in folder.glob(pattern)):
+            raise KTransformersError(
+                f"{model_path}: has no tokenizer, expected one of {', '.join(TOKENIZERS)}. Copy them from where the "
+                "model was published."
             ) from error
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise KTransformersError(f"{model_path}: config or tokenizer cannot be read: {' '.join(lines[:2])}") from error

@@ -64,6 +64,13 @@ def test_a_model_folder_without_a_config_is_named(tmp_path):
         read_config_and_tokenizer(str(tmp_path))
 
 
+def test_a_model_folder_without_a_tokenizer_is_named(tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(embedded_model() / name)
+    with pytest.raises(KTransformersError, match="has no tokenizer, expected one of tokenizer.json"):
+        load(str(tmp_path))
+
+
 def test_the_engine_imports_no_terminal():
     """So that a server can use it."""
     code = (
