@@ -68,8 +68,9 @@ def run_python(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def run_bash(text: str) -> subprocess.CompletedProcess[str]:
-    """Run a bash block in the repository."""
-    environment = {**os.environ, "COLUMNS": "100"}
+    """Run a bash block in the repository, as from a shell: a make within `make test` would say which folder it enters."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    environment = {**inherited, "COLUMNS": "100"}
     return subprocess.run(
         ["bash", "-ec", text], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False,
         stdin=subprocess.DEVNULL,
