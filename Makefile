@@ -59,7 +59,7 @@ doctor: setup ## what this machine has, whether the kernels compute right on it,
 test: setup-dev ## every test
 	$(PY) -m pytest $(ARGS)
 
-test-fast: setup-dev ## one test of each kind, in under two minutes
+test-fast: setup-dev ## some cases of every kind of test
 	$(PY) -m pytest -m "not slow" $(ARGS)
 
 bench-setup: ## time from a fresh clone to the first answer, by parts (PIP_ARGS=..., JSON=file)
@@ -93,7 +93,7 @@ bench-start: setup-dev ## seconds until commands show something and end, beside 
 pages: setup-dev ## write what their commands print into README and the tutorials
 	$(PY) -m tests.pages
 
-support: setup-dev ## README's table of families, from the tables that the tests run over
+support: setup-dev ## the table of families in models/README.md, from the tables that the tests run over
 	$(PY) -m tests.support
 
 train: setup-dev ## train the embedded model again (under two hours on a CPU)
