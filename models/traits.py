@@ -65,6 +65,7 @@ TRAITS: dict[str, Callable[[nn.Module], bool]] = {
     "router": _is_router,
     "mla": _is_mla,
     "attention": _is_attention,
+    "gqa": lambda module: _is_attention(module) and not _is_mla(module) and hasattr(module, "q_proj"),
     "linear": is_linear,
     "decoder": _is_decoder,
     "rotary": lambda module: "RotaryEmbedding" in type(module).__name__,

@@ -17,6 +17,8 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
+from ktransformers.operators.paged_cache import PagedCache, PagedLayer, PagedWindowLayer
+
 
 class PrefixCache:
     """A model's cache together with the ids of the tokens in it; `cache` is None until a forward pass returns one.
@@ -50,7 +52,9 @@ class PrefixCache:
         a window that has moved over it could not go back. Costs the memory of the answer's keys and values.
         """
         for number, layer in enumerate(_layers(self.cache)):
-            if type(layer) is DynamicSlidingWindowLayer and layer.is_initialized:
+            if isinstance(layer, PagedWindowLayer):
+                layer.activate_past_recording()
+            elif type(layer) is DynamicSlidingWindowLayer and layer.is_initialized:
                 layer.activate_past_recording()
                 self._forgotten[number] = layer.get_seq_length() - layer.keys.shape[-2]
 
@@ -76,7 +80,7 @@ class PrefixCache:
         layers = [layer for layer in _layers(self.cache) if not isinstance(layer, DummyLayer)]
         if length == len(self.ids) and not self._torn:
             layers = [layer for layer in layers if getattr(layer, "record_past", False)]  # back to the window's size
-        elif type(self.cache) is not DynamicCache or not layers:  # a family's own cache may hold more than its layers
+        elif type(self.cache) not in (DynamicCache, PagedCache) or not layers:  # a family's own cache may hold more than its layers
             return False
         elif not all(_can_forget(layer, length) for layer in layers) or self._torn and not self._whole():
             return False
@@ -91,6 +95,8 @@ class PrefixCache:
     def _whole(self) -> bool:
         """Whether each layer of a torn cache was left between two updates, so that its length is what it says."""
         for number, layer in enumerate(_layers(self.cache)):
+            if isinstance(layer, PagedLayer):
+                continue  # its length is counted when all is written
             if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer):
                 return False  # holds more than keys and values
             if type(layer) is not DummyLayer and layer.is_initialized:
@@ -109,6 +115,8 @@ def _can_forget(layer: Any, length: int) -> bool:
 
     `is_croppable` does not say so: sliding windows and layers that inherit it have it too.
     """
+    if isinstance(layer, PagedLayer):
+        return layer.can_forget(length)
     if isinstance(layer, LinearAttentionCacheLayerMixin) or not _crops_all_of_itself(type(layer)):
         return False
     seen, window = layer.get_seq_length(), getattr(layer, "sliding_window", None)

@@ -7,6 +7,7 @@ released inside every C call, and calls from several threads on the one pool wai
 Letters: T tokens, H hidden, I intermediate, E experts, K experts per token.
 """
 
+from ktransformers.native.self_attention import Attention
 from ktransformers.native.checks import MAX_THREADS
 from ktransformers.native.experts import ACTIVATIONS, Experts, Glu
 from ktransformers.native.library import (
@@ -34,6 +35,7 @@ from ktransformers.native.weights import SCALED_TYPES, SCALES, SUPPORTED_TYPES, 
 
 __all__ = [
     "ACTIVATIONS",
+    "Attention",
     "MAX_THREADS",
     "NOT_BUILT",
     "SCALED_TYPES",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -43,18 +43,27 @@ class ExpertsCall(Protocol):
     def compute(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor: ...
 
 
-_named: weakref.WeakValueDictionary[int, LinearCall | ExpertsCall] = weakref.WeakValueDictionary()
+class AttentionCall(Protocol):
+    """What `attention` needs: native.Attention, with the cache as a second number."""
+
+    name: str
+    hidden: int
+
+    def compute(self, hidden: Tensor, pages: Any, positions: Any, mask: Tensor | None, mask_first: int) -> Tensor: ...
+
+
+_named: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _numbers = itertools.count(1)
 
 
-def name_it(call: LinearCall | ExpertsCall) -> int:
-    """The number by which `linear` and `experts` know `call` from now on, for as long as it lives."""
+def name_it(call: Any) -> int:
+    """The number by which the operators below know `call` from now on, for as long as it lives."""
     number = next(_numbers)
     _named[number] = call
     return number
 
 
-def _find(number: int) -> LinearCall | ExpertsCall:
+def _find(number: int) -> Any:
     call = _named.get(number)
     if call is None:
         raise NativeError(
@@ -80,6 +89,21 @@ def _experts(hidden: Tensor, ids: Tensor, weights: Tensor, number: int) -> Tenso
     return _find(number).compute(hidden, ids, weights)
 
 
+def _attention(
+    hidden: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, mask_first: int, number: int, pages: int
+) -> Tensor:
+    positions = None if cos is None or sin is None else (cos, sin)
+    return _find(number).compute(hidden, _find(pages), positions, mask, mask_first)
+
+
+def _attention_shape(
+    hidden: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, mask_first: int, number: int, pages: int
+) -> Tensor:
+    call = _find(number)
+    _check_fake(hidden, call.hidden, call.name)
+    return hidden.new_empty(hidden.shape)
+
+
 def _linear_shape(x: Tensor, number: int) -> Tensor:
     call = _find(number)
     _check_fake(x, call.in_features, call.name)
@@ -103,6 +127,8 @@ _library = torch.library.Library("ktransformers", "DEF")  # kept, for the operat
 for _schema, _compute, _shape in (
     ("linear(Tensor x, int number) -> Tensor", _linear, _linear_shape),
     ("experts(Tensor hidden, Tensor ids, Tensor weights, int number) -> Tensor", _experts, _experts_shape),
+    ("attention(Tensor hidden, Tensor? cos, Tensor? sin, Tensor? mask, int mask_first, int number, int pages) -> Tensor",
+     _attention, _attention_shape),
 ):
     _name = _schema.partition("(")[0]
     _library.define(_schema)
@@ -113,3 +139,6 @@ linear = torch.ops.ktransformers.linear.default
 """(x [..., K], number) -> [..., N]"""
 experts = torch.ops.ktransformers.experts.default
 """(hidden [T, H], ids [T, K], weights [T, K], number) -> [T, H]"""
+attention = torch.ops.ktransformers.attention.default
+"""(hidden [B, S, H], cos and sin [B or 1, S, R] or None, mask or None, mask_first, number, number of the pages) ->
+[B, S, H]. It appends to the pages: not a pure function, so a graph that runs it twice appends twice."""

@@ -28,6 +28,7 @@ from ktransformers.operators.inner_ops import (
     resolve_op,
     stored_problem,
 )
+from ktransformers.quants.blocks import Packed, quant_type
 
 Weight = dict | nn.Parameter | tuple | None
 """What `load(w=...)` takes: nothing (read the checkpoint), the weight [N, K], or (weight, bias)."""
@@ -249,6 +250,30 @@ class KTransformersLinear(StagedOperator, nn.Linear):
     def extra_repr(self) -> str:
         sizes = f"{self.in_features} -> {self.out_features}"
         return f"{sizes}, {type(self.active).__name__} on {self.generate_device}"
+
+
+def packed_of(linear: nn.Module | None) -> tuple[Packed, Tensor | None] | None:
+    """The weight [N, K] as the C library reads it, without a copy, and the bias [N]; None where it is not such memory:
+    on another device, of another dtype, or in a module that does more than multiply."""
+    if isinstance(linear, KTransformersLinear):
+        inner = linear.active
+        if isinstance(inner, KLinearCPUInfer):
+            return None if inner.linear is None else (inner.linear.weight, inner.linear.bias)
+        weight, bias = inner.weight, inner.bias
+    elif isinstance(linear, nn.Linear) and is_linear(linear):
+        weight, bias = linear.weight, linear.bias
+    else:
+        return None
+    packed = packed_dense(weight)
+    return None if packed is None else (packed, bias)
+
+
+def packed_dense(weight: Tensor | None) -> Packed | None:
+    """A dense matrix as the C library reads it, or None where it is not on the CPU, not in order, or of another dtype."""
+    name = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}.get(getattr(weight, "dtype", None))
+    if name is None or weight.device.type != "cpu" or not weight.is_contiguous() or type(weight.data) is not Tensor:
+        return None
+    return Packed(weight.detach().reshape(-1).view(torch.uint8), quant_type(name), tuple(weight.shape))
 
 
 def _not_linear(module: nn.Module) -> str:

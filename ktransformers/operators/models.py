@@ -15,6 +15,7 @@ from ktransformers.errors import UnsupportedError, is_whole
 from ktransformers.loaders import WeightSource
 from ktransformers.models.traits import TRAITS
 from ktransformers.operators.base_operator import FamilyOperator, to_device
+from ktransformers.operators.paged_cache import paged_cache
 
 
 class DecoderModel(FamilyOperator):
@@ -147,12 +148,20 @@ class DecoderModel(FamilyOperator):
                 f"device, and layers on several ({', '.join(dict.fromkeys(map(str, self.transfer_map.values())))}). "
                 "Use model.generate instead of generate_batch."
             )
+        if not args and kwargs.get("past_key_values", self) is None and self._keeps_cache(kwargs):
+            kwargs["past_key_values"] = paged_cache(self)
         try:
             return super().forward(
                 *to_device(args, self.entry_device), **to_device(kwargs, self.entry_device)
             )
         finally:
             self._moved.clear()
+
+
+    def _keeps_cache(self, kwargs: Mapping[str, Any]) -> bool:
+        """Whether the family's forward would make a cache: here one that operators compute on."""
+        use_cache = kwargs.get("use_cache")
+        return bool(getattr(self.orig_module.config, "use_cache", False) if use_cache is None else use_cache)
 
 
 def _weights_device(module: nn.Module) -> torch.device | None:

@@ -276,6 +276,73 @@ int kt_experts_forward(const kt_experts *experts, kt_pool *pool, const void *hid
  * in memory yet come to lie on that node; those that are stay where they are. Takes as long as reading the file. */
 int kt_experts_place(const kt_experts *experts, kt_pool *pool);
 
+/* Self-attention. Keys and values of a sequence lie in pages of 64 tokens; a page holds all heads of one layer. type: a
+ * kt_dtype or KT_CACHE_Q8_0. In a page: bytes from a head to the next, and from a token to the next. */
+typedef struct kt_kv_layout {
+    int32_t type;
+    int64_t key_head, value_head, key_row, value_row;
+} kt_kv_layout;
+
+/* A sequence in one layer: its pages (where head 0 of their first token is), the tokens in them, and the first token
+ * that can still be seen (padding on the left, or pages given back by a window). */
+typedef struct kt_sequence {
+    void *const *keys, *const *values;
+    int64_t length, start;
+} kt_sequence;
+
+typedef enum kt_part { KT_Q = 0, KT_K = 1, KT_V = 2, KT_G = 3, KT_O = 4 } kt_part;
+
+/* What the heads' sum is multiplied by, through a sigmoid: nothing; the second half of each head's rows of q; a value
+ * each from the matrix g; one a head from it. */
+typedef enum kt_gate { KT_GATE_NONE = 0, KT_GATE_IN_Q = 1, KT_GATE_ELEMENTS = 2, KT_GATE_HEADS = 3 } kt_gate;
+
+/* Rotary positions (Su et al. 2021) of the first values of a head: which two turn together, and where they lie after. */
+typedef enum kt_pairs {
+    KT_PAIRS_HALVES = 0,    /* half of the rotated part apart */
+    KT_PAIRS_NEIGHBOURS = 1,
+    KT_PAIRS_PARTED = 2     /* neighbours before, half apart after */
+} kt_pairs;
+
+/* An attention module, A heads of queries on C heads of keys and values. q [A*D, H] ([A*2*D, H] with KT_GATE_IN_Q), k
+ * [C*D, H], v [C*V, H], o [H, A*V], g [A*V or A, H]. bias: fp32 by kt_part, or NULL. q_norm and k_norm: fp32 [D], of
+ * each head, or with norm_whole of all heads at once [A*D] and [C*D]; NULL for none; norm_last: after the rotation.
+ * scale multiplies scores. window: tokens that a query sees, itself included, 0 for all. sinks: fp32 [A], logits that
+ * take part in the softmax and have no value. clip: results of q, k, v are cut to -clip .. clip; 0 for not. Biases,
+ * norms and sinks stay the caller's. */
+typedef struct kt_attention_desc {
+    kt_weight q, k, v, g, o;
+    const float *bias[5];
+    const float *q_norm, *k_norm, *sinks;
+    int32_t norm_whole, norm_last, gate, rotary_pairs;
+    float eps, scale, clip;
+    int64_t heads, kv_heads, size, value_size, window;
+} kt_attention_desc;
+
+typedef struct kt_attention kt_attention;
+
+/* One call on batch x tokens rows of dtype. cos and sin: angles of each token, of `rotary` rotated values; the first
+ * rotary / 2 numbers of a row are read; rotary_row and rotary_batch: numbers from a token and a sequence to the next
+ * (0: alike). cos NULL: no positions. sequences: one for each of the batch, with room for the new tokens, which get
+ * the places from `length` on. mask: NULL for causal; else bytes [batch][tokens][keys from mask_first on], nonzero
+ * for what is seen, instead of causality and window; mask_batch 0: one for all. */
+typedef struct kt_attention_call {
+    int32_t dtype, rotary_dtype;
+    int64_t batch, tokens;
+    const void *cos, *sin;
+    int64_t rotary, rotary_row, rotary_batch;
+    const kt_sequence *sequences;
+    kt_kv_layout layout;
+    const uint8_t *mask;
+    int64_t mask_batch, mask_row, mask_first;
+} kt_attention_call;
+
+int kt_attention_create(const kt_attention_desc *desc, kt_attention **attention);
+void kt_attention_destroy(kt_attention *attention);
+
+/* hidden, out [batch, tokens, H]; out may be hidden. Fills the cache; `length` of a sequence is the caller's to raise. */
+int kt_attention_forward(const kt_attention *attention, kt_pool *pool, const kt_attention_call *call,
+                         const void *hidden, void *out);
+
 /* out[rows, cols] = the weight's values in fp32. */
 int kt_dequantize(const kt_weight *w, float *out);
 

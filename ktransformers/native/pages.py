@@ -1,0 +1,229 @@
+"""Keys and values of the sequences of one layer, in pages of 64 tokens that are appended to in place and never moved.
+
+A page belongs to one layer and holds all of its heads: first the keys, [C, 64, D], then the values, [C, 64, V]. Several
+sequences, and several caches, may share one; whoever would write to a shared page takes a copy first. Nothing here
+computes. Letters: B sequences, C heads of keys and values, T tokens, D and V sizes of a key and a value.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ktransformers.errors import NativeError
+from ktransformers.native import torch_ops
+from ktransformers.native.library import loaded
+from ktransformers.quants.blocks import Packed, quant_type
+from ktransformers.quants.encode import quantize
+
+PAGE = 64
+"""Tokens of a page, KT_PAGE of native/src/attention/attend.h; a test holds them together."""
+
+TYPES = {"f32": 0, "f16": 1, "bf16": 2, "q8_0": 3}
+"""How keys and values can be kept, with the numbers of kt_dtype and kt_cache."""
+TORCH_TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Page:
+    """The memory of one page, and how many tables it is in."""
+
+    __slots__ = ("data", "users")
+
+    def __init__(self, data: Tensor) -> None:
+        self.data, self.users = data, 0
+
+
+class Pages:
+    """The pages of B sequences in one layer. Made empty; the first tokens say how many sequences there are."""
+
+    def __init__(self, kind: str, heads: int, size: int, value_size: int, name: str = "cache") -> None:
+        """`kind`: one of TYPES. Raises NativeError for another, or for q8_0 of sizes that are not multiples of 32."""
+        if kind not in TYPES:
+            raise NativeError(f"{name}: found type {kind!r}, expected one of {', '.join(TYPES)}.")
+        self.kind, self.heads, self.size, self.value_size, self.name = kind, heads, size, value_size, name
+        self._type = quant_type(kind.upper())
+        if size % self._type.block or value_size % self._type.block:
+            raise NativeError(
+                f"{name}: found heads of {size} and {value_size} values, expected multiples of {self._type.block} to "
+                f"keep them as {kind}. Keep them as bf16, f16 or f32."
+            )
+        self._state = loaded()
+        key_row, value_row = self._type.row_bytes(size), self._type.row_bytes(value_size)
+        self.key_bytes = heads * PAGE * key_row
+        self.page_bytes = self.key_bytes + heads * PAGE * value_row
+        self.layout = self._state.ffi.new("kt_kv_layout *", {
+            "type": TYPES[kind], "key_row": key_row, "value_row": value_row,
+            "key_head": PAGE * key_row, "value_head": PAGE * value_row,
+        })[0]  # fmt: skip
+        self.lengths: list[int] = []
+        self.tables: list[list[Page | None]] = []
+        self.sequences: Any = self._state.ffi.NULL
+        self._pointers: list[tuple[Any, Any]] = []
+        self.number = torch_ops.name_it(self)
+
+    @property
+    def length(self) -> int:
+        """Tokens of each sequence, where all have as many."""
+        return self.lengths[0] if self.lengths else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages, each counted once."""
+        return self.page_bytes * len({id(page) for table in self.tables for page in table if page is not None})
+
+    # --- growing ----------------------------------------------------------------------------------------
+
+    def make_room(self, batch: int, tokens: int) -> None:
+        """Have pages of their own for the next `tokens` tokens of each of `batch` sequences."""
+        if not self.lengths:
+            self._set([[] for _ in range(batch)], [0] * batch)
+        elif len(self.lengths) != batch:
+            raise NativeError(f"{self.name}: found {batch} sequences, expected the {len(self.lengths)} that it holds.")
+        for i, length in enumerate(self.lengths):
+            table = self.tables[i]
+            at = length // PAGE
+            if length % PAGE and table[at].users > 1:
+                self._replace(i, at, Page(table[at].data.clone()))
+            if length + tokens > len(table) * PAGE:
+                self._extend(i, -(-(length + tokens) // PAGE))
+
+    def grown(self, tokens: int) -> None:
+        """After `tokens` tokens of each sequence were written."""
+        for i, length in enumerate(self.lengths):
+            self.lengths[i] = length + tokens
+            self.sequences[i].length = length + tokens
+
+    def _extend(self, i: int, count: int) -> None:
+        table = self.tables[i]
+        room = len(self._pointers[i][0])
+        if count > room:  # doubled, so that a table is made anew a few times only
+            self._point(i, max(count, 2 * room))
+        while len(table) < count:
+            table.append(None)
+            self._replace(i, len(table) - 1, Page(torch.empty(self.page_bytes, dtype=torch.uint8, device="cpu")))
+
+    def _replace(self, i: int, at: int, page: Page | None) -> None:
+        """Put `page` into a table, or nothing."""
+        old, self.tables[i][at] = self.tables[i][at], page
+        if old is not None:
+            old.users -= 1
+        if page is not None:
+            page.users += 1
+        cast, address = self._state.ffi.cast, 0 if page is None else page.data.data_ptr()
+        keys, values = self._pointers[i]
+        keys[at], values[at] = cast("void *", address), cast("void *", address and address + self.key_bytes)
+
+    def _set(self, tables: list[list[Page | None]], lengths: Sequence[int], starts: Sequence[int] | None = None) -> None:
+        """Take `tables` as they are, with pointers for C made anew."""
+        for page in (page for table in tables for page in table if page is not None):
+            page.users += 1
+        for page in (page for table in self.tables for page in table if page is not None):
+            page.users -= 1
+        new = self._state.ffi.new
+        self.lengths, self.tables = list(lengths), [list(table) for table in tables]
+        self.sequences = new("kt_sequence[]", max(1, len(tables)))
+        self._pointers = [None] * len(tables)
+        for i, length in enumerate(self.lengths):
+            self._point(i, max(1, len(tables[i])))
+            self.sequences[i].length, self.sequences[i].start = length, starts[i] if starts else 0
+
+    def _point(self, i: int, room: int) -> None:
+        """Pointers of sequence `i`, with room for that many pages."""
+        new, cast = self._state.ffi.new, self._state.ffi.cast
+        keys, values = new("void *[]", room), new("void *[]", room)
+        for at, page in enumerate(self.tables[i]):
+            if page is not None:
+                address = page.data.data_ptr()
+                keys[at], values[at] = cast("void *", address), cast("void *", address + self.key_bytes)
+        self._pointers[i] = keys, values
+        self.sequences[i].keys, self.sequences[i].values = keys, values
+
+    # --- going back, sharing, choosing ------------------------------------------------------------------
+
+    def starts(self) -> list[int]:
+        """The first token of each sequence that is still held."""
+        return [self.sequences[i].start for i in range(len(self.lengths))]
+
+    def cut(self, length: int) -> None:
+        """Forget all but the first `length` tokens of each sequence."""
+        pages = -(-length // PAGE)
+        self._set([table[:pages] for table in self.tables], [length] * len(self.tables), self.starts())
+
+    def drop(self, before: int) -> None:
+        """Give pages back that hold only tokens before number `before`; none before it is seen from now on."""
+        for i, table in enumerate(self.tables):
+            self.sequences[i].start = before
+            for at in range(min(before // PAGE, len(table))):
+                if table[at] is not None:
+                    self._replace(i, at, None)
+
+    def choose(self, indices: Sequence[int]) -> None:
+        """Let the sequences be those that `indices` name, in that order; one may be named again, and shares pages."""
+        starts = self.starts()
+        self._set(
+            [self.tables[i] for i in indices], [self.lengths[i] for i in indices], [starts[i] for i in indices]
+        )
+
+    def clear(self) -> None:
+        self._set([], [])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pages:
+        """Another of the same tokens, which shares pages until either writes."""
+        other = Pages(self.kind, self.heads, self.size, self.value_size, self.name)
+        other._set(self.tables, self.lengths, self.starts())
+        return other
+
+    def __copy__(self) -> Pages:
+        return copy.deepcopy(self)
+
+    # --- as tensors -------------------------------------------------------------------------------------
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Keep keys [B, C, S, D] and values [B, C, S, V] of S more tokens, rounded to what is kept."""
+        batch, _, tokens, _ = keys.shape
+        self.make_room(batch, tokens)
+        for i, length in enumerate(self.lengths):
+            done = 0
+            while done < tokens:
+                at, row = divmod(length + done, PAGE)
+                count = min(PAGE - row, tokens - done)
+                page = self.tables[i][at].data
+                for part, new in zip(self._parts(page), (keys, values), strict=True):
+                    part[:, row : row + count] = self._stored(new[i, :, done : done + count])
+                done += count
+        self.grown(tokens)
+
+    def gathered(self, first: int = 0) -> tuple[Tensor, Tensor]:
+        """Keys [B, C, T, D] and values [B, C, T, V] of the tokens from number `first` on: copies, float32 of q8_0."""
+        pages = range(first // PAGE, -(-self.length // PAGE))
+        begin, end = first - pages.start * PAGE, self.length - pages.start * PAGE
+        both = []
+        for which in range(2):
+            parts = [
+                torch.cat([self._numbers(self._parts(table[at].data)[which]) for at in pages], 1)[:, begin:end]
+                for table in self.tables
+            ]
+            both.append(torch.stack(parts))
+        return both[0], both[1]
+
+    def _parts(self, page: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a page as [C, 64, D] and [C, 64, V] of numbers, of q8_0 [.., bytes]."""
+        dtype = TORCH_TYPES.get(self.kind, torch.uint8)
+        keys, values = page[: self.key_bytes].view(dtype), page[self.key_bytes :].view(dtype)
+        return keys.view(self.heads, PAGE, -1), values.view(self.heads, PAGE, -1)
+
+    def _stored(self, numbers: Tensor) -> Tensor:
+        if self.kind in TORCH_TYPES:
+            return numbers
+        return quantize(numbers.float().contiguous(), self._type).view(*numbers.shape[:-1], -1)
+
+    def _numbers(self, part: Tensor) -> Tensor:
+        if self.kind in TORCH_TYPES:
+            return part
+        size = part.shape[-1] // self._type.nbytes * self._type.block
+        rows = part.reshape(-1, part.shape[-1])
+        return Packed(rows.contiguous().view(-1), self._type, (len(rows), size)).dequantize().view(*part.shape[:2], -1)

@@ -1,0 +1,295 @@
+"""What an attention module of grouped queries computes: norms, rotary positions, sinks and gates around softmax(q k) v.
+
+A family says so in code, not in data. Here that code is recognized by its results, as gating.py recognizes gates: a
+small copy of the module, one head of keys with the queries that share it, runs on a few tokens, and `Attending.apply`
+must give the same numbers. So a renamed class is still known, and one whose code changed is not mistaken.
+Letters: B batch, S tokens, H hidden, A heads of queries on C heads of keys and values, D and V sizes of these.
+"""
+
+import copy
+import inspect
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ktransformers.models.traits import is_linear
+from ktransformers.native.self_attention import Shape
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"), ("query_layernorm", "key_layernorm"))
+_GATES = ("gate_proj", "g_proj")
+_HIDDEN, _TOKENS = 16, 6
+
+
+@dataclass(frozen=True)
+class Attending:
+    """One attention in numbers. `norm_plus_one`: the norms scale by 1 + weight. `rotates`: it has positions at all.
+
+    `norms`, `sinks` and `gate` name the parts of the module that hold them.
+    """
+
+    shape: Shape
+    rotates: bool = True
+    norms: tuple[str, str] | None = None
+    norm_plus_one: bool = False
+    sinks: str | None = None
+    gate: str | None = None
+
+    def apply(self, module: nn.Module, hidden: Tensor, positions: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+        """hidden [B, S, H], cos and sin [B, S, R] each, mask [1, 1, S, S] added to scores -> [B, S, H]; in torch."""
+        s = self.shape
+        q, k, v = (getattr(module, name)(hidden) for name in PROJECTIONS[:3])
+        gate = None
+        if s.gate == "in_q":
+            q, gate = q.view(*q.shape[:2], s.heads, 2 * s.size).chunk(2, -1)
+            q, gate = q.flatten(2), gate.flatten(2)
+        elif s.gate is not None:
+            gate = getattr(module, self.gate)(hidden)
+            gate = gate if s.gate == "elements" else gate.repeat_interleave(s.value_size, -1)
+        if s.clip:
+            q, k, v = (x.clamp(-s.clip, s.clip) for x in (q, k, v))
+        q, k = self._placed(module, q, positions, 0), self._placed(module, k, positions, 1)
+        v = v.view(*v.shape[:2], -1, s.value_size).transpose(1, 2)
+        shared = s.heads // s.kv_heads
+        scores = q @ k.repeat_interleave(shared, 1).transpose(2, 3) * s.scale + mask
+        if self.sinks is not None:
+            sinks = getattr(module, self.sinks).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+            probs = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+        else:
+            probs = scores.softmax(-1)
+        out = (probs @ v.repeat_interleave(shared, 1)).transpose(1, 2).flatten(2)
+        return module.o_proj(out if gate is None else out * gate.sigmoid())
+
+    def _placed(self, module: nn.Module, x: Tensor, positions: tuple[Tensor, Tensor], which: int) -> Tensor:
+        """Queries (0) or keys (1) [B, S, heads * D], normed and turned: [B, heads, S, D]."""
+        s = self.shape
+        norm = getattr(module, self.norms[which]) if self.norms else None
+        if norm is not None and s.norm_whole:
+            x = self._normed(x, norm)
+        x = x.view(*x.shape[:2], -1, s.size).transpose(1, 2)
+        if norm is not None and not s.norm_whole and not s.norm_last:
+            x = self._normed(x, norm)
+        if self.rotates:
+            x = turned(x, positions, s)
+        return self._normed(x, norm) if norm is not None and s.norm_last else x
+
+    def _normed(self, x: Tensor, norm: nn.Module) -> Tensor:
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.shape.eps)
+        return x * self.norm_weight(norm)
+
+    def norm_weight(self, norm: nn.Module) -> Tensor:
+        """What the norm multiplies by, in fp32."""
+        return norm.weight.float() + (1.0 if self.norm_plus_one else 0.0)
+
+
+def turned(x: Tensor, positions: tuple[Tensor, Tensor], shape: Shape) -> Tensor:
+    """The first values of x [B, heads, S, D] turned by cos and sin [B, S, R], or [B, S, R/2] with angles "once"."""
+    cos, sin = (p.unsqueeze(1) for p in positions)
+    half = cos.shape[-1] if shape.angles == "once" else cos.shape[-1] // 2
+    cos, sin = cos[..., :half], sin[..., :half]
+    part, rest = x[..., : 2 * half], x[..., 2 * half :]
+    a, b = (part[..., :half], part[..., half:]) if shape.pairs == "halves" else (part[..., 0::2], part[..., 1::2])
+    a, b = a * cos - b * sin, b * cos + a * sin
+    part = torch.stack((a, b), -1).flatten(-2) if shape.pairs == "neighbours" else torch.cat((a, b), -1)
+    return torch.cat((part, rest), -1)
+
+
+# --- recognition ----------------------------------------------------------------------------------------
+
+_known: dict[Any, Attending | None] = {}
+
+
+def attending_of(module: nn.Module) -> Attending | None:
+    """What `module` computes, with its own numbers of heads; None where it is none of the above."""
+    sizes = _sizes(module)
+    if sizes is None:
+        return None
+    key = _fingerprint(module)
+    if key not in _known:
+        _known[key] = _recognize(module, sizes)
+    found = _known[key]
+    if found is None:
+        return None
+    return replace(found, shape=replace(found.shape, heads=sizes.heads, kv_heads=sizes.kv_heads))
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    heads: int
+    kv_heads: int
+    size: int
+    value_size: int
+    gated: bool
+
+
+def _sizes(module: nn.Module) -> _Sizes | None:
+    """Told from the projections and the head size; None where they do not fit together."""
+    linears = [getattr(module, name, None) for name in PROJECTIONS]
+    if any(linear is None or not hasattr(linear, "in_features") for linear in linears):
+        return None
+    q, k, v, o = linears
+    size = getattr(module, "head_dim", None) or getattr(module, "head_size", None)
+    if not isinstance(size, int) or size < 1 or k.out_features % size:
+        return None
+    kv_heads = k.out_features // size
+    if v.out_features % kv_heads:
+        return None
+    value_size = v.out_features // kv_heads
+    heads, left = divmod(o.in_features, value_size)
+    gated = q.out_features == 2 * heads * size
+    if left or heads % kv_heads or not gated and q.out_features != heads * size:
+        return None
+    return _Sizes(heads, kv_heads, size, value_size, gated)
+
+
+def _fingerprint(module: nn.Module) -> Any:
+    """All that the code of `module` may depend on besides tensors: its class, plain attributes, and what the config
+    says of its layer alone."""
+    plain = (bool, int, float, str, type(None))
+    mine = {n: v for n, v in vars(module).items() if isinstance(v, plain) and n not in ("layer_idx", "key", "rule")}
+    layer, config = getattr(module, "layer_idx", None), getattr(module, "config", None)
+    count = getattr(config, "num_hidden_layers", None)
+    lists = {
+        n: v[layer] for n, v in vars(config or object).items()
+        if isinstance(v, list) and len(v) == count and isinstance(layer, int) and layer < count
+    }  # fmt: skip
+    sizes = tuple((n, tuple(p.shape)) for n, p in module.named_parameters())
+    family = next((c for c in type(module).__mro__ if c.__module__.startswith("transformers.")), type(module))
+    return family, id(config), repr(sorted(mine.items())), repr(sorted(lists.items())), sizes
+
+
+def _recognize(module: nn.Module, sizes: _Sizes) -> Attending | None:
+    group = sizes.heads // sizes.kv_heads
+    try:
+        small = _small_copy(module, sizes, group)
+    except Exception:  # whatever a family's module is made of
+        return None
+    if small is None:
+        return None
+    torch_state = torch.random.get_rng_state()
+    try:
+        for width in (sizes.size, sizes.size // 2):
+            hidden, positions, mask = _inputs(width)
+            try:
+                with torch.no_grad(), torch.device("cpu"):
+                    expected = _run(small, hidden, positions, mask)
+            except Exception:  # this width is none that the family's code takes
+                continue
+            for candidate in _candidates(small, sizes, group, width):
+                if _agrees(candidate, small, hidden, positions, mask, expected):
+                    return candidate
+    finally:
+        torch.random.set_rng_state(torch_state)
+    return None
+
+
+def _agrees(candidate, small, hidden, positions, mask, expected) -> bool:
+    with torch.no_grad():
+        try:
+            found = candidate.apply(small, hidden, positions, mask)
+        except RuntimeError:  # shapes of another candidate
+            return False
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def _candidates(small: nn.Module, sizes: _Sizes, group: int, width: int) -> Iterator[Attending]:
+    norms = next((pair for pair in _NORMS if all(getattr(small, n, None) is not None for n in pair)), None)
+    sinks = next((n for n in ("sinks", "sink") if isinstance(getattr(small, n, None), Tensor)), None)
+    gate = next((n for n in _GATES if is_linear(getattr(small, n, None))), None)
+    gates = ["in_q"] if sizes.gated else ["elements", "heads"] if gate else [None]
+    eps = _epsilon(getattr(small, norms[0])) if norms else 0.0
+    whole = norms is not None and getattr(small, norms[0]).weight.numel() != sizes.size
+    clip = float(getattr(small.config, "clip_qkv", None) or 0.0)
+    scales = dict.fromkeys((float(getattr(small, "scaling", 0) or 0), sizes.size**-0.5, 1.0))
+    scales.pop(0.0, None)
+    pairs = ("halves", "neighbours", "parted")
+    after, plus = ((False, True), (False, True)) if norms else ((False,), (False,))
+    angles = ("twice", "once") if width < sizes.size else ("twice",)
+    for rotates, kind, once, last, one, gating, scale in itertools.product(
+        (True, False), pairs, angles, after, plus, gates, scales
+    ):
+        if last and whole or not rotates and kind != "halves":
+            continue
+        shape = Shape(
+            group, 1, sizes.size, sizes.value_size, scale, eps, norm_whole=whole, norm_last=last, pairs=kind,
+            angles=once, gate=gating, clip=clip,
+        )  # fmt: skip
+        yield Attending(shape, rotates, norms, one, sinks, gate)
+
+
+def _epsilon(norm: nn.Module) -> float:
+    return float(next((getattr(norm, n) for n in ("variance_epsilon", "eps", "norm_eps") if hasattr(norm, n)), 0.0))
+
+
+def _small_copy(module: nn.Module, sizes: _Sizes, group: int) -> nn.Module | None:
+    """The module's own code on small random weights: one head of keys, the queries that share it. None where it has
+    parts whose small form nobody knows."""
+    original = getattr(module, "orig_module", None) or module
+    small = copy.copy(original)
+    for table in ("_parameters", "_buffers", "_modules"):
+        small.__dict__[table] = dict(original.__dict__[table])
+    small.config = copy.deepcopy(original.config)
+    small.config._attn_implementation = "eager"
+    heads = {"num_heads": group, "num_attention_heads": group, "num_key_value_heads": 1, "hidden_size": _HIDDEN}
+    for target in (small, small.config):
+        for name, value in heads.items():
+            if name in vars(target):
+                setattr(target, name, value)
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device="cpu", dtype=torch.float32)
+
+    rows = {"q_proj": group * sizes.size * (2 if sizes.gated else 1), "k_proj": sizes.size, "v_proj": sizes.value_size}
+    for name, child in original.named_children():
+        if child is None:
+            continue
+        if name in PROJECTIONS or name in _GATES:
+            full = child.out_features
+            out = rows.get(name, _HIDDEN if name == "o_proj" else full // sizes.kv_heads)
+            into = group * sizes.value_size if name == "o_proj" else _HIDDEN
+            linear = nn.Linear(into, out, bias=getattr(child, "bias", None) is not None, device="meta")
+            linear.weight = nn.Parameter(noise(out, into) * into**-0.5, requires_grad=False)
+            if linear.bias is not None:
+                linear.bias = nn.Parameter(noise(out), requires_grad=False)
+            small._modules[name] = linear
+        elif any(name in pair for pair in _NORMS) and list(child._parameters) == ["weight"]:
+            norm = copy.copy(getattr(child, "orig_module", None) or child)
+            norm.__dict__["_parameters"] = dict(norm._parameters)
+            width = child.weight.numel()
+            width = width if width == sizes.size else width // (sizes.heads if name.startswith("q") else sizes.kv_heads)
+            width = width * (group if name.startswith("q") and child.weight.numel() != sizes.size else 1)
+            norm._parameters["weight"] = nn.Parameter(noise(width), requires_grad=False)
+            small._modules[name] = norm
+        else:
+            return None
+    for name, parameter in original._parameters.items():
+        if parameter is not None and parameter.numel() == sizes.heads:
+            small._parameters[name] = nn.Parameter(noise(group), requires_grad=False)
+        elif parameter is not None:
+            return None
+    return None if any(buffer is not None for buffer in original._buffers.values()) else small.eval()
+
+
+def _inputs(width: int) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+    generator = torch.Generator("cpu").manual_seed(1)
+    hidden = torch.randn(1, _TOKENS, _HIDDEN, generator=generator, device="cpu", dtype=torch.float32)
+    angles = torch.rand(1, _TOKENS, width // 2, generator=generator, device="cpu", dtype=torch.float32) * 6
+    angles = torch.cat((angles, angles), -1)
+    mask = torch.full((1, 1, _TOKENS, _TOKENS), float("-inf"), device="cpu", dtype=torch.float32).triu(1)
+    return hidden, (angles.cos(), angles.sin()), mask
+
+
+def _run(small: nn.Module, hidden: Tensor, positions: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+    """The family's own forward, with what it asks for by name."""
+    given: Mapping[str, Any] = {
+        "position_embeddings": positions, "attention_mask": mask, "past_key_values": None,
+        "position_ids": torch.arange(_TOKENS, device="cpu")[None],
+    }  # fmt: skip
+    names = inspect.signature(type(small).forward).parameters
+    out = type(small).forward(small, hidden, **{name: value for name, value in given.items() if name in names})
+    return out[0] if isinstance(out, tuple) else out

@@ -1,0 +1,228 @@
+"""The KV cache of attention operators on the CPU: pages under transformers' Cache interface.
+
+`PagedCache` holds a layer of pages for every module that computes on pages, and transformers' own layer for the others.
+Any code of transformers may use it: `update` appends and gives back what attention shall see, as tensors; an operator
+that knows pages never asks for that. Going back, choosing beams and copying move tables of pages, not keys.
+"""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from ktransformers.errors import UnsupportedError
+from ktransformers.native.pages import TYPES, Pages
+
+_KINDS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+
+
+class PagedLayer(CacheLayerMixin):
+    """Keys [B, C, T, D] and values [B, C, T, V] of one layer, appended to in place. `kind`: one of
+    `native.pages.TYPES`, or None for the dtype of what comes first."""
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, kind: str | None = None) -> None:
+        self.kind, self.pages, self.dtype = kind, None, torch.float32
+        self.device = torch.device("cpu")
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.pages is not None
+
+    @property
+    def keys(self) -> Tensor | None:
+        """A copy of what is held, as transformers' layers keep it; None before the first token."""
+        return self._gathered()[0] if self.is_initialized else None
+
+    @property
+    def values(self) -> Tensor | None:
+        return self._gathered()[1] if self.is_initialized else None
+
+    def prepare(self, heads: int, size: int, value_size: int, dtype: torch.dtype) -> Pages:
+        """The pages, made for these sizes at the first call."""
+        if self.pages is None:
+            self.dtype = dtype
+            self.pages = Pages(self.kind or _KINDS[dtype], heads, size, value_size)
+        return self.pages
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        if key_states.device.type != "cpu":
+            raise UnsupportedError(
+                f"cache: found keys on {key_states.device}, expected them on the cpu: pages are memory of the CPU. "
+                "Give the model a DynamicCache of transformers."
+            )
+        self.prepare(key_states.shape[1], key_states.shape[3], value_states.shape[3], key_states.dtype)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.pages is None:
+            self.lazy_initialization(key_states, value_states)
+        first = self.first_visible()
+        self.pages.append(key_states, value_states)
+        both = self._gathered(first)
+        self.advanced()
+        return both
+
+    def _gathered(self, first: int | None = None) -> tuple[Tensor, Tensor]:
+        if not self.pages.lengths:
+            return torch.empty(0), torch.empty(0)
+        keys, values = self.pages.gathered(max(self.pages.starts(), default=0) if first is None else first)
+        return keys.to(self.dtype), values.to(self.dtype)
+
+    def first_visible(self) -> int:
+        """The first token that the next one sees."""
+        return 0
+
+    def advanced(self) -> None:
+        """After tokens were appended."""
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0 if self.pages is None else self.pages.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        if self.pages is not None:
+            self.pages.clear()
+
+    def offload(self) -> None:
+        """Nothing: the pages are on the CPU."""
+
+    def prefetch(self) -> None:
+        """Nothing."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last -`tokens_to_remove` tokens."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop: found {tokens_to_remove}, expected minus the number of tokens to remove.")
+        if tokens_to_remove and self.pages is not None:
+            self.pages.cut(max(0, self.pages.length + tokens_to_remove))
+
+    def can_forget(self, length: int) -> bool:
+        """Whether `crop` leaves the layer as if it had seen only the first `length` tokens."""
+        return self.pages is not None and length <= self.pages.length
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.pages is not None and self.pages.lengths:
+            self.pages.choose([i for i in range(len(self.pages.lengths)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.pages is not None and self.pages.lengths:
+            chosen = torch.arange(len(self.pages.lengths), device="cpu")[indices.cpu()]
+            self.pages.choose(chosen.tolist())
+
+
+class PagedWindowLayer(PagedLayer):
+    """The same where a token sees only the last `sliding_window`: pages that no coming token sees are given back."""
+
+    is_sliding = True
+
+    def __init__(self, sliding_window: int, kind: str | None = None) -> None:
+        super().__init__(kind)
+        self.sliding_window, self.record_past = sliding_window, False
+
+    def activate_past_recording(self) -> None:
+        """Keep what the window leaves behind until the next `crop`."""
+        self.record_past = True
+
+    def first_visible(self) -> int:
+        return max(self.get_seq_length() - self.sliding_window + 1, 0)
+
+    def advanced(self) -> None:
+        if not self.record_past:
+            self.pages.drop(self.first_visible())
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        first = self.first_visible()
+        return self.get_seq_length() - first + query_length, first
+
+    def get_max_length(self) -> int:
+        return self.sliding_window
+
+    def crop(self, tokens_to_remove: int) -> None:
+        length = self.get_seq_length() - abs(tokens_to_remove)
+        if tokens_to_remove and self.pages is not None and not self.can_forget(length):
+            raise RuntimeError(
+                f"crop: the window of {self.sliding_window} tokens has moved on and holds nothing before token "
+                f"{max(self.pages.starts())}. Call activate_past_recording before the tokens that may be taken back."
+            )
+        super().crop(tokens_to_remove)
+        if self.pages is not None:
+            self.pages.drop(self.first_visible())
+
+    def can_forget(self, length: int) -> bool:
+        if not super().can_forget(length):
+            return False
+        return max(self.pages.starts(), default=0) <= max(length - self.sliding_window + 1, 0)
+
+
+class PagedCache(Cache):
+    """A cache with a `PagedLayer` wherever an operator computes on pages."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        super().__init__(layers=layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages."""
+        return sum(layer.pages.nbytes for layer in self.layers if isinstance(layer, PagedLayer) and layer.pages)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PagedCache":
+        """Another of the same tokens; the two share pages until one of them writes."""
+        other = type(self)([copy.deepcopy(layer, memo) for layer in self.layers])
+        memo[id(self)] = other
+        return other
+
+
+def paged_cache(model: nn.Module, kind: str | None = None) -> PagedCache | None:
+    """A fresh cache for `model`, or None where no operator of it computes on pages.
+
+    `kind`: how pages keep keys and values: "f32", "f16", "bf16" or "q8_0"; None is the model's dtype.
+    """
+    if kind is not None and kind not in TYPES:
+        raise UnsupportedError(f"cache: found type {kind!r}, expected one of {', '.join(TYPES)}.")
+    numbers = set(_paged_layers(model))
+    if not numbers:
+        return None
+    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    for number in numbers:
+        layer = layers[number] if number < len(layers) else None
+        if type(layer) is DynamicSlidingWindowLayer:
+            layers[number] = PagedWindowLayer(layer.sliding_window, kind)
+        elif type(layer) is DynamicLayer:
+            layers[number] = PagedLayer(kind)
+    return PagedCache(layers)
+
+
+def _paged_layers(model: nn.Module) -> Iterator[int]:
+    return (module.layer_idx for module in model.modules() if getattr(module, "computes_on_pages", False))
+
+
+def use(model: nn.Module) -> None:
+    """Let `model.generate` make a `PagedCache` where it would make a DynamicCache."""
+    original = getattr(model, "_prepare_cache_for_generation", None)
+    if original is None or next(_paged_layers(model), None) is None:
+        return
+
+    def prepare(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        plain = generation_config.cache_implementation in (None, "dynamic") and generation_config.use_cache is not False
+        if plain and model_kwargs.get("past_key_values") is None and model._supports_default_dynamic_cache():
+            model_kwargs["past_key_values"] = paged_cache(model)
+            if model_kwargs["past_key_values"] is not None:
+                return None
+        return original(generation_config, model_kwargs, *args, **kwargs)
+
+    model._prepare_cache_for_generation = prepare

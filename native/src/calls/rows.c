@@ -1,0 +1,29 @@
+/* rows.c: hidden states into fp32 and back, and the norm that goes with them. */
+#include "rows.h"
+
+#include <math.h>
+
+enum { SUMS = 16 }; /* independent, so that compilers keep them in vector registers */
+
+void kt_rms_norm(const float *x, const float *weight, float eps, int64_t n, float *out) {
+    float sums[SUMS] = {0}, sum = 0.0f;
+    int64_t i = 0;
+    for (; i + SUMS <= n; i += SUMS)
+        for (int j = 0; j < SUMS; j++) sums[j] += x[i + j] * x[i + j];
+    for (; i < n; i++) sum += x[i] * x[i];
+    for (int j = 0; j < SUMS; j++) sum += sums[j];
+    const float scale = 1.0f / sqrtf(sum / (float)n + eps);
+    for (i = 0; i < n; i++) out[i] = x[i] * scale * weight[i];
+}
+
+void kt_rows_load(const struct kt_kernels *k, const struct kt_rows *rows, int64_t row, int64_t n, float *out) {
+    kt_load_row(k, rows->data, rows->dtype, row * n, n, out);
+    if (rows->norm) kt_rms_norm(out, rows->norm, rows->eps, n, out);
+}
+
+void kt_sum_store(const struct kt_kernels *k, const struct kt_sum *sum, int64_t row, int64_t n, int64_t first,
+                  const float *x, int64_t count) {
+    const int64_t at = row * n + first;
+    if (sum->add) k->add(x, (float *)sum->data + at, count);
+    else kt_store_row(k, x, count, sum->dtype, sum->data, at);
+}

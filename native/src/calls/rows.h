@@ -1,0 +1,31 @@
+/* rows.h: rows of hidden states on their way into a call and out of it. */
+#ifndef KT_ROWS_H
+#define KT_ROWS_H
+
+#include "../matmul/matmul.h"
+
+/* Rows [.., H] of some dtype, dense; with `norm` [H] each is divided by its root mean square and multiplied by it. */
+struct kt_rows {
+    const void *data;
+    int dtype;
+    const float *norm;
+    float eps;
+};
+
+/* Where results go, dense rows of some dtype; `add`, fp32 only: they are added to what is there. */
+struct kt_sum {
+    void *data;
+    int dtype, add;
+};
+
+/* Row `row` of n values as fp32, normed where there is a norm. */
+void kt_rows_load(const struct kt_kernels *k, const struct kt_rows *rows, int64_t row, int64_t n, float *out);
+
+/* Values first .. first + count of row `row`, whose length is n. */
+void kt_sum_store(const struct kt_kernels *k, const struct kt_sum *sum, int64_t row, int64_t n, int64_t first,
+                  const float *x, int64_t count);
+
+/* out = x / sqrt(mean(x^2) + eps) * weight, over n values (Zhang and Sennrich 2019); out may be x. */
+void kt_rms_norm(const float *x, const float *weight, float eps, int64_t n, float *out);
+
+#endif

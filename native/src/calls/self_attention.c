@@ -1,0 +1,412 @@
+/* self_attention.c: an attention module in one call. No intrinsics here.
+ *
+ *   for each token:             x      = hidden[t], normed where a norm comes with it, in the forms the matrices want
+ *   for each matrix, 128 rows:  r      = W_q @ x, W_k @ x, W_v @ x                one job set for the three
+ *   for each token and head:    q, k   = norm, rotary positions; k and v go to their places in the cache
+ *   for each piece of context:  mixed  = softmax(q . k) v                         attention/attend.c
+ *   for each token:             mixed  times its gate, in the forms that W_o wants
+ *   for W_o, 128 rows:          out    = W_o @ mixed (+ what out held)
+ *
+ * Tokens go in pieces of PIECE: the keys of a piece are in the cache before its queries meet them, and what is ahead
+ * of a query is not seen. Letters: A heads, C heads of keys and values, D head size, V value size. */
+#include "self_attention.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "../attention/attend.h"
+
+enum { PIECE = 1024 /* tokens at once: bounds the scratch memory */, PARTS = 4 };
+
+/* ---- creation --------------------------------------------------------------------------------------- */
+
+static int check_shapes(const struct kt_attention *a) {
+    const kt_attention_desc *d = &a->d;
+    if (d->heads < 1 || d->heads > 1 << 16 || d->kv_heads < 1 || d->heads % d->kv_heads) return KT_ERR_SHAPE;
+    if (d->size < 1 || d->size > 1 << 14 || d->value_size < 1 || d->value_size > 1 << 14) return KT_ERR_SHAPE;
+    const int64_t hidden = a->part[KT_Q].cols, gated = d->gate == KT_GATE_IN_Q ? 2 : 1;
+    if (a->part[KT_Q].rows != d->heads * d->size * gated || a->part[KT_K].rows != d->kv_heads * d->size)
+        return KT_ERR_SHAPE;
+    if (a->part[KT_V].rows != d->kv_heads * d->value_size || a->out.cols != d->heads * d->value_size)
+        return KT_ERR_SHAPE;
+    if (gated == 2 && d->size != d->value_size) return KT_ERR_SHAPE;
+    for (int p = 0; p < a->parts; p++)
+        if (a->part[p].cols != hidden) return KT_ERR_SHAPE;
+    if (d->gate == KT_GATE_ELEMENTS && a->part[KT_G].rows != d->heads * d->value_size) return KT_ERR_SHAPE;
+    if (d->gate == KT_GATE_HEADS && a->part[KT_G].rows != d->heads) return KT_ERR_SHAPE;
+    return a->out.rows == hidden && d->window >= 0 ? KT_OK : KT_ERR_SHAPE;
+}
+
+int kt_attention_create(const kt_attention_desc *desc, kt_attention **attention) {
+    if (!attention) return KT_ERR_NULL;
+    *attention = NULL;
+    if (!desc) return KT_ERR_NULL;
+    if (desc->gate < KT_GATE_NONE || desc->gate > KT_GATE_HEADS) return KT_ERR_ACTIVATION;
+    struct kt_attention *a = calloc(1, sizeof *a);
+    if (!a) return KT_ERR_MEMORY;
+    a->d = *desc;
+    a->parts = desc->gate == KT_GATE_ELEMENTS || desc->gate == KT_GATE_HEADS ? 4 : 3;
+    const kt_weight *of[PARTS] = {&desc->q, &desc->k, &desc->v, &desc->g};
+    int status = KT_OK;
+    for (int p = 0; p < a->parts && !status; p++) status = kt_matrix_check(of[p], &a->part[p]);
+    if (!status) status = kt_matrix_check(&desc->o, &a->out);
+    if (!status) status = check_shapes(a);
+    if (status) {
+        free(a);
+        return status;
+    }
+    for (int p = 0; p < a->parts; p++) {
+        a->first[p] = a->width; /* a kernel writes rows in sixteens */
+        a->width += kt_round_up(a->part[p].rows, KT_TILE);
+    }
+    *attention = a;
+    return KT_OK;
+}
+
+void kt_attention_destroy(kt_attention *attention) { free(attention); }
+
+/* ---- one piece -------------------------------------------------------------------------------------- */
+
+struct piece {
+    const struct kt_attention *a;
+    const struct kt_kernels *k;
+    const kt_attention_call *c;
+    const struct kt_rows *in;
+    const struct kt_sum *out;
+    int64_t sequence, token; /* the first of each; tokens of a sequence in this piece */
+    int64_t sequences, each; /* sequences, and tokens of each of them */
+    int32_t tokens;          /* sequences * each */
+    int forms_x, forms_m, rows;
+    int32_t per_job, threads;
+    struct kt_acts x, m;
+    float *r; /* [tokens, width]: q, k, v, gate */
+    int32_t *list, listed; /* tokens to project: all, or those with infinities and NaNs */
+    uint8_t *nonfinite;
+    struct kt_attend_sequence *seq;
+    struct kt_attend attend;
+    void *attend_scratch;
+    struct kt_scratch *scratch;
+};
+
+/* Where token t of the piece is among the call's [batch, tokens]. */
+static int64_t place_of(const struct piece *p, int64_t t) {
+    return (p->sequence + t / p->each) * p->c->tokens + p->token + t % p->each;
+}
+
+static void prepare_x(void *ctx, int32_t job, int thread) {
+    (void)thread;
+    struct piece *p = ctx;
+    for (int64_t t = (int64_t)job * p->per_job; t < kt_min((int64_t)(job + 1) * p->per_job, p->tokens); t++) {
+        kt_rows_load(p->k, p->in, place_of(p, t), p->x.cols, p->x.f + t * p->x.stride);
+        p->nonfinite[t] = !kt_acts_derive(p->k, &p->x, t, p->forms_x);
+    }
+}
+
+/* A job is a block of rows of one of the matrices that meet x. */
+static void project(void *ctx, int32_t job, int thread) {
+    struct piece *p = ctx;
+    const struct kt_attention *a = p->a;
+    int part = 0;
+    int64_t block = job, blocks = 0;
+    for (; part < a->parts; part++, block -= blocks) {
+        blocks = (a->part[part].rows + p->rows - 1) / p->rows;
+        if (block < blocks) break;
+    }
+    const struct kt_matrix *w = &a->part[part];
+    const int64_t first = block * p->rows, after = first + (int64_t)p->threads * p->rows;
+    const int rows = (int)kt_min(w->rows - first, p->rows);
+    float *r = p->r + a->first[part] + first;
+    const int direct = p->listed == p->tokens;
+    const struct kt_scratch *s = &p->scratch[thread];
+    kt_matmul_block(&(struct kt_block){
+        .k = p->k, .w = w, .first = first, .rows = rows, .a = &p->x, .token = p->list, .tokens = p->listed,
+        .next = {after < w->rows ? w : NULL, after}, .s = s, .c = direct ? r : s->c,
+        .ldc = direct ? a->width : KT_BLOCK_ROWS});
+    const float *bias = a->d.bias[part];
+    for (int32_t i = 0; i < p->listed; i++) {
+        float *row = r + p->list[i] * a->width;
+        if (!direct) memcpy(row, s->c + (int64_t)i * KT_BLOCK_ROWS, (size_t)rows * sizeof *row);
+        if (bias) p->k->add(bias + first, row, rows);
+    }
+}
+
+static int32_t project_jobs(const struct piece *p) {
+    int64_t jobs = 0;
+    for (int i = 0; i < p->a->parts; i++) jobs += (p->a->part[i].rows + p->rows - 1) / p->rows;
+    return (int32_t)jobs;
+}
+
+/* Pairs of x, which lie half of `width` apart or side by side, turn by their angles. */
+static void rotate(float *x, const float *cos, const float *sin, int64_t width, int pairs) {
+    const int64_t half = width / 2, step = pairs ? 2 : 1, apart = pairs ? 1 : half;
+    for (int64_t i = 0; i < half; i++) {
+        float *a = x + i * step, *b = a + apart;
+        const float u = *a, v = *b;
+        *a = u * cos[i] - v * sin[i];
+        *b = v * cos[i] + u * sin[i];
+    }
+}
+
+/* Side by side becomes half apart: how families with pairs keep keys. */
+static void part_pairs(float *x, int64_t width, float *room) {
+    memcpy(room, x, (size_t)width * sizeof *x);
+    for (int64_t i = 0; i < width / 2; i++) {
+        x[i] = room[2 * i];
+        x[width / 2 + i] = room[2 * i + 1];
+    }
+}
+
+struct angles {
+    float cos[KT_MAX_ROTARY], sin[KT_MAX_ROTARY], room[KT_MAX_ROTARY];
+};
+
+/* The angles of a token; only the first half of a row of whole width counts, the other is the same again. */
+static void load_angles(const struct piece *p, int64_t t, struct angles *at) {
+    const kt_attention_call *c = p->c;
+    const int64_t offset = (p->sequence + t / p->each) * c->rotary_batch + (p->token + t % p->each) * c->rotary_row;
+    kt_load_row(p->k, c->cos, c->rotary_dtype, offset, c->rotary / 2, at->cos);
+    kt_load_row(p->k, c->sin, c->rotary_dtype, offset, c->rotary / 2, at->sin);
+}
+
+static void finish_head(const struct piece *p, const float *norm, float *x, struct angles *at) {
+    const kt_attention_desc *d = &p->a->d;
+    if (norm && !d->norm_last && !d->norm_whole) kt_rms_norm(x, norm, d->eps, d->size, x);
+    if (p->c->cos) {
+        rotate(x, at->cos, at->sin, p->c->rotary, d->rotary_pairs);
+        if (d->rotary_pairs == KT_PAIRS_PARTED) part_pairs(x, p->c->rotary, at->room);
+    }
+    if (norm && d->norm_last) kt_rms_norm(x, norm, d->eps, d->size, x);
+}
+
+/* Norms and positions of a token's queries and keys; keys and values to the cache. */
+static void finish(void *ctx, int32_t job, int thread) {
+    (void)thread;
+    struct piece *p = ctx;
+    const struct kt_attention *a = p->a;
+    const kt_attention_desc *d = &a->d;
+    const kt_kv_layout *l = &p->c->layout;
+    struct angles at;
+    const int32_t per = p->per_job;
+    for (int64_t t = (int64_t)job * per; t < kt_min((int64_t)(job + 1) * per, p->tokens); t++) {
+        float *q = p->r + t * a->width, *k = q + a->first[KT_K], *v = q + a->first[KT_V];
+        if (p->c->cos) load_angles(p, t, &at);
+        if (d->gate == KT_GATE_IN_Q) { /* each head's queries, then its gate: the queries move together at the front */
+            float *gates = p->m.f + t * p->m.stride;
+            for (int64_t h = 0; h < d->heads; h++) {
+                memcpy(gates + h * d->size, q + (2 * h + 1) * d->size, (size_t)d->size * sizeof *q);
+                memmove(q + h * d->size, q + 2 * h * d->size, (size_t)d->size * sizeof *q);
+            }
+        }
+        if (d->clip > 0.0f)
+            for (int64_t i = 0; i < a->width; i++) q[i] = fminf(fmaxf(q[i], -d->clip), d->clip);
+        if (d->norm_whole && d->q_norm) kt_rms_norm(q, d->q_norm, d->eps, d->heads * d->size, q);
+        if (d->norm_whole && d->k_norm) kt_rms_norm(k, d->k_norm, d->eps, d->kv_heads * d->size, k);
+        for (int64_t h = 0; h < d->heads; h++) finish_head(p, d->q_norm, q + h * d->size, &at);
+        const kt_sequence *s = &p->c->sequences[p->sequence + t / p->each];
+        const int64_t pos = s->length + p->token + t % p->each, row = pos % KT_PAGE;
+        for (int64_t h = 0; h < d->kv_heads; h++) {
+            finish_head(p, d->k_norm, k + h * d->size, &at);
+            uint8_t *keys = (uint8_t *)s->keys[pos / KT_PAGE] + h * l->key_head + row * l->key_row;
+            uint8_t *values = (uint8_t *)s->values[pos / KT_PAGE] + h * l->value_head + row * l->value_row;
+            kt_cache_store(p->k, k + h * d->size, d->size, l->type, keys);
+            kt_cache_store(p->k, v + h * d->value_size, d->value_size, l->type, values);
+        }
+    }
+}
+
+static float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+/* What attention gave, gated, in the forms that the last matrix wants. */
+static void prepare_m(void *ctx, int32_t job, int thread) {
+    (void)thread;
+    struct piece *p = ctx;
+    const kt_attention_desc *d = &p->a->d;
+    const int64_t n = d->heads * d->value_size;
+    for (int64_t t = (int64_t)job * p->per_job; t < kt_min((int64_t)(job + 1) * p->per_job, p->tokens); t++) {
+        const float *mixed = p->attend.out + t * p->attend.out_stride;
+        float *m = p->m.f + t * p->m.stride;
+        const float *g = d->gate == KT_GATE_IN_Q ? m : p->r + t * p->a->width + p->a->first[KT_G];
+        if (d->gate == KT_GATE_NONE) memcpy(m, mixed, (size_t)n * sizeof *m);
+        else
+            for (int64_t i = 0; i < n; i++)
+                m[i] = mixed[i] * sigmoid(g[d->gate == KT_GATE_HEADS ? i / d->value_size : i]);
+        p->nonfinite[t] = !kt_acts_derive(p->k, &p->m, t, p->forms_m);
+    }
+}
+
+static void last(void *ctx, int32_t job, int thread) {
+    struct piece *p = ctx;
+    const struct kt_matrix *w = &p->a->out;
+    const struct kt_scratch *s = &p->scratch[thread];
+    const int64_t first = (int64_t)job * p->rows, after = first + (int64_t)p->threads * p->rows;
+    const int rows = (int)kt_min(w->rows - first, p->rows);
+    kt_matmul_block(&(struct kt_block){
+        .k = p->k, .w = w, .first = first, .rows = rows, .a = &p->m, .token = p->list, .tokens = p->listed,
+        .next = {after < w->rows ? w : NULL, after}, .s = s, .c = s->c, .ldc = KT_BLOCK_ROWS});
+    for (int32_t i = 0; i < p->listed; i++) {
+        float *c = s->c + (int64_t)i * KT_BLOCK_ROWS;
+        if (p->a->d.bias[KT_O]) p->k->add(p->a->d.bias[KT_O] + first, c, rows);
+        kt_sum_store(p->k, p->out, place_of(p, p->list[i]), w->rows, first, c, rows);
+    }
+}
+
+/* Run `fn`, jobs jobs of all tokens, and then those with infinities or NaNs again in fp32: see moe.c. */
+static void run_product(struct piece *p, kt_pool *pool, kt_job_fn fn, int32_t jobs) {
+    const struct kt_kernels *k = p->k;
+    int32_t bad = 0;
+    for (int32_t t = 0; t < p->tokens; t++) {
+        p->list[t] = t;
+        bad += p->nonfinite[t];
+    }
+    p->listed = p->tokens;
+    if (bad && fn == last) { /* it adds to what is there, so each token goes once */
+        p->listed = 0;
+        for (int32_t t = 0; t < p->tokens; t++)
+            if (!p->nonfinite[t]) p->list[p->listed++] = t;
+    }
+    if (p->listed) kt_pool_run(pool, fn, p, jobs);
+    if (!bad) return;
+    p->listed = 0;
+    for (int32_t t = 0; t < p->tokens; t++)
+        if (p->nonfinite[t]) p->list[p->listed++] = t;
+    p->k = kt_exact_kernels();
+    kt_pool_run(pool, fn, p, jobs);
+    p->k = k;
+}
+
+static void sequences_of(struct piece *p) {
+    const kt_attention_call *c = p->c;
+    const kt_kv_layout *l = &c->layout;
+    for (int64_t i = 0; i < p->sequences; i++) {
+        const kt_sequence *s = &c->sequences[p->sequence + i];
+        const int64_t length = s->length + p->token + p->each;
+        p->seq[i] = (struct kt_attend_sequence){
+            .kv = {(const uint8_t *const *)s->keys, (const uint8_t *const *)s->values, (size_t)l->key_head,
+                   (size_t)l->value_head, (size_t)l->key_row, (size_t)l->value_row},
+            .query = i * p->each, .queries = (int32_t)p->each, .start = s->start, .length = length};
+        if (!c->mask) continue;
+        const uint8_t *mask = c->mask + (p->sequence + i) * c->mask_batch + p->token * c->mask_row;
+        p->seq[i].start = s->start > c->mask_first ? s->start : c->mask_first;
+        p->seq[i].mask = (const uint8_t *)((uintptr_t)mask - (uintptr_t)c->mask_first); /* by the key's own number */
+        p->seq[i].mask_row = c->mask_row;
+    }
+}
+
+static void layout(struct piece *p, struct kt_arena *arena, size_t attend_bytes) {
+    const struct kt_attention *a = p->a;
+    const int64_t n = p->tokens;
+    p->list = kt_arena_take(arena, n, sizeof *p->list);
+    p->nonfinite = kt_arena_take(arena, n, 1);
+    p->seq = kt_arena_take(arena, p->sequences, sizeof *p->seq);
+    p->scratch = kt_arena_take(arena, p->threads, sizeof *p->scratch);
+    kt_acts_take(arena, n, a->part[KT_Q].cols, p->forms_x, &p->x);
+    kt_acts_take(arena, n, a->out.cols, p->forms_m, &p->m);
+    p->r = kt_arena_take(arena, n * a->width, sizeof *p->r);
+    p->attend.out_stride = kt_round_up(a->out.cols, KT_TILE);
+    p->attend.out = kt_arena_take(arena, n * p->attend.out_stride, sizeof(float));
+    p->attend_scratch = kt_arena_take(arena, (int64_t)attend_bytes, 1);
+    for (int i = 0; i < p->threads; i++) {
+        struct kt_scratch s;
+        kt_scratch_take(arena, n, &s);
+        if (arena->base) p->scratch[i] = s;
+    }
+}
+
+static int take_memory(struct piece *p, kt_pool *pool) {
+    struct kt_attend_sequence *sequences = malloc((size_t)p->sequences * sizeof *sequences);
+    if (!sequences) return KT_ERR_MEMORY;
+    p->seq = sequences; /* how much the attention needs depends on lengths, and they need a place first */
+    sequences_of(p);
+    p->attend.sequence = p->seq;
+    const size_t attend_bytes = kt_attend_scratch(&p->attend, pool);
+    free(sequences);
+    struct kt_arena arena = {0};
+    layout(p, &arena, attend_bytes);
+    arena.base = arena.overflow ? NULL : kt_pool_shared(pool, arena.used);
+    if (!arena.base) return KT_ERR_MEMORY;
+    arena.used = 0;
+    layout(p, &arena, attend_bytes);
+    sequences_of(p);
+    p->attend.sequence = p->seq;
+    p->attend.q = p->r;
+    return KT_OK;
+}
+
+static int run_piece(struct piece *p, kt_pool *pool) {
+    const struct kt_attention *a = p->a;
+    const kt_attention_desc *d = &a->d;
+    p->tokens = (int32_t)(p->sequences * p->each);
+    p->forms_x = p->forms_m = 0;
+    for (int i = 0; i < a->parts; i++) p->forms_x |= kt_forms_needed(p->k, &a->part[i], p->tokens, p->c->dtype);
+    p->forms_m = kt_forms_needed(p->k, &a->out, p->tokens, p->c->dtype);
+    p->attend = (struct kt_attend){
+        .k = p->k, .type = p->c->layout.type, .heads = d->heads, .kv_heads = d->kv_heads, .size = d->size,
+        .value_size = d->value_size, .scale = d->scale, .window = d->window, .sinks = d->sinks,
+        .q_stride = a->width, .sequences = (int32_t)p->sequences};
+    const int status = take_memory(p, pool);
+    if (status) return status;
+    p->rows = kt_job_rows(pool, a->width);
+    p->per_job = (int32_t)(1 + 16384 / a->width);
+    const int32_t jobs = (p->tokens + p->per_job - 1) / p->per_job;
+    kt_pool_run(pool, prepare_x, p, jobs);
+    run_product(p, pool, project, project_jobs(p));
+    kt_pool_run(pool, finish, p, jobs);
+    kt_attend_run(&p->attend, pool, p->attend_scratch);
+    kt_pool_run(pool, prepare_m, p, jobs);
+    p->rows = kt_job_rows(pool, a->out.rows);
+    run_product(p, pool, last, (int32_t)((a->out.rows + p->rows - 1) / p->rows));
+    return KT_OK;
+}
+
+/* ---- the call --------------------------------------------------------------------------------------- */
+
+static int check_call(const struct kt_attention *a, const kt_attention_call *c) {
+    const kt_kv_layout *l = &c->layout;
+    if (c->batch < 0 || c->batch > 1 << 20 || c->tokens < 0 || c->tokens > KT_MAX_DIM) return KT_ERR_SHAPE;
+    if (!kt_dtype_size(c->dtype)) return KT_ERR_DTYPE;
+    const size_t key = kt_cache_row(l->type, a->d.size), value = kt_cache_row(l->type, a->d.value_size);
+    if (!key || !value) return KT_ERR_DTYPE;
+    if (l->key_row < (int64_t)key || l->value_row < (int64_t)value) return KT_ERR_SHAPE;
+    if (c->cos) {
+        if (!c->sin || !kt_dtype_size(c->rotary_dtype)) return c->sin ? KT_ERR_DTYPE : KT_ERR_NULL;
+        if (c->rotary < 2 || c->rotary % 2 || c->rotary > a->d.size || c->rotary / 2 > KT_MAX_ROTARY)
+            return KT_ERR_SHAPE;
+    }
+    return c->batch && c->tokens && !c->sequences ? KT_ERR_NULL : KT_OK;
+}
+
+int kt_attention_run(const struct kt_attention *a, kt_pool *pool, const kt_attention_call *c, const struct kt_rows *in,
+                     const struct kt_sum *out) {
+    const int status = check_call(a, c);
+    if (status || !c->batch || !c->tokens) return status;
+    for (int64_t b = 0; b < c->batch; b++) {
+        const kt_sequence *s = &c->sequences[b];
+        if (!s->keys || !s->values) return KT_ERR_NULL;
+        if (s->length < 0 || s->start < 0 || s->length + c->tokens > KT_MAX_DIM) return KT_ERR_SHAPE;
+    }
+    struct piece p = {.a = a, .k = kt_kernels(), .c = c, .in = in, .out = out, .threads = kt_pool_threads(pool)};
+    const int64_t whole = c->tokens < PIECE ? PIECE / c->tokens : 1; /* sequences at once */
+    for (int64_t b = 0; b < c->batch; b += whole)
+        for (int64_t t = 0; t < c->tokens; t += PIECE) {
+            p.sequence = b;
+            p.sequences = kt_min(c->batch - b, whole);
+            p.token = t;
+            p.each = kt_min(c->tokens - t, PIECE);
+            const int failed = run_piece(&p, pool);
+            if (failed) return failed;
+        }
+    return KT_OK;
+}
+
+int kt_attention_forward(const kt_attention *a, kt_pool *pool, const kt_attention_call *c, const void *hidden,
+                         void *out) {
+    if (!a || !pool || !c) return KT_ERR_NULL;
+    if (c->batch && c->tokens && (!hidden || !out)) return KT_ERR_NULL;
+    const struct kt_rows in = {.data = hidden, .dtype = c->dtype};
+    const struct kt_sum sum = {.data = out, .dtype = c->dtype};
+    kt_pool_lock(pool);
+    const int status = kt_attention_run(a, pool, c, &in, &sum);
+    kt_pool_unlock(pool);
+    return status;
+}
