@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
-CORE = ("portable", "formats", "matmul", "threads", "calls")
+CORE = ("portable", "formats", "matmul", "attention", "threads", "calls")
 """Folders of native/src that need no flags of their own, beside its top."""
 
 BASE = [

@@ -7,6 +7,7 @@ released inside every C call, and calls from several threads on the one pool wai
 Letters: T tokens, H hidden, I intermediate, E experts, K experts per token.
 """
 
+from ktransformers.native.attention import attend
 from ktransformers.native.checks import MAX_THREADS
 from ktransformers.native.experts import ACTIVATIONS, Experts, Glu
 from ktransformers.native.library import (
@@ -45,6 +46,7 @@ __all__ = [
     "Linear",
     "Pool",
     "Queue",
+    "attend",
     "available",
     "bench_peak",
     "bench_read",
