@@ -8,6 +8,7 @@ Letters: T tokens, H hidden, I intermediate, E experts, K experts per token.
 """
 
 from ktransformers.native.self_attention import Attention
+from ktransformers.native.attention import attend
 from ktransformers.native.checks import MAX_THREADS
 from ktransformers.native.experts import ACTIVATIONS, Experts, Glu
 from ktransformers.native.library import (
@@ -47,6 +48,7 @@ __all__ = [
     "Linear",
     "Pool",
     "Queue",
+    "attend",
     "available",
     "bench_peak",
     "bench_read",

@@ -106,6 +106,9 @@ typedef enum kt_scale {
 /* Activation dtypes, for inputs and outputs alike. */
 typedef enum kt_dtype { KT_F32 = 0, KT_F16 = 1, KT_BF16 = 2 } kt_dtype;
 
+/* Types of cached keys and values: the three of kt_dtype, and GGUF's q8_0 (34 bytes for 32 values). */
+typedef enum kt_cache { KT_CACHE_Q8_0 = 3 } kt_cache;
+
 /* What becomes of gate and up; x is gate, or up where there is no gate.
  * GELU is the erf form, GELU_TANH its tanh approximation, RELU2 max(x, 0)^2, each times up (alone without a gate).
  * SWIGLU_OAI (gpt-oss, MiniMax): x * sigmoid(alpha * x) * (up + 1). */
@@ -342,6 +345,40 @@ void kt_attention_destroy(kt_attention *attention);
 /* hidden, out [batch, tokens, H]; out may be hidden. Fills the cache; `length` of a sequence is the caller's to raise. */
 int kt_attention_forward(const kt_attention *attention, kt_pool *pool, const kt_attention_call *call,
                          const void *hidden, void *out);
+/* Attention of one sequence's last `queries` of `length` cached tokens. Pages of 64 tokens: keys[p] points to token 64*p
+ * of head 0, from where heads are key_head and tokens key_row bytes apart; values likewise, and may be the same memory.
+ * Visible are tokens start .. length: query i sees those up to length - queries + i, or, where mask is not NULL, those
+ * whose byte mask[i * mask_row + token] is not zero, and neither causality nor the window counts. Its queries are rows
+ * query .. query + queries of q and out. */
+typedef struct kt_attention_sequence {
+    const void *const *keys, *const *values;
+    int64_t key_head, value_head, key_row, value_row;
+    int64_t query, queries, start, length;
+    const uint8_t *mask;
+    int64_t mask_row;
+} kt_attention_sequence;
+
+/* q fp32 [tokens][heads][size], q_stride floats from a token to the next; out fp32 [tokens][heads][value_size]. Head h
+ * meets head h / (heads / kv_heads) of keys and values, of `type` (kt_dtype or kt_cache). scale: of the scores. window
+ * (0: none): the query at position p sees tokens > p - window. sinks [heads] or NULL: each adds e^sink to the
+ * denominator of its head. */
+typedef struct kt_attention_args {
+    int32_t type;
+    int64_t heads, kv_heads, size, value_size;
+    float scale;
+    int64_t window;
+    const float *sinks;
+    const float *q;
+    int64_t q_stride;
+    float *out;
+    int64_t out_stride;
+    const kt_attention_sequence *sequence;
+    int64_t sequences;
+} kt_attention_args;
+
+/* softmax(scale * q K^T) V. Scores and sums are fp32; with avx512_bf16 and amx, BF16 caches meet queries and weights
+ * that are rounded to bf16. A query that sees no token gets zeros. */
+int kt_attention_core(kt_pool *pool, const kt_attention_args *args);
 
 /* out[rows, cols] = the weight's values in fp32. */
 int kt_dequantize(const kt_weight *w, float *out);

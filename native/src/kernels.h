@@ -142,6 +142,19 @@ typedef void (*kt_unpack_tile_fn)(const struct kt_matrix *w, int64_t first, int6
 typedef void (*kt_gemm_fn)(const struct kt_panel *p, const struct kt_acts *a, const int32_t *token, int tokens,
                            int64_t k0, float *c, int64_t ldc, int add);
 
+/* Attention (attention/attend.c): the query rows of `q`, `rows` of them, meet `tokens` keys of one page, key_row bytes
+ * from one to the next: s[r * lds + t] = q row r . key t. q is padded with zeros to a multiple of 16 (as bf16: 32). */
+typedef void (*kt_scores_fn)(const struct kt_acts *q, int rows, const uint8_t *keys, size_t key_row, int tokens,
+                             float *s, int64_t lds, struct kt_ahead *ahead);
+
+/* out[r * ldo + c] = keep[r] * out[r * ldo + c] + sum over tokens t of p[r * ldp + t] * value t [c], c < size. out has
+ * room for a multiple of 16. */
+typedef void (*kt_values_fn)(const float *p, int64_t ldp, int rows, const float *keep, const uint8_t *values,
+                             size_t value_row, int tokens, int64_t size, float *out, int64_t ldo,
+                             struct kt_ahead *ahead);
+
+enum { KT_CACHES = 4 }; /* types of cached keys and values: KT_F32, KT_F16, KT_BF16, KT_CACHE_Q8_0 */
+
 struct kt_kernels {
     const char *name;
     kt_dot_fn dot[KT_FORMATS];          /* NULL: decode goes through tiles as well */
@@ -177,6 +190,25 @@ struct kt_kernels {
 
     /* out[i] (+)= scale * x[i]; `add` 0 overwrites. Unfused multiply and add: same bits on every ISA. */
     void (*scale_add)(float scale, const float *x, float *out, int64_t n, int add);
+
+    kt_scores_fn scores[KT_CACHES];
+    kt_values_fn values[KT_CACHES];
+    kt_scores_fn scores_bf16; /* of a BF16 cache and q as bf16; NULL: scores[KT_BF16] */
+    int panels_from;          /* rows from which panels and a GEMM beat scores and values, see matmul/thresholds.c */
+
+    /* s[i] = e^(scale * s[i] - m), i < n; m is the largest of *max and all scale * s[i], and is left in *max. Returns
+     * the sum of what it wrote. -infinity becomes 0, even if nothing larger is known. Same bits on every ISA. */
+    float (*softmax)(float *s, int n, float scale, float *max);
+
+    /* x[i] *= factor */
+    void (*rescale)(float factor, float *x, int64_t n);
+
+    /* The values of `tokens` rows of n bf16 (the rest up to a multiple of 16: zero) as tiles of a BF16 panel: its rows
+     * are columns of values, its columns are tokens. */
+    void (*pair_rows)(const uint8_t *values, size_t value_row, int tokens, int64_t n, uint32_t *data);
+
+    /* n values of GGUF's q8_0 as floats. */
+    void (*load_q8_0)(const uint8_t *p, int64_t n, float *out);
 
     /* Measurements. read: any mix of all bytes. peak: returns operations done, 0 where there is no such unit. */
     uint64_t (*read)(const void *p, size_t bytes);

@@ -25,6 +25,11 @@ static _Atomic(int) forced_threshold;
 
 void kt_set_panel_threshold(int tokens) { atomic_store(&forced_threshold, tokens); }
 
+int kt_panel_threshold(int measured) {
+    const int forced = atomic_load(&forced_threshold);
+    return forced > 0 ? forced : measured;
+}
+
 /* What the weights become on this instruction set. */
 static enum kt_kind kind_of(const struct kt_kernels *k, const struct kt_matrix *w) {
     return w->kind == KT_KIND_Q8 && !k->gemm_q8 ? KT_KIND_F32 : w->kind;
@@ -37,8 +42,7 @@ static int has_dot(const struct kt_kernels *k, const struct kt_matrix *w) {
 }
 
 static enum path path_of(const struct kt_kernels *k, const struct kt_matrix *w, int64_t tokens) {
-    const int forced = atomic_load(&forced_threshold);
-    const int tiles_from = forced > 0 ? forced : k->tiles_from[w->format];
+    const int tiles_from = kt_panel_threshold(k->tiles_from[w->format]);
     if (has_dot(k, w) && tokens < tiles_from) return DOT;
     return tokens < PANELS_FROM ? STRIPS : PANELS;
 }

@@ -28,6 +28,9 @@ size_t kt_dtype_size(int dtype); /* 0 if unknown */
 
 /* ---- the product ---- */
 
+/* What kt_set_panel_threshold says, or else `measured`. */
+int kt_panel_threshold(int measured);
+
 void kt_matmul_block(const struct kt_block *b);
 
 /* Rows of a job so that `rows_total` rows make several jobs a thread. Does not change any result. */

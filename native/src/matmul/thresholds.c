@@ -67,3 +67,8 @@ void kt_thresholds(int isa, int tiles_from[KT_FORMATS]) {
         tiles_from[f] = found ? found : kt_traits_table[f].kind == KT_KIND_Q8 ? Q8_DEFAULT : FLOAT_DEFAULT;
     }
 }
+
+int kt_attend_threshold(int isa) {
+    static const uint8_t rows[COLUMNS] = {[NONE] = 16, [AVX2] = 16, [XEON] = 32, [VNNI] = 32, [ZEN4] = 16, [AMX] = 16};
+    return rows[column_of[isa]];
+}
