@@ -7,6 +7,7 @@ released inside every C call, and calls from several threads on the one pool wai
 Letters: T tokens, H hidden, I intermediate, E experts, K experts per token.
 """
 
+from ktransformers.native.block import Block
 from ktransformers.native.checks import MAX_THREADS
 from ktransformers.native.experts import ACTIVATIONS, Experts, Glu
 from ktransformers.native.library import (
@@ -30,6 +31,7 @@ from ktransformers.native.library import (
 )
 from ktransformers.native.linear import Linear
 from ktransformers.native.queue import HostCall, Queue
+from ktransformers.native.router import Choice, Router
 from ktransformers.native.weights import SCALED_TYPES, SCALES, SUPPORTED_TYPES, dequantize
 
 __all__ = [
@@ -39,12 +41,15 @@ __all__ = [
     "SCALED_TYPES",
     "SCALES",
     "SUPPORTED_TYPES",
+    "Block",
+    "Choice",
     "Experts",
     "Glu",
     "HostCall",
     "Linear",
     "Pool",
     "Queue",
+    "Router",
     "available",
     "bench_peak",
     "bench_read",

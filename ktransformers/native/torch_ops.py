@@ -2,7 +2,7 @@
 
 So torch.compile and torch.export put each into their graphs as one step, fake and meta tensors get shapes without a
 computation, and profilers show it. A schema has no type for a handle of C: torch's own class objects need C++, and its
-opaque Python objects are experimental. So an operator names its Linear or Experts by a number, which is never given
+opaque Python objects are experimental. So an operator names its Linear, Experts, Router or Block by a number, which is never given
 twice; the object, not the number, keeps weights alive.
 They are defined on a bare Library, which costs 4 us a call; `torch.library.custom_op` costs 14 and an autograd formula
 6 more (one core of a Sapphire Rapids, torch 2.13). Where nobody looks, a call goes past the dispatcher (`is_watched`):
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -43,18 +43,40 @@ class ExpertsCall(Protocol):
     def compute(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor: ...
 
 
-_named: weakref.WeakValueDictionary[int, LinearCall | ExpertsCall] = weakref.WeakValueDictionary()
+class RouterCall(Protocol):
+    """What `router` needs: native.Router."""
+
+    name: str
+    hidden: int
+    count: int
+    choice: Any
+
+    def compute(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+class BlockCall(Protocol):
+    """What `moe` needs: native.Block."""
+
+    name: str
+    hidden: int
+
+    def compute(self, hidden: Tensor) -> Tensor: ...
+
+
+Call = LinearCall | ExpertsCall | RouterCall | BlockCall
+
+_named: weakref.WeakValueDictionary[int, Call] = weakref.WeakValueDictionary()
 _numbers = itertools.count(1)
 
 
-def name_it(call: LinearCall | ExpertsCall) -> int:
-    """The number by which `linear` and `experts` know `call` from now on, for as long as it lives."""
+def name_it(call: Call) -> int:
+    """The number by which the operators here know `call` from now on, for as long as it lives."""
     number = next(_numbers)
     _named[number] = call
     return number
 
 
-def _find(number: int) -> LinearCall | ExpertsCall:
+def _find(number: int) -> Call:
     call = _named.get(number)
     if call is None:
         raise NativeError(
@@ -92,6 +114,22 @@ def _experts_shape(hidden: Tensor, ids: Tensor, weights: Tensor, number: int) ->
     return hidden.new_empty(hidden.shape)
 
 
+def _router(hidden: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
+    return _find(number).compute(hidden)
+
+
+def _router_shape(hidden: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
+    call = _find(number)
+    _check_fake(hidden, call.hidden, call.name)
+    tokens, k = hidden.shape[0], call.choice.top_k
+    ids, weights = hidden.new_empty((tokens, k), dtype=torch.int64), hidden.new_empty((tokens, k), dtype=torch.float32)
+    return ids, weights, hidden.new_empty((tokens, call.count), dtype=torch.float32)
+
+
+def _moe(hidden: Tensor, number: int) -> Tensor:
+    return _find(number).compute(hidden)
+
+
 def _check_fake(x: Tensor, cols: int, name: str) -> None:
     """As much of `checks.checked_input` as holds for a tensor without values."""
     if x.device.type not in ("cpu", "meta") or x.dtype not in DTYPES or x.dim() < 1 or x.shape[-1] != cols:
@@ -103,6 +141,8 @@ _library = torch.library.Library("ktransformers", "DEF")  # kept, for the operat
 for _schema, _compute, _shape in (
     ("linear(Tensor x, int number) -> Tensor", _linear, _linear_shape),
     ("experts(Tensor hidden, Tensor ids, Tensor weights, int number) -> Tensor", _experts, _experts_shape),
+    ("router(Tensor hidden, int number) -> (Tensor, Tensor, Tensor)", _router, _router_shape),
+    ("moe(Tensor hidden, int number) -> Tensor", _moe, lambda hidden, number: _experts_shape(hidden, hidden, hidden, number)),
 ):
     _name = _schema.partition("(")[0]
     _library.define(_schema)
@@ -113,3 +153,7 @@ linear = torch.ops.ktransformers.linear.default
 """(x [..., K], number) -> [..., N]"""
 experts = torch.ops.ktransformers.experts.default
 """(hidden [T, H], ids [T, K], weights [T, K], number) -> [T, H]"""
+router = torch.ops.ktransformers.router.default
+"""(hidden [T, H], number) -> (ids [T, K], weights [T, K], logits [T, E])"""
+moe = torch.ops.ktransformers.moe.default
+"""(hidden [T, H], number) -> [T, H]"""
