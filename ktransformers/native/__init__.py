@@ -7,8 +7,9 @@ released inside every C call, and calls from several threads on the one pool wai
 Letters: T tokens, H hidden, I intermediate, E experts, K experts per token.
 """
 
-from ktransformers.native.self_attention import Attention
+
 from ktransformers.native.attention import attend
+from ktransformers.native.block import Block
 from ktransformers.native.checks import MAX_THREADS
 from ktransformers.native.experts import ACTIVATIONS, Experts, Glu
 from ktransformers.native.library import (
@@ -32,22 +33,26 @@ from ktransformers.native.library import (
 )
 from ktransformers.native.linear import Linear
 from ktransformers.native.queue import HostCall, Queue
+from ktransformers.native.router import Choice, Router
 from ktransformers.native.weights import SCALED_TYPES, SCALES, SUPPORTED_TYPES, dequantize
 
 __all__ = [
     "ACTIVATIONS",
-    "Attention",
     "MAX_THREADS",
     "NOT_BUILT",
     "SCALED_TYPES",
     "SCALES",
     "SUPPORTED_TYPES",
+    "Attention",
+    "Block",
+    "Choice",
     "Experts",
     "Glu",
     "HostCall",
     "Linear",
     "Pool",
     "Queue",
+    "Router",
     "attend",
     "available",
     "bench_peak",

@@ -67,7 +67,7 @@ class Experts:
         arrays = [self._matrices(state, role, weights) for role, weights in roles.items()]
         out = state.ffi.new("kt_experts **")
         state.check(state.lib.kt_experts_create(self.count, *arrays, self._glu(state, glu), out), name)
-        self._experts = state.ffi.gc(out[0], state.lib.kt_experts_destroy)
+        self.handle = state.ffi.gc(out[0], state.lib.kt_experts_destroy)
         self.number = torch_ops.name_it(self)
 
     def _matrices(self, state: State, role: str, weights: list[Packed] | None) -> Any:
@@ -120,7 +120,7 @@ class Experts:
         out = torch.empty_like(hidden)
         cast = state.ffi.cast
         status = state.lib.kt_experts_forward(
-            self._experts, pool, cast("void *", hidden.data_ptr()), DTYPES[hidden.dtype], hidden.shape[0],
+            self.handle, pool, cast("void *", hidden.data_ptr()), DTYPES[hidden.dtype], hidden.shape[0],
             cast("int64_t *", ids.data_ptr()), ids.shape[1], cast("float *", weights.data_ptr()),
             cast("void *", out.data_ptr()),
         )  # fmt: skip
@@ -131,7 +131,7 @@ class Experts:
         """Read all weights in, each row by the NUMA node that will compute it in `pool` (None: the module's own), so
         that pages of a file that are not in memory yet come to lie there. Takes as long as reading the file."""
         state, handle = pooled() if pool is None else (pool._state, pool._pool)
-        state.check(state.lib.kt_experts_place(self._experts, handle), self.name)
+        state.check(state.lib.kt_experts_place(self.handle, handle), self.name)
 
     def arguments(
         self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor

@@ -135,7 +135,7 @@ class Queue:
         hidden, ids, weights = experts.arguments(hidden, ids, weights)
         checked_output(out, hidden, [hidden.shape[0], experts.hidden], name)
         call = state.ffi.new("kt_call *", {
-            "queue": self._open(), "experts": experts._experts, "ids": cast("int64_t *", ids.data_ptr()),
+            "queue": self._open(), "experts": experts.handle, "ids": cast("int64_t *", ids.data_ptr()),
             "per_token": ids.shape[1], "weights": cast("float *", weights.data_ptr()),
             "input": cast("void *", hidden.data_ptr()), "dtype": DTYPES[hidden.dtype],
             "tokens": hidden.shape[0], "out": cast("void *", out.data_ptr()),

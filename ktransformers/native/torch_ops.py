@@ -2,7 +2,7 @@
 
 So torch.compile and torch.export put each into their graphs as one step, fake and meta tensors get shapes without a
 computation, and profilers show it. A schema has no type for a handle of C: torch's own class objects need C++, and its
-opaque Python objects are experimental. So an operator names its Linear or Experts by a number, which is never given
+opaque Python objects are experimental. So an operator names its Linear, Experts, Router or Block by a number, which is never given
 twice; the object, not the number, keeps weights alive.
 They are defined on a bare Library, which costs 4 us a call; `torch.library.custom_op` costs 14 and an autograd formula
 6 more (one core of a Sapphire Rapids, torch 2.13). Where nobody looks, a call goes past the dispatcher (`is_watched`):
@@ -43,8 +43,28 @@ class ExpertsCall(Protocol):
     def compute(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor: ...
 
 
+class RouterCall(Protocol):
+    """What `router` needs: native.Router."""
+
+    name: str
+    hidden: int
+    count: int
+    choice: Any
+
+    def compute(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+class BlockCall(Protocol):
+    """What `moe` needs: native.Block."""
+
+    name: str
+    hidden: int
+
+    def compute(self, hidden: Tensor) -> Tensor: ...
+
+
 class AttentionCall(Protocol):
-    """What `attention` needs: native.Attention, with the cache as a second number."""
+    """What `attention` needs: native.Attention, with the pages as a second number."""
 
     name: str
     hidden: int
@@ -57,7 +77,7 @@ _numbers = itertools.count(1)
 
 
 def name_it(call: Any) -> int:
-    """The number by which the operators below know `call` from now on, for as long as it lives."""
+    """The number by which the operators here know `call` from now on, for as long as it lives."""
     number = next(_numbers)
     _named[number] = call
     return number
@@ -116,6 +136,22 @@ def _experts_shape(hidden: Tensor, ids: Tensor, weights: Tensor, number: int) ->
     return hidden.new_empty(hidden.shape)
 
 
+def _router(hidden: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
+    return _find(number).compute(hidden)
+
+
+def _router_shape(hidden: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
+    call = _find(number)
+    _check_fake(hidden, call.hidden, call.name)
+    tokens, k = hidden.shape[0], call.choice.top_k
+    ids, weights = hidden.new_empty((tokens, k), dtype=torch.int64), hidden.new_empty((tokens, k), dtype=torch.float32)
+    return ids, weights, hidden.new_empty((tokens, call.count), dtype=torch.float32)
+
+
+def _moe(hidden: Tensor, number: int) -> Tensor:
+    return _find(number).compute(hidden)
+
+
 def _check_fake(x: Tensor, cols: int, name: str) -> None:
     """As much of `checks.checked_input` as holds for a tensor without values."""
     if x.device.type not in ("cpu", "meta") or x.dtype not in DTYPES or x.dim() < 1 or x.shape[-1] != cols:
@@ -129,6 +165,8 @@ for _schema, _compute, _shape in (
     ("experts(Tensor hidden, Tensor ids, Tensor weights, int number) -> Tensor", _experts, _experts_shape),
     ("attention(Tensor hidden, Tensor? cos, Tensor? sin, Tensor? mask, int mask_first, int number, int pages) -> Tensor",
      _attention, _attention_shape),
+    ("router(Tensor hidden, int number) -> (Tensor, Tensor, Tensor)", _router, _router_shape),
+    ("moe(Tensor hidden, int number) -> Tensor", _moe, lambda hidden, number: _experts_shape(hidden, hidden, hidden, number)),
 ):
     _name = _schema.partition("(")[0]
     _library.define(_schema)
@@ -142,3 +180,7 @@ experts = torch.ops.ktransformers.experts.default
 attention = torch.ops.ktransformers.attention.default
 """(hidden [B, S, H], cos and sin [B or 1, S, R] or None, mask or None, mask_first, number, number of the pages) ->
 [B, S, H]. It appends to the pages: not a pure function, so a graph that runs it twice appends twice."""
+router = torch.ops.ktransformers.router.default
+"""(hidden [T, H], number) -> (ids [T, K], weights [T, K], logits [T, E])"""
+moe = torch.ops.ktransformers.moe.default
+"""(hidden [T, H], number) -> [T, H]"""

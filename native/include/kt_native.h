@@ -55,7 +55,8 @@ typedef enum kt_status {
     KT_ERR_THREADS = 9,     /* thread count out of range, or threads cannot be started */
     KT_ERR_ISA = 10,        /* instruction set unknown, not built, or not on this machine */
     KT_ERR_SCALES = 11,     /* separate scales, zero points or column order do not fit the type */
-    KT_ERR_CLOSED = 12      /* the queue was closed before the calls were computed */
+    KT_ERR_CLOSED = 12,     /* the queue was closed before the calls were computed */
+    KT_ERR_ROUTER = 13      /* a router's way of scoring, choosing or weighing unknown, or its cap no number */
 } kt_status;
 
 /* Weight types: the ids of the GGUF file format; from 1000 on, types with separate scales. */
@@ -274,6 +275,70 @@ void kt_experts_destroy(kt_experts *experts);
  * an id that occurs twice in a row counts twice. out may not overlap hidden. */
 int kt_experts_forward(const kt_experts *experts, kt_pool *pool, const void *hidden, int dtype, int64_t tokens,
                        const int64_t *ids, int64_t per_token, const float *weights, void *out);
+
+/* Which experts a token goes to, and with which weights. logit = norm(x) @ weight^T + bias; then cap * tanh(logit / cap).
+ * A score is the logit, or this of all logits. Experts are chosen by key: by score, or by score or logit plus
+ * choice_bias; of `groups` groups of equal size only the experts of the groups_kept best can be, and the keys of others
+ * are `masked` (-infinity or 0). Equals go by ascending id; a NaN counts as larger than any number. The weights of the
+ * chosen, their scores or the softmax or sigmoid of their logits, are divided and multiplied by `factor` and
+ * factors[id]. */
+typedef enum kt_scoring {
+    KT_SCORE_NONE = 0, KT_SCORE_SOFTMAX = 1, KT_SCORE_SIGMOID = 2, KT_SCORE_SQRTSOFTPLUS = 3
+} kt_scoring;
+typedef enum kt_bias_on { KT_BIAS_ON_NONE = 0, KT_BIAS_ON_SCORE = 1, KT_BIAS_ON_LOGIT = 2 } kt_bias_on;
+typedef enum kt_group_by { KT_GROUP_MAX = 0, KT_GROUP_BEST2 = 1 } kt_group_by; /* its largest key, or the sum of two */
+typedef enum kt_weigh { KT_WEIGH_SCORE = 0, KT_WEIGH_SOFTMAX = 1, KT_WEIGH_SIGMOID = 2 } kt_weigh;
+typedef enum kt_divide {
+    KT_DIVIDE_NONE = 0,
+    KT_DIVIDE_SUM = 1,  /* by their sum + divide_by */
+    KT_DIVIDE_CLAMP = 2 /* by their sum, or by divide_by where that is more */
+} kt_divide;
+
+/* Vectors are fp32 and stay the caller's; those that may be NULL are absent then. */
+typedef struct kt_router_desc {
+    const kt_weight *weight; /* [E, H] */
+    const float *bias;       /* [E] or NULL */
+    const float *norm;       /* [H] or NULL: x * rsqrt(mean(x^2) + norm_eps) * norm * norm_factor first */
+    float norm_eps, norm_factor;
+    int32_t round;           /* 1: normed x and logits are rounded to hidden's dtype, as a model of that dtype has them */
+    float cap;               /* 0: none */
+    int32_t top_k;           /* K */
+    int32_t score, bias_on;  /* kt_scoring, kt_bias_on */
+    const float *choice_bias; /* [E], or NULL where bias_on is KT_BIAS_ON_NONE */
+    int32_t groups, groups_kept, group_by; /* groups 0: none */
+    float masked;
+    int32_t weigh, divide;   /* kt_weigh, kt_divide */
+    float divide_by, factor;
+    const float *factors;    /* [E] or NULL */
+} kt_router_desc;
+
+typedef struct kt_router kt_router;
+
+/* Copies what `desc` holds, but not what it points to. */
+int kt_router_create(const kt_router_desc *desc, kt_router **router);
+void kt_router_destroy(kt_router *router);
+
+/* hidden [T, H] of `dtype` -> ids int64 [T, K], weights fp32 [T, K], and logits fp32 [T, E] if not NULL. */
+int kt_router_forward(const kt_router *router, kt_pool *pool, const void *hidden, int dtype, int64_t tokens,
+                      int64_t *ids, float *weights, float *logits);
+
+/* A block of experts: out = factor * experts(hidden, router(hidden)) + shared_factor * s * shared(hidden). `shared` is
+ * one expert, of an inner size of its own, or NULL; s = sigmoid(hidden @ shared_gate^T), [1, H], or 1 without one.
+ * Sums are fp32. The parts stay the caller's and must outlive the block. */
+typedef struct kt_moe_desc {
+    const kt_router *router;
+    const kt_experts *experts, *shared;
+    const kt_weight *shared_gate;
+    float factor, shared_factor;
+} kt_moe_desc;
+
+typedef struct kt_moe kt_moe;
+
+int kt_moe_create(const kt_moe_desc *desc, kt_moe **moe);
+void kt_moe_destroy(kt_moe *moe);
+
+/* hidden, out [T, H] of `dtype`; out may not overlap hidden. */
+int kt_moe_forward(const kt_moe *moe, kt_pool *pool, const void *hidden, int dtype, int64_t tokens, void *out);
 
 /* Read the weights in, each row by a thread of the NUMA node that will compute it: pages of a mapped file that are not
  * in memory yet come to lie on that node; those that are stay where they are. Takes as long as reading the file. */

@@ -30,6 +30,11 @@ def call(tokens=5, hidden=64, count=3):
     return torch.randn(tokens, hidden, generator=g), ids, torch.rand(tokens, 2, generator=g)
 
 
+def routed() -> tuple[native.Router, native.Block]:
+    made = native.Router(random_weight(np.random.default_rng(3), "F32", 3, 64), native.Choice(2))
+    return made, native.Block(made, experts())
+
+
 class Both(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -52,6 +57,18 @@ def test_torch_finds_the_operators_sound(which):
     one, all_of = linear(), experts()
     arguments = (call()[0], one.number) if which == "linear" else (*call(), all_of.number)
     torch.library.opcheck(getattr(torch.ops.ktransformers, which).default, arguments)
+
+
+@pytest.mark.parametrize("which", ["router", "moe"])
+def test_router_and_block_are_operators_too(which):
+    """What they compute, torch's own test, and shapes without values."""
+    made = routed()[which == "moe"]
+    operator, x = getattr(torch.ops.ktransformers, which).default, call()[0]
+    both = zip(*((out,) if which == "moe" else out for out in (operator(x, made.number), made.compute(x))), strict=True)
+    assert all(torch.equal(a, b) for a, b in both)
+    torch.library.opcheck(operator, (x, made.number))
+    out = made(x.to("meta"))
+    assert [list(t.shape) for t in ([out] if which == "moe" else out)] == ([[5, 64]] if which == "moe" else [[5, 2], [5, 2], [5, 3]])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

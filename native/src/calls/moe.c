@@ -4,10 +4,11 @@
  *   for each token:             x[t]   = fp32, int8 or bf16 form of hidden[t]
  *   for each expert, 128 rows:  g      = gate_e @ x[tokens of e]         decode or panel path, by their number
  *                               u      = up_e   @ x[tokens of e]
- *                               m[pos] = act(g) * u
- *   for each pos:               m[pos] in the form that down wants
+ *                               m[pos] = act(g) * u, and the same in the form that down wants
  *   for each expert, 128 rows:  y[pos] = down_e @ m[pos of e]
  *   for each token:             out[t] = sum over slots k, in order, of weights[t,k] * y[pos(t,k)]
+ *
+ * One token alone goes another way, to the same bits: decode.c.
  *
  * REGULARITIES
  *  - Each line is one job set; between two of them all threads meet. Jobs are independent and write disjoint
@@ -25,7 +26,7 @@
 #include <string.h>
 
 #include "../../include/kt_native.h"
-#include "../matmul/matmul.h"
+#include "decode.h"
 #include "experts.h"
 
 enum { CHUNK_TOKENS = 4096 }; /* at most */
@@ -41,9 +42,10 @@ struct forward {
     const struct kt_kernels *k;
     const void *hidden;
     const int64_t *ids;
-    const float *weights;
+    const float *weights;   /* ids and weights NULL: expert 0, weight 1 */
+    const float *start;     /* what the sums begin with, or NULL */
     void *out;
-    int dtype, slots;       /* slots: K */
+    int dtype, out_dtype, slots; /* slots: K */
     int32_t tokens, pairs, groups, busiest; /* busiest: tokens of the expert that has most of them */
     int32_t *group_of;      /* [E] scratch of the sort: counts, then next free pos */
     struct group *group;    /* [groups], busiest first */
@@ -57,7 +59,7 @@ struct forward {
     _Atomic(uint8_t) nonfinite[CHUNK_TOKENS]; /* whether a token meets infinities or NaNs, which int8 cannot hold */
     int rows;                                 /* of a job */
     struct kt_shards by_inner, by_hidden;     /* which expert and rows a job is: gate and up, down */
-    int32_t per_job_x, per_job_m;
+    int32_t per_job_x;
     struct kt_scratch *scratch;
 };
 
@@ -81,6 +83,20 @@ static int check_glu(const kt_glu *glu, int has_gate) {
     return glu->gate_bias && !has_gate ? KT_ERR_NULL : KT_OK;
 }
 
+/* Experts whose formats no expert before them has: what activations have to be prepared for, whoever is chosen. */
+static void find_kinds(struct kt_experts *e) {
+    for (int32_t i = 0; i < e->count; i++) {
+        int known = 0;
+        for (int32_t j = 0; j < e->kind_count && !known; j++) {
+            const int32_t other = e->kinds[j];
+            known = e->up[i].format == e->up[other].format && e->down[i].format == e->down[other].format &&
+                    e->up[i].kind == e->up[other].kind && e->down[i].kind == e->down[other].kind &&
+                    (!e->gate || (e->gate[i].format == e->gate[other].format && e->gate[i].kind == e->gate[other].kind));
+        }
+        if (!known) e->kinds[e->kind_count++] = i;
+    }
+}
+
 int kt_experts_create(int64_t count, const kt_weight *gate, const kt_weight *up, const kt_weight *down,
                       const kt_glu *glu, kt_experts **experts) {
     if (!experts) return KT_ERR_NULL;
@@ -91,9 +107,10 @@ int kt_experts_create(int64_t count, const kt_weight *gate, const kt_weight *up,
     if (status) return status;
     struct kt_experts *e = calloc(1, sizeof *e);
     struct kt_matrix *all = calloc((size_t)count * 3, sizeof *all);
-    status = e && all ? KT_OK : KT_ERR_MEMORY;
+    int32_t *kinds = malloc((size_t)count * sizeof *kinds);
+    status = e && all && kinds ? KT_OK : KT_ERR_MEMORY;
     if (!status) *e = (struct kt_experts){.count = count, .glu = *glu, .up = all, .down = all + count,
-                                          .gate = gate ? all + 2 * count : NULL};
+                                          .gate = gate ? all + 2 * count : NULL, .kinds = kinds};
     for (int64_t i = 0; i < count && !status; i++) {
         if (gate) status = kt_matrix_check(&gate[i], &e->gate[i]);
         if (!status) status = kt_matrix_check(&up[i], &e->up[i]);
@@ -102,16 +119,19 @@ int kt_experts_create(int64_t count, const kt_weight *gate, const kt_weight *up,
     }
     if (status) {
         free(all);
+        free(kinds);
         free(e);
         return status;
     }
+    find_kinds(e);
     *experts = e;
     return KT_OK;
 }
 
 void kt_experts_destroy(kt_experts *e) {
     if (!e) return;
-    free(e->up); /* the one allocation */
+    free(e->up); /* the one allocation of matrices */
+    free(e->kinds);
     free(e);
 }
 
@@ -123,7 +143,8 @@ static int busiest_first(const void *a, const void *b) {
     return x->expert < y->expert ? -1 : 1;
 }
 
-static int chosen(const struct forward *f, int64_t i) { return f->ids[i] >= 0 && f->ids[i] < f->e->count; }
+static int64_t id_of(const struct forward *f, int64_t i) { return f->ids ? f->ids[i] : 0; }
+static int chosen(const struct forward *f, int64_t i) { return id_of(f, i) >= 0 && id_of(f, i) < f->e->count; }
 
 /* Count first: the memory layout depends on the number of pairs and groups. */
 static void count_pairs(struct forward *f) {
@@ -132,7 +153,7 @@ static void count_pairs(struct forward *f) {
     for (int64_t i = 0; i < (int64_t)f->tokens * f->slots; i++)
         if (chosen(f, i)) {
             f->pairs++;
-            f->group_of[f->ids[i]]++;
+            f->group_of[id_of(f, i)]++;
         }
     for (int64_t e = 0; e < f->e->count; e++) {
         if (f->group_of[e]) f->groups++;
@@ -151,7 +172,7 @@ static void sort_pairs(struct forward *f) {
     for (int32_t t = 0; t < f->tokens; t++)
         for (int k = 0; k < f->slots; k++) {
             int64_t i = (int64_t)t * f->slots + k;
-            f->pos[i] = chosen(f, i) ? f->group_of[f->ids[i]]++ : -1;
+            f->pos[i] = chosen(f, i) ? f->group_of[id_of(f, i)]++ : -1;
             if (f->pos[i] >= 0) f->token[f->pos[i]] = t;
         }
     for (int32_t i = 0; i < f->pairs; i++) f->row[i] = i;
@@ -184,45 +205,44 @@ static struct kt_next next_block(const struct forward *f, const struct kt_shards
     return (struct kt_next){&w[f->group[expert].expert], (int64_t)block * f->rows};
 }
 
-static void gate_up(void *ctx, int32_t job, int thread) {
-    struct forward *f = ctx;
-    const struct kt_experts *e = f->e;
-    const struct kt_scratch *s = &f->scratch[thread];
-    int32_t at, block;
-    const int node = kt_shard_job(&f->by_inner, job, &at, &block);
-    const struct group *g = &f->group[at];
-    const struct kt_matrix *gate = e->gate ? &e->gate[g->expert] : NULL, *up = &e->up[g->expert];
-    int64_t first = (int64_t)block * f->rows;
-    int rows = (int)kt_min(e->inner - first, f->rows);
-    float *m = f->m.f + g->begin * f->m.stride + first;
-    struct kt_block b = {.k = f->k, .first = first, .rows = rows, .a = &f->x, .token = f->token + g->begin,
-                                .tokens = g->tokens, .s = s};
+void kt_expert_gate_up(const struct kt_experts *e, int64_t expert, struct kt_block b, struct kt_next next) {
+    const struct kt_matrix *gate = e->gate ? &e->gate[expert] : NULL, *up = &e->up[expert];
+    float *gated = b.s->c, *m = b.c;
+    const int64_t ldm = b.ldc;
     if (gate) {
         b.w = gate;
-        b.next = (struct kt_next){up, first};
-        b.c = s->c;
+        b.next = (struct kt_next){up, b.first};
+        b.c = gated;
         b.ldc = KT_BLOCK_ROWS;
         kt_matmul_block(&b);
     }
     b.w = up;
-    b.next = next_block(f, &f->by_inner, job, node, gate ? e->gate : e->up);
+    b.next = next;
     b.c = m;
-    b.ldc = f->m.stride;
+    b.ldc = ldm;
     kt_matmul_block(&b);
-    const int64_t bias = g->expert * e->inner + first;
-    for (int64_t i = 0; i < g->tokens; i++) {
-        float *gated = s->c + i * KT_BLOCK_ROWS, *out = m + i * f->m.stride;
-        if (e->glu.gate_bias) f->k->add(e->glu.gate_bias + bias, gated, rows);
-        if (e->glu.up_bias) f->k->add(e->glu.up_bias + bias, out, rows);
-        f->k->activate(&e->glu, gate ? gated : NULL, out, rows);
+    const int64_t bias = expert * e->inner + b.first;
+    for (int64_t i = 0; i < b.tokens; i++, gated += KT_BLOCK_ROWS, m += ldm) {
+        if (e->glu.gate_bias) b.k->add(e->glu.gate_bias + bias, gated, b.rows);
+        if (e->glu.up_bias) b.k->add(e->glu.up_bias + bias, m, b.rows);
+        b.k->activate(&e->glu, gate ? gated : NULL, m, b.rows);
     }
 }
 
-static void prepare_m(void *ctx, int32_t job, int thread) {
-    (void)thread;
+static void gate_up(void *ctx, int32_t job, int thread) {
     struct forward *f = ctx;
-    for (int64_t p = (int64_t)job * f->per_job_m; p < kt_min((int64_t)(job + 1) * f->per_job_m, f->pairs); p++)
-        if (!kt_acts_derive(f->k, &f->m, p, f->forms_m)) mark_nonfinite(f, f->token[p]);
+    const struct kt_experts *e = f->e;
+    int32_t at, block;
+    const int node = kt_shard_job(&f->by_inner, job, &at, &block);
+    const struct group *g = &f->group[at];
+    const int64_t first = (int64_t)block * f->rows;
+    const int rows = (int)kt_min(e->inner - first, f->rows);
+    const struct kt_block b = {.k = f->k, .first = first, .rows = rows, .a = &f->x, .token = f->token + g->begin,
+                               .tokens = g->tokens, .s = &f->scratch[thread], .c = f->m.f + g->begin * f->m.stride + first,
+                               .ldc = f->m.stride};
+    kt_expert_gate_up(e, g->expert, b, next_block(f, &f->by_inner, job, node, e->gate ? e->gate : e->up));
+    for (int32_t p = g->begin; p < g->begin + g->tokens; p++)
+        if (!kt_acts_derive_part(f->k, &f->m, p, first, rows, f->forms_m)) mark_nonfinite(f, f->token[p]);
 }
 
 static void down(void *ctx, int32_t job, int thread) {
@@ -250,14 +270,15 @@ static void combine(void *ctx, int32_t job, int thread) {
     const int64_t H = f->e->hidden;
     for (int64_t t = (int64_t)job * f->per_job_x; t < kt_min((int64_t)(job + 1) * f->per_job_x, f->tokens); t++) {
         float *sum = f->x.f + t * f->x.stride;
-        int add = 0;
+        int add = f->start != NULL;
+        if (add) memcpy(sum, f->start + t * H, (size_t)H * sizeof *sum);
         for (int64_t i = t * f->slots; i < (t + 1) * f->slots; i++)
             if (f->pos[i] >= 0) {
-                f->k->scale_add(f->weights[i], f->y + f->pos[i] * f->y_stride, sum, H, add);
+                f->k->scale_add(f->weights ? f->weights[i] : 1.0f, f->y + f->pos[i] * f->y_stride, sum, H, add);
                 add = 1;
             }
         if (!add) memset(sum, 0, (size_t)H * sizeof *sum);
-        kt_store_row(f->k, sum, H, f->dtype, f->out, t * H);
+        kt_store_row(f->k, sum, H, f->out_dtype, f->out, t * H);
     }
 }
 
@@ -316,8 +337,8 @@ static int take_memory(struct forward *f, kt_pool *pool) {
 static int cut_jobs(struct forward *f, const kt_pool *pool) {
     const int64_t inner = f->e->inner, hidden = f->e->hidden, longer = inner > hidden ? inner : hidden;
     f->rows = kt_job_rows(pool, f->groups * kt_min(inner, hidden));
+    if (f->rows < KT_ACT_GROUP) f->rows = KT_ACT_GROUP; /* a job of gate and up quantizes what it makes */
     f->per_job_x = (int32_t)(1 + 16384 / hidden);
-    f->per_job_m = (int32_t)(1 + 16384 / inner);
     if (f->groups * ((longer + f->rows - 1) / f->rows) > INT32_MAX) return KT_ERR_SHAPE;
     kt_pool_shard_jobs(pool, inner, KT_SHARD_ROWS, f->rows, f->groups, &f->by_inner);
     kt_pool_shard_jobs(pool, hidden, KT_SHARD_ROWS, f->rows, f->groups, &f->by_hidden);
@@ -334,7 +355,6 @@ static int run_chunk(struct forward *f, kt_pool *pool) {
     const int32_t token_jobs = (f->tokens + f->per_job_x - 1) / f->per_job_x;
     kt_pool_run(pool, prepare_x, f, token_jobs);
     kt_pool_run_sharded(pool, gate_up, f, f->by_inner.jobs_of_node);
-    if (f->forms_m) kt_pool_run(pool, prepare_m, f, (f->pairs + f->per_job_m - 1) / f->per_job_m);
     kt_pool_run_sharded(pool, down, f, f->by_hidden.jobs_of_node);
     kt_pool_run(pool, combine, f, token_jobs);
     return KT_OK;
@@ -344,14 +364,17 @@ static int run_chunk(struct forward *f, kt_pool *pool) {
  * the other tokens keep their bits. */
 static int run_nonfinite(const struct forward *f, kt_pool *pool) {
     const size_t row = (size_t)f->e->hidden * kt_dtype_size(f->dtype);
+    const size_t out_row = (size_t)f->e->hidden * kt_dtype_size(f->out_dtype);
     int status = KT_OK;
     for (int32_t t = 0; t < f->tokens && !status; t++) {
         if (!f->nonfinite[t]) continue;
-        struct forward one = {.e = f->e, .k = kt_exact_kernels(), .dtype = f->dtype, .slots = f->slots, .tokens = 1};
+        struct forward one = {.e = f->e, .k = kt_exact_kernels(), .dtype = f->dtype,
+                              .out_dtype = f->out_dtype, .slots = f->slots, .tokens = 1};
         one.hidden = (const uint8_t *)f->hidden + (size_t)t * row;
-        one.out = (uint8_t *)f->out + (size_t)t * row;
-        one.ids = f->ids + (int64_t)t * f->slots;
-        one.weights = f->weights + (int64_t)t * f->slots;
+        one.out = (uint8_t *)f->out + (size_t)t * out_row;
+        one.ids = f->ids ? f->ids + (int64_t)t * f->slots : NULL;
+        one.weights = f->weights ? f->weights + (int64_t)t * f->slots : NULL;
+        one.start = f->start ? f->start + (int64_t)t * f->e->hidden : NULL;
         status = run_chunk(&one, pool);
     }
     return status;
@@ -364,30 +387,53 @@ static int64_t chunk_tokens(const struct kt_experts *e, int64_t slots) {
     return n < 16 ? 16 : n > CHUNK_TOKENS ? CHUNK_TOKENS : n;
 }
 
+/* One token, unless it holds infinities or NaNs; then *finite is 0 and nothing is computed. */
+static int run_one(const struct kt_experts *e, kt_pool *pool, const struct kt_experts_call *c, int *finite) {
+    struct kt_decode d = {.hidden = c->hidden, .dtype = c->dtype, .out_dtype = c->out_dtype, .start = c->start,
+                          .out = c->out, .e = e,
+                          .slots = (int32_t)c->per_token, .ids = c->ids, .weights = c->weights};
+    return kt_decode_run(&d, pool, finite);
+}
+
+/* At the level of scratch memory where the caller is. */
+static int run(const struct kt_experts *e, kt_pool *pool, const struct kt_experts_call *c) {
+    const size_t size = kt_dtype_size(c->dtype), out_size = kt_dtype_size(c->out_dtype);
+    struct forward f = {.e = e, .dtype = c->dtype, .out_dtype = c->out_dtype, .slots = (int)c->per_token};
+    int status = KT_OK, done = 0;
+    if (c->tokens == 1) status = run_one(e, pool, c, &done);
+    if (status || done) return status;
+    f.k = c->tokens == 1 ? kt_exact_kernels() : kt_kernels();
+    const int64_t chunk = chunk_tokens(e, c->per_token);
+    for (int64_t t = 0; t < c->tokens && !status; t += chunk) {
+        f.tokens = (int32_t)kt_min(c->tokens - t, chunk);
+        f.hidden = (const uint8_t *)c->hidden + (size_t)(t * e->hidden) * size;
+        f.out = (uint8_t *)c->out + (size_t)(t * e->hidden) * out_size;
+        f.ids = c->ids ? c->ids + t * c->per_token : NULL;
+        f.weights = c->weights ? c->weights + t * c->per_token : NULL;
+        f.start = c->start ? c->start + t * e->hidden : NULL;
+        memset((void *)f.nonfinite, 0, (size_t)f.tokens);
+        status = run_chunk(&f, pool);
+        if (!status && c->tokens > 1) status = run_nonfinite(&f, pool);
+    }
+    return status;
+}
+
+int kt_experts_run(const struct kt_experts *e, kt_pool *pool, const struct kt_experts_call *c) {
+    kt_pool_enter(pool);
+    int status = run(e, pool, c);
+    kt_pool_leave(pool);
+    return status;
+}
+
 int kt_experts_forward(const kt_experts *e, kt_pool *pool, const void *hidden, int dtype, int64_t tokens,
                        const int64_t *ids, int64_t per_token, const float *weights, void *out) {
     if (!e || !pool) return KT_ERR_NULL;
     if (tokens < 0 || tokens > KT_MAX_DIM || per_token < 0 || per_token > 1 << 16) return KT_ERR_SHAPE;
-    size_t size = kt_dtype_size(dtype);
-    if (!size) return KT_ERR_DTYPE;
+    if (!kt_dtype_size(dtype)) return KT_ERR_DTYPE;
     if (tokens == 0) return KT_OK;
     if (!hidden || !out || (per_token && (!ids || !weights))) return KT_ERR_NULL;
-
-    struct forward f = {.e = e, .dtype = dtype, .slots = (int)per_token};
-    int status = KT_OK;
     kt_pool_lock(pool);
-    f.k = kt_kernels();
-    const int64_t chunk = chunk_tokens(e, per_token);
-    for (int64_t t = 0; t < tokens && !status; t += chunk) {
-        f.tokens = (int32_t)kt_min(tokens - t, chunk);
-        f.hidden = (const uint8_t *)hidden + (size_t)(t * e->hidden) * size;
-        f.out = (uint8_t *)out + (size_t)(t * e->hidden) * size;
-        f.ids = per_token ? ids + t * per_token : NULL;
-        f.weights = per_token ? weights + t * per_token : NULL;
-        memset((void *)f.nonfinite, 0, (size_t)f.tokens);
-        status = run_chunk(&f, pool);
-        if (!status) status = run_nonfinite(&f, pool);
-    }
+    int status = run(e, pool, &(struct kt_experts_call){hidden, dtype, tokens, ids, per_token, weights, NULL, out, dtype});
     kt_pool_unlock(pool);
     return status;
 }

@@ -71,20 +71,23 @@ void kt_acts_take(struct kt_arena *arena, int64_t tokens, int64_t cols, int need
     }
 }
 
-int kt_acts_derive(const struct kt_kernels *k, struct kt_acts *a, int64_t t, int need) {
+int kt_acts_derive_part(const struct kt_kernels *k, struct kt_acts *a, int64_t t, int64_t first, int64_t n, int need) {
     int finite = 1;
-    const float *x = a->f + t * a->stride;
-    int64_t g = t * a->stride / KT_ACT_GROUP;
+    const int64_t at = t * a->stride + first, g = at / KT_ACT_GROUP;
+    const float *x = a->f + at;
     if (need & KT_NEED_Q8) { /* such a matrix has cols % 32 == 0 */
-        k->quantize(x, a->cols, a->q + t * a->stride, a->d + g, a->ds + g, a->low + g, a->high + g);
-        for (int64_t i = 0; i < a->cols / KT_ACT_GROUP; i++) finite &= a->d[g + i] == a->d[g + i];
+        k->quantize(x, n, a->q + at, a->d + g, a->ds + g, a->low + g, a->high + g);
+        for (int64_t i = 0; i < n / KT_ACT_GROUP; i++) finite &= a->d[g + i] == a->d[g + i];
     }
     if (need & KT_NEED_BF16) {
-        uint16_t *h = a->h + t * a->stride;
-        k->to_bf16(x, a->cols, h);
-        memset(h + a->cols, 0, (size_t)(a->stride - a->cols) * 2);
+        k->to_bf16(x, n, a->h + at);
+        if (first + n == a->cols) memset(a->h + at + n, 0, (size_t)(a->stride - a->cols) * 2);
     }
     return finite;
+}
+
+int kt_acts_derive(const struct kt_kernels *k, struct kt_acts *a, int64_t t, int need) {
+    return kt_acts_derive_part(k, a, t, 0, a->cols, need);
 }
 
 size_t kt_dtype_size(int dtype) { return dtype == KT_F32 ? 4 : dtype == KT_F16 || dtype == KT_BF16 ? 2 : 0; }

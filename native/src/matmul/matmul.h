@@ -21,6 +21,9 @@ void kt_acts_take(struct kt_arena *arena, int64_t tokens, int64_t cols, int need
 /* Fill the other forms of row t from its fp32 form. 0 where one cannot hold it: an infinity or a NaN has no int8. */
 int kt_acts_derive(const struct kt_kernels *k, struct kt_acts *a, int64_t t, int need);
 
+/* The same for n values from `first` on, both multiples of 32 (or n the rest of the row): groups know no neighbours. */
+int kt_acts_derive_part(const struct kt_kernels *k, struct kt_acts *a, int64_t t, int64_t first, int64_t n, int need);
+
 /* fp32 <- `dtype`, and back. */
 void kt_load_row(const struct kt_kernels *k, const void *x, int dtype, int64_t offset, int64_t n, float *out);
 void kt_store_row(const struct kt_kernels *k, const float *x, int64_t n, int dtype, void *out, int64_t offset);

@@ -80,8 +80,8 @@ static void after_fork_parent(void) { pthread_mutex_unlock(&pools_lock); }
 static void after_fork_child(void) {
     for (struct kt_pool *p = pools; p; p = p->next) {
         init_sync(p);
-        p->shared = NULL; /* the parent may have been about to replace it: let it go rather than free it twice */
-        p->shared_bytes = 0;
+        memset(p->shared, 0, sizeof p->shared); /* the parent may have been about to replace one: let them go */
+        p->level = 0;
     }
     pthread_mutex_unlock(&pools_lock);
 }
@@ -155,7 +155,7 @@ void kt_pool_destroy(kt_pool *p) {
     free(p->workers);
     free(p->seats);
     free(p->nodes_text);
-    free(p->shared);
+    for (int i = 0; i < KT_POOL_LEVELS; i++) free(p->shared[i].data);
     free(p);
 }
 
@@ -182,19 +182,23 @@ static void *shared_memory(size_t bytes) {
 
 void *kt_pool_shared(kt_pool *p, size_t bytes) {
     if (bytes > SIZE_MAX / 2) return NULL;
-    if (bytes > p->shared_bytes) {
+    if (bytes > p->shared[p->level].bytes) {
         bytes = (bytes + 4095) & ~(size_t)4095;
-        free(p->shared);
-        p->shared = shared_memory(bytes);
-        p->shared_bytes = p->shared ? bytes : 0;
+        free(p->shared[p->level].data);
+        p->shared[p->level].data = shared_memory(bytes);
+        p->shared[p->level].bytes = p->shared[p->level].data ? bytes : 0;
     }
-    return p->shared;
+    return p->shared[p->level].data;
 }
+
+void kt_pool_enter(kt_pool *p) { p->level++; }
+void kt_pool_leave(kt_pool *p) { p->level--; }
 
 size_t kt_pool_scratch_bytes(kt_pool *p) {
     if (!p) return 0;
+    size_t bytes = 0;
     kt_pool_lock(p);
-    size_t bytes = p->shared_bytes;
+    for (int i = 0; i < KT_POOL_LEVELS; i++) bytes += p->shared[i].bytes;
     kt_pool_unlock(p);
     return bytes;
 }

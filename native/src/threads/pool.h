@@ -45,8 +45,11 @@ struct kt_pool {
     _Atomic(int) sleepers, caller_sleeps, quit;
 
     pthread_mutex_t owner; /* held for a whole public call */
-    void *shared;
-    size_t shared_bytes;
+    struct {
+        void *data;
+        size_t bytes;
+    } shared[KT_POOL_LEVELS]; /* scratch memory, one piece a level */
+    int level;                /* of the run under way; 0 between calls */
     struct worker *workers; /* [threads], the first unused */
     struct seat *seats;     /* [threads], by node; the caller has one of them */
     struct kt_topology *machine;

@@ -7,7 +7,10 @@
 
 #include "../../include/kt_native.h"
 
-enum { KT_MAX_NODES = 64 };
+enum {
+    KT_MAX_NODES = 64,
+    KT_POOL_LEVELS = 8 /* of scratch memory: a layer, its block of experts, their router, its product, and some to spare */
+};
 
 /* A job: `index` of the set, `thread` in 0..threads-1 (0 is the caller), for per-thread scratch. */
 typedef void (*kt_job_fn)(void *ctx, int32_t index, int thread);
@@ -53,9 +56,14 @@ void kt_pool_unlock(kt_pool *pool);
 /* Let the calling thread run wherever the pool's threads may, whatever its creator was bound to. */
 void kt_pool_adopt(kt_pool *pool);
 
-/* The pool's scratch memory, 64-byte aligned, at least `bytes`; grown, never shrunk: contents are lost when
- * it grows. NULL when out of memory. */
+/* The pool's scratch memory at this level, 64-byte aligned, at least `bytes`; grown, never shrunk: contents are lost
+ * when it grows. NULL when out of memory. */
 void *kt_pool_shared(kt_pool *pool, size_t bytes);
+
+/* What runs inside another call (kt_..._run) takes its scratch memory one level deeper, so that the piece its caller
+ * holds stays. Every enter has its leave; no deeper than KT_POOL_LEVELS - 1. */
+void kt_pool_enter(kt_pool *pool);
+void kt_pool_leave(kt_pool *pool);
 
 /* Bytes that a node's threads will read. */
 struct kt_range {
