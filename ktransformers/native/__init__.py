@@ -12,6 +12,7 @@ from ktransformers.native.attention import attend
 from ktransformers.native.block import Block
 from ktransformers.native.checks import MAX_THREADS
 from ktransformers.native.experts import ACTIVATIONS, Experts, Glu
+from ktransformers.native.layers import Layer, Layers
 from ktransformers.native.library import (
     NOT_BUILT,
     Pool,
@@ -34,6 +35,7 @@ from ktransformers.native.library import (
 from ktransformers.native.linear import Linear
 from ktransformers.native.queue import HostCall, Queue
 from ktransformers.native.router import Choice, Router
+from ktransformers.native.self_attention import Attention
 from ktransformers.native.weights import SCALED_TYPES, SCALES, SUPPORTED_TYPES, dequantize
 
 __all__ = [
@@ -49,6 +51,8 @@ __all__ = [
     "Experts",
     "Glu",
     "HostCall",
+    "Layer",
+    "Layers",
     "Linear",
     "Pool",
     "Queue",

@@ -83,7 +83,7 @@ class Attention:
         desc.gate, desc.rotary_pairs = GATES[shape.gate], PAIRS[shape.pairs]
         out = state.ffi.new("kt_attention **")
         state.check(state.lib.kt_attention_create(desc, out), name)
-        self._attention = state.ffi.gc(out[0], state.lib.kt_attention_destroy)
+        self.handle = state.ffi.gc(out[0], state.lib.kt_attention_destroy)
         self._call = state.ffi.new("kt_attention_call *")
         self.number = torch_ops.name_it(self)
 
@@ -141,7 +141,7 @@ class Attention:
         call, kept = self._call, self.fill(state, self._call, hidden, pages, positions, mask, mask_first)
         cast = state.ffi.cast
         status = state.lib.kt_attention_forward(
-            self._attention, pool, call, cast("void *", hidden.data_ptr()), cast("void *", out.data_ptr())
+            self.handle, pool, call, cast("void *", hidden.data_ptr()), cast("void *", out.data_ptr())
         )
         state.check(status, self.name)
         pages.grown(hidden.shape[1])

@@ -410,6 +410,27 @@ void kt_attention_destroy(kt_attention *attention);
 /* hidden, out [batch, tokens, H]; out may be hidden. Fills the cache; `length` of a sequence is the caller's to raise. */
 int kt_attention_forward(const kt_attention *attention, kt_pool *pool, const kt_attention_call *call,
                          const void *hidden, void *out);
+/* A decoder layer: x += factor * attention(norm(x)), then x += factor * mlp(norm(x)), where norm is x / sqrt(mean(x^2) +
+ * eps) * weight with fp32 weights [H], and mlp is a block of experts or, where that is NULL, one dense MLP (a kt_experts
+ * of one expert). All stay the caller's. */
+typedef struct kt_layer_desc {
+    const kt_attention *attention;
+    const kt_moe *moe;
+    const kt_experts *mlp;
+    const float *attention_norm, *mlp_norm;
+    float attention_eps, mlp_eps, factor;
+} kt_layer_desc;
+
+typedef struct kt_layer kt_layer;
+
+int kt_layer_create(const kt_layer_desc *desc, kt_layer **layer);
+void kt_layer_destroy(kt_layer *layer);
+
+/* `count` layers one after the other, the sum between them in fp32: hidden, out [batch, tokens, H]; out may be hidden.
+ * calls: one a layer, of the same batch, tokens and dtype. */
+int kt_layers_forward(int64_t count, const kt_layer *const *layers, const kt_attention_call *calls, kt_pool *pool,
+                      const void *hidden, void *out);
+
 /* Attention of one sequence's last `queries` of `length` cached tokens. Pages of 64 tokens: keys[p] points to token 64*p
  * of head 0, from where heads are key_head and tokens key_row bytes apart; values likewise, and may be the same memory.
  * Visible are tokens start .. length: query i sees those up to length - queries + i, or, where mask is not NULL, those

@@ -32,7 +32,7 @@ void kt_moe_destroy(kt_moe *m) { free(m); }
 /* Some tokens of a call. */
 struct chunk {
     const void *hidden;
-    int dtype;
+    int dtype, out_dtype;
     int32_t tokens;
     void *out;
     int64_t *ids;               /* [T, K] */
@@ -85,36 +85,39 @@ static int run_chunk(const struct kt_moe *m, kt_pool *pool, struct chunk *c) {
                           &(struct kt_experts_call){.hidden = c->hidden, .dtype = c->dtype, .tokens = c->tokens,
                                                     .ids = c->ids, .per_token = K, .weights = c->weights,
                                                     .start = m->shared ? c->sum : NULL, .out = c->out,
-                                                    .out_dtype = c->dtype});
+                                                    .out_dtype = c->out_dtype});
 }
 
 /* One token, unless it holds infinities or NaNs; then *finite is 0 and nothing is computed. */
-static int run_one(const struct kt_moe *m, kt_pool *pool, const void *hidden, int dtype, void *out, int *finite) {
-    struct kt_decode d = {.hidden = hidden, .dtype = dtype, .out = out, .out_dtype = dtype, .e = m->experts,
+static int run_one(const struct kt_moe *m, kt_pool *pool, const void *hidden, int dtype, void *out, int out_dtype,
+                   int *finite) {
+    struct kt_decode d = {.hidden = hidden, .dtype = dtype, .out = out, .out_dtype = out_dtype, .e = m->experts,
                           .slots = m->router->d.top_k, .router = m->router, .factor = m->factor, .shared = m->shared,
                           .gate = m->has_gate ? &m->shared_gate : NULL, .shared_factor = m->shared_factor};
     return kt_decode_run(&d, pool, finite);
 }
 
 /* At the level of scratch memory where the caller is. */
-static int run(const struct kt_moe *m, kt_pool *pool, const void *hidden, int dtype, int64_t tokens, void *out) {
+static int run(const struct kt_moe *m, kt_pool *pool, const void *hidden, int dtype, int64_t tokens, void *out,
+               int out_dtype) {
     const int64_t H = m->experts->hidden, chunk = kt_min(4096, 16 + ((int64_t)128 << 20) / (4 * H));
-    const size_t row = (size_t)H * kt_dtype_size(dtype);
+    const size_t row = (size_t)H * kt_dtype_size(dtype), out_row = (size_t)H * kt_dtype_size(out_dtype);
     int status = KT_OK, done = 0;
-    if (tokens == 1 && !m->router->d.norm) status = run_one(m, pool, hidden, dtype, out, &done);
+    if (tokens == 1 && !m->router->d.norm) status = run_one(m, pool, hidden, dtype, out, out_dtype, &done);
     if (done) return status;
     for (int64_t t = 0; t < tokens && !status; t += chunk) {
-        struct chunk c = {.dtype = dtype, .tokens = (int32_t)kt_min(tokens - t, chunk)};
+        struct chunk c = {.dtype = dtype, .out_dtype = out_dtype, .tokens = (int32_t)kt_min(tokens - t, chunk)};
         c.hidden = (const uint8_t *)hidden + (size_t)t * row;
-        c.out = (uint8_t *)out + (size_t)t * row;
+        c.out = (uint8_t *)out + (size_t)t * out_row;
         status = run_chunk(m, pool, &c);
     }
     return status;
 }
 
-int kt_moe_run(const struct kt_moe *m, kt_pool *pool, const void *hidden, int dtype, int64_t tokens, void *out) {
+int kt_moe_run(const struct kt_moe *m, kt_pool *pool, const void *hidden, int dtype, int64_t tokens, void *out,
+               int out_dtype) {
     kt_pool_enter(pool);
-    int status = run(m, pool, hidden, dtype, tokens, out);
+    int status = run(m, pool, hidden, dtype, tokens, out, out_dtype);
     kt_pool_leave(pool);
     return status;
 }
@@ -126,7 +129,7 @@ int kt_moe_forward(const kt_moe *m, kt_pool *pool, const void *hidden, int dtype
     if (tokens == 0) return KT_OK;
     if (!hidden || !out) return KT_ERR_NULL;
     kt_pool_lock(pool);
-    int status = run(m, pool, hidden, dtype, tokens, out);
+    int status = run(m, pool, hidden, dtype, tokens, out, dtype);
     kt_pool_unlock(pool);
     return status;
 }

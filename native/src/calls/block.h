@@ -12,8 +12,9 @@ struct kt_moe {
     float factor, shared_factor;
 };
 
-/* out[T, H] = the block of hidden[T, H], both of `dtype`, which may not overlap; T from 0 on. Takes no lock: within a
- * call that holds the pool's, whose scratch memory (kt_pool_shared) stays as it is. */
-int kt_moe_run(const struct kt_moe *m, kt_pool *pool, const void *hidden, int dtype, int64_t tokens, void *out);
+/* out[T, H] of out_dtype = the block of hidden[T, H] of dtype; they may not overlap; T from 0 on. Takes no lock: within
+ * a call that holds the pool's, whose scratch memory (kt_pool_shared) stays as it is. */
+int kt_moe_run(const struct kt_moe *m, kt_pool *pool, const void *hidden, int dtype, int64_t tokens, void *out,
+               int out_dtype);
 
 #endif

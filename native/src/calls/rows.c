@@ -24,6 +24,6 @@ void kt_rows_load(const struct kt_kernels *k, const struct kt_rows *rows, int64_
 void kt_sum_store(const struct kt_kernels *k, const struct kt_sum *sum, int64_t row, int64_t n, int64_t first,
                   const float *x, int64_t count) {
     const int64_t at = row * n + first;
-    if (sum->add) k->add(x, (float *)sum->data + at, count);
+    if (sum->add) k->scale_add(sum->factor, x, (float *)sum->data + at, count, 1);
     else kt_store_row(k, x, count, sum->dtype, sum->data, at);
 }

@@ -12,10 +12,11 @@ struct kt_rows {
     float eps;
 };
 
-/* Where results go, dense rows of some dtype; `add`, fp32 only: they are added to what is there. */
+/* Where results go, dense rows of some dtype; `add`, fp32 only: `factor` times them is added to what is there. */
 struct kt_sum {
     void *data;
     int dtype, add;
+    float factor;
 };
 
 /* Row `row` of n values as fp32, normed where there is a norm. */

@@ -376,8 +376,8 @@ static int check_call(const struct kt_attention *a, const kt_attention_call *c) 
     return c->batch && c->tokens && !c->sequences ? KT_ERR_NULL : KT_OK;
 }
 
-int kt_attention_run(const struct kt_attention *a, kt_pool *pool, const kt_attention_call *c, const struct kt_rows *in,
-                     const struct kt_sum *out) {
+static int run(const struct kt_attention *a, kt_pool *pool, const kt_attention_call *c, const struct kt_rows *in,
+               const struct kt_sum *out) {
     const int status = check_call(a, c);
     if (status || !c->batch || !c->tokens) return status;
     for (int64_t b = 0; b < c->batch; b++) {
@@ -399,6 +399,14 @@ int kt_attention_run(const struct kt_attention *a, kt_pool *pool, const kt_atten
     return KT_OK;
 }
 
+int kt_attention_run(const struct kt_attention *a, kt_pool *pool, const kt_attention_call *c, const struct kt_rows *in,
+                     const struct kt_sum *out) {
+    kt_pool_enter(pool);
+    const int status = run(a, pool, c, in, out);
+    kt_pool_leave(pool);
+    return status;
+}
+
 int kt_attention_forward(const kt_attention *a, kt_pool *pool, const kt_attention_call *c, const void *hidden,
                          void *out) {
     if (!a || !pool || !c) return KT_ERR_NULL;
@@ -406,7 +414,7 @@ int kt_attention_forward(const kt_attention *a, kt_pool *pool, const kt_attentio
     const struct kt_rows in = {.data = hidden, .dtype = c->dtype};
     const struct kt_sum sum = {.data = out, .dtype = c->dtype};
     kt_pool_lock(pool);
-    const int status = kt_attention_run(a, pool, c, &in, &sum);
+    const int status = run(a, pool, c, &in, &sum);
     kt_pool_unlock(pool);
     return status;
 }

@@ -1,0 +1,165 @@
+/* layer.c: decoder layers, one after the other, in one call.
+ *
+ *   x   = hidden, in fp32 until the last layer is done
+ *   for each layer:   x += factor * attention(norm(x))
+ *                     x += factor * mlp(norm(x))          routed experts, or one dense MLP
+ *   out = x
+ *
+ * What a layer's second half is given is rounded to the model's dtype, as its matrices expect. Tokens of it go in
+ * pieces, for how much memory it takes; a piece is large enough that unpacking weights is repaid. */
+#include "../../include/kt_native.h"
+
+#include <stdlib.h>
+
+#include "block.h"
+#include "rows.h"
+#include "self_attention.h"
+
+enum { PIECE = 2048 /* tokens of the second half at once */, MAX_LAYERS = 4096 };
+
+struct kt_layer {
+    kt_layer_desc d;
+    int64_t hidden;
+};
+
+int kt_layer_create(const kt_layer_desc *desc, kt_layer **layer) {
+    if (!layer) return KT_ERR_NULL;
+    *layer = NULL;
+    if (!desc || !desc->attention || !desc->attention_norm || !desc->mlp_norm || !desc->moe == !desc->mlp)
+        return KT_ERR_NULL;
+    const int64_t hidden = desc->attention->out.rows;
+    const int64_t other = desc->moe ? desc->moe->experts->hidden : desc->mlp->hidden;
+    if (other != hidden || (desc->mlp && desc->mlp->count != 1)) return KT_ERR_SHAPE;
+    struct kt_layer *made = malloc(sizeof *made);
+    if (!made) return KT_ERR_MEMORY;
+    *made = (struct kt_layer){.d = *desc, .hidden = hidden};
+    *layer = made;
+    return KT_OK;
+}
+
+void kt_layer_destroy(kt_layer *layer) { free(layer); }
+
+struct stack {
+    const struct kt_kernels *k;
+    const struct kt_layer *layer;
+    int64_t hidden, tokens;
+    int dtype;
+    float *x;     /* [tokens, H] */
+    void *normed; /* [PIECE, H] of dtype */
+    float *y;     /* [PIECE, H] */
+    float *room;  /* [threads, H] */
+    int64_t from; /* of the piece */
+    int32_t in_piece, per_job;
+    const void *in;
+    void *out;
+};
+
+static int64_t job_end(const struct stack *s, int32_t job, int64_t tokens) {
+    return kt_min((int64_t)(job + 1) * s->per_job, tokens);
+}
+
+static void load(void *ctx, int32_t job, int thread) {
+    (void)thread;
+    const struct stack *s = ctx;
+    for (int64_t t = (int64_t)job * s->per_job; t < job_end(s, job, s->tokens); t++)
+        kt_load_row(s->k, s->in, s->dtype, t * s->hidden, s->hidden, s->x + t * s->hidden);
+}
+
+static void store(void *ctx, int32_t job, int thread) {
+    (void)thread;
+    const struct stack *s = ctx;
+    for (int64_t t = (int64_t)job * s->per_job; t < job_end(s, job, s->tokens); t++)
+        kt_store_row(s->k, s->x + t * s->hidden, s->hidden, s->dtype, s->out, t * s->hidden);
+}
+
+static void normalize(void *ctx, int32_t job, int thread) {
+    const struct stack *s = ctx;
+    const kt_layer_desc *d = &s->layer->d;
+    float *room = s->room + thread * s->hidden;
+    for (int64_t t = (int64_t)job * s->per_job; t < job_end(s, job, s->in_piece); t++) {
+        kt_rms_norm(s->x + (s->from + t) * s->hidden, d->mlp_norm, d->mlp_eps, s->hidden, room);
+        kt_store_row(s->k, room, s->hidden, s->dtype, s->normed, t * s->hidden);
+    }
+}
+
+static void add(void *ctx, int32_t job, int thread) {
+    (void)thread;
+    const struct stack *s = ctx;
+    for (int64_t t = (int64_t)job * s->per_job; t < job_end(s, job, s->in_piece); t++)
+        s->k->scale_add(s->layer->d.factor, s->y + t * s->hidden, s->x + (s->from + t) * s->hidden, s->hidden, 1);
+}
+
+static int second_half(struct stack *s, kt_pool *pool) {
+    const kt_layer_desc *d = &s->layer->d;
+    int status = KT_OK;
+    for (s->from = 0; s->from < s->tokens && !status; s->from += PIECE) {
+        s->in_piece = (int32_t)kt_min(s->tokens - s->from, PIECE);
+        const int32_t jobs = (s->in_piece + s->per_job - 1) / s->per_job;
+        kt_pool_run(pool, normalize, s, jobs);
+        if (d->moe) status = kt_moe_run(d->moe, pool, s->normed, s->dtype, s->in_piece, s->y, KT_F32);
+        else
+            status = kt_experts_run(d->mlp, pool,
+                                    &(struct kt_experts_call){.hidden = s->normed, .dtype = s->dtype,
+                                                              .tokens = s->in_piece, .per_token = 1, .out = s->y,
+                                                              .out_dtype = KT_F32});
+        if (!status) kt_pool_run(pool, add, s, jobs);
+    }
+    return status;
+}
+
+static void layout(struct stack *s, struct kt_arena *arena, int threads) {
+    const int64_t piece = kt_min(s->tokens, PIECE) * s->hidden;
+    s->x = kt_arena_take(arena, s->tokens * s->hidden, sizeof *s->x);
+    s->normed = kt_arena_take(arena, piece, kt_dtype_size(s->dtype));
+    s->y = kt_arena_take(arena, piece, sizeof *s->y);
+    s->room = kt_arena_take(arena, threads * s->hidden, sizeof *s->room);
+}
+
+static int run(struct stack *s, kt_pool *pool, int64_t count, const kt_layer *const *layers,
+               const kt_attention_call *calls) {
+    const int threads = kt_pool_threads(pool);
+    struct kt_arena arena = {0};
+    layout(s, &arena, threads);
+    arena.base = arena.overflow ? NULL : kt_pool_shared(pool, arena.used);
+    if (!arena.base) return KT_ERR_MEMORY;
+    arena.used = 0;
+    layout(s, &arena, threads);
+    s->per_job = (int32_t)(1 + 16384 / s->hidden);
+    const int32_t jobs = (int32_t)((s->tokens + s->per_job - 1) / s->per_job);
+    kt_pool_run(pool, load, s, jobs);
+    for (int64_t i = 0; i < count; i++) {
+        s->layer = layers[i];
+        const kt_layer_desc *d = &layers[i]->d;
+        const struct kt_rows in = {.data = s->x, .dtype = KT_F32, .norm = d->attention_norm, .eps = d->attention_eps};
+        const struct kt_sum sum = {.data = s->x, .dtype = KT_F32, .add = 1, .factor = d->factor};
+        int status = kt_attention_run(d->attention, pool, &calls[i], &in, &sum);
+        if (!status) status = second_half(s, pool);
+        if (status) return status;
+    }
+    kt_pool_run(pool, store, s, jobs);
+    return KT_OK;
+}
+
+int kt_layers_forward(int64_t count, const kt_layer *const *layers, const kt_attention_call *calls, kt_pool *pool,
+                      const void *hidden, void *out) {
+    if (!layers || !calls || !pool) return KT_ERR_NULL;
+    if (count < 1 || count > MAX_LAYERS) return KT_ERR_SHAPE;
+    for (int64_t i = 0; i < count; i++) {
+        if (!layers[i]) return KT_ERR_NULL;
+        if (layers[i]->hidden != layers[0]->hidden || calls[i].batch != calls[0].batch ||
+            calls[i].tokens != calls[0].tokens || calls[i].dtype != calls[0].dtype)
+            return KT_ERR_SHAPE;
+    }
+    const int64_t batch = calls->batch, each = calls->tokens;
+    if (batch < 0 || each < 0 || batch > 1 << 20 || each > KT_MAX_DIM || batch * each > KT_MAX_DIM) return KT_ERR_SHAPE;
+    if (!kt_dtype_size(calls->dtype)) return KT_ERR_DTYPE;
+    if (!batch || !each) return KT_OK;
+    if (!hidden || !out) return KT_ERR_NULL;
+    struct stack s = {.hidden = layers[0]->hidden, .tokens = batch * each, .dtype = calls->dtype, .in = hidden,
+                      .out = out};
+    kt_pool_lock(pool);
+    s.k = kt_kernels();
+    const int status = run(&s, pool, count, layers, calls);
+    kt_pool_unlock(pool);
+    return status;
+}
