@@ -11,7 +11,7 @@ NATIVE := $(shell find native setup.py -name '*.[ch]' -o -name '*.py' 2>/dev/nul
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev chat doctor test test-fast support pages bench bench-setup bench-start bench-peers sanitize bench-model bench-open \
-        bench-plan native train wheel clean tools FORCE
+        bench-plan bench-attention native train wheel clean tools FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +76,9 @@ bench-open: setup-dev ## time to open a 5 GB GGUF and to build all handles
 
 bench-model: setup-dev ## load time, memory and tokens/s of whole models
 	$(PY) -m tests.bench.bench_model $(ARGS)
+
+bench-attention: setup-dev ## attention over a cache beside torch's and the memory bandwidth (ARGS="--quick ...")
+	$(PY) -m tests.bench.bench_attention $(if $(JSON),--json $(JSON)) $(ARGS)
 
 bench-plan: setup-dev ## what kt plan predicts against what is measured, memory and tokens/s
 	$(PY) -m tests.bench.bench_plan $(if $(JSON),--json $(JSON)) $(ARGS)

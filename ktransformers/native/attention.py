@@ -30,6 +30,7 @@ def attend(
     start: Tensor | None = None,
     mask: Tensor | None = None,
     lengths: Sequence[int] | None = None,
+    value_size: int | None = None,
     name: str = "attend",
 ) -> Tensor:
     """softmax(scale * q k^T) v: `q` [B, A, S, D], `keys` [B, C, T, D], `values` [B, C, T, V] -> fp32 [B, S, A, V].
@@ -37,7 +38,8 @@ def attend(
     keys and values are float32, bfloat16, float16, or uint8: rows of q8_0 blocks. The S queries are the last of each
     sequence's `lengths` tokens (None: T) and see those before them, from `start` [B] on, the last `window` of them
     (0: all). `mask` [B, 1, S, T], bool: what is seen instead, of tokens from `start` on. `scale`: 1 / sqrt(D) if None.
-    `sinks` [A] add e^sink to their head's denominator. A query that sees nothing gets zeros. No gradients.
+    `sinks` [A] add e^sink to their head's denominator. `value_size`: only so many columns of values (MLA, where keys and
+    values share memory); V if None. A query that sees nothing gets zeros. No gradients.
     Raises NativeError.
     """
     q, keys, values = (_tensor(x, f"{name} ({what})") for x, what in ((q, "q"), (keys, "keys"), (values, "values")))
@@ -47,6 +49,9 @@ def attend(
     q = as_read(q.transpose(1, 2), torch.float32)  # [B, S, A, D]
     keys, values = keys.contiguous(), values.contiguous()
     width = _values_in(values.shape[3], kind)
+    if value_size is not None:
+        whole_number(value_size, 1, width, f"{name} (value_size)", " or None")
+        width = value_size
     starts = [0] * batch if start is None else _checked(start, [batch], torch.int64, f"{name} (start)").tolist()
     if sinks is not None:
         sinks = _checked(sinks, [heads], None, f"{name} (sinks)").float()

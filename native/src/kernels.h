@@ -203,9 +203,9 @@ struct kt_kernels {
     /* x[i] *= factor */
     void (*rescale)(float factor, float *x, int64_t n);
 
-    /* The values of `tokens` rows of n bf16 (the rest up to a multiple of 16: zero) as tiles of a BF16 panel: its rows
-     * are columns of values, its columns are tokens. */
-    void (*pair_rows)(const uint8_t *values, size_t value_row, int tokens, int64_t n, uint32_t *data);
+    /* `tokens` rows of n bf16 (the rest up to a multiple of 16: zero) as columns of a BF16 panel, tiles of which begin
+     * `tile` dwords apart: the columns of values are its rows. */
+    void (*pair_rows)(const uint8_t *values, size_t value_row, int tokens, int64_t n, uint32_t *data, int64_t tile);
 
     /* n values of GGUF's q8_0 as floats. */
     void (*load_q8_0)(const uint8_t *p, int64_t n, float *out);

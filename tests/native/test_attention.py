@@ -73,15 +73,15 @@ def truth(q, k, v, scale=None, window=0, sinks=None, start=None, mask=None, leng
     return (weights @ v).transpose(1, 2)
 
 
-def assert_close(found, expected, isa: str, dtype, case: str) -> None:
+def assert_close(found, expected, isa: str, dtype, case: str, bound: float = 1e-5) -> None:
     """fp32 throughout: 1e-5 of the largest; where bf16 meets bf16: what rounding to 8 bits leaves."""
-    bound = 1e-2 if dtype == BF16 and isa in ROUNDS else 1e-5
+    bound = 1e-2 if dtype == BF16 and isa in ROUNDS else bound
     scale = expected.abs().max().clamp_min(1e-3)
     worst = ((found.double() - expected).abs().max() / scale).item() if found.numel() else 0.0
     assert worst <= bound, f"{case}: {worst:.3g} of the largest, more than {bound}"
 
 
-def check(rng, b, a, c, s, t, d, v, dtype, isas=None, paths=(DECODE, PREFILL), **options) -> None:
+def check(rng, b, a, c, s, t, d, v, dtype, isas=None, paths=(DECODE, PREFILL), bound=1e-5, **options) -> None:
     q, keys, values = normal(rng, b, a, s, d), normal(rng, b, c, t, d), normal(rng, b, c, t, v)
     (keys, k), (values, x) = cached(keys, dtype), cached(values, dtype)
     expected = truth(q, k, x, **options)
@@ -92,7 +92,7 @@ def check(rng, b, a, c, s, t, d, v, dtype, isas=None, paths=(DECODE, PREFILL), *
         native.set_panel_threshold(path)
         found = native.attend(q, keys, values, **options)
         case = f"B={b} A={a} C={c} S={s} T={t} D={d} V={v} {dtype} {isa} {path} {sorted(options)}"
-        assert_close(found, expected, isa, dtype, case)
+        assert_close(found, expected, isa, dtype, case, bound)
 
 
 @pytest.mark.parametrize("dtype", [F32, F16, BF16, Q8_0], ids=str)
@@ -190,10 +190,10 @@ def test_who_sees_a_nan_gets_one_and_nobody_else(bad, dtype):
 
 
 def test_large_scores_and_negative_scales():
-    """Scores of thousands neither overflow nor vanish; e^x of what is far below the largest is 0."""
+    """Scores of a thousand, whose fp32 form is known to 1e-4; e^x of what is far below the largest is 0."""
     rng = rng_for("large")
     for scale in (0.0, 40.0, -40.0):
-        check(rng, 1, 4, 2, 5, 150, 64, 64, F32, scale=scale)
+        check(rng, 1, 4, 2, 5, 150, 64, 64, F32, scale=scale, bound=1e-4)
 
 
 def test_exact():

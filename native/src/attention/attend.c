@@ -229,7 +229,7 @@ static int seen_by_all(const struct work *w, int64_t begin, int64_t end) {
     if (w->s->mask) return 0;
     const struct range first = seen_by(w->r->a, w->s, query_of(w, 0));
     const struct range last = seen_by(w->r->a, w->s, query_of(w, w->rows - 1));
-    return last.begin <= begin && first.end >= end;
+    return last.begin <= begin && first.end >= end && w->begin <= begin;
 }
 
 /* Scores of tokens base .. base + n become weights; the rows' maxima, sums and keep (what is left of acc) follow. */
@@ -321,6 +321,107 @@ static void rows_chunk(const struct work *w, int64_t begin, int64_t end) {
                               w->acc + ROW_HEAD, w->acc_stride, &ahead);
 }
 
+/* ---- the same by panels ----------------------------------------------------------------------------- */
+
+static enum kt_kind panel_kind(const struct kt_attend *a) {
+    return a->type == KT_BF16 && a->k->gemm_bf16 ? KT_KIND_BF16 : KT_KIND_F32;
+}
+
+/* `n` keys of a page as a matrix of weights. q8_0 by way of fp32: as weights they would ask for int8 queries. */
+static struct kt_matrix keys_of(const struct work *w, int64_t page, int n) {
+    static const int format[KT_CACHES] = {KT_FMT_F32, KT_FMT_F16, KT_FMT_BF16, KT_FMT_F32};
+    const struct kt_attend *a = w->r->a;
+    const struct kt_traits *t = &kt_traits_table[format[a->type]];
+    struct kt_matrix m = {.format = format[a->type], .traits = t, .kind = t->kind, .rows = n, .cols = a->size,
+                          .data = w->keys[page] + w->key_at, .stride = w->s->kv.key_row, .scale = 1.0f};
+    if (a->type != KT_CACHE_Q8_0) return m;
+    for (int i = 0; i < n; i++)
+        a->k->load_q8_0(m.data + (size_t)i * m.stride, a->size, w->m->stage + i * a->size);
+    m.data = (const uint8_t *)w->m->stage;
+    m.stride = (size_t)a->size * 4;
+    return m;
+}
+
+/* s = q . keys of tokens base .. base + n, base at the beginning of a page: so many columns at a time as a panel's rows
+ * hold, its tiles being those of one page and then the next's. */
+static void score_panels(const struct work *w, int64_t base, int n) {
+    const struct kt_attend *a = w->r->a;
+    const enum kt_kind kind = panel_kind(a);
+    const int64_t most = KT_PANEL_BYTES / 4 * kt_values_per_dword(kind);
+    for (int64_t k0 = 0; k0 < a->size; k0 += most) {
+        struct kt_ahead none = {0};
+        struct kt_panel all = {.kind = kind, .tiles = (n + KT_TILE - 1) / KT_TILE, .k = kt_min(a->size - k0, most)};
+        const int64_t tile = divide_up(all.k, kt_values_per_dword(kind)) * KT_TILE;
+        for (int at = 0; at < n; at += KT_PAGE) {
+            const int rows = (int)kt_min(n - at, KT_PAGE);
+            const struct kt_matrix keys = keys_of(w, (base + at) / KT_PAGE, rows);
+            struct kt_scratch scratch = w->m->scratch;
+            scratch.data = w->m->key_panel + at / KT_TILE * tile;
+            const struct kt_block block = {.k = a->k, .w = &keys, .rows = rows, .s = &scratch};
+            struct kt_panel page = {.kind = kind, .tiles = (rows + KT_TILE - 1) / KT_TILE, .k = all.k};
+            kt_panel_fill(&block, k0, &page);
+        }
+        all.data = w->m->key_panel;
+        all.ahead = &none;
+        const kt_gemm_fn gemm = kind == KT_KIND_BF16 ? a->k->gemm_bf16 : a->k->gemm_f32;
+        gemm(&all, &w->m->q, w->r->token, w->rows, k0, w->m->p.f, w->m->p.stride, k0 > 0);
+    }
+}
+
+/* The values of a chunk as a panel whose rows are columns of values, and whose columns are tokens. */
+static void fill_values(const struct work *w, int64_t base, int n) {
+    const struct kt_attend *a = w->r->a;
+    const enum kt_kind kind = panel_kind(a);
+    const int64_t tile = divide_up(n, kt_values_per_dword(kind)) * KT_TILE;
+    for (int at = 0; at < n; at += KT_PAGE) {
+        const uint8_t *values = w->values[(base + at) / KT_PAGE] + w->value_at;
+        const int tokens = (int)kt_min(n - at, KT_PAGE);
+        uint32_t *data = w->m->value_panel + at / kt_values_per_dword(kind) * KT_TILE;
+        if (kind == KT_KIND_BF16) {
+            a->k->pair_rows(values, w->s->kv.value_row, tokens, a->value_size, data, tile);
+            continue;
+        }
+        for (int t = 0; t < tokens; t++) {
+            float *v = w->m->values_row;
+            kt_cache_load(a->k, values + (size_t)t * w->s->kv.value_row, a->value_size, a->type, v);
+            for (int64_t c = 0; c < a->value_size; c += KT_TILE)
+                memcpy(data + c / KT_TILE * tile + t * KT_TILE, v + c, KT_TILE * 4);
+        }
+    }
+}
+
+/* acc = keep * acc + p . values */
+static void value_panels(const struct work *w, int64_t base, int n) {
+    const struct kt_attend *a = w->r->a;
+    const enum kt_kind kind = panel_kind(a);
+    const kt_gemm_fn gemm = kind == KT_KIND_BF16 ? a->k->gemm_bf16 : a->k->gemm_f32;
+    const int64_t tile = divide_up(n, kt_values_per_dword(kind)) * KT_TILE;
+    struct kt_acts *p = &w->m->p;
+    for (int row = 0; row < w->rows; row++) {
+        float *weights = p->f + row * p->stride;
+        if (w->m->keep[row] != 1.0f)
+            a->k->rescale(w->m->keep[row], w->acc + row * w->acc_stride + ROW_HEAD, a->value_size);
+        if (kind != KT_KIND_BF16) continue;
+        for (int t = n; t < kt_round_up(n, 32); t++) weights[t] = 0.0f; /* a tile multiplication takes 32 */
+        a->k->to_bf16(weights, kt_round_up(n, 32), p->h + row * p->stride);
+    }
+    fill_values(w, base, n);
+    for (int64_t c = 0; c < w->r->columns; c += KT_BLOCK_ROWS) {
+        struct kt_ahead none = {0};
+        const struct kt_panel values = {.kind = kind, .k = n, .ahead = &none,
+                                        .tiles = (int)(kt_min(w->r->columns - c, KT_BLOCK_ROWS) / KT_TILE),
+                                        .data = w->m->value_panel + c / KT_TILE * tile};
+        gemm(&values, p, w->r->token, w->rows, 0, w->acc + ROW_HEAD + c, w->acc_stride, 1);
+    }
+}
+
+static void panels_chunk(const struct work *w, int64_t base, int n) {
+    score_panels(w, base, n);
+    weigh(w, base, n);
+    if (!seen_by_all(w, base, base + n) && has_nonfinite(w, base, n)) careful_values(w, base, n);
+    else value_panels(w, base, n);
+}
+
 /* ---- jobs ------------------------------------------------------------------------------------------- */
 
 static void load_rows(const struct work *w) {
@@ -408,9 +509,13 @@ static void attend_job(void *ctx, int32_t job, int thread) {
     const struct run *r = ctx;
     const struct work w = work_of(r, job, thread);
     load_rows(&w);
-    for (int64_t t = w.begin, end; t < w.end; t = end) {
-        end = kt_min(w.end, (t / KT_PAGE + 1) * KT_PAGE);
-        if (chunk_is_seen(&w, t, end)) rows_chunk(&w, t, end);
+    const int panels = needs_panels(r, w.rows);
+    const int64_t step = panels ? CHUNK : KT_PAGE, first = w.begin / KT_PAGE * KT_PAGE;
+    for (int64_t t = first; t < w.end; t += step) {
+        const int64_t begin = t > w.begin ? t : w.begin, end = kt_min(w.end, t + step);
+        if (!chunk_is_seen(&w, begin, end)) continue;
+        if (panels) panels_chunk(&w, t, (int)(end - t));
+        else rows_chunk(&w, begin, end);
     }
     if (w.acc != w.m->acc) return; /* a partial result */
     for (int row = 0; row < w.rows; row++)

@@ -99,15 +99,15 @@ static inline void pair_line(const uint8_t *first, const uint8_t *second, int n,
     for (int i = 0; i < KT_TILE; i++) line[i] = a[i] | (uint32_t)b[i] << 16;
 }
 
-static void pair_rows(const uint8_t *values, size_t value_row, int tokens, int64_t n, uint32_t *data) {
-    const int64_t pairs = (tokens + 1) / 2;
-    for (int64_t t = 0; t < pairs; t++) {
-        const uint8_t *a = values + (size_t)(2 * t) * value_row, *b = 2 * t + 1 < tokens ? a + value_row : NULL;
+static void pair_rows(const uint8_t *values, size_t value_row, int tokens, int64_t n, uint32_t *data, int64_t tile) {
+    for (int t = 0; t < tokens; t += 2, values += 2 * value_row, data += KT_TILE) {
+        const uint8_t *second = t + 1 < tokens ? values + value_row : NULL;
         int64_t c = 0;
-        for (; b && c + KT_TILE <= n; c += KT_TILE) pair_line(a + c * 2, b + c * 2, KT_TILE, data + (c * pairs + t * KT_TILE));
+        for (; second && c + KT_TILE <= n; c += KT_TILE)
+            pair_line(values + c * 2, second + c * 2, KT_TILE, data + c / KT_TILE * tile);
         for (; c < n; c += KT_TILE)
-            pair_line(a + c * 2, b ? b + c * 2 : NULL, (int)(n - c < KT_TILE ? n - c : KT_TILE),
-                      data + (c * pairs + t * KT_TILE));
+            pair_line(values + c * 2, second ? second + c * 2 : NULL, (int)(n - c < KT_TILE ? n - c : KT_TILE),
+                      data + c / KT_TILE * tile);
     }
 }
 
