@@ -1,5 +1,6 @@
 """What a module is, recognized by its structure, so that `match: {trait: ...}` survives renamed classes."""
 
+import inspect
 import re
 from collections.abc import Callable
 
@@ -36,6 +37,15 @@ def _is_moe(module: nn.Module) -> bool:
     return any(_is_experts(child) for child in module.children())
 
 
+def _is_moe_block(module: nn.Module) -> bool:
+    """Router and experts, with shared experts or without, that need nothing but hidden states: no decoder layer."""
+    if not _is_moe(module):
+        return False
+    _, *arguments = inspect.signature(type(module).forward).parameters.values()
+    wanted = [a for a in arguments if a.default is a.empty and a.kind is a.POSITIONAL_OR_KEYWORD]
+    return len(wanted) == 1 and not any(_is_attention(child) for child in module.children())
+
+
 def _is_router(module: nn.Module) -> bool:
     return type(module).__name__.endswith(("Router", "Gate", "MoEGate"))
 
@@ -62,6 +72,7 @@ def _is_decoder(module: nn.Module) -> bool:
 TRAITS: dict[str, Callable[[nn.Module], bool]] = {
     "experts": _is_experts,
     "moe": _is_moe,
+    "moe_block": _is_moe_block,
     "router": _is_router,
     "mla": _is_mla,
     "attention": _is_attention,

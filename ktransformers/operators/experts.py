@@ -39,6 +39,7 @@ from ktransformers.operators.moe import (  # noqa: F401  rule files name the blo
     KDeepseekV3MoEV2,
     KGlm4MoeMoE,
     KMistralSparseMoEBlock,
+    KMoEBlock,
     KQwen2MoeSparseMoeBlock,
     KQwen2MoeSparseMoeBlockV2,
     KQwen3MoeSparseMoeBlock,

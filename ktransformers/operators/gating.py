@@ -46,7 +46,7 @@ def gating_of(experts: nn.Module) -> Gating | None:
         return Gating(name, has_gate=False) if name else None
     if not hasattr(experts, "_apply_gate"):
         return Gating(name) if name else None
-    gate, up = _probes()
+    gate, up = probes()
     try:
         with torch.no_grad():
             joined = _interleaved(gate, up) if is_interleaved(experts) else torch.cat((gate, up), -1)
@@ -89,7 +89,7 @@ def _number(experts: nn.Module, *names: str, otherwise: float) -> float:
     return next((float(v) for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)), otherwise)
 
 
-def _probes() -> tuple[Tensor, Tensor]:
+def probes() -> tuple[Tensor, Tensor]:
     """Every pair of a range that no published limit contains, as gate and up [1, 1024]."""
     line = torch.linspace(-40.0, 41.0, 32, dtype=torch.float32, device="cpu")
     return line.repeat(32).view(1, -1), line.repeat_interleave(32).view(1, -1)

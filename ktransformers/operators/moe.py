@@ -2,7 +2,8 @@
 
 A block keeps the family's own router, shared experts and routed experts, each of which another rule may
 replace; it says only in which order they run and how their results add up. Rule files name these classes as
-``ktransformers.operators.experts.*``.
+``ktransformers.operators.experts.*``. Where all parts are recognized and on the CPU (combining.py), a block is one call
+to C.
 Letters: B batch, S sequence, T = B*S tokens, H hidden, K experts per token.
 """
 
@@ -14,10 +15,61 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ktransformers.loaders import WeightSource
-from ktransformers.operators.base_operator import BaseInjectedModule, forward_arguments
+from ktransformers.models.traits import TRAITS
+from ktransformers.operators.base_operator import BaseInjectedModule, FamilyOperator, forward_arguments
+from ktransformers.operators.combining import BlockInC, is_observed
+from ktransformers.operators.routing import may_use_c
 
 
-class SparseMoEBlock(BaseInjectedModule):
+class ComputedInC:
+    """A block that is one C call where it can be: mixed into operators that compute it otherwise, too."""
+
+    block_in_c: BlockInC | None = None
+
+    def in_one_call(self, hidden: Tensor, given: Mapping[str, Any]) -> Tensor | None:
+        """The result [.., H] for `hidden` [.., H], or None where the parts have to compute it one by one: gradients,
+        other devices, parts that C does not compute, or someone who looks at them. `given`: other arguments."""
+        if not may_use_c(self, hidden):
+            return None
+        if self.block_in_c is None:
+            self.block_in_c = BlockInC()
+        made = self.block_in_c.of(self, hidden.dtype)
+        if made is None or not given.keys() <= made[0].ignores or is_observed(self, made[0].children):
+            return None
+        return made[1].forward(hidden.reshape(-1, hidden.shape[-1])).view(hidden.shape)
+
+    def how(self) -> str:
+        """For printed models: whether the last call was one to C, as far as there was one."""
+        made = self.block_in_c._made.values() if self.block_in_c else ()
+        return "one C call" if any(block is not None for _, _, block in made) else ""
+
+
+class KMoEBlock(ComputedInC, FamilyOperator):
+    """Any family's block: hidden [B, S, H] -> [B, S, H], as the family computes it.
+
+    Router, experts, shared experts and their sum are one C call on the CPU where combining.py proves that this gives the
+    same, and the family's own forward elsewhere.
+    """
+
+    replaces = "a block of router and experts that needs hidden states alone"
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        return TRAITS["moe_block"](module)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        out = None if args else self.in_one_call(hidden_states, kwargs)
+        return super().forward(hidden_states, *args, **kwargs) if out is None else out
+
+    def unload(self) -> None:
+        super().unload()
+        self.block_in_c = None
+
+    def extra_repr(self) -> str:
+        return self.how()
+
+
+class SparseMoEBlock(ComputedInC, BaseInjectedModule):
     """hidden [B, S, H] -> [B, S, H]: ``experts(hidden, *gate(hidden)) + shared(hidden)``."""
 
     children_expected: ClassVar[frozenset[str]] = frozenset({"gate", "experts"})
@@ -39,6 +91,8 @@ class SparseMoEBlock(BaseInjectedModule):
         return [f"{cls.__name__} replaces {expected}; found {type(orig_module).__name__} with {has}"]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        if (out := self.in_one_call(hidden_states, {})) is not None:
+            return out
         shape = hidden_states.shape
         tokens = self.prepared(hidden_states).reshape(-1, shape[-1])  # [T, H]
         _, weights, ids = self.gate(tokens)  # [T, K] each

@@ -321,6 +321,83 @@ static void experts_case(void) {
     kt_experts_destroy(e);
 }
 
+static kt_router_desc random_router(const kt_weight *w) {
+    const int64_t E = w->rows > 0 && w->rows < 1 << 16 ? w->rows : 1, H = w->cols > 0 && w->cols < 1 << 16 ? w->cols : 1;
+    kt_router_desc d = {.weight = w, .top_k = (int32_t)(1 + below(E)), .factor = random_floats(1)[0]};
+    if (chance(3)) d.bias = random_floats(E);
+    if (chance(4)) d.norm = random_floats(H);
+    d.norm_eps = d.norm_factor = random_floats(1)[0];
+    d.round = (int32_t)below(2);
+    d.cap = chance(3) ? random_floats(1)[0] : 0.0f;
+    d.score = chance(20) ? (int32_t)PICK(-1, 4, INT32_MAX) : (int32_t)below(4);
+    d.bias_on = (int32_t)below(3);
+    if (!chance(8)) d.choice_bias = random_floats(E);
+    if (chance(2)) {
+        d.groups = (int32_t)(chance(10) ? PICK(-1, INT32_MAX, 7) : E % 4 ? 1 : PICK(1, 2, 4));
+        d.groups_kept = (int32_t)(chance(10) ? PICK(0, -1, INT32_MAX) : 1 + (d.groups > 0 ? below(d.groups) : 0));
+    }
+    d.group_by = (int32_t)below(2);
+    d.masked = chance(2) ? -INFINITY : 0.0f;
+    d.weigh = (int32_t)below(3);
+    d.divide = (int32_t)below(3);
+    d.divide_by = random_floats(1)[0];
+    if (chance(3)) d.factors = random_floats(E);
+    return d;
+}
+
+/* Ids in range whatever the numbers, and the same answers of both pools: of the router and of a block around it. */
+static void block_case(void) {
+    enum { MOST = 8 };
+    const int64_t count = 1 + below(MOST), hidden = random_size(), inner = random_size(), own = random_size();
+    kt_weight gate[MOST], up[MOST], down[MOST];
+    for (int i = 0; i < count; i++) {
+        gate[i] = valid(inner, hidden);
+        up[i] = valid(inner, hidden);
+        down[i] = valid(hidden, inner);
+    }
+    const kt_weight w = chance(4) ? truthful(count, hidden) : valid(count, hidden), one = valid(1, hidden);
+    const kt_weight shared[3] = {valid(own, hidden), valid(own, hidden), valid(hidden, own)};
+    const kt_glu glu = random_glu(count, hidden, inner), silu = {.activation = KT_SILU, .limit = INFINITY};
+    const kt_router_desc desc = random_router(&w);
+    kt_router *r = NULL;
+    kt_experts *e = NULL, *s = NULL;
+    kt_moe *m = NULL;
+    int status = kt_router_create(&desc, &r);
+    check((status == KT_OK) == (r != NULL), "router");
+    if (kt_experts_create(count, gate, up, down, &glu, &e) == KT_OK && r &&
+        kt_experts_create(1, shared, shared + 1, shared + 2, &silu, &s) == KT_OK) {
+        const int with = chance(2);
+        const kt_moe_desc block = {.router = r, .experts = e, .shared = with ? s : NULL,
+                                   .shared_gate = with && chance(2) ? &one : NULL, .factor = 1.0f, .shared_factor = 0.5f};
+        status = kt_moe_create(&block, &m);
+        check((status == KT_OK) == (m != NULL), "block");
+    }
+    const int dtype = (int)PICK(0, 1, 2, 0, 1, 2, 9);
+    const int64_t tokens = PICK(0, 1, 1, 2, 5, 18), pairs = r ? tokens * desc.top_k : 0;
+    const size_t bytes = (size_t)(tokens * hidden) * size_of(dtype);
+    const void *x = random_input(dtype, tokens * hidden);
+    uint8_t *out[2], *weights[2];
+    int64_t *ids[2];
+    two_outputs(out, bytes, dtype);
+    two_outputs(weights, (size_t)pairs * 4, KT_F32);
+    for (int i = 0; i < 2; i++) ids[i] = (int64_t *)buffer((size_t)pairs * 8, 8);
+    if (r && w.cols == hidden) {
+        status = kt_router_forward(r, pools[0], x, dtype, tokens, ids[0], (float *)weights[0], NULL);
+        int again = kt_router_forward(r, pools[1], x, dtype, tokens, ids[1], (float *)weights[1], NULL);
+        compare(status, again, weights, (size_t)pairs * 4, KT_F32, "weights");
+        for (int64_t i = 0; !status && i < pairs; i++)
+            check(ids[0][i] == ids[1][i] && ids[0][i] >= 0 && ids[0][i] < w.rows, "ids");
+    }
+    if (m) {
+        status = kt_moe_forward(m, pools[0], x, dtype, tokens, out[0]);
+        compare(status, kt_moe_forward(m, pools[1], x, dtype, tokens, out[1]), out, bytes, dtype, "block");
+    }
+    kt_moe_destroy(m);
+    kt_router_destroy(r);
+    kt_experts_destroy(e);
+    kt_experts_destroy(s);
+}
+
 /* Any number in any field, over a pointer to one byte: only creation, which may look at `order` but at no weight. */
 static void lies(void) {
     kt_weight w[3];
@@ -346,7 +423,8 @@ static double seconds(void) {
 }
 
 int main(int argc, char **argv) {
-    static void (*const cases[])(void) = {linear_case, linear_case, dequantize_case, experts_case, experts_case, lies};
+    static void (*const cases[])(void) = {linear_case, linear_case, dequantize_case, experts_case,
+                                          experts_case, block_case, block_case, lies};
     const double limit = argc > 1 ? atof(argv[1]) : 8, begin = seconds();
     uint64_t seed = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
 #if defined(__SANITIZE_ADDRESS__)

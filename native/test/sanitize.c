@@ -275,9 +275,44 @@ static void moe_free(struct moe *m) {
     free(m->weights);
     free(m->ids);
 }
+/* The block of a router of the first format, these experts, and the first of them as the shared one. */
+static void block_case(kt_pool *pool, const struct moe *m, int format, const float *gate) {
+    struct weight w = make(format, E, m->hidden), one = make(format, 1, m->hidden);
+    const kt_glu glu = {.activation = KT_SILU, .limit = INFINITY};
+    kt_router *router = NULL;
+    kt_experts *shared = NULL;
+    kt_moe *moe = NULL;
+    const kt_router_desc desc = {.weight = &w.w, .top_k = K, .score = KT_SCORE_SIGMOID, .bias_on = KT_BIAS_ON_SCORE,
+                                 .choice_bias = gate, .groups = 2, .groups_kept = 2, .group_by = KT_GROUP_BEST2,
+                                 .masked = -INFINITY, .divide = KT_DIVIDE_SUM, .factor = 1.0f};
+    check(kt_router_create(&desc, &router) == KT_OK, "router");
+    check(kt_experts_create(1, &m->part[0][0].w, &m->part[1][0].w, &m->part[2][0].w, &glu, &shared) == KT_OK, "shared");
+    const kt_moe_desc block = {.router = router, .experts = m->experts, .shared = shared, .shared_gate = &one.w,
+                               .factor = 1.0f, .shared_factor = 0.5f};
+    check(kt_moe_create(&block, &moe) == KT_OK, "block");
+    float *out = malloc((size_t)(m->tokens * m->hidden) * 4 + 1), *logits = malloc((size_t)(m->tokens * E) * 4 + 1);
+    float *weights = malloc((size_t)(m->tokens * K) * 4 + 1);
+    int64_t *ids = malloc((size_t)(m->tokens * K) * 8 + 1);
+    check(kt_router_forward(router, pool, m->x, KT_F32, m->tokens, ids, weights, logits) == KT_OK, "route");
+    for (int64_t i = 0; i < m->tokens * K; i++) check(ids[i] >= 0 && ids[i] < E, "id");
+    check(kt_moe_forward(moe, pool, m->x, KT_F32, m->tokens, out) == KT_OK, "block forward");
+    check(kt_moe_forward(moe, pool, m->h, KT_BF16, m->tokens, out) == KT_OK, "block forward bf16");
+    kt_moe_destroy(moe);
+    kt_router_destroy(router);
+    kt_experts_destroy(shared);
+    drop(&w);
+    drop(&one);
+    free(out);
+    free(logits);
+    free(weights);
+    free(ids);
+}
+
 static int moe_run(const struct moe *m, kt_pool *pool, float *out) {
     return kt_experts_forward(m->experts, pool, m->x, KT_F32, m->tokens, m->ids, K, m->weights, out);
 }
+
+static const float few_floats[E] = {0.1f, -0.2f, 0.3f, 0.0f};
 
 static void experts_case(kt_pool *pool, const int format[3], int64_t hidden, int64_t inner, int64_t tokens,
                          int threshold) {
@@ -290,6 +325,7 @@ static void experts_case(kt_pool *pool, const int format[3], int64_t hidden, int
     check(moe_run(&m, pool, expected) == KT_OK, "experts status");
     for (int isa = 1; isa < kt_isa_count(); isa++) {
         if (kt_isa_force(kt_isa_name(isa)) != KT_OK) continue;
+        if (type_of(format[0]) != KT_TYPE_AWQ4) block_case(pool, &m, format[0], few_floats); /* 4 rows */
         check(moe_run(&m, pool, found) == KT_OK, "experts status");
         double d = difference(found, expected, n);
         check(kt_experts_forward(m.experts, pool, m.h, KT_BF16, tokens, m.ids, K, m.weights, y) == KT_OK,
@@ -370,7 +406,16 @@ static void errors(kt_pool *pool) {
     check(kt_experts_create(1, &m.w, &m.w, &m.w, NULL, &e) == KT_ERR_NULL, "null glu");
     check(kt_experts_create(1, &m.w, &m.w, &m.w, &silu, NULL) == KT_ERR_NULL, "null experts");
     check(kt_experts_forward(NULL, pool, x, KT_F32, 1, NULL, 0, NULL, out) == KT_ERR_NULL, "null experts");
-    for (int s = -1; s < 12; s++) check(kt_status_message(s) != NULL, "message");
+    kt_router *r;
+    kt_moe *b;
+    kt_router_desc desc = {.weight = &m.w, .top_k = 5};
+    check(kt_router_create(&desc, &r) == KT_ERR_SHAPE && !r, "more than there are");
+    desc.top_k = 1;
+    desc.weigh = 7;
+    check(kt_router_create(&desc, &r) == KT_ERR_ROUTER, "weigh");
+    check(kt_router_create(NULL, &r) == KT_ERR_NULL && kt_router_create(&desc, NULL) == KT_ERR_NULL, "null router");
+    check(kt_moe_create(&(kt_moe_desc){0}, &b) == KT_ERR_NULL && !b, "null block");
+    for (int s = -1; s < 15; s++) check(kt_status_message(s) != NULL, "message");
     check(!kt_type_name(77) && !kt_type_block(77) && !kt_isa_name(99) && !kt_cpu_feature_name(40), "names");
     drop(&m);
 }
