@@ -58,6 +58,12 @@ def _is_attention(module: nn.Module) -> bool:
     return hasattr(module, "o_proj") and (hasattr(module, "k_proj") or _is_mla(module))
 
 
+def _is_layer(module: nn.Module) -> bool:
+    """One layer of a decoder."""
+    named = type(module).__name__.endswith("DecoderLayer")
+    return named or not isinstance(module, nn.ModuleList) and any(_is_attention(child) for child in module.children())
+
+
 def is_linear(module: nn.Module) -> bool:
     """A linear layer and no more: a router may subclass it (Llama-4), and so may grouped projections (DeepSeek-V4)."""
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
@@ -76,8 +82,9 @@ TRAITS: dict[str, Callable[[nn.Module], bool]] = {
     "router": _is_router,
     "mla": _is_mla,
     "attention": _is_attention,
-    "gqa": lambda module: _is_attention(module) and not _is_mla(module) and hasattr(module, "q_proj"),
+    "self_attention": lambda module: _is_attention(module) or type(module).__name__.endswith("Attention"),
     "linear": is_linear,
+    "layer": _is_layer,
     "decoder": _is_decoder,
     "rotary": lambda module: "RotaryEmbedding" in type(module).__name__,
     "norm": lambda module: type(module).__name__.endswith("Norm"),

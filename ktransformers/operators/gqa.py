@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ktransformers import native
 from ktransformers.models.traits import TRAITS
+from ktransformers.native import Attention
 from ktransformers.operators.attending import Attending, attending_of
 from ktransformers.operators.base_operator import FamilyOperator
 from ktransformers.operators.linear import packed_of
@@ -31,7 +32,7 @@ class GQAttention(FamilyOperator):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.attending: Attending | None = None
-        self._native: native.Attention | None = None
+        self.native: Attention | None = None
         self._parts: dict[str, nn.Module | None] = {}
         self._tensors: list[Tensor] = []
         self._versions = 0
@@ -42,20 +43,20 @@ class GQAttention(FamilyOperator):
 
     @property
     def computes_on_pages(self) -> bool:
-        return self._native is not None
+        return self.native is not None
 
     def load(self) -> None:
         super().load()
-        self._native = self._make()
+        self.native = self._make()
         self._parts = dict(self._modules)
         self._tensors = [tensor for _, tensor in self.named_parameters()]
         self._versions = self._version()
 
     def unload(self) -> None:
         super().unload()
-        self._native = None
+        self.native = None
 
-    def _make(self) -> native.Attention | None:
+    def _make(self) -> Attention | None:
         """The native call on the children's weights, or None where they are not all on the CPU or not recognized."""
         if not native.available():
             return None
@@ -74,32 +75,42 @@ class GQAttention(FamilyOperator):
             norms = {p: found.norm_weight(self._modules[n]) for p, n in zip("qk", found.norms, strict=True)}
         sinks = None if found.sinks is None else self._parameters[found.sinks]
         self.attending = found
-        return native.Attention(
+        return Attention(
             {part: weight for part, (weight, _) in linears.items()}, found.shape,
             {part: bias for part, (_, bias) in linears.items()}, norms, sinks, self.key,
         )  # fmt: skip
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self._native is not None and not args and self._is_plain(hidden_states, kwargs):
-            pages = self._pages(kwargs.get("past_key_values"), hidden_states)
-            if pages is not None:
-                return self._computed(hidden_states, pages, **kwargs), None
+        held = None if args else self.pages(hidden_states, kwargs)
+        if held is not None:
+            return self._computed(hidden_states, held, **kwargs), None
         return super().forward(hidden_states, *args, **kwargs)
+
+    def pages(self, hidden: Tensor, kwargs: dict[str, Any]) -> PagedLayer | None:
+        """This layer's part of the cache, ready for a native call with these arguments of `forward`; a passing one
+        where no cache is kept; None where the family's code has to compute."""
+        if self.native is None or not self._is_plain(hidden, kwargs):
+            return None
+        cache = kwargs.get("past_key_values")
+        held = PagedLayer() if cache is None else cache.layers[self.layer_idx] if type(cache) is PagedCache else None
+        if not isinstance(held, PagedLayer):
+            return None
+        held.prepare(self.attending.shape.kv_heads, self.attending.shape.size, self.attending.shape.value_size,
+                     hidden.dtype)  # fmt: skip
+        return held
 
     def _computed(
         self,
         hidden: Tensor,
-        layer: PagedLayer,
+        held: PagedLayer,
         attention_mask: Tensor | None = None,
         position_embeddings: Any = None,
         **kwargs: Any,
     ) -> Tensor:
-        shape = self.attending.shape
-        pages = layer.prepare(shape.kv_heads, shape.size, shape.value_size, hidden.dtype)
         positions = position_embeddings if self.attending.rotates else None
-        first = layer.first_visible() if attention_mask is not None else 0
-        out = self._native.forward(hidden, pages, positions, attention_mask, first)
-        layer.advanced()
+        first = held.first_visible() if attention_mask is not None else 0
+        out = self.native.forward(hidden, held.pages, positions, attention_mask, first)
+        held.advanced()
         return out
 
     def _is_plain(self, hidden: Tensor, kwargs: dict[str, Any]) -> bool:
@@ -125,12 +136,15 @@ class GQAttention(FamilyOperator):
     def _wants_gradients(self, hidden: Tensor) -> bool:
         return hidden.requires_grad or any(p.requires_grad for p in self.parameters())
 
-    def _pages(self, cache: Any, hidden: Tensor) -> PagedLayer | None:
-        """This layer's part of a cache of pages; a passing one where no cache is kept."""
-        if cache is None:
-            return PagedLayer()
-        layer = cache.layers[self.layer_idx] if type(cache) is PagedCache else None
-        return layer if isinstance(layer, PagedLayer) else None
+
+class KAttention(GQAttention):
+    """Attention of any kind: `GQAttention` where that computes it, and elsewhere the family's own."""
+
+    replaces = "attention"
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        return TRAITS["self_attention"](module)
 
 
 class KLlamaAttention(GQAttention):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ktransformers import native
 from ktransformers.loaders import WeightSource
 from ktransformers.models.traits import TRAITS
 from ktransformers.operators.base_operator import BaseInjectedModule, FamilyOperator, forward_arguments
@@ -37,6 +38,13 @@ class ComputedInC:
         if made is None or not given.keys() <= made[0].ignores or is_observed(self, made[0].children):
             return None
         return made[1].forward(hidden.reshape(-1, hidden.shape[-1])).view(hidden.shape)
+
+    def in_c(self, dtype: torch.dtype) -> native.Block | None:
+        """The block as a step of a larger call, where nobody looks at its parts; None where it is none in C."""
+        if self.block_in_c is None:
+            self.block_in_c = BlockInC()
+        made = self.block_in_c.of(self, dtype)
+        return None if made is None or is_observed(self, made[0].children) else made[1]
 
     def how(self) -> str:
         """For printed models: whether the last call was one to C, as far as there was one."""

@@ -1,0 +1,187 @@
+"""Decoder layers: norm, attention, sum, norm, MLP, sum in one native call where all parts compute natively on the CPU.
+
+That a family's layer is these six steps is recognized by its results, as routing.py recognizes routers: its own code
+runs on a twin whose parts are stand-ins. A layer of another kind, or one of whose parts is observed, trained, or
+elsewhere, stays the family's own, and its parts are whatever operators they are.
+Letters: B batch, S tokens, H hidden.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ktransformers import native
+from ktransformers.models.traits import TRAITS
+from ktransformers.native import torch_ops
+from ktransformers.operators.base_operator import FamilyOperator
+from ktransformers.operators.combining import is_observed
+from ktransformers.operators.experts_in_c import mlp_in_c
+from ktransformers.operators.gqa import GQAttention
+from ktransformers.operators.moe import ComputedInC
+from ktransformers.operators.paged_cache import PagedLayer
+from ktransformers.operators.routing import close, generator, may_use_c, original, signature, tensors_of, twin
+
+
+@dataclass(frozen=True)
+class Stacking:
+    """y = x + factor * attention(norm(x)); out = y + factor * mlp(norm(y)): names of the children, in that order."""
+
+    attention_norm: str
+    attention: str
+    mlp_norm: str
+    mlp: str
+    factor: float
+    norm_plus_one: bool
+    eps: tuple[float, float]
+
+    @property
+    def children(self) -> list[str]:
+        return [self.attention_norm, self.attention, self.mlp_norm, self.mlp]
+
+
+_known: dict[tuple, Stacking | None] = {}
+
+
+def stacking_of(layer: nn.Module) -> Stacking | None:
+    """How `layer` is put together, or None where it is otherwise."""
+    layer = original(layer)
+    key = signature(layer)
+    if key not in _known:
+        try:
+            with torch.no_grad():
+                _known[key] = _recognize(layer)
+        except Exception:  # the family's code may want anything
+            _known[key] = None
+    return _known[key]
+
+
+class _Gives(nn.Module):
+    """In the place of attention or MLP: a fixed function of what it is given."""
+
+    def __init__(self, scale: float, pair: bool) -> None:
+        super().__init__()
+        self.scale, self.pair, self.calls = scale, pair, 0
+
+    def apply(self, x: Tensor) -> Tensor:
+        return torch.tanh(x.roll(1, -1) * self.scale)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return (self.apply(hidden_states), None) if self.pair else self.apply(hidden_states)
+
+
+def _recognize(layer: nn.Module) -> Stacking | None:
+    children = {name: child for name, child in layer._modules.items() if child is not None}
+    attention = [n for n, c in children.items() if TRAITS["attention"](original(c))]
+    norms = [n for n, c in children.items() if TRAITS["norm"](original(c)) and tensors_of(c).keys() == {"weight"}]
+    rest = [n for n in children if n not in (*attention, *norms)]
+    if len(attention) != 1 or len(norms) != 2 or len(rest) != 1 or layer._parameters or layer._buffers:
+        return None
+    width = original(children[norms[0]]).weight.shape[-1]
+    x = torch.randn(1, 5, width, generator=generator(3))
+    mixes, mlp = _Gives(1.5, True), _Gives(0.7, False)
+    made = twin(layer, torch.float32, {attention[0]: mixes, rest[0]: mlp})
+    out = made(x, attention_mask=None, position_embeddings=None)
+    if not isinstance(out, Tensor) or out.shape != x.shape or mixes.calls != 1 or mlp.calls != 1:
+        return None
+    factors = {1.0, float(getattr(layer, "residual_multiplier", 1.0))}
+    for first, second in (norms, norms[::-1]):
+        for plus_one in (False, True):
+            for factor in factors:
+                eps = _epsilon(made._modules[first]), _epsilon(made._modules[second])
+                y = x + factor * mixes.apply(_normed(x, made._modules[first], eps[0], plus_one))
+                y = y + factor * mlp.apply(_normed(y, made._modules[second], eps[1], plus_one))
+                if close(out, y):
+                    return Stacking(first, attention[0], second, rest[0], factor, plus_one, eps)
+    return None
+
+
+def _epsilon(norm: nn.Module) -> float:
+    return float(next((getattr(norm, n) for n in ("variance_epsilon", "eps", "norm_eps") if hasattr(norm, n)), 0.0))
+
+
+def _normed(x: Tensor, norm: nn.Module, eps: float, plus_one: bool) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * (norm.weight + 1.0 if plus_one else norm.weight)
+
+
+class KDecoderLayer(FamilyOperator):
+    """hidden [B, S, H] -> [B, S, H]."""
+
+    replaces = "a decoder layer (attention and an MLP among its children)"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.stacking: Stacking | None = None
+        self._mlp: tuple[Any, native.Experts | None] = (None, None)
+        self._layer: tuple[tuple, native.Layers] | None = None
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        return TRAITS["layer"](module)
+
+    def load(self) -> None:
+        super().load()
+        self.stacking = stacking_of(self.orig_module) if native.available() else None
+
+    def unload(self) -> None:
+        super().unload()
+        self.stacking, self._layer, self._mlp = None, None, (None, None)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.stacking is not None and not args:
+            found = self._native(hidden_states, kwargs)
+            if found is not None:
+                layer, pages = found
+                return self._computed(layer, pages, hidden_states, **kwargs)
+        return super().forward(hidden_states, *args, **kwargs)
+
+    def _native(self, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[native.Layers, PagedLayer] | None:
+        """The layer in C and its part of the cache, or None where its parts must compute one by one."""
+        if not may_use_c(self, hidden) or torch_ops.is_watched(hidden):
+            return None
+        children = self._modules
+        attention, mlp = children[self.stacking.attention], children[self.stacking.mlp]
+        if not isinstance(attention, GQAttention) or is_observed(self, self.stacking.children):
+            return None
+        pages = attention.pages(hidden, kwargs)
+        second = self._second(mlp, hidden.dtype) if pages is not None else None
+        if second is None:
+            return None
+        norms = [children[name].weight for name in (self.stacking.attention_norm, self.stacking.mlp_norm)]
+        key = (attention.native, second, *((norm.data_ptr(), norm._version) for norm in norms))
+        if self._layer is None or self._layer[0] != key:
+            shift = 1.0 if self.stacking.norm_plus_one else 0.0
+            made = native.Layer(
+                attention.native, second, [norm.detach().float() + shift for norm in norms], self.stacking.eps,
+                self.stacking.factor, self.key,
+            )  # fmt: skip
+            self._layer = key, native.Layers([made])
+        return self._layer[1], pages
+
+    def _second(self, mlp: nn.Module, dtype: torch.dtype) -> native.Block | native.Experts | None:
+        if isinstance(mlp, ComputedInC):
+            return mlp.in_c(dtype)
+        if self._mlp[0] is not mlp:
+            self._mlp = mlp, mlp_in_c(mlp)
+        return self._mlp[1]
+
+    def _computed(
+        self,
+        layer: native.Layers,
+        held: PagedLayer,
+        hidden: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        attention = self._modules[self.stacking.attention]
+        positions = position_embeddings if attention.attending.rotates else None
+        first = held.first_visible() if attention_mask is not None else 0
+        out = layer.forward(hidden, [held.pages], positions, attention_mask, first)
+        held.advanced()
+        return out
+
+    def extra_repr(self) -> str:
+        return "one native call" if self._layer is not None else ""
