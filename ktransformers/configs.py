@@ -1,7 +1,7 @@
 """A model's config from wherever a user points to, and its meta model: the two things that planning starts from.
 
-Nothing here opens safetensors, downloads, or runs code from a model's repository. `engine/load.py` reads folders for
-itself, as it wants their tokenizer too. transformers is imported inside the functions: it takes a second.
+Nothing here opens safetensors, downloads, or runs code from a model's repository. transformers is imported inside the
+functions: it takes a second.
 """
 
 import copy
@@ -39,6 +39,12 @@ and memory in lists with one value per layer, so this is checked before transfor
 
 _HOW = {"attn_implementation", "experts_implementation"} | {"_attn_implementation", "_experts_implementation"}
 """Fields that say how to compute, not what: a name there can ask for a library that is missing, or for a download."""
+
+OR_RUN_ITS_CODE = (
+    "or build config, model and tokenizer with trust_remote_code=True in a program of your own and call "
+    "optimize_and_load"
+)
+"""The other next step where only code from a model's repository would do."""
 
 
 # --- config -----------------------------------------------------------------------------------------------
@@ -160,7 +166,8 @@ def _check_type(path: Path, fields: dict[str, Any], model_type: str) -> None:
     if fields.get("auto_map"):
         raise UnsupportedError(
             f"{path}: transformers does not know model type {model_type!r}, only code from the model's own repository "
-            "does (trust_remote_code), and that is not run. Use a release of transformers that has the model."
+            "does, and that is not run. Use a release of transformers that has the model, "
+            f"{OR_RUN_ITS_CODE}."
         )
     raise UnsupportedError(
         f"{path}: transformers has no model of type {model_type!r}{did_you_mean(model_type, CONFIG_MAPPING)}. Correct "

@@ -114,7 +114,7 @@ def test_a_folder_with_code_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
     code = {"AutoConfig": "configuration_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}
     folder = folder_without(tmp_path, model_type="mine", auto_map=code)
-    with pytest.raises(KTransformersError, match="code from a model folder is not run. .*trust_remote_code=True"):
+    with pytest.raises(KTransformersError, match="only code from the model's own repository does, and that is not run. .*trust_remote_code=True"):
         read_config_and_tokenizer(folder)
 
 
