@@ -216,6 +216,21 @@ def _absurd(fields: dict[str, Any], where: str = "") -> Iterator[str]:
         yield f"{where or 'the model '}chooses {max(chosen)} of {max(experts)} experts"
 
 
+def experts_problem(model: Any) -> str:
+    """Why no token can be routed: the model's config chooses more experts than there are. "" where it can.
+
+    `read_config` says so of a file; this is for configs from elsewhere, such as a .gguf or a program.
+    """
+    config = text_config(model.config) if hasattr(model.config, "get_text_config") else model.config
+    chosen, there = (
+        max((value for name in names if is_whole(value := getattr(config, name, None))), default=0)
+        for names in (_CHOSEN, _EXPERTS)
+    )
+    if not chosen > there > 0 or not any(name.endswith(".experts") for name, _ in model.named_modules()):
+        return ""  # a family with experts may have members without
+    return f"the model chooses {chosen} of {there} experts for each token. Correct the numbers in its config"
+
+
 def _out_of_range(name: str, values: list[Any], least: int, most: int) -> Iterator[str]:
     for value in values:
         if not is_whole(value, least, most):
@@ -257,5 +272,7 @@ def meta_model(config: Any) -> Any:
             f"{name}: transformers cannot build {config.model_type} from this config: {_reason(error)}. Correct the "
             "numbers that it names in config.json."
         ) from error
+    if problem := experts_problem(model):
+        raise KTransformersError(f"{name}: {problem}.")
     model.config.name_or_path = getattr(config, "name_or_path", "")  # a part of a config does not know its folder
     return model

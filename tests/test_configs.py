@@ -257,6 +257,13 @@ def test_numbers_that_contradict_each_other(tmp_path):
     assert str(tmp_path) in str(error.value)
 
 
+def test_a_config_that_chooses_more_experts_than_there_are():
+    """From elsewhere than a file, of which `read_config` says it: a .gguf, a program."""
+    with pytest.raises(KTransformersError, match="chooses 9 of 8 experts"):
+        meta_model(tiny_config("qwen3_moe", num_experts_per_tok=9))
+    meta_model(tiny_config("jamba", num_experts=1, num_experts_per_tok=2))  # no layer has experts
+
+
 def test_the_embedded_model_is_read_from_a_copy(tmp_path):
     shutil.copy(embedded_model() / "config.json", tmp_path)
     assert type(meta_model(read_config(tmp_path))) is type(meta_model(read_config(embedded_model())))
