@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ktransformers.configs import experts_problem
 from ktransformers.errors import DeviceError, KTransformersError, RuleError, WeightError, join_errors
 from ktransformers.operators.base_operator import BaseInjectedModule
 from ktransformers.rules.plan import Replacement, operator_problems
 
 
 def check_arguments(model: Any, default_device: Any, devices: Any) -> None:
-    """Refuse what is no model, a model with operators in it, and what names no device."""
+    """Refuse what is no model, a model with operators in it or too few experts, and what names no device."""
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise KTransformersError(
             f"model: found {type(model).__name__}, expected a transformers model, such as "
@@ -28,6 +29,8 @@ def check_arguments(model: Any, default_device: Any, devices: Any) -> None:
         raise KTransformersError(
             "model: operators are in it already. Build it again on the meta device, then optimize it once."
         )
+    if problem := experts_problem(model):
+        raise KTransformersError(f"config: {problem}, and build the model again.")
     if not isinstance(default_device, (str, torch.device, type(None))):
         raise DeviceError(
             f"default_device: found {default_device!r}, expected a name such as 'cpu' or 'cuda:0', or None."

@@ -1,7 +1,7 @@
 """A model's config from wherever a user points to, and its meta model: the two things that planning starts from.
 
-Nothing here opens safetensors, downloads, or runs code from a model's repository. `engine/load.py` reads folders for
-itself, as it wants their tokenizer too. transformers is imported inside the functions: it takes a second.
+Nothing here opens safetensors, downloads, or runs code from a model's repository. transformers is imported inside the
+functions: it takes a second.
 """
 
 import copy
@@ -39,6 +39,12 @@ and memory in lists with one value per layer, so this is checked before transfor
 
 _HOW = {"attn_implementation", "experts_implementation"} | {"_attn_implementation", "_experts_implementation"}
 """Fields that say how to compute, not what: a name there can ask for a library that is missing, or for a download."""
+
+OR_RUN_ITS_CODE = (
+    "or build config, model and tokenizer with trust_remote_code=True in a program of your own and call "
+    "optimize_and_load"
+)
+"""The other next step where only code from a model's repository would do."""
 
 
 # --- config -----------------------------------------------------------------------------------------------
@@ -160,7 +166,8 @@ def _check_type(path: Path, fields: dict[str, Any], model_type: str) -> None:
     if fields.get("auto_map"):
         raise UnsupportedError(
             f"{path}: transformers does not know model type {model_type!r}, only code from the model's own repository "
-            "does (trust_remote_code), and that is not run. Use a release of transformers that has the model."
+            "does, and that is not run. Use a release of transformers that has the model, "
+            f"{OR_RUN_ITS_CODE}."
         )
     raise UnsupportedError(
         f"{path}: transformers has no model of type {model_type!r}{did_you_mean(model_type, CONFIG_MAPPING)}. Correct "
@@ -209,6 +216,21 @@ def _absurd(fields: dict[str, Any], where: str = "") -> Iterator[str]:
         yield f"{where or 'the model '}chooses {max(chosen)} of {max(experts)} experts"
 
 
+def experts_problem(model: Any) -> str:
+    """Why no token can be routed: the model's config chooses more experts than there are. "" where it can.
+
+    `read_config` says so of a file; this is for configs from elsewhere, such as a .gguf or a program.
+    """
+    config = text_config(model.config) if hasattr(model.config, "get_text_config") else model.config
+    chosen, there = (
+        max((value for name in names if is_whole(value := getattr(config, name, None))), default=0)
+        for names in (_CHOSEN, _EXPERTS)
+    )
+    if not chosen > there > 0 or not any(name.endswith(".experts") for name, _ in model.named_modules()):
+        return ""  # a family with experts may have members without
+    return f"the model chooses {chosen} of {there} experts for each token. Correct the numbers in its config"
+
+
 def _out_of_range(name: str, values: list[Any], least: int, most: int) -> Iterator[str]:
     for value in values:
         if not is_whole(value, least, most):
@@ -250,5 +272,7 @@ def meta_model(config: Any) -> Any:
             f"{name}: transformers cannot build {config.model_type} from this config: {_reason(error)}. Correct the "
             "numbers that it names in config.json."
         ) from error
+    if problem := experts_problem(model):
+        raise KTransformersError(f"{name}: {problem}.")
     model.config.name_or_path = getattr(config, "name_or_path", "")  # a part of a config does not know its folder
     return model

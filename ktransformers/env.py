@@ -4,7 +4,11 @@ Values are read when asked for, not at import, so tests and notebooks can change
 """
 
 import os
+import pkgutil
 import re
+import sys
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 
 from ktransformers.errors import KTransformersError, did_you_mean
 
@@ -104,3 +108,25 @@ def isa() -> str | None:
 def rule_modules() -> tuple[str, ...]:
     """KT_RULE_MODULES as a tuple of module names, empty when unset."""
     return tuple(name.strip() for name in os.environ.get("KT_RULE_MODULES", "").split(",") if name.strip())
+
+
+def rule_modules_problem(folder: str | os.PathLike | None = None) -> str:
+    """What to do about modules of KT_RULE_MODULES that nothing can import; "" where all are there.
+
+    They are looked for where Python looks, in the current folder and in that of a rule file, `folder`. Only the first
+    part of a dotted name: to look for the rest would run it.
+    """
+    folders = list(dict.fromkeys(os.path.abspath(path) for path in (folder, os.curdir) if path is not None))
+    absent = []
+    for name in rule_modules():
+        root = name.partition(".")[0]
+        if root not in sys.modules and not (root and (find_spec(root) or PathFinder.find_spec(root, folders))):
+            absent.append(f"{name!r}{did_you_mean(root, [info.name for info in pkgutil.iter_modules(folders)])}")
+    if not absent:
+        return ""
+    step = "Install it, correct the name" if len(absent) == 1 else "Install them, correct the names"
+    beside = "" if folder else ", start in its folder" if len(absent) == 1 else ", start in their folder"
+    return (
+        f"KT_RULE_MODULES: {', '.join(absent)} cannot be imported (looked in {', '.join(folders)} too). "
+        f"{step}{beside}, or unset KT_RULE_MODULES."
+    )

@@ -129,7 +129,7 @@ def refuse_saving(model: nn.Module, source: Any, named: set[str]) -> None:
     def save_pretrained(*args: Any, **kwargs: Any) -> None:
         raise UnsupportedError(
             f"save_pretrained: operators compute {held} of {len(named)} tensors from the bytes of {source.path} and "
-            "have no weights to save. Copy that checkpoint, or write another with `python -m ktransformers.quantize`. "
+            "have no weights to save. Copy that checkpoint, or write another with `kt quantize`. "
             "An adapter (PEFT) is saved by its own save_pretrained."
         )
 

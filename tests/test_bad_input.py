@@ -14,6 +14,7 @@ from transformers import AutoConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from ktransformers import optimize_and_load
 from ktransformers.engine.load import read_config_and_tokenizer
 from ktransformers.errors import KTransformersError, RuleError, WeightError
+from ktransformers.planner.plan import Planner
 from tests import families
 from tests.loaders import published
 from tests.tiny import meta_model, random_ids, randomize, relative_error, save, tiny_config
@@ -103,6 +104,17 @@ def folder_without(tmp_path, *names, **config):
     return str(folder)
 
 
+def test_more_experts_chosen_than_there_are(tmp_path):
+    """Found before the model is touched, and by kt plan, not inside the first forward pass."""
+    model = meta_model(tiny_config("mixtral", num_experts_per_tok=9))
+    with pytest.raises(KTransformersError, match="chooses 9 of 8 experts for each token. Correct"):
+        optimize_and_load(model, "Mixtral", tmp_path, devices={"cuda": "cpu"})
+    assert model.device.type == "meta"
+    model.config.save_pretrained(tmp_path)
+    with pytest.raises(KTransformersError, match="config.json: .*chooses 9 of 8 experts"):
+        Planner(str(tmp_path))
+
+
 def test_a_tokenizer_that_is_missing(tmp_path):
     folder = folder_without(tmp_path, "tokenizer.json", "tokenizer_config.json")
     with pytest.raises(KTransformersError, match="(tokenizer|chat template)"):
@@ -114,7 +126,7 @@ def test_a_folder_with_code_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
     code = {"AutoConfig": "configuration_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}
     folder = folder_without(tmp_path, model_type="mine", auto_map=code)
-    with pytest.raises(KTransformersError, match="code from a model folder is not run. .*trust_remote_code=True"):
+    with pytest.raises(KTransformersError, match="only code from the model's own repository does, and that is not run. .*trust_remote_code=True"):
         read_config_and_tokenizer(folder)
 
 

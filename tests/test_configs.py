@@ -218,7 +218,7 @@ def evil(tmp_path, **changes):
 
 
 def test_a_model_that_only_its_repository_knows(tmp_path):
-    with pytest.raises(UnsupportedError, match="'evil'.*trust_remote_code.*is not run"):
+    with pytest.raises(UnsupportedError, match="'evil'.*is not run.*trust_remote_code"):
         read_config(evil(tmp_path, model_type="evil"))
     assert not (tmp_path / "was_run").exists()
 
@@ -255,6 +255,13 @@ def test_numbers_that_contradict_each_other(tmp_path):
     with pytest.raises(KTransformersError, match="cannot build qwen3_moe.*nope") as error:
         meta_model(config)
     assert str(tmp_path) in str(error.value)
+
+
+def test_a_config_that_chooses_more_experts_than_there_are():
+    """From elsewhere than a file, of which `read_config` says it: a .gguf, a program."""
+    with pytest.raises(KTransformersError, match="chooses 9 of 8 experts"):
+        meta_model(tiny_config("qwen3_moe", num_experts_per_tok=9))
+    meta_model(tiny_config("jamba", num_experts=1, num_experts_per_tok=2))  # no layer has experts
 
 
 def test_the_embedded_model_is_read_from_a_copy(tmp_path):

@@ -45,11 +45,12 @@ def _setting(name: str) -> Setting:
         value = getattr(env, name.removeprefix("KT_").lower())()  # each has a function of its own that reads it
     except KTransformersError as error:
         return Setting(name, given, source, env.VARIABLES[name], str(error))
+    problem = env.rule_modules_problem() if name == "KT_RULE_MODULES" else ""
     if isinstance(value, tuple):
         value = ",".join(value)
     if isinstance(value, bool):
         value = int(value)
-    return Setting(name, "" if value is None else str(value), source, env.VARIABLES[name])
+    return Setting(name, "" if value is None else str(value), source, env.VARIABLES[name], problem)
 
 
 def _unknown(name: str) -> Setting:

@@ -133,7 +133,8 @@ def _read_prompt_file(path: str) -> str:
     try:
         text = there.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise KTransformersError(f"prompt file {path}: cannot be read: {error}. Check the path.") from error
+        reason = getattr(error, "strerror", None) or error  # without the path once more
+        raise KTransformersError(f"prompt file {path}: cannot be read: {reason}. Check the path.") from error
     if not text.strip():
         raise KTransformersError(f"prompt file {path}: is empty, expected the text of a message.")
     return text

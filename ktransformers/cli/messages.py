@@ -68,7 +68,7 @@ def read(quiet: bool = False) -> "Messages | tuple[()]":
     if sys.stdin is None:  # closed
         return ()
     if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="replace")  # a stray byte costs one character, not the program
+        sys.stdin.reconfigure(errors="surrogateescape")  # as the line editor reads: `Messages` replaces stray bytes
     if not at_terminal():
         return Messages(lambda prompt: input(), terminal=False)
     if not quiet:
@@ -83,7 +83,7 @@ class Messages:
     """
 
     def __init__(self, ask: Callable[[str], str], terminal: bool):
-        self._ask, self._terminal = ask, terminal
+        self._ask, self._terminal, self._told = ask, terminal, False
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -101,10 +101,28 @@ class Messages:
                     raise
                 say_how_to_quit()
                 continue
-            if ALIASES.get(text.strip(), text.strip()) == "/exit":
+            if ends(text):
                 raise StopIteration
             if text.strip():
-                return text
+                return self._whole(text)
+
+    def _whole(self, text: str) -> str:
+        """`text`, and one notice for the first of those that had stray bytes."""
+        whole = without_stray_bytes(text)
+        if whole != text and not self._told:
+            self._told = True
+            note("input that is not UTF-8 was replaced by \N{REPLACEMENT CHARACTER}; send UTF-8 to keep it")
+        return whole
+
+
+def ends(text: str) -> bool:
+    """Whether `text` is what ends the program."""
+    return ALIASES.get(text.strip(), text.strip()) == "/exit"
+
+
+def without_stray_bytes(text: str) -> str:
+    """`text` with a replacement character for each byte that was no UTF-8: a surrogate, which no tokenizer takes."""
+    return re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text)
 
 
 def _fenced(first: str, ask: Callable[[str], str]) -> str:
@@ -163,7 +181,7 @@ def _history() -> Any:
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
     if env.history() == "off":
-        return InMemoryHistory()
+        return _of_prompts(InMemoryHistory())
     path = Path(env.history())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -171,5 +189,17 @@ def _history() -> Any:
             path.chmod(0o600)  # what people ask is nobody else's business
     except OSError as error:
         note(f"history {path}: cannot be written ({error.strerror}); set KT_HISTORY to another file, or to off")
-        return InMemoryHistory()
-    return FileHistory(str(path))
+        return _of_prompts(InMemoryHistory())
+    return _of_prompts(FileHistory(str(path)))
+
+
+def _of_prompts(history: Any) -> Any:
+    """`history`, made to leave out what nobody wants back: blank lines, and what ends the program."""
+    keep = history.append_string
+
+    def append(text: str) -> None:
+        if text.strip() and not ends(text):
+            keep(without_stray_bytes(text))
+
+    history.append_string = append
+    return history

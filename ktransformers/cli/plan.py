@@ -133,9 +133,15 @@ def render(found: "Plan", output: str, plot: str) -> list[Any]:
 
 
 def _title(found: "Plan") -> Text:
-    billions = f"{found.parameters / 1e9:.1f}B parameters, {found.active / 1e9:.1f}B active"
+    numbers = f"{_count(found.parameters)} parameters, {_count(found.active)} active"
     verdict = ("fits", "green") if found.fits else ("does not fit", "red")
-    return Text.assemble((found.model, "bold"), f" ({billions}), {found.format}: ", verdict)
+    return Text.assemble((found.model, "bold"), f" ({numbers}), {found.format}: ", verdict)
+
+
+def _count(parameters: int) -> str:
+    """In billions; in millions or thousands where that would be 0.0."""
+    size, letter = (1e9, "B") if parameters >= 5e7 else (1e6, "M") if parameters >= 5e4 else (1e3, "K")
+    return f"{parameters / size:.1f}{letter}"
 
 
 def _memory(found: "Plan") -> Table:

@@ -97,7 +97,8 @@ def read_prompts(path: Path) -> list[tuple[int, str]]:
     try:
         lines = there.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise KTransformersError(f"--prompts {path}: cannot be read: {error}. Check the path.") from error
+        reason = getattr(error, "strerror", None) or error  # without the path once more
+        raise KTransformersError(f"--prompts {path}: cannot be read: {reason}. Check the path.") from error
     found = [(n, _prompt(line, path, n)) for n, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise KTransformersError(f"--prompts {path}: is empty, expected one prompt per line.")

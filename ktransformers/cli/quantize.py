@@ -6,8 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from ktransformers.cli.common import ForceOption, JsonOption, err, quiet_transformers, show
-from ktransformers.errors import KTransformersError
+from ktransformers.cli.common import ForceOption, JsonOption, err, new_file, quiet_transformers, show
 
 
 def quantize(
@@ -21,11 +20,11 @@ def quantize(
     as_json: JsonOption = False,
 ) -> None:
     """Write a model as one GGUF file, or several, quantized."""
-    from ktransformers.gguf_files.write import quantize_folder
+    from ktransformers.gguf_files.write import check_wishes, quantize_folder
 
-    there = out if out.is_file() else next(iter(sorted(out.parent.glob(f"{out.stem}-*-of-*.gguf"))), None)
-    if there is not None and not force:
-        raise KTransformersError(f"OUT {there}: exists already. Choose another path, or overwrite it with --force.")
+    check_wishes(source, out, mix, split)
+    parts = sorted(out.parent.glob(f"{out.stem}-*-of-*.gguf"))
+    new_file(str(parts[0] if parts and not out.is_file() else out), "OUT", force)
     quiet_transformers()
     done = quantize_folder(source, out, mix, split, show=err.is_terminal and not as_json)
     show(done, as_json, lambda: _lines(done))

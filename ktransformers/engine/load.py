@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ktransformers.configs import OR_RUN_ITS_CODE, meta_model, read_config
 from ktransformers.errors import KTransformersError
 from ktransformers.paths import existing_path
 
@@ -48,7 +49,6 @@ def load(
     on_step("importing torch and transformers")
     from transformers.utils import logging
 
-    from ktransformers.configs import meta_model
     from ktransformers.models import DEFAULT_RULES
     from ktransformers.optimize import optimize_and_load
 
@@ -122,24 +122,21 @@ TOKENIZERS = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.*")
 
 
 def _read_folder(model_path: str, folder: Path) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     if not folder.is_dir():
         raise KTransformersError(
             f"model {model_path}: no such folder; expected a Hugging Face model folder, or a .gguf file."
         )
-    if not folder.joinpath("config.json").is_file():
-        raise KTransformersError(f"{model_path}: has no config.json; expected a Hugging Face model folder.")
+    config = read_config(folder)
     try:
         # False, not left out: transformers would ask on the terminal whether to run the folder's code.
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         return config, AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises its own kinds for damaged files, none with a common root
         if "trust_remote_code" in str(error):
             raise KTransformersError(
-                f"{model_path}: transformers does not know this model or its tokenizer, and code from a model folder "
-                "is not run. Use a release of transformers that has the model, or build config, model and tokenizer "
-                "with trust_remote_code=True in a program of your own and call optimize_and_load."
+                f"{model_path}: transformers does not know this tokenizer, and code from a model folder is not run. "
+                f"Use a release of transformers that has it, {OR_RUN_ITS_CODE}."
             ) from error
         if not any(path for pattern in TOKENIZERS for path in folder.glob(pattern)):
             raise KTransformersError(
@@ -147,4 +144,4 @@ def _read_folder(model_path: str, folder: Path) -> tuple[Any, Any]:
                 "model was published."
             ) from error
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise KTransformersError(f"{model_path}: config or tokenizer cannot be read: {' '.join(lines[:2])}") from error
+        raise KTransformersError(f"{model_path}: the tokenizer cannot be read: {' '.join(lines[:2])}") from error

@@ -20,15 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ktransformers.errors import UnsupportedError, WeightError, did_you_mean, join_errors
+from ktransformers.errors import KTransformersError, UnsupportedError, WeightError, did_you_mean, join_errors
 from ktransformers.gguf_files.config import add_config
 from ktransformers.gguf_files.tokenizer import add_tokenizer
 from ktransformers.loaders import ModelWeights, bind, gguf_names, open_weights
+from ktransformers.paths import existing_path
 from ktransformers.quants.blocks import QUANT_TYPES, QuantType
 from ktransformers.quants.encode import quantize as encode
 
-FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18, "BF16": 32}
-"""What --type takes, and the number that `general.file_type` has for it (gguf.LlamaFileType)."""
+FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q6_K": 18, "Q5_K_M": 17, "Q4_K_M": 15}
+"""What --type takes, largest first, and the number that `general.file_type` has for it (gguf.LlamaFileType)."""
 
 
 @dataclass(frozen=True)
@@ -261,7 +262,7 @@ def quantize_folder(source: Path, out: Path, mix: str = "Q4_K_M", split: int = 0
     """
     from transformers import AutoModelForCausalLM
 
-    _check_wishes(out, mix, split)
+    check_wishes(source, out, mix, split)
     config = _config_of(source)
     family = _family_of(source, config)
     with torch.device("meta"):
@@ -283,23 +284,38 @@ def quantize_folder(source: Path, out: Path, mix: str = "Q4_K_M", split: int = 0
     }
 
 
-def _check_wishes(out: Path, mix: str, split: int) -> None:
-    """Refuse what cannot be written, before anything is read."""
+def check_wishes(source: Path, out: Path, mix: str, split: int) -> None:
+    """Refuse what cannot be read or written, all of it at once, before anything is read."""
+    problems: list[KTransformersError] = []
     if mix not in FILE_TYPES:
-        raise UnsupportedError(
-            f"Unknown --type {mix!r}{did_you_mean(mix, FILE_TYPES)}. Known: {', '.join(FILE_TYPES)}."
-        )
+        known = ", ".join(FILE_TYPES)
+        problems.append(UnsupportedError(f"Unknown --type {mix!r}{did_you_mean(mix, FILE_TYPES)}. Known: {known}."))
     if split < 0:
-        raise UnsupportedError(f"--split {split}: expected 0 (one file) or more tensors in a file.")
+        problems.append(UnsupportedError(f"--split {split}: expected 0 (one file) or more tensors in a file."))
+    if problem := _source_problem(source):
+        problems.append(WeightError(f"{source}: {problem} Give a folder in Hugging Face form."))
     if out.suffix != ".gguf" or out.is_dir():
-        raise WeightError(f"{out}: expected the path of a file NAME.gguf to write.")
+        problems.append(WeightError(f"{out}: expected the path of a file NAME.gguf to write."))
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise join_errors(type(problems[0]), "nothing was written:", problems)
+
+
+def _source_problem(source: Path) -> str:
+    """Why `source` is no model folder, or ""."""
+    if existing_path(source, "SOURCE", WeightError) is None:
+        return "no such folder."
+    if source.suffix == ".gguf" and not source.is_dir():
+        return "is a GGUF file already, and those are not quantized again."
+    if not source.is_dir():
+        return "is a file, expected a folder with config.json and safetensors."
+    return "" if (source / "config.json").is_file() else "no config.json in it."
 
 
 def _config_of(source: Path) -> Any:
     from transformers import AutoConfig
 
-    if not (source / "config.json").is_file():
-        raise WeightError(f"{source}: no config.json in it. Give a folder in Hugging Face form.")
     try:
         return AutoConfig.from_pretrained(source, local_files_only=True)
     except Exception as error:  # transformers and what it validates with raise many kinds

@@ -175,31 +175,14 @@ def _faulty(info: TensorInfo, name: str, fault: str) -> TensorInfo:
 
 
 def _recognize(name: str, info: TensorInfo, stored: Tensors, scheme: Scheme, read: Read) -> _Found | None:
-    """The weight whose codes `name` holds, or None for any other tensor."""
-    kind, leaf = info.type.name, name.rpartition(".")[2]
-    if kind not in ("F8_E4M3", "I8", "U8", "F4", "I32"):
+    """The weight whose codes `name` holds, or None for any other tensor. The first of `_WAYS` that fits is it."""
+    if info.type.name not in ("F8_E4M3", "I8", "U8", "F4", "I32"):
         return None
-    base = name.removesuffix(leaf)
-    if leaf == "qweight" and kind == "I32":
-        names, weight = {key: f"{base}{key}" for key in ("scales", "qzeros", "g_idx")}, f"{base}weight"
-        return _found(weight, name, stored, names, base, lambda parts: _gptq_or_awq(weight, info, parts, scheme))
-    if leaf == "weight_packed":
-        keys = ("weight_scale", "weight_zero_point", "weight_g_idx", "weight_global_scale", "weight_shape")
-        names, weight = {key: f"{base}{key}" for key in keys}, f"{base}weight"
-        scales = stored.get(f"{base}weight_scale")
-        if kind == "I32" or (kind == "U8" and scales and scales.type.name in ("F32", "F16", "BF16")):
-            return _found(weight, name, stored, names, base, lambda p: _packed_integers(weight, info, p, scheme, read))
-        return _found(weight, name, stored, names, base, lambda parts: _packed_fp4(weight, info, parts))
-    if name.endswith("_blocks") and kind == "U8" and f"{name.removesuffix('_blocks')}_scales" in stored:
-        weight = name.removesuffix("_blocks")
-        names = {"scales": f"{weight}_scales"}
-        return _found(weight, name, stored, names, f"{weight}_", lambda parts: _blocks(weight, info, parts["scales"]))
-    if kind != "I32" and len(info.shape) >= 2:
-        if scale := next((n for n in _scale_names(name) if n in stored), None):
-            names = {"scale": scale, "factor": f"{name}_scale_2", "zero_point": f"{name}_zero_point"}
-            prefix = base if leaf == "weight" else f"{name}_"
-            return _found(name, name, stored, names, prefix, lambda parts: _plain_codes(name, info, parts, scheme))
-    return None
+    way = next((way for way in _WAYS if way.fits(name, info, stored)), None)
+    if way is None:
+        return None
+    weight, prefix, names = way.named(name, stored)
+    return _found(weight, name, stored, names, prefix, lambda parts: way.make(weight, info, parts, scheme, read))
 
 
 def _scale_names(weight: str) -> list[str]:
@@ -470,6 +453,94 @@ def _gptq(
         order=order, trivial_order=not ordered,
     )  # fmt: skip
 
+
+# --- which way it is -------------------------------------------------------------------------------------------------
+
+_Names = tuple[str, str, dict[str, str]]
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One way of storing a weight.
+
+    `fits` says whether a tensor (its name, itself, and all that are stored) holds such codes. `named` gives the name of
+    the weight, how those of companions for activations begin, and those of the others by what `make` calls them.
+    """
+
+    fits: Callable[[str, TensorInfo, Tensors], bool]
+    named: Callable[[str, Tensors], _Names]
+    make: Callable[[str, TensorInfo, Tensors, Scheme, Read], ScaledInfo]
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _beside(*keys: str) -> Callable[[str, Tensors], _Names]:
+    """Companions beside the codes, in a module whose `weight` they make."""
+
+    def named(codes: str, stored: Tensors) -> _Names:
+        base = codes.removesuffix(_leaf(codes))
+        return f"{base}weight", base, {key: f"{base}{key}" for key in keys}
+
+    return named
+
+
+def _of_blocks(codes: str, stored: Tensors) -> _Names:
+    weight = codes.removesuffix("_blocks")
+    return weight, f"{weight}_", {"scales": f"{weight}_scales"}
+
+
+def _of_plain_codes(codes: str, stored: Tensors) -> _Names:
+    scale = next(name for name in _scale_names(codes) if name in stored)
+    prefix = codes.removesuffix("weight") if _leaf(codes) == "weight" else f"{codes}_"
+    return codes, prefix, {"scale": scale, "factor": f"{codes}_scale_2", "zero_point": f"{codes}_zero_point"}
+
+
+def _holds_integers(codes: str, info: TensorInfo, stored: Tensors) -> bool:
+    """Of two ways to store `weight_packed`, whether it is that of integers: words, or bytes with scales in float."""
+    scales = stored.get(f"{codes.removesuffix('weight_packed')}weight_scale")
+    in_float = scales is not None and scales.type.name in ("F32", "F16", "BF16")
+    return info.type.name == "I32" or info.type.name == "U8" and in_float
+
+
+_PACKED = _beside("weight_scale", "weight_zero_point", "weight_g_idx", "weight_global_scale", "weight_shape")
+
+_WAYS = (
+    _Way(
+        lambda name, codes, stored: _leaf(name) == "qweight" and codes.type.name == "I32",
+        _beside("scales", "qzeros", "g_idx"),
+        lambda weight, codes, parts, scheme, read: _gptq_or_awq(weight, codes, parts, scheme),
+    ),
+    _Way(
+        lambda name, codes, stored: _leaf(name) == "weight_packed" and _holds_integers(name, codes, stored),
+        _PACKED,
+        _packed_integers,
+    ),
+    _Way(
+        lambda name, codes, stored: _leaf(name) == "weight_packed",
+        _PACKED,
+        lambda weight, codes, parts, scheme, read: _packed_fp4(weight, codes, parts),
+    ),
+    _Way(
+        lambda name, codes, stored: (
+            name.endswith("_blocks") and codes.type.name == "U8" and f"{name.removesuffix('_blocks')}_scales" in stored
+        ),
+        _of_blocks,
+        lambda weight, codes, parts, scheme, read: _blocks(weight, codes, parts["scales"]),
+    ),
+    _Way(
+        lambda name, codes, stored: (
+            codes.type.name != "I32" and len(codes.shape) >= 2 and any(scale in stored for scale in _scale_names(name))
+        ),
+        _of_plain_codes,
+        lambda weight, codes, parts, scheme, read: _plain_codes(weight, codes, parts, scheme),
+    ),
+)
+"""Every way known, the particular before the general."""
+
+
+# --- what users call it ----------------------------------------------------------------------------------------------
 
 _METHODS = {"GPTQ4": "GPTQ_INT4", "GPTQ8": "GPTQ_INT8", "AWQ4": "AWQ_INT4"}
 

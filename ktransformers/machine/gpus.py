@@ -1,5 +1,6 @@
 """Published figures of known GPUs, for plans on hardware that one need not own. A table; nothing is measured here."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from math import log
 
@@ -105,17 +106,24 @@ def find_gpu(name: str) -> GpuModel | None:
 
     None if there is none, or more than one.
     """
-    known, key = {_key(model.name): model for model in GPU_MODELS.values()}, _key(name)
+    known = {_key(model.name): model for model in GPU_MODELS.values()}
+    return known.get(_without_brand(_key(name), known))
+
+
+def _without_brand(key: str, known: Collection[str]) -> str:
+    """`key` without the brands before it, as far as that makes it one of those known."""
     while key not in known and (brand := next((b for b in _BRANDS if key.startswith(b)), "")):
         key = key.removeprefix(brand)
-    return known.get(key)
+    return key
 
 
 def closest_names(name: str) -> str:
     """``" (did you mean ...?)"`` for a name that is no known GPU."""
-    key = name.strip().lower()
-    sizes = [model for model in GPU_MODELS if model.startswith(f"{key}-")]
-    return f" (did you mean {' or '.join(sizes)}?)" if sizes else did_you_mean(key, GPU_MODELS)
+    spelled = {_key(model): model for model in GPU_MODELS}
+    key = _without_brand(_key(name), spelled)
+    if sizes := [model for model in GPU_MODELS if model.startswith(f"{key}-")]:
+        return f" (did you mean {' or '.join(sizes)}?)"
+    return did_you_mean(_key(name), spelled, spelled) or did_you_mean(key, spelled, spelled)
 
 
 def typical_gpu(memory: int) -> GpuModel:

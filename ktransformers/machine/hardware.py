@@ -262,11 +262,9 @@ def parse_gpu(text: str) -> tuple[Gpu, list[str]]:
     if model is not None:
         return _known_gpu(model, bandwidth)
     if not _is_size(what):
-        close = closest_names(what)
-        known = "" if close else f", or a name: {', '.join(GPU_MODELS)}"
         raise KTransformersError(
-            f"--gpu {text!r}: no known GPU{close}. Give its memory, such as 24GiB or 24GiB@1008GB/s{known}; for "
-            "several 8x24GiB."
+            f"--gpu {text!r}: no known GPU{closest_names(what)}. Give its memory, such as 24GiB or 24GiB@1008GB/s, for "
+            "several 8x24GiB, or a name that `kt list gpus` shows."
         )
     memory = _within(parse_bytes(what, "--gpu"), GPU_SIZES, "--gpu", text, "24GiB; leave --gpu out for no GPU")
     return _sized_gpu(memory, bandwidth)

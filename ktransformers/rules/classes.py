@@ -89,9 +89,11 @@ def _find_module(name: str, folder: Path | None) -> tuple[types.ModuleType | Non
         return sys.modules[name], ""
     users = _is_below(name, env.rule_modules())
     if not users and not _is_below(name, ROOTS):
+        listed = ",".join([*env.rule_modules(), name.split(".")[0]])
+        absent = env.rule_modules_problem(folder)
         return None, (
             f"module {name!r} is outside {', '.join(ROOTS)}, and rules do not import arbitrary code. "
-            f"Import it in your program first, or set KT_RULE_MODULES={name.split('.')[0]}"
+            + (absent or f"Import it in your program first, or set KT_RULE_MODULES={listed}")
         )
     folders = dict.fromkeys(str(path.resolve()) for path in (folder, Path.cwd()) if path is not None) if users else ()
     try:
@@ -100,7 +102,9 @@ def _find_module(name: str, folder: Path | None) -> tuple[types.ModuleType | Non
     except ImportError as error:
         missing = getattr(error, "name", None) == name
         looked = f" (looked in {', '.join(folders)} too)" if missing and users else ""
-        return None, f"module {name!r} cannot be imported: {error}{looked}{_module_hint(name) if missing else ''}"
+        step = ". Install it, or correct its name here and in KT_RULE_MODULES" if looked else ""
+        hint = _module_hint(name) if missing else ""
+        return None, f"module {name!r} cannot be imported: {error}{looked}{hint}{step}"
 
 
 def _is_below(name: str, roots: Iterable[str]) -> bool:

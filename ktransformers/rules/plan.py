@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ktransformers import devices as device_names
+from ktransformers import env
 from ktransformers.errors import KTransformersError, did_you_mean
 from ktransformers.models.traits import TRAITS
 from ktransformers.operators import failures
@@ -101,7 +102,8 @@ def _plan(
     walk.report_operators(found, weights)
     if found:
         raise rule_error(f"{file.label} for {type(model).__name__}", found)
-    for finding in walk.idle():
+    absent = env.rule_modules_problem(next((Path(rule.where).parent for rule in file if rule.lines), None))
+    for finding in [*walk.idle(), *([Finding("warning", "", None, absent)] if absent else [])]:
         warnings.warn(RuleWarning(finding), stacklevel=3)
     return walk.plan
 

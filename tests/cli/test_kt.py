@@ -251,7 +251,7 @@ def test_a_file_that_cannot_be_written_leaves_what_was_there(tmp_path, monkeypat
     ids=" ".join,
 )
 def test_no_command_overwrites_silently(arguments, tmp_path):
-    path = tmp_path / "mine"
+    path = tmp_path / ("mine.gguf" if "quantize" in arguments else "mine")
     path.write_text("a prompt, and worth keeping")
     ran = invoke(*(str(path) if word == "PROMPTS" else word for word in arguments), str(path))
     assert ran.exit_code == 1 and "exists already" in ran.stderr and "--force" in ran.stderr
@@ -337,6 +337,8 @@ BAD_VALUES = [
     ("KT_HUGE_PAGES", "on", "from 0 to 1"),
     ("KT_NUMA", "all", "lists of CPUs"),
     ("KT_BUILD", "fast", "expected host or all"),
+    ("KT_RULE_MODULES", "yaml,no_such_mod.sub", "'no_such_mod.sub' cannot be imported (looked in"),
+    ("KT_RULE_MODULES", ".", "'.' cannot be imported"),
     ("KT_THREAD", "3", "did you mean 'KT_THREADS'?"),
 ]
 
@@ -368,7 +370,7 @@ BAD_CHATS = [
     (["/no/such/folder"], 1, "no such folder"),
     (["--weights", "/no/such/file.gguf"], 1, "no such file"),
     (["--rule", "DeepSek-V3"], 1, "did you mean 'DeepSeek-V3'"),
-    (["--prompt-file", "/no/such/prompt"], 1, "cannot be read"),
+    (["--prompt-file", "/no/such/prompt"], 1, "prompt file /no/such/prompt: cannot be read: No such file or directory. Check"),
     (["--threads", "-1"], 2, "threads"),
     (["--max-new-tokens", "0"], 2, "max-new-tokens"),
     (["--devices", "cuda"], 1, "expected NAME=NAME"),

@@ -36,7 +36,7 @@ def piped(monkeypatch, text):
 def typed(text):
     """The messages out of keys: what a terminal sends."""
     with create_pipe_input() as keys:
-        keys.send_text(text)
+        keys.send_bytes(text.encode(errors="surrogateescape"))
         return list(messages.Messages(messages.line_editor(keys, DummyOutput()), terminal=True))
 
 
@@ -54,6 +54,13 @@ def test_a_fence_takes_several_lines(monkeypatch):
 def test_a_fence_that_is_never_closed_still_makes_a_message(monkeypatch, capsys):
     assert piped(monkeypatch, '"""first\nsecond') == ["first\nsecond"]
     assert "is missing" in capsys.readouterr().err
+
+
+def test_bytes_of_a_pipe_that_are_not_utf_8_are_replaced_and_one_notice_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hello \xff\xfe there\nagain \xff\n"), "utf-8"))
+    assert list(messages.read(quiet=True)) == ["hello \ufffd\ufffd there", "again \ufffd"]
+    err = capsys.readouterr().err
+    assert err.count("note:") == 1 and "not UTF-8" in err
 
 
 # ---- the editor --------------------------------------------------------------------------------------------
@@ -87,6 +94,20 @@ def test_what_was_typed_is_there_in_the_next_session(history):
     assert typed("What is MLA?\r" + END) == ["What is MLA?"]
     assert history.stat().st_mode & 0o077 == 0
     assert typed(UP + "\r" + END) == ["What is MLA?"]
+
+
+def test_stray_bytes_are_replaced_and_one_notice_says_so(history, capsys):
+    assert typed("one \udcff\udcfe\rtwo \udcff\r" + END) == ["one \ufffd\ufffd", "two \ufffd"]
+    err = capsys.readouterr().err
+    assert err.count("note:") == 1 and "not UTF-8" in err
+    assert "+one \ufffd\ufffd" in history.read_text()
+
+
+def test_the_history_keeps_prompts_and_not_what_ends_the_program(history):
+    for last in ("exit", " quit ", "/exit", "/quit"):
+        typed(f"What is MLA?\r  \r/help\r{last}\r")
+    kept = [line for line in history.read_text().splitlines() if line.startswith("+")]
+    assert kept == ["+What is MLA?", "+/help"] * 4
 
 
 def test_history_can_be_off_and_a_place_that_cannot_be_written_is_a_notice(history, monkeypatch, capsys):
@@ -162,7 +183,7 @@ class Terminal:
         return passed
 
     def send(self, text):
-        os.write(self.leader, text.encode())
+        os.write(self.leader, text if isinstance(text, bytes) else text.encode())
 
     def ended(self):
         """Wait for the end; returns the exit code."""
@@ -184,10 +205,13 @@ def test_a_session_at_a_terminal(history):
     time.sleep(0.5)
     terminal.send("\x03")
     terminal.until("stopped.*tokens/s")
+    terminal.send(b"hello \xff\xfe there\r")
+    terminal.until("not UTF-8")
+    terminal.until(r"decode \d+ tokens")
     terminal.send("/nwe\r")
     terminal.until("no such command")
     terminal.send("exit\r")
     terminal.until("exit")
     assert terminal.ended() == 0
-    assert "Traceback" not in terminal.seen and len(re.findall(r"prefill \d+ tokens", terminal.seen)) == 2
+    assert "Traceback" not in terminal.seen and len(re.findall(r"prefill \d+ tokens", terminal.seen)) == 3
     assert "+What is" in history.read_text()

@@ -4,9 +4,11 @@ import json
 import re
 
 import pytest
+from ktransformers.models import embedded_model
 from typer.testing import CliRunner
 
 from ktransformers import cli
+from ktransformers.cli import plan
 from ktransformers.rules.plan import load_rules
 
 BOX = ("--ram", "64GiB")
@@ -24,6 +26,12 @@ def test_a_plan_that_fits_reads_well_at_100_columns():
     for word in ("cuda:0", "layers 0-47", "experts", "tokens/s", "bottleneck", "capacity", "decode at context 1024", "-o rule.yaml"):
         assert word in ran.stdout, word
     assert max(map(len, ran.stdout.splitlines())) <= 100 and "\x1b" not in ran.stdout
+
+
+def test_the_parameters_of_a_small_model_are_no_zeros():
+    assert re.search(r"\(\d\.\dM parameters, \d+\.\d[KM] active\)", kt(str(embedded_model()), *BOX).stdout)
+    numbers = (671e9, 5e7, 49e6, 5e4, 49e3, 12)
+    assert [plan._count(int(n)) for n in numbers] == ["671.0B", "0.1B", "49.0M", "0.1M", "49.0K", "0.0K"]
 
 
 def test_json_is_one_object_with_bytes_and_tokens_per_second():

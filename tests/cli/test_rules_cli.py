@@ -139,6 +139,13 @@ def test_a_rule_that_never_wins_is_a_warning_and_an_error_with_strict(model, two
     assert f"error: {path}:{at} (rule 4): never wins" in out and "does not fit" in out.splitlines()[-1]
 
 
+def test_a_listed_module_that_cannot_be_imported_is_a_warning(model, two, monkeypatch):
+    monkeypatch.setenv("KT_RULE_MODULES", "no_such_mod")
+    out = kt("check", two(), model)
+    assert "warning: KT_RULE_MODULES: 'no_such_mod' cannot be imported" in out and "Install it, correct the name" in out
+    assert "error: KT_RULE_MODULES: 'no_such_mod'" in kt("check", two(), model, "--strict", code=1)
+
+
 def test_a_way_back_is_a_note_and_no_error(model, two):
     path = two(("([0-2])(", "([0-24-5])("), ("([3-5])(", "([3])("), ("([0-2])", "([0-24-5])"), ("([3-5])", "([3])"),
                ('{3: "cuda:1"}', '{3: "cuda:1", 4: "cuda:0"}'))  # fmt: skip

@@ -12,6 +12,7 @@ from ktransformers.models import embedded_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from ktransformers.configs import read_config
 from ktransformers.engine import load as loading
 from ktransformers.engine.detokenize import Detokenizer
 from ktransformers.engine.load import load, read_config_and_tokenizer
@@ -60,7 +61,7 @@ def test_a_config_without_a_dtype_leaves_it_to_the_checkpoint(tmp_path):
 
 
 def test_a_model_folder_without_a_config_is_named(tmp_path):
-    with pytest.raises(KTransformersError, match=r"has no config\.json"):
+    with pytest.raises(KTransformersError, match=r"no readable config\.json"):
         read_config_and_tokenizer(str(tmp_path))
 
 
@@ -69,6 +70,26 @@ def test_a_model_folder_without_a_tokenizer_is_named(tmp_path):
         (tmp_path / name).symlink_to(embedded_model() / name)
     with pytest.raises(KTransformersError, match="has no tokenizer, expected one of tokenizer.json"):
         load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"{broken", b"[1, 2]", b"\xff\xfe\x00", b'{"model_type": "qwen3_mo"}', b'{"model_type": "qwen3_moe", "hidden_size": "abc"}'],
+    ids=repr,
+)
+@pytest.mark.parametrize("tokenizer", [False, True], ids=["without", "with"])
+def test_a_broken_config_is_named_in_the_planners_words(tmp_path, content, tokenizer):
+    """Whatever else the folder lacks."""
+    folder = tmp_path / "model"
+    if tokenizer:
+        shutil.copytree(embedded_model(), folder)
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(KTransformersError) as planned:
+        read_config(folder)
+    with pytest.raises(KTransformersError) as loaded:
+        load(str(folder))
+    assert str(loaded.value) == str(planned.value) and "config.json" in str(loaded.value)
 
 
 def test_the_engine_imports_no_terminal():

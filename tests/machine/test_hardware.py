@@ -158,6 +158,9 @@ BAD_GPUS = [
     ("1MiB", "expected 256 MiB to 1 TiB"),
     ("4091", "did you mean '4090'?"),
     ("a100", "did you mean a100-40g or a100-80g?"),
+    ("NVIDIA A100", "did you mean a100-40g or a100-80g?"),
+    ("RTX 4091", "did you mean '4090'?"),
+    ("RTX PRO 6001", "did you mean 'rtx-pro-6000'?"),
     ("7900gre", "no known GPU"),
     ("x24GiB", "no known GPU"),
     ("", "no known GPU"),
@@ -171,7 +174,8 @@ BAD_GPUS = [
 def test_gpus_that_cannot_be_meant_are_refused(text, message):
     with pytest.raises(KTransformersError) as error:
         hardware.parse_gpu(text)
-    assert message in str(error.value) and "--gpu" in str(error.value)
+    assert message in str(error.value) and "--gpu" in str(error.value) and len(str(error.value)) < 200
+    assert ("kt list gpus" in str(error.value)) == ("no known GPU" in str(error.value))
 
 
 def test_ram_alone_assumes_a_desktop_or_a_server_and_says_so():

@@ -275,7 +275,7 @@ def test_deep_models_are_shown_in_groups():
 
 
 BAD = [
-    (["--prompts", "/no/such/file"], "--prompts /no/such/file: cannot be read"),
+    (["--prompts", "/no/such/file"], "--prompts /no/such/file: cannot be read: No such file or directory. Check"),
     (["--prompts", "{empty}"], "is empty, expected one prompt per line"),
     (["--prompts", "{long}"], "tokens, but the model takes 1024"),
     (["--prompts", "{good}", "-o", "/no/such/folder/p.json"], "its folder does not exist"),

@@ -367,7 +367,22 @@ def test_a_listed_module_may_lie_beside_the_rules_or_in_the_current_folder(model
     assert sys.path == before
     monkeypatch.setenv("KT_RULE_MODULES", "no_such_ops")
     path.write_text("- match: {name: lm_head}\n  replace: {class: no_such_ops.Mine}\n")
-    with pytest.raises(RuleError, match=rf"No module named 'no_such_ops' \(looked in {tmp_path}/rules, {tmp_path}/here too\)"):
+    with pytest.raises(RuleError, match=rf"No module named 'no_such_ops' \(looked in {tmp_path}/rules, {tmp_path}/here too\). Install it"):
+        plan(model, path, default_device="cpu")
+
+
+def test_a_listed_module_that_cannot_be_imported_is_said_whatever_the_rules_name(model, tmp_path, monkeypatch):
+    (tmp_path / "my_other_ops.py").touch()
+    path = tmp_path / "mine.yaml"
+    path.write_text("- match: {name: lm_head}\n  replace: {class: default}\n")
+    monkeypatch.setenv("KT_RULE_MODULES", "yaml,my_othre_ops")
+    with pytest.warns(UserWarning, match=r"KT_RULE_MODULES: 'my_othre_ops' \(did you mean 'my_other_ops'\?\) cannot be imported"):
+        plan(model, path, default_device="cpu")
+    path.write_text("- match: {name: lm_head}\n  replace: {class: my_other_ops.Mine}\n")
+    with pytest.raises(RuleError, match=r"my_othre_ops' \(did you mean.*Install it, correct the name, or unset KT_RULE_MODULES"):
+        plan(model, path, default_device="cpu")
+    monkeypatch.setenv("KT_RULE_MODULES", "yaml")
+    with pytest.raises(RuleError, match="set KT_RULE_MODULES=yaml,my_other_ops"):
         plan(model, path, default_device="cpu")
 
 

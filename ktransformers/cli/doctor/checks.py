@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, requires
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -271,13 +270,5 @@ def settings_in_use(settings: list[Setting]) -> Iterator[Check]:
         known = setting.name in env.VARIABLES
         if setting.problem:
             yield Check("Settings", setting.name, "problem" if known else "note", setting.value, setting.problem)
-        elif setting.name == "KT_RULE_MODULES" and (absent := _absent(env.rule_modules())):
-            yield Check("Settings", setting.name, "problem", setting.value, f"Install or correct {', '.join(absent)}.")
         else:
             yield Check("Settings", setting.name, "ok", setting.value)
-
-
-def _absent(modules: tuple[str, ...]) -> list[str]:
-    """Of the modules, those that Python does not find. Only the first part of a dotted name is looked for: to look for
-    the rest would run it."""
-    return [name for name in modules if find_spec(name.split(".")[0]) is None]
