@@ -47,7 +47,8 @@ def _is_moe_block(module: nn.Module) -> bool:
 
 
 def _is_router(module: nn.Module) -> bool:
-    return type(module).__name__.endswith(("Router", "Gate", "MoEGate"))
+    name = type(module).__name__
+    return name.endswith(("Router", "Gate", "MoEGate")) and not name.endswith("ForgetGate")  # of linear attention
 
 
 def _is_mla(module: nn.Module) -> bool:

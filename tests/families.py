@@ -81,7 +81,7 @@ FAMILIES: dict[str, dict] = {
     "deepseek_v2": {},
     "deepseek_v3": {},
     "deepseek_v32": {},
-    "deepseek_v4": {},
+    "deepseek_v4": {"mlp_layer_types": ["hash_moe", "moe"]},
     "dots1": {"n_shared_experts": 2},
     "dots3_note": {"vision_config": {"adapter_out_dim": 64}, "audio_config": {"adapter_out_dim": 64}},
     "dots3_note_text": {},
@@ -139,6 +139,24 @@ ADDED = ["kimi_k2"]
 
 TORCH_ONLY = {"inkling2_text": "soft-caps gate and up with tanh"}
 """Families whose experts the C library does not compute -> what it lacks. KExpertsTorch computes them."""
+
+ROUTER_NOT_IN_C = {
+    "inkling_text": "weighs routed and shared experts in one softmax",
+    "llama4": "weighs the input of the experts",
+    "llama4_text": "weighs the input of the experts",
+    "phimoe": "chooses one expert after the other (sparsemixer)",
+    "zaya": "a network of three layers with a state",
+}
+"""Families whose routers are their own code on the CPU too -> why. All others' are computed in C."""
+
+BLOCK_NOT_IN_C = ROUTER_NOT_IN_C | {
+    "axk1": "a norm after the sum",
+    "gemma4": "no block: the layer holds router and experts",
+    "gemma4_text": "no block: the layer holds router and experts",
+    "inkling2_text": "experts that C does not compute",
+    "longcat_flash": "experts that pass their input on",
+}
+"""Families whose blocks of experts are not one call to C -> why. All others' are."""
 
 WITHOUT = {
     "dbrx": "experts flattened to [E*I, H] in a layout no later model uses",

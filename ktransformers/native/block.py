@@ -45,7 +45,7 @@ class Block:
         if len(set(hidden.values())) != 1:
             found = ", ".join(f"{size} ({role})" for role, size in hidden.items())
             raise NativeError(f"{name}: found hidden sizes {found}, expected one size.")
-        self.name, self.hidden = name, experts.hidden
+        self.name, self.hidden, self.top_k = name, experts.hidden, router.choice.top_k
         self._keep: list[Any] = [router, experts, shared]
         desc = state.ffi.new("kt_moe_desc *", {"factor": factor, "shared_factor": shared_factor})
         desc.router, desc.experts = router.handle, experts.handle
@@ -70,13 +70,21 @@ class Block:
 
     def compute(self, hidden: torch.Tensor) -> torch.Tensor:
         """`forward`, past torch's dispatcher."""
+        return self._run(hidden, None)
+
+    def with_weights(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`compute`, and the router's weights float32 [T, K] too."""
+        weights = torch.empty((len(hidden), self.top_k), dtype=torch.float32, device="cpu")
+        return self._run(hidden, weights), weights
+
+    def _run(self, hidden: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         state, pool = pooled()
         hidden = matrix_input(hidden, self.hidden, self.name)
         out = torch.empty_like(hidden)
         cast = state.ffi.cast
         status = state.lib.kt_moe_forward(
             self.handle, pool, cast("void *", hidden.data_ptr()), DTYPES[hidden.dtype], hidden.shape[0],
-            cast("void *", out.data_ptr()),
+            cast("void *", out.data_ptr()), state.ffi.NULL if weights is None else cast("float *", weights.data_ptr()),
         )  # fmt: skip
         state.check(status, self.name)
         return out

@@ -6,7 +6,7 @@ what they were given. What comes out must be a sum of what they gave, with const
 family's own. Letters: T tokens, H hidden.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,8 @@ class Combined:
     """The block's own tensor that its router takes beside x."""
     ignores: frozenset[str]
     """Arguments of the forward that change nothing."""
+    gives_weights: torch.dtype | None
+    """Where it returns the router's weights beside the result, as gpt-oss does: their dtype."""
 
     @property
     def children(self) -> list[str]:
@@ -105,9 +107,16 @@ def _combine(block: nn.Module, dtype: torch.dtype) -> Combined | None:
     hidden = max(t.shape[-1] for t in tensors_of(block._modules[names[0]]).values() if t.dim() == 2)
     x = torch.randn(1, 12, hidden, generator=generator(1))
     found = _sum_of_parts(block, names, x)
-    if found is None or _dtype_of(block, names, x.to(dtype)) != dtype:
+    if found is None:
         return None
-    return found
+    out, weights = _result(twin(block, None, _stand_ins(block, names, None))(x.to(dtype)))
+    gives = None if weights is None else weights.dtype
+    return replace(found, gives_weights=gives) if out.dtype == dtype else None
+
+
+def _result(out: Any) -> tuple[Tensor, Tensor | None]:
+    """What a block returned: its result, and perhaps weights."""
+    return out if isinstance(out, tuple) and len(out) == 2 else (out, None)
 
 
 def _stand_ins(block: nn.Module, names: tuple, dtype: torch.dtype | None) -> dict[str, _StandIn]:
@@ -116,19 +125,16 @@ def _stand_ins(block: nn.Module, names: tuple, dtype: torch.dtype | None) -> dic
     return made if shared is None else made | {shared: _StandIn(seed=2)}
 
 
-def _dtype_of(block: nn.Module, names: tuple, x: Tensor) -> torch.dtype:
-    return twin(block, None, _stand_ins(block, names, None))(x).dtype
-
-
 def _sum_of_parts(block: nn.Module, names: tuple, x: Tensor) -> Combined | None:
     router, experts, shared, gate = names
     parts = _stand_ins(block, names, torch.float32)
     made = twin(block, torch.float32, parts)
-    out = made(x)
+    out, shown = _result(made(x))
     rows = x.flatten(0, 1)
     _, weights, ids = parts[router].gave
     given = parts[experts].calls[0]
     as_routed = len(given) == 3 and torch.equal(given[1], ids) and torch.equal(given[2], weights)
+    as_routed = as_routed and (shown is None or torch.equal(shown, weights))
     if out.shape != x.shape or not as_routed or not all(part.got(rows) for part in parts.values()):
         return None
     columns = [parts[experts].gave.flatten()]
@@ -141,7 +147,7 @@ def _sum_of_parts(block: nn.Module, names: tuple, x: Tensor) -> Combined | None:
         return None
     factor, shared_factor = (*(round(f, 5) for f in factors.tolist()), 1.0)[:2]
     argument = _argument(made, parts[router].calls[0])
-    return Combined(router, experts, shared, gate, factor, shared_factor, argument, _ignored(made, x, out))
+    return Combined(router, experts, shared, gate, factor, shared_factor, argument, _ignored(made, x, out), None)
 
 
 def _argument(made: nn.Module, call: tuple) -> str | None:
@@ -155,7 +161,7 @@ def _argument(made: nn.Module, call: tuple) -> str | None:
 def _ignored(made: nn.Module, x: Tensor, out: Tensor) -> frozenset[str]:
     """Arguments that may be given and change nothing: DeepSeek-V4 gives ids of tokens to all its layers."""
     try:
-        same = torch.equal(made(x, input_ids=torch.arange(x.shape[1]).view(1, -1)), out)
+        same = torch.equal(_result(made(x, input_ids=torch.arange(x.shape[1]).view(1, -1)))[0], out)
     except TypeError:
         return frozenset()
     return frozenset({"input_ids"} if same else ())
@@ -174,6 +180,11 @@ class BlockInC:
     def forget(self) -> None:
         self._router.forget()
         self._made.clear()
+
+    @property
+    def is_made(self) -> bool:
+        """Whether there is one for some dtype."""
+        return any(block is not None for _, _, block in self._made.values())
 
     def of(self, block: nn.Module, dtype: torch.dtype) -> tuple[Combined, native.Block] | None:
         """`combined(block)` and the block in C; None where there is none, or a part of it is not computed in C."""

@@ -36,6 +36,14 @@ class KMoEGate(FamilyOperator):
                 return found[0].returned(*found[1].forward(hidden_states.reshape(-1, hidden_states.shape[-1])))
         return super().forward(hidden_states, *args, **kwargs)
 
+    @property
+    def is_in_c(self) -> bool:
+        """Whether its last calls were calls to C."""
+        return self.in_c.is_made
+
+    def extra_repr(self) -> str:
+        return "in C" if self.is_in_c else ""
+
     def unload(self) -> None:
         super().unload()
         self.in_c.forget()

@@ -27,8 +27,8 @@ class ComputedInC:
 
     block_in_c: BlockInC | None = None
 
-    def in_one_call(self, hidden: Tensor, given: Mapping[str, Any]) -> Tensor | None:
-        """The result [.., H] for `hidden` [.., H], or None where the parts have to compute it one by one: gradients,
+    def in_one_call(self, hidden: Tensor, given: Mapping[str, Any]) -> Any:
+        """What the family returns for `hidden` [.., H], or None where the parts have to compute it one by one: gradients,
         other devices, parts that C does not compute, or someone who looks at them. `given`: other arguments."""
         if not may_use_c(self, hidden):
             return None
@@ -37,7 +37,11 @@ class ComputedInC:
         made = self.block_in_c.of(self, hidden.dtype)
         if made is None or not given.keys() <= made[0].ignores or is_observed(self, made[0].children):
             return None
-        return made[1].forward(hidden.reshape(-1, hidden.shape[-1])).view(hidden.shape)
+        rows, (found, block) = hidden.reshape(-1, hidden.shape[-1]), made
+        if found.gives_weights is None:
+            return block.forward(rows).view(hidden.shape)
+        out, weights = block.with_weights(rows)
+        return out.view(hidden.shape), weights.to(found.gives_weights)
 
     def in_c(self, dtype: torch.dtype) -> native.Block | None:
         """The block as a step of a larger call, where nobody looks at its parts; None where it is none in C."""
@@ -48,8 +52,7 @@ class ComputedInC:
 
     def how(self) -> str:
         """For printed models: whether the last call was one to C, as far as there was one."""
-        made = self.block_in_c._made.values() if self.block_in_c else ()
-        return "one C call" if any(block is not None for _, _, block in made) else ""
+        return "one C call" if self.block_in_c and self.block_in_c.is_made else ""
 
 
 class KMoEBlock(ComputedInC, FamilyOperator):

@@ -393,6 +393,11 @@ class RouterInC:
     def forget(self) -> None:
         self._made.clear()
 
+    @property
+    def is_made(self) -> bool:
+        """Whether there is one for some dtype."""
+        return any(made is not None for made in self._made.values())
+
     def of(self, router: nn.Module, dtype: torch.dtype, argument: Tensor | None = None) -> tuple[Recognized, native.Router] | None:
         """`recognized(router)` and the router in C; None where there is none, or its weights are not on the CPU."""
         made = self._made.get(dtype)

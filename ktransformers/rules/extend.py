@@ -22,6 +22,7 @@ from ktransformers.devices import DEVICE_KWARGS, canonical
 from ktransformers.errors import RuleError, ranges
 from ktransformers.rules import classes
 from ktransformers.rules.explain import layer_devices
+from ktransformers.rules.files import ANY
 from ktransformers.rules.layers import AUTO, LAYER, REST, parse_devices, place
 from ktransformers.rules.plan import Replacement, Rule, RuleFile, load_rules, module_pattern, plan
 
@@ -221,7 +222,8 @@ class _Rewriting:
         if len(group) > 1:
             item["match"] = {**item["match"], "name": group[0].name}
             if "expect" in item:
-                item["expect"] = sum(piece.item["expect"] for piece in group)
+                numbers = [piece.item["expect"] for piece in group]
+                item["expect"] = ANY if ANY in numbers else sum(numbers)
         item["replace"] = self._replace(group[0], meant)
         return item
 

@@ -25,6 +25,8 @@ from ktransformers.rules.layers import LAYER, Devices, parse_devices
 
 FILE_KEYS = ("devices", "variables", "rules")
 RULE_KEYS = ("match", "replace", "recursive", "expect")
+ANY = "any"
+"""What `expect` says of a rule that may match nothing."""
 MATCH_KEYS = ("name", "class", "trait")
 REPLACE_KEYS = ("class", "kwargs")
 EXTENDED_REPLACE_KEYS = (*REPLACE_KEYS, "device")
@@ -44,7 +46,7 @@ class Rule:
     device: str | None = None
     """Where the rule puts all that no kwarg puts elsewhere."""
     recursive: bool = True
-    expect: int | None = None
+    expect: int | str | None = None
     """How many modules the rule must take."""
     published: bool = False
     """Whether it matches on one of upstream's class names, as the rule files do that upstream published."""
@@ -441,11 +443,11 @@ class _RuleReader(Reporter):
             self(f"recursive: found {recursive!r}, expected true or false (without quotes)", "recursive")
         return recursive is not False
 
-    def expect(self, item: dict) -> int | None:
+    def expect(self, item: dict) -> int | str | None:
         expect = item.get("expect")
-        if expect is None or is_whole(expect, 0):
+        if expect is None or expect == ANY or is_whole(expect, 0):
             return expect
-        self(f"expect: found {expect!r}, expected how many modules the rule takes, such as 61", "expect")
+        self(f"expect: found {expect!r}, expected how many modules the rule takes, such as 61, or {ANY}", "expect")
         return None
 
     def operator(self, dotted: Any, kwargs: dict) -> type | None:

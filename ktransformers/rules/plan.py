@@ -21,7 +21,7 @@ from ktransformers.errors import KTransformersError, did_you_mean
 from ktransformers.models.traits import TRAITS
 from ktransformers.operators import failures
 from ktransformers.rules import classes
-from ktransformers.rules.files import Rule, RuleFile, RulesLike, load_rules, packaged_rules, read_rules
+from ktransformers.rules.files import ANY, Rule, RuleFile, RulesLike, load_rules, packaged_rules, read_rules
 from ktransformers.rules.findings import Finding, Keys, RuleWarning, rule_error
 from ktransformers.rules.layers import LAYER, Placed, place
 from ktransformers.rules.matching import Matching
@@ -219,6 +219,8 @@ class _Walk:
                 keys = ("replace", *([] if key == "device" and rule.device else ["kwargs"]), key.partition("[")[0])
                 if not report.has(*keys):  # else of the wrong type, or unknown
                     report(f"{key}: {problem}", *keys)
+            if rule.expect == ANY:
+                continue
             if rule.expect is not None and rule.expect != self.wins[rule.number]:
                 if rule.number < self.uncertain:
                     report(self._unexpected(rule), "expect")
@@ -279,6 +281,8 @@ class _Walk:
         found: list[Finding] = []
         for rule in self.rules:
             report, number = rule.reporter(found, "warning"), rule.number
+            if rule.expect == ANY:
+                continue
             if number in self.unmatched:
                 text, *keys = self._why_no_match(rule)
                 report(text, *keys)

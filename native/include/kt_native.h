@@ -337,8 +337,9 @@ typedef struct kt_moe kt_moe;
 int kt_moe_create(const kt_moe_desc *desc, kt_moe **moe);
 void kt_moe_destroy(kt_moe *moe);
 
-/* hidden, out [T, H] of `dtype`; out may not overlap hidden. */
-int kt_moe_forward(const kt_moe *moe, kt_pool *pool, const void *hidden, int dtype, int64_t tokens, void *out);
+/* hidden, out [T, H] of `dtype`; out may not overlap hidden. weights, if not NULL: the router's, fp32 [T, K]. */
+int kt_moe_forward(const kt_moe *moe, kt_pool *pool, const void *hidden, int dtype, int64_t tokens, void *out,
+                   float *weights);
 
 /* Read the weights in, each row by a thread of the NUMA node that will compute it: pages of a mapped file that are not
  * in memory yet come to lie on that node; those that are stay where they are. Takes as long as reading the file. */

@@ -389,8 +389,8 @@ static void block_case(void) {
             check(ids[0][i] == ids[1][i] && ids[0][i] >= 0 && ids[0][i] < w.rows, "ids");
     }
     if (m) {
-        status = kt_moe_forward(m, pools[0], x, dtype, tokens, out[0]);
-        compare(status, kt_moe_forward(m, pools[1], x, dtype, tokens, out[1]), out, bytes, dtype, "block");
+        status = kt_moe_forward(m, pools[0], x, dtype, tokens, out[0], NULL);
+        compare(status, kt_moe_forward(m, pools[1], x, dtype, tokens, out[1], NULL), out, bytes, dtype, "block");
     }
     kt_moe_destroy(m);
     kt_router_destroy(r);

@@ -295,8 +295,8 @@ static void block_case(kt_pool *pool, const struct moe *m, int format, const flo
     int64_t *ids = malloc((size_t)(m->tokens * K) * 8 + 1);
     check(kt_router_forward(router, pool, m->x, KT_F32, m->tokens, ids, weights, logits) == KT_OK, "route");
     for (int64_t i = 0; i < m->tokens * K; i++) check(ids[i] >= 0 && ids[i] < E, "id");
-    check(kt_moe_forward(moe, pool, m->x, KT_F32, m->tokens, out) == KT_OK, "block forward");
-    check(kt_moe_forward(moe, pool, m->h, KT_BF16, m->tokens, out) == KT_OK, "block forward bf16");
+    check(kt_moe_forward(moe, pool, m->x, KT_F32, m->tokens, out, NULL) == KT_OK, "block forward");
+    check(kt_moe_forward(moe, pool, m->h, KT_BF16, m->tokens, out, NULL) == KT_OK, "block forward bf16");
     kt_moe_destroy(moe);
     kt_router_destroy(router);
     kt_experts_destroy(shared);

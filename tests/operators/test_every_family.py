@@ -21,6 +21,8 @@ from ktransformers.engine.generate import generate
 from ktransformers.engine.sampling import Sampling
 from ktransformers.errors import RuleError
 from ktransformers.operators.experts import KTransformersExperts
+from ktransformers.operators.gate import KMoEGate
+from ktransformers.operators.moe import KMoEBlock
 from ktransformers.rules.plan import load_rules
 from tests import families, support
 from tests.tiny import meta_model, random_ids, randomize, relative_error, save
@@ -43,8 +45,17 @@ def reference(model_type):
 def rules(op):
     """The default rules with another operator for the experts."""
     file = load_rules("Default")
-    experts, *rest = file
-    return replace(file, rules=(replace(experts, kwargs={**experts.kwargs, "generate_op": op, "prefill_op": op}), *rest))
+    ops = {"generate_op": op, "prefill_op": op}
+    return replace(file, rules=tuple(replace(r, kwargs={**r.kwargs, **ops}) if r.trait == "experts" else r for r in file))
+
+
+def in_c(model):
+    """(routers that C computes, blocks that C computes), of a model that has computed."""
+    blocks = [m for m in model.modules() if isinstance(m, KMoEBlock)]
+    whole = [block for block in blocks if block.how()]
+    gates = [m for m in model.modules() if isinstance(m, KMoEGate)]
+    parts = {id(child) for block in whole for child in block.children()}
+    return [gate for gate in gates if gate.is_in_c or id(gate) in parts], whole
 
 
 def in_pieces(model, ids):
@@ -72,6 +83,9 @@ def test_a_family_computes_as_transformers_does(model_type, rule, tmp_path):
     with torch.no_grad():
         expected = truth(PROMPT).logits
         assert relative_error(model(PROMPT).logits, expected) < 1e-4
+        routers, blocks = in_c(model)
+        assert bool(routers) == (model_type not in families.ROUTER_NOT_IN_C)
+        assert bool(blocks) == (model_type not in families.BLOCK_NOT_IN_C)
         pieces = in_pieces(truth, PROMPT)
         assert (relative_error(pieces, expected) < 1e-4) == (model_type not in families.PIECES_DIFFER)
         assert relative_error(in_pieces(model, PROMPT), pieces) < 1e-4
@@ -79,6 +93,13 @@ def test_a_family_computes_as_transformers_does(model_type, rule, tmp_path):
     assert torch.equal(model.generate(PROMPT, max_new_tokens=32, do_sample=False), expected)
     tokens = list(generate(model, PROMPT[0].tolist(), max_new_tokens=8, chunk_size=4, sampling=Sampling()))
     assert tokens == expected[0, 11:19].tolist()
+
+
+def test_most_families_are_computed_in_c():
+    """The counts that README claims: 55 of 60 routers, 50 blocks."""
+    known = set(families.known_here())
+    assert len(known) == 60
+    assert len(known - families.ROUTER_NOT_IN_C.keys()) == 55 and len(known - families.BLOCK_NOT_IN_C.keys()) == 50
 
 
 def test_every_type_with_experts_is_in_a_table():

@@ -37,6 +37,7 @@ struct chunk {
     void *out;
     int64_t *ids;               /* [T, K] */
     float *weights;             /* [T, K] */
+    float *chosen_weights;      /* [T, K] for the caller, or NULL */
     float *sum;                 /* [T, H] of the shared expert */
     float *gate, *shared_weight; /* [T, 16] products, of which the first counts; [T] */
     int64_t *zeros;             /* [T] */
@@ -80,6 +81,7 @@ static int run_chunk(const struct kt_moe *m, kt_pool *pool, struct chunk *c) {
     int status = kt_router_run(m->router, pool, c->hidden, c->dtype, c->tokens, c->ids, c->weights, NULL);
     if (!status && m->shared) status = run_shared(m, pool, c);
     if (status) return status;
+    if (c->chosen_weights) memcpy(c->chosen_weights, c->weights, (size_t)(c->tokens * K) * sizeof *c->weights);
     for (int64_t i = 0; i < c->tokens * K; i++) c->weights[i] *= m->factor;
     return kt_experts_run(m->experts, pool,
                           &(struct kt_experts_call){.hidden = c->hidden, .dtype = c->dtype, .tokens = c->tokens,
@@ -88,27 +90,37 @@ static int run_chunk(const struct kt_moe *m, kt_pool *pool, struct chunk *c) {
                                                     .out_dtype = c->out_dtype});
 }
 
+/* Where a block's call writes: the result, and the weights that the router gave, or NULL. */
+struct target {
+    void *out;
+    int dtype;
+    float *weights; /* [T, K] */
+};
+
 /* One token, unless it holds infinities or NaNs; then *finite is 0 and nothing is computed. */
-static int run_one(const struct kt_moe *m, kt_pool *pool, const void *hidden, int dtype, void *out, int out_dtype,
+static int run_one(const struct kt_moe *m, kt_pool *pool, const void *hidden, int dtype, const struct target *to,
                    int *finite) {
-    struct kt_decode d = {.hidden = hidden, .dtype = dtype, .out = out, .out_dtype = out_dtype, .e = m->experts,
-                          .slots = m->router->d.top_k, .router = m->router, .factor = m->factor, .shared = m->shared,
+    struct kt_decode d = {.hidden = hidden, .dtype = dtype, .out = to->out, .out_dtype = to->dtype, .e = m->experts,
+                          .slots = m->router->d.top_k, .router = m->router, .chosen_weights = to->weights,
+                          .factor = m->factor, .shared = m->shared,
                           .gate = m->has_gate ? &m->shared_gate : NULL, .shared_factor = m->shared_factor};
     return kt_decode_run(&d, pool, finite);
 }
 
 /* At the level of scratch memory where the caller is. */
-static int run(const struct kt_moe *m, kt_pool *pool, const void *hidden, int dtype, int64_t tokens, void *out,
-               int out_dtype) {
-    const int64_t H = m->experts->hidden, chunk = kt_min(4096, 16 + ((int64_t)128 << 20) / (4 * H));
-    const size_t row = (size_t)H * kt_dtype_size(dtype), out_row = (size_t)H * kt_dtype_size(out_dtype);
+static int run(const struct kt_moe *m, kt_pool *pool, const void *hidden, int dtype, int64_t tokens,
+               const struct target *to) {
+    const int64_t H = m->experts->hidden, K = m->router->d.top_k;
+    const int64_t chunk = kt_min(4096, 16 + ((int64_t)128 << 20) / (4 * H));
+    const size_t row = (size_t)H * kt_dtype_size(dtype), out_row = (size_t)H * kt_dtype_size(to->dtype);
     int status = KT_OK, done = 0;
-    if (tokens == 1 && !m->router->d.norm) status = run_one(m, pool, hidden, dtype, out, out_dtype, &done);
+    if (tokens == 1 && !m->router->d.norm) status = run_one(m, pool, hidden, dtype, to, &done);
     if (done) return status;
     for (int64_t t = 0; t < tokens && !status; t += chunk) {
-        struct chunk c = {.dtype = dtype, .out_dtype = out_dtype, .tokens = (int32_t)kt_min(tokens - t, chunk)};
+        struct chunk c = {.dtype = dtype, .out_dtype = to->dtype, .tokens = (int32_t)kt_min(tokens - t, chunk)};
         c.hidden = (const uint8_t *)hidden + (size_t)t * row;
-        c.out = (uint8_t *)out + (size_t)t * out_row;
+        c.out = (uint8_t *)to->out + (size_t)t * out_row;
+        c.chosen_weights = to->weights ? to->weights + t * K : NULL;
         status = run_chunk(m, pool, &c);
     }
     return status;
@@ -117,19 +129,20 @@ static int run(const struct kt_moe *m, kt_pool *pool, const void *hidden, int dt
 int kt_moe_run(const struct kt_moe *m, kt_pool *pool, const void *hidden, int dtype, int64_t tokens, void *out,
                int out_dtype) {
     kt_pool_enter(pool);
-    int status = run(m, pool, hidden, dtype, tokens, out, out_dtype);
+    int status = run(m, pool, hidden, dtype, tokens, &(struct target){out, out_dtype, NULL});
     kt_pool_leave(pool);
     return status;
 }
 
-int kt_moe_forward(const kt_moe *m, kt_pool *pool, const void *hidden, int dtype, int64_t tokens, void *out) {
+int kt_moe_forward(const kt_moe *m, kt_pool *pool, const void *hidden, int dtype, int64_t tokens, void *out,
+                   float *weights) {
     if (!m || !pool) return KT_ERR_NULL;
     if (tokens < 0 || tokens > KT_MAX_DIM) return KT_ERR_SHAPE;
     if (!kt_dtype_size(dtype)) return KT_ERR_DTYPE;
     if (tokens == 0) return KT_OK;
     if (!hidden || !out) return KT_ERR_NULL;
     kt_pool_lock(pool);
-    int status = run(m, pool, hidden, dtype, tokens, out, dtype);
+    int status = run(m, pool, hidden, dtype, tokens, &(struct target){out, dtype, weights});
     kt_pool_unlock(pool);
     return status;
 }

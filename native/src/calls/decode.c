@@ -250,6 +250,7 @@ int kt_decode_run(const struct kt_decode *d, kt_pool *pool, int *finite) {
     if (!*finite) return KT_OK;
     if (d->router || d->shared) run_first(&f, pool);
     if (d->router) kt_router_choose(d->router, d->dtype, f.logit, &f.choice, f.ids, f.weights);
+    if (d->chosen_weights) memcpy(d->chosen_weights, f.weights, (size_t)d->slots * sizeof *f.weights);
     fill_slots(routed, d->router ? f.ids : d->ids, d->router ? f.weights : d->weights, d->slots,
                d->router ? d->factor : 1.0f);
     if (routed->slots) {

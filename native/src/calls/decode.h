@@ -15,6 +15,7 @@ struct kt_decode {
     const int64_t *ids;   /* [K], and weights; NULL: expert 0 with weight 1, or the router's choice where there is one */
     const float *weights;
     const struct kt_router *router; /* or NULL; without a norm */
+    float *chosen_weights;          /* [K] takes the router's weights; or NULL */
     float factor;                   /* of its weights */
     const struct kt_experts *shared; /* or NULL; of one expert */
     const struct kt_matrix *gate;    /* [1, H] whose sigmoid weighs the shared expert, or NULL */
