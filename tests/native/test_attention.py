@@ -194,6 +194,8 @@ def test_large_scores_and_negative_scales():
     rng = rng_for("large")
     for scale in (0.0, 40.0, -40.0):
         check(rng, 1, 4, 2, 5, 150, 64, 64, F32, scale=scale, bound=1e-4)
+        mask = torch.from_numpy(rng.random((1, 1, 5, 150)) < 0.5)
+        check(rng, 1, 4, 2, 5, 150, 64, 64, F32, scale=scale, bound=1e-4, mask=mask)
 
 
 def test_exact():

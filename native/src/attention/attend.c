@@ -137,7 +137,7 @@ static void cut_sequence(const struct run *r, const struct kt_attend_sequence *s
 }
 
 static int needs_panels(const struct run *r, int64_t rows) {
-    return rows >= kt_panel_threshold(r->a->k->panels_from);
+    return rows >= kt_panel_threshold(r->a->k->panels_from[r->bf16]);
 }
 
 static int64_t acc_stride(const struct run *r) { return r->columns + ROW_HEAD; }
@@ -147,7 +147,7 @@ static void measure(struct run *r, struct plan *plan) {
     const struct kt_attend *a = r->a;
     r->group = a->heads / a->kv_heads;
     r->columns = kt_round_up(a->value_size, KT_TILE);
-    r->bf16 = a->type == KT_BF16 && (a->k->gemm_bf16 != NULL || a->k->scores_bf16 != NULL);
+    r->bf16 = a->type == KT_BF16 && a->k->gemm_bf16;
     for (int32_t i = 0; i < a->sequences; i++) {
         struct plan p;
         cut_sequence(r, &a->sequence[i], &p);
@@ -171,7 +171,7 @@ static void take_space(const struct run *r, struct kt_arena *arena, struct space
     const struct kt_attend *a = r->a;
     const int64_t rows = r->most_rows;
     *m = (struct space){0};
-    kt_acts_take(arena, rows, a->size, r->bf16 ? KT_NEED_BF16 : 0, &m->q);
+    kt_acts_take(arena, rows, a->size, r->bf16 && r->panels ? KT_NEED_BF16 : 0, &m->q);
     m->p = (struct kt_acts){.cols = CHUNK, .stride = LDS};
     m->p.f = kt_arena_take(arena, rows * LDS, 4);
     m->acc = kt_arena_take(arena, rows * acc_stride(r), 4);
@@ -244,11 +244,12 @@ static void weigh(const struct work *w, int64_t base, int n) {
         const int from = (int)(seen.begin - base), to = (int)(seen.end - base);
         for (int t = 0; t < from; t++) p[t] = 0.0f;
         for (int t = to; t < n; t++) p[t] = 0.0f;
-        for (int t = from; mask && t < to; t++)
-            if (!mask[base + t]) p[t] = -INFINITY;
         w->m->keep[row] = 1.0f;
         if (from == to) continue;
-        const float added = a->k->softmax(p + from, to - from, a->scale, max);
+        if (mask) a->k->rescale(a->scale, p + from, to - from); /* no scale turns -infinity into something else then */
+        for (int t = from; mask && t < to; t++)
+            if (!mask[base + t]) p[t] = -INFINITY;
+        const float added = a->k->softmax(p + from, to - from, mask ? 1.0f : a->scale, max);
         if (*max != old) w->m->keep[row] = expf(old - *max);
         *sum = *sum * w->m->keep[row] + added;
     }
@@ -308,8 +309,7 @@ static void rows_chunk(const struct work *w, int64_t begin, int64_t end) {
     const uint8_t *values = w->values[page] + w->value_at + (size_t)at * kv->value_row;
     struct kt_ahead ahead = lines_ahead(values, kv->value_row, kt_cache_row(a->type, a->value_size), n);
     if (values == keys) ahead.rows = 0;
-    const kt_scores_fn scores = a->type == KT_BF16 && a->k->scores_bf16 ? a->k->scores_bf16 : a->k->scores[a->type];
-    scores(&w->m->q, w->rows, keys, kv->key_row, n, w->m->p.f, w->m->p.stride, &ahead);
+    a->k->scores[a->type](&w->m->q, w->rows, keys, kv->key_row, n, w->m->p.f, w->m->p.stride, &ahead);
     weigh(w, begin, n);
     ahead.rows = 0;
     if (end < w->end)
@@ -323,9 +323,7 @@ static void rows_chunk(const struct work *w, int64_t begin, int64_t end) {
 
 /* ---- the same by panels ----------------------------------------------------------------------------- */
 
-static enum kt_kind panel_kind(const struct kt_attend *a) {
-    return a->type == KT_BF16 && a->k->gemm_bf16 ? KT_KIND_BF16 : KT_KIND_F32;
-}
+static enum kt_kind panel_kind(const struct run *r) { return r->bf16 ? KT_KIND_BF16 : KT_KIND_F32; }
 
 /* `n` keys of a page as a matrix of weights. q8_0 by way of fp32: as weights they would ask for int8 queries. */
 static struct kt_matrix keys_of(const struct work *w, int64_t page, int n) {
@@ -346,7 +344,7 @@ static struct kt_matrix keys_of(const struct work *w, int64_t page, int n) {
  * hold, its tiles being those of one page and then the next's. */
 static void score_panels(const struct work *w, int64_t base, int n) {
     const struct kt_attend *a = w->r->a;
-    const enum kt_kind kind = panel_kind(a);
+    const enum kt_kind kind = panel_kind(w->r);
     const int64_t most = KT_PANEL_BYTES / 4 * kt_values_per_dword(kind);
     for (int64_t k0 = 0; k0 < a->size; k0 += most) {
         struct kt_ahead none = {0};
@@ -371,7 +369,7 @@ static void score_panels(const struct work *w, int64_t base, int n) {
 /* The values of a chunk as a panel whose rows are columns of values, and whose columns are tokens. */
 static void fill_values(const struct work *w, int64_t base, int n) {
     const struct kt_attend *a = w->r->a;
-    const enum kt_kind kind = panel_kind(a);
+    const enum kt_kind kind = panel_kind(w->r);
     const int64_t tile = divide_up(n, kt_values_per_dword(kind)) * KT_TILE;
     for (int at = 0; at < n; at += KT_PAGE) {
         const uint8_t *values = w->values[(base + at) / KT_PAGE] + w->value_at;
@@ -393,7 +391,7 @@ static void fill_values(const struct work *w, int64_t base, int n) {
 /* acc = keep * acc + p . values */
 static void value_panels(const struct work *w, int64_t base, int n) {
     const struct kt_attend *a = w->r->a;
-    const enum kt_kind kind = panel_kind(a);
+    const enum kt_kind kind = panel_kind(w->r);
     const kt_gemm_fn gemm = kind == KT_KIND_BF16 ? a->k->gemm_bf16 : a->k->gemm_f32;
     const int64_t tile = divide_up(n, kt_values_per_dword(kind)) * KT_TILE;
     struct kt_acts *p = &w->m->p;
