@@ -88,12 +88,12 @@ def compare(name: str, queries: int, length: int, rounds: int, with_torch: bool)
 
 
 def rows_table(isa: str, rounds: int) -> dict[tuple[str, int], tuple[float, float]]:
-    """(dtype, rows) -> CPU microseconds by kernels and by panels, 512 tokens, one head of keys."""
+    """(dtype, rows) -> CPU microseconds by kernels and by panels, 2048 tokens, one head of keys."""
     native.set_isa(isa)
     native.set_threads(1)
     found = {}
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
-        keys, values = (torch.randn(1, 1, 512, 128).to(dtype) for _ in range(2))
+        keys, values = (torch.randn(1, 1, 2048, 128).to(dtype) for _ in range(2))
         for rows in (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128):
             q = torch.randn(1, rows, 1, 128)
             times: dict[int, list[float]] = {ROWS: [], PANELS: []}

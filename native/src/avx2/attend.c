@@ -21,6 +21,12 @@ INLINE vfloat v_times_power(vfloat p, vfloat t) {
 INLINE vfloat v_unless_below(vfloat x, float low, vfloat y) { /* or 0 */
     return _mm256_and_ps(_mm256_cmp_ps(x, v_floats(low), _CMP_NLT_UQ), y);
 }
+INLINE void v_pair_line(const uint8_t *first, const uint8_t *second, uint32_t *line) {
+    for (int i = 0; i < KT_TILE; i += 8) {
+        const __m128i a = load128(first + 2 * i), b = load128(second + 2 * i);
+        v_store(line + i, _mm256_set_m128i(_mm_unpackhi_epi16(a, b), _mm_unpacklo_epi16(a, b)));
+    }
+}
 
 #include "../templates/attend_rows.h"
 

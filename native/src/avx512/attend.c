@@ -17,6 +17,10 @@ INLINE vfloat v_times_power(vfloat p, vfloat t) {
 INLINE vfloat v_unless_below(vfloat x, float low, vfloat y) { /* or 0 */
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, v_floats(low), _CMP_NLT_UQ), y);
 }
+INLINE void v_pair_line(const uint8_t *first, const uint8_t *second, uint32_t *line) {
+    const __m512i a = _mm512_cvtepu16_epi32(load256(first)), b = _mm512_cvtepu16_epi32(load256(second));
+    _mm512_storeu_si512(line, _mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
+}
 
 #include "../templates/attend_rows.h"
 

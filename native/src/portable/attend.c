@@ -111,6 +111,13 @@ static float dot(const float *v, const float *x, int n) {
     return sum[0];
 }
 
+static inline void pair_line(const uint8_t *first, const uint8_t *second, uint32_t *line) {
+    for (int i = 0; i < KT_TILE; i++) line[i] = kt_load16(first + 2 * i) | (uint32_t)kt_load16(second + 2 * i) << 16;
+}
+static void pair_rows(const uint8_t *values, size_t value_row, int tokens, int64_t n, uint32_t *data, int64_t tile) {
+    pair_rows_by(pair_line, values, value_row, tokens, n, data, tile);
+}
+
 #define CACHE(type)                                                                                                 \
     static void scores_##type(const struct kt_acts *q, int rows, const uint8_t *keys, size_t key_row, int tokens,   \
                               float *s, int64_t lds, struct kt_ahead *ahead) {                                      \
@@ -152,4 +159,5 @@ void kt_fill_attend_portable(struct kt_kernels *k) {
     memcpy(k->scores, scores, sizeof scores);
     memcpy(k->values, values, sizeof values);
     k->softmax = softmax;
+    k->pair_rows = pair_rows;
 }

@@ -12,24 +12,22 @@ static void rescale(float factor, float *x, int64_t n) {
     for (int64_t i = 0; i < n; i++) x[i] *= factor;
 }
 
-/* Sixteen columns of two tokens as a line of a tile. */
-static inline __attribute__((always_inline)) void pair_line(const uint8_t *first, const uint8_t *second,
-                                                            uint32_t *restrict line) {
-    for (int i = 0; i < KT_TILE; i++) line[i] = kt_load16(first + 2 * i) | (uint32_t)kt_load16(second + 2 * i) << 16;
-}
-
-static void pair_rows(const uint8_t *values, size_t value_row, int tokens, int64_t n, uint32_t *data, int64_t tile) {
+/* pair_rows of struct kt_kernels. `line`: sixteen bf16 of two tokens as a line of a tile, which portable/attend.c says
+ * in plain C. */
+static inline __attribute__((always_inline)) void pair_rows_by(void (*line)(const uint8_t *, const uint8_t *, uint32_t *),
+                                                               const uint8_t *values, size_t value_row, int tokens,
+                                                               int64_t n, uint32_t *data, int64_t tile) {
     static const uint8_t none[2 * KT_TILE];
     for (int t = 0; t < tokens; t += 2, values += 2 * value_row, data += KT_TILE) {
         const uint8_t *second = t + 1 < tokens ? values + value_row : NULL; /* an odd last token: with zeros */
         int64_t c = 0;
         for (; c + KT_TILE <= n; c += KT_TILE)
-            pair_line(values + c * 2, second ? second + c * 2 : none, data + c / KT_TILE * tile);
+            line(values + c * 2, second ? second + c * 2 : none, data + c / KT_TILE * tile);
         if (c == n) continue;
         uint8_t last[2][2 * KT_TILE] = {{0}};
         memcpy(last[0], values + c * 2, (size_t)(n - c) * 2);
         if (second) memcpy(last[1], second + c * 2, (size_t)(n - c) * 2);
-        pair_line(last[0], last[1], data + c / KT_TILE * tile);
+        line(last[0], last[1], data + c / KT_TILE * tile);
     }
 }
 
@@ -44,7 +42,6 @@ static void load_q8_0(const uint8_t *p, int64_t n, float *out) {
 
 static void fill_attend(struct kt_kernels *k) {
     k->rescale = rescale;
-    k->pair_rows = pair_rows;
     k->load_q8_0 = load_q8_0;
 }
 

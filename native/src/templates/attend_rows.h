@@ -179,6 +179,10 @@ static float softmax(float *s, int n, float scale, float *max) {
     return v_sum(sum);
 }
 
+static void pair_rows(const uint8_t *values, size_t value_row, int tokens, int64_t n, uint32_t *data, int64_t tile) {
+    pair_rows_by(v_pair_line, values, value_row, tokens, n, data, tile);
+}
+
 #define ATTEND_ROWS(name, at) SCORES_SOME(name, at) SCORES_TOKENS(name) VALUES_SOME(name, at)
 ATTEND_ROWS(f32, f32_at)
 ATTEND_ROWS(f16, f16_at_column)
@@ -190,6 +194,7 @@ static void fill_attend_rows(struct kt_kernels *k) {
     static const kt_values_fn values[KT_CACHES] = {values_f32, values_f16, values_bf16, values_q8_0};
     fill_attend(k);
     k->softmax = softmax;
+    k->pair_rows = pair_rows;
     memcpy(k->scores, scores, sizeof scores);
     memcpy(k->values, values, sizeof values);
 }
