@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include "../include/kt_native.h"
+#include "../src/attention/attend.h"
 
 static int failures;
 static uint64_t seed = 88172645463325252ull;
@@ -336,7 +337,37 @@ static void pages_drop(struct pages *p) {
     for (int i = 0; i < p->count; i++) free(p->room[i]);
 }
 
-/* One or two sequences, the second with a mask; all instruction sets against portable, both paths. */
+/* Rows of a cache: what goes in comes out, q8_0 as its reference rounds; infinities and NaNs become one or the other. */
+static void cache_case(int type) {
+    const int64_t n = 32 * (1 + next() % 5);
+    const size_t bytes = kt_cache_row(type, n);
+    float *x = random_floats((size_t)n), *y = malloc((size_t)n * 4);
+    uint8_t *row = malloc(bytes);
+    for (int i = 0; i < 32; i++) x[i] *= 1e-41f; /* subnormal: q8_0 makes them 0 */
+    kt_cache_store(kt_kernels(), x, n, type, row);
+    kt_cache_load(kt_kernels(), row, n, type, y);
+    for (int64_t b = 0; b < n; b += 32) {
+        float most = 0;
+        for (int i = 0; i < 32; i++) most = fmaxf(most, fabsf(x[b + i]));
+        for (int i = 0; i < 32; i++) {
+            const float step = type == KT_CACHE_Q8_0 ? most / 127 : most * (type == KT_BF16 ? 0x1p-7f : 0x1p-10f);
+            check(fabsf(x[b + i] - y[b + i]) <= 0.57f * step + (type == KT_F32 ? 0 : 1e-7f), "row of a cache");
+            if (type != KT_CACHE_Q8_0 || !b) continue;
+            const float code = roundf(x[b + i] * (1 / (most / 127)));
+            check((int8_t)row[b / 32 * 34 + 2 + i] == (int)code, "code of q8_0");
+        }
+    }
+    x[n - 1] = next() % 2 ? NAN : INFINITY;
+    kt_cache_store(kt_kernels(), x, n, type, row);
+    kt_cache_load(kt_kernels(), row, n, type, y);
+    check(!isfinite(y[n - 1]), "infinity in a row of a cache");
+    check(!kt_cache_row(KT_CACHE_Q8_0, 33) && !kt_cache_row(4, 32) && !kt_cache_row(KT_F32, -1), "size of a row");
+    free(x);
+    free(y);
+    free(row);
+}
+
+/* Two sequences, the second with a mask; all instruction sets against portable, both paths. */
 static void attention_case(kt_pool *pool, int type, int nasty) {
     static const int64_t row_bytes[] = {4, 2, 2};
     const int quantized = type == KT_CACHE_Q8_0;
@@ -557,7 +588,10 @@ int main(int argc, char **argv) {
     kt_pool *pool = NULL;
     check(kt_pool_create(THREADS, &pool) == KT_OK, "pool");
     for (int i = 0; i < FORMATS && !pool_only; i++) format_cases(pool, i, few);
-    for (int i = 0; i < (few ? 8 : 60) && !pool_only; i++) attention_case(pool, i % 4, i % 5 == 4);
+    for (int i = 0; i < (few ? 8 : 60) && !pool_only; i++) {
+        attention_case(pool, i % 4, i % 5 == 4);
+        cache_case(i % 4);
+    }
     if (!pool_only) {
         garbage(pool, few);
         errors(pool);

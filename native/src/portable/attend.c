@@ -6,6 +6,7 @@
 /* Vectors that the compiler takes apart as the machine needs. */
 typedef float kt_vec __attribute__((vector_size(64)));
 typedef int32_t kt_ivec __attribute__((vector_size(64)));
+typedef uint32_t kt_uvec __attribute__((vector_size(64)));
 
 /* x = e^x for x <= 0, relative error about 1e-7: the polynomial of exp_clamped in act.h. Below -87, where results would
  * be subnormal, exactly 0. A NaN stays one. By pointer: vectors of 64 bytes have no one calling convention. */
@@ -20,7 +21,7 @@ static inline __attribute__((always_inline)) void exp_negative(kt_vec *x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
-    const kt_ivec power = ((kt_ivec)t - (int32_t)0x4b400000 + 127) << 23; /* what magic added, less its own bits */
+    const kt_uvec power = ((kt_uvec)t - 0x4b400000u + 127u) << 23; /* what magic added, less its own bits */
     const kt_ivec gone = *x < -87.0f;
     *x = (kt_vec)((kt_ivec)(p * (kt_vec)power) & ~gone);
 }
