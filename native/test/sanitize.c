@@ -337,7 +337,7 @@ static void pages_drop(struct pages *p) {
     for (int i = 0; i < p->count; i++) free(p->room[i]);
 }
 
-/* Rows of a cache: what goes in comes out, q8_0 as its reference rounds; infinities and NaNs become one or the other. */
+/* Rows of a cache: what goes in comes out, q8_0 as its reference rounds; no infinity or NaN becomes a number. */
 static void cache_case(int type) {
     const int64_t n = 32 * (1 + next() % 5);
     const size_t bytes = kt_cache_row(type, n);

@@ -8,10 +8,10 @@
  *   for each row of what was cut into several pieces: out = the pieces, weighed by their maxima, in order
  *
  * REGULARITIES
- *  - A row is a query head of a query token; all rows of a head of keys (the heads of its group, times tokens) meet each
- *    key and value while it is in the cache: memory is read once for all of them.
+ *  - A row is a query head of a query token; all rows of a head of keys (the heads of its group, times tokens) meet
+ *    each key and value while it is in the cache: memory is read once for all of them.
  *  - Few rows are bound by memory and take the kernels, which convert in registers. Many rows repay panels: see
- *    matmul/panel.h. kt_attend_threshold says from which number of rows on.
+ *    matmul/panel.h. kt_attend_thresholds says from which number of rows on.
  *  - How a sequence is cut depends on its lengths and the shape of heads, not on the threads or other sequences: every
  *    sum has one owner and one order.
  *  - Blocks of late rows see most and are handed out first.
@@ -295,8 +295,8 @@ static void careful_values(const struct work *w, int64_t base, int n) {
     }
 }
 
-/* What to fetch while keys from token `at` on are met: their values, unless they are the same memory; and meanwhile: the
- * keys of the page after. As far as one page goes. */
+/* What to fetch while keys from token `at` on are met: their values, unless they are the same memory. And while values
+ * are: the next keys. As far as one page goes. */
 static struct kt_ahead values_ahead(const struct work *w, int64_t at) {
     const struct kt_attend *a = w->r->a;
     const struct kt_kv *kv = &w->s->kv;
@@ -438,7 +438,8 @@ static void load_rows(const struct work *w) {
     const struct kt_attend *a = w->r->a;
     struct kt_acts *q = &w->m->q;
     for (int row = 0; row < w->rows; row++) {
-        const int64_t token = w->s->query + query_of(w, row), head = w->head * w->r->group + (w->first + row) % w->r->group;
+        const int64_t token = w->s->query + query_of(w, row);
+        const int64_t head = w->head * w->r->group + (w->first + row) % w->r->group;
         float *to = q->f + row * q->stride;
         memcpy(to, a->q + token * a->q_stride + head * a->size, (size_t)a->size * 4);
         memset(to + a->size, 0, (size_t)(q->stride - a->size) * 4);

@@ -14,9 +14,11 @@ static void rescale(float factor, float *x, int64_t n) {
 
 /* pair_rows of struct kt_kernels. `line`: sixteen bf16 of two tokens as a line of a tile, which portable/attend.c says
  * in plain C. */
-static inline __attribute__((always_inline)) void pair_rows_by(void (*line)(const uint8_t *, const uint8_t *, uint32_t *),
-                                                               const uint8_t *values, size_t value_row, int tokens,
-                                                               int64_t n, uint32_t *data, int64_t tile) {
+typedef void (*pair_line_fn)(const uint8_t *first, const uint8_t *second, uint32_t *line);
+
+static inline __attribute__((always_inline)) void pair_rows_by(pair_line_fn line, const uint8_t *values,
+                                                               size_t value_row, int tokens, int64_t n, uint32_t *data,
+                                                               int64_t tile) {
     static const uint8_t none[2 * KT_TILE];
     for (int t = 0; t < tokens; t += 2, values += 2 * value_row, data += KT_TILE) {
         const uint8_t *second = t + 1 < tokens ? values + value_row : NULL; /* an odd last token: with zeros */
