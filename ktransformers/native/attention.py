@@ -105,8 +105,8 @@ def _check_cache(q: Tensor, keys: Tensor, values: Tensor, name: str) -> int:
     kind = Q8_0 if keys.dtype == torch.uint8 else DTYPES.get(keys.dtype)
     if kind is None or values.dtype != keys.dtype:
         raise NativeError(
-            f"{name} (keys, values): found {keys.dtype} and {values.dtype}, expected both float32, bfloat16, float16 or "
-            "uint8 (q8_0 blocks)."
+            f"{name} (keys, values): found {keys.dtype} and {values.dtype}, expected both float32, bfloat16, float16 "
+            "or uint8 (q8_0 blocks)."
         )
     if not q.is_floating_point():
         raise NativeError(f"{name} (q): found {q.dtype}, expected floats.")

@@ -42,7 +42,6 @@ static pthread_once_t once = PTHREAD_ONCE_INIT;
 /* The kernels of kt_set_exact: what multiplies int8 or bf16 is left out. */
 static struct kt_kernels only_fp32(struct kt_kernels k) {
     k.gemm_q8 = k.gemm_bf16 = NULL;
-    k.scores_bf16 = NULL;
     for (int f = 0; f < KT_FORMATS; f++)
         if (kt_traits_table[f].kind == KT_KIND_Q8) k.dot[f] = NULL;
     return k;
@@ -57,7 +56,7 @@ static void detect(void) {
         if (i != base) tables[i] = tables[base];
         rungs[i].fill(&tables[i]);
         kt_thresholds(i, tables[i].tiles_from);
-        tables[i].panels_from = kt_attend_threshold(i);
+        kt_attend_thresholds(i, tables[i].panels_from);
         tables[i].name = rungs[i].name;
         exact_tables[i] = only_fp32(tables[i]);
         usable[i] = 1;

@@ -143,7 +143,7 @@ typedef void (*kt_gemm_fn)(const struct kt_panel *p, const struct kt_acts *a, co
                            int64_t k0, float *c, int64_t ldc, int add);
 
 /* Attention (attention/attend.c): the query rows of `q`, `rows` of them, meet `tokens` keys of one page, key_row bytes
- * from one to the next: s[r * lds + t] = q row r . key t. q is padded with zeros to a multiple of 16 (as bf16: 32). */
+ * from one to the next: s[r * lds + t] = q row r . key t. q is padded with zeros to a multiple of 16. */
 typedef void (*kt_scores_fn)(const struct kt_acts *q, int rows, const uint8_t *keys, size_t key_row, int tokens,
                              float *s, int64_t lds, struct kt_ahead *ahead);
 
@@ -193,11 +193,10 @@ struct kt_kernels {
 
     kt_scores_fn scores[KT_CACHES];
     kt_values_fn values[KT_CACHES];
-    kt_scores_fn scores_bf16; /* of a BF16 cache and q as bf16; NULL: scores[KT_BF16] */
-    int panels_from;          /* rows from which panels and a GEMM beat scores and values, see matmul/thresholds.c */
+    int panels_from[2]; /* rows from which panels beat them, by gemm_f32 and by gemm_bf16: see matmul/thresholds.c */
 
     /* s[i] = e^(scale * s[i] - m), i < n; m is the largest of *max and all scale * s[i], and is left in *max. Returns
-     * the sum of what it wrote. -infinity becomes 0, even if nothing larger is known. Same bits on every ISA. */
+     * the sum of what it wrote. -infinity becomes 0, even if nothing larger is known. */
     float (*softmax)(float *s, int n, float scale, float *max);
 
     /* x[i] *= factor */

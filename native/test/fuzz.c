@@ -396,6 +396,80 @@ static void block_case(void) {
     kt_router_destroy(r);
     kt_experts_destroy(e);
     kt_experts_destroy(s);
+/* ---- attention ---- */
+
+/* Pages of exactly what may be read of them, heads side by side within a token or behind each other. */
+static const void *const *random_pages(int64_t heads, int64_t length, int64_t row, int64_t *head, int64_t *token) {
+    const int64_t pages = (length + 63) / 64;
+    const int beside = chance(2);
+    const void **page = (const void **)(void *)buffer((size_t)pages * sizeof *page, sizeof *page);
+    *token = row * (beside ? heads : 1) + below(3);
+    *head = beside ? row : *token * 64;
+    for (int64_t i = 0; i < pages; i++) {
+        const int64_t tokens = length - i * 64 < 64 ? length - i * 64 : 64;
+        page[i] = random_bytes((size_t)((heads - 1) * *head + (tokens - 1) * *token + row), 1);
+    }
+    return page;
+}
+
+static void random_sequence(const kt_attention_args *a, kt_attention_sequence *s) {
+    const int64_t unit = a->type == KT_F32 ? 4 : 2;
+    const int quantized = a->type == KT_CACHE_Q8_0;
+    s->length = 1 + below(chance(2) ? 200 : 70);
+    s->queries = chance(3) ? below(s->length + 1) : 1;
+    s->start = chance(3) ? below(s->length + 1) : 0;
+    s->keys = random_pages(a->kv_heads, s->length, quantized ? a->size / 32 * 34 : a->size * unit, &s->key_head,
+                           &s->key_row);
+    s->values = random_pages(a->kv_heads, s->length, quantized ? a->value_size / 32 * 34 : a->value_size * unit,
+                             &s->value_head, &s->value_row);
+    if (chance(2)) return;
+    s->mask_row = s->length;
+    uint8_t *mask = random_bytes((size_t)(s->queries * s->length), 1);
+    for (int64_t i = 0; i < s->queries * s->length; i++) mask[i] &= 1;
+    s->mask = mask;
+}
+
+/* A number that no call may take. */
+static void spoil(kt_attention_args *a, kt_attention_sequence *s) {
+    int64_t *const fields[] = {&a->heads,    &a->kv_heads,   &a->size,     &a->value_size, &a->window,
+                               &a->q_stride, &a->out_stride, &a->sequences, &s->key_head,  &s->value_head,
+                               &s->key_row,  &s->value_row,  &s->query,    &s->queries,    &s->start,
+                               &s->length};
+    const int64_t which = below(sizeof fields / sizeof *fields + 1);
+    if (which == sizeof fields / sizeof *fields) a->type = (int32_t)PICK(-1, 4, INT32_MAX, INT32_MIN);
+    else *fields[which] = PICK(-1, INT64_MIN, INT64_MAX, INT64_MAX - 63, (int64_t)1 << 62);
+}
+
+static void attention_case(void) {
+    enum { MOST = 3 };
+    kt_attention_sequence s[MOST] = {{0}};
+    kt_attention_args a = {.type = (int32_t)below(4), .kv_heads = 1 + below(3), .sequence = s};
+    a.heads = a.kv_heads * (1 + below(chance(4) ? 70 : 9));
+    a.size = a.type == KT_CACHE_Q8_0 ? PICK(32, 64, 128) : random_size();
+    a.value_size = a.type == KT_CACHE_Q8_0 ? PICK(32, 64, 128) : random_size();
+    a.scale = random_floats(1)[0];
+    a.window = chance(3) ? 1 + below(100) : 0;
+    a.sinks = chance(3) ? random_floats(a.heads) : NULL;
+    a.sequences = 1 + below(MOST);
+    int64_t tokens = 0;
+    for (int64_t i = 0; i < a.sequences; i++) {
+        random_sequence(&a, &s[i]);
+        s[i].query = tokens;
+        tokens += s[i].queries;
+    }
+    a.q_stride = a.heads * a.size;
+    a.out_stride = a.heads * a.value_size;
+    a.q = random_floats(tokens * a.q_stride);
+    const size_t bytes = (size_t)(tokens * a.out_stride) * 4;
+    uint8_t *out[2];
+    two_outputs(out, bytes, KT_F32);
+    a.out = (float *)(void *)out[0];
+    int status = kt_attention_core(pools[0], &a);
+    a.out = (float *)(void *)out[1];
+    compare(status, kt_attention_core(pools[1], &a), out, bytes, KT_F32, "attention");
+    check(status == KT_OK, "attention of valid arguments");
+    spoil(&a, s);
+    check(kt_attention_core(pools[0], &a) != KT_OK, "attention of absurd arguments");
 }
 
 /* Any number in any field, over a pointer to one byte: only creation, which may look at `order` but at no weight. */
@@ -425,6 +499,8 @@ static double seconds(void) {
 int main(int argc, char **argv) {
     static void (*const cases[])(void) = {linear_case, linear_case, dequantize_case, experts_case,
                                           experts_case, block_case, block_case, lies};
+    static void (*const cases[])(void) = {linear_case, linear_case, dequantize_case, experts_case, experts_case,
+                                          attention_case, attention_case, lies};
     const double limit = argc > 1 ? atof(argv[1]) : 8, begin = seconds();
     uint64_t seed = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
 #if defined(__SANITIZE_ADDRESS__)

@@ -1,10 +1,10 @@
 """Attention over a cache, ours beside torch's fused kernel: `python -m tests.bench.bench_attention`.
 
-Decode: one query over 512, 4096 and 32768 cached tokens. Prefill: 512 queries after 0 and 4096 cached tokens. Both in bf16,
-on one pool; torch gets the query heads of a group packed as queries of one head, as operators/cpu_attention.py does it,
-and as many threads. The two take turns; a figure is the median over rounds. GB/s: bytes of keys and values read once over
-the time, beside the read bandwidth that kt_bench_read finds in the same rounds. `--rows` measures from how many rows panels
-win, for native/src/matmul/thresholds.c, on one thread, in CPU time.
+Decode: one query over 512, 4096 and 32768 cached tokens. Prefill: 512 queries after 0 and 4096 cached tokens. Both in
+bf16, on one pool; torch gets the query heads of a group packed as queries of one head, as operators/cpu_attention.py
+does it, and as many threads. The two take turns; a figure is the median over rounds. GB/s: bytes of keys and values read
+once over the time, beside the read bandwidth that kt_bench_read finds in the same rounds. `--rows` measures from how many
+rows panels win, for native/src/matmul/thresholds.c, on one thread, in CPU time.
 """
 
 import argparse
@@ -83,17 +83,18 @@ def compare(name: str, queries: int, length: int, rounds: int, with_torch: bool)
     return {
         "shape": name, "queries": queries, "length": length, "ours_us": middle["ours"] * 1e6,
         "torch_us": middle["torch"] * 1e6 if with_torch else None, "gb_s": bytes_read / middle["ours"] / 1e9,
-        "read_gb_s": probe.nbytes / middle["read"] / 1e9, "gflops": 2 * heads * (size + width) * seen / middle["ours"] / 1e9,
+        "read_gb_s": probe.nbytes / middle["read"] / 1e9,
+        "gflops": 2 * heads * (size + width) * seen / middle["ours"] / 1e9,
     }  # fmt: skip
 
 
 def rows_table(isa: str, rounds: int) -> dict[tuple[str, int], tuple[float, float]]:
-    """(dtype, rows) -> CPU microseconds by kernels and by panels, 512 tokens, one head of keys."""
+    """(dtype, rows) -> CPU microseconds by kernels and by panels, 2048 tokens, one head of keys."""
     native.set_isa(isa)
     native.set_threads(1)
     found = {}
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
-        keys, values = (torch.randn(1, 1, 512, 128).to(dtype) for _ in range(2))
+        keys, values = (torch.randn(1, 1, 2048, 128).to(dtype) for _ in range(2))
         for rows in (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128):
             q = torch.randn(1, rows, 1, 128)
             times: dict[int, list[float]] = {ROWS: [], PANELS: []}
@@ -101,8 +102,8 @@ def rows_table(isa: str, rounds: int) -> dict[tuple[str, int], tuple[float, floa
                 for path, took in times.items():
                     native.set_panel_threshold(path)
                     native.attend(q, keys, values)
-                    took.append(seconds(lambda: [native.attend(q, keys, values) for _ in range(8)], time.thread_time) / 8)
-            found[str(dtype).removeprefix("torch."), rows] = tuple(statistics.median(t) * 1e6 for t in times.values())
+                    took.append(seconds(lambda: [native.attend(q, keys, values) for _ in range(8)], time.thread_time))  # noqa: B023
+            found[str(dtype).removeprefix("torch."), rows] = tuple(statistics.median(t) / 8e-6 for t in times.values())
     native.set_panel_threshold(0)
     native.set_threads(None)
     return found
@@ -117,7 +118,7 @@ def main() -> None:
     parser.add_argument("--no-torch", action="store_true", help="ours alone")
     parser.add_argument("--json", type=Path, help="write every figure here")
     args = parser.parse_args()
-    console, rounds, found = Console(), 5 if args.quick else 15, []
+    console, rounds, found = Console(width=100), 5 if args.quick else 15, []
     if args.threads:
         native.set_threads(args.threads)
     torch.set_num_threads(native.threads())
@@ -136,9 +137,9 @@ def main() -> None:
                 row = compare(name, queries, length, rounds if queries == 1 else 5, not args.no_torch)
                 found.append({"isa": isa, **row})
                 ours, theirs = row["ours_us"], row["torch_us"]
-                table.add_row(name, str(queries), str(length), f"{ours:.0f}", f"{row['gb_s']:.1f}", f"{row['read_gb_s']:.1f}",
-                              f"{row['gflops']:.0f}", f"{theirs:.0f}" if theirs else "-",
-                              f"{theirs / ours:.2f}" if theirs else "-")  # fmt: skip
+                beside = (f"{theirs:.0f}", f"{theirs / ours:.2f}") if theirs else ("-", "-")
+                table.add_row(name, str(queries), str(length), f"{ours:.0f}", f"{row['gb_s']:.1f}",
+                              f"{row['read_gb_s']:.1f}", f"{row['gflops']:.0f}", *beside)  # fmt: skip
         console.print(table)
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -8,10 +8,10 @@
  *   for each row of what was cut into several pieces: out = the pieces, weighed by their maxima, in order
  *
  * REGULARITIES
- *  - A row is a query head of a query token; all rows of a head of keys (the heads of its group, times tokens) meet each
- *    key and value while it is in the cache: memory is read once for all of them.
+ *  - A row is a query head of a query token; all rows of a head of keys (the heads of its group, times tokens) meet
+ *    each key and value while it is in the cache: memory is read once for all of them.
  *  - Few rows are bound by memory and take the kernels, which convert in registers. Many rows repay panels: see
- *    matmul/panel.h. kt_attend_threshold says from which number of rows on.
+ *    matmul/panel.h. kt_attend_thresholds says from which number of rows on.
  *  - How a sequence is cut depends on its lengths and the shape of heads, not on the threads or other sequences: every
  *    sum has one owner and one order.
  *  - Blocks of late rows see most and are handed out first.
@@ -39,7 +39,8 @@ enum {
 /* How one sequence is cut. */
 struct plan {
     int64_t rows;           /* group * queries */
-    int32_t blocks, pieces; /* of rows; of each block's context */
+    int64_t blocks;         /* of rows */
+    int32_t pieces;         /* of each block's context */
     int64_t first_job;      /* its jobs: [block, latest first][head][piece] */
     int64_t first_partial;  /* floats; [head][row][piece][ROW_HEAD + columns] */
     int64_t first_merge;    /* rows, over all heads; nothing to merge where pieces is 1 */
@@ -128,16 +129,17 @@ static struct range pages_of(struct range seen) {
 static void cut_sequence(const struct run *r, const struct kt_attend_sequence *s, struct plan *p) {
     const struct kt_attend *a = r->a;
     *p = (struct plan){.rows = r->group * s->queries};
-    p->blocks = (int32_t)divide_up(p->rows, MAX_ROWS);
+    p->blocks = divide_up(p->rows, MAX_ROWS);
     if (!p->rows) return;
     const struct range pages = pages_of(seen_by_some(a, s, 0, s->queries - 1));
-    const int64_t others = a->kv_heads * p->blocks, wanted = divide_up((pages.end - pages.begin) * others, JOBS);
+    const int64_t others = kt_min(a->kv_heads * p->blocks, JOBS);
+    const int64_t wanted = divide_up((pages.end - pages.begin) * others, JOBS);
     p->pieces = (int32_t)divide_up(pages.end - pages.begin, wanted > LEAST_PAGES ? wanted : LEAST_PAGES);
     if (p->pieces < 1) p->pieces = 1;
 }
 
 static int needs_panels(const struct run *r, int64_t rows) {
-    return rows >= kt_panel_threshold(r->a->k->panels_from);
+    return rows >= kt_panel_threshold(r->a->k->panels_from[r->bf16]);
 }
 
 static int64_t acc_stride(const struct run *r) { return r->columns + ROW_HEAD; }
@@ -147,14 +149,14 @@ static void measure(struct run *r, struct plan *plan) {
     const struct kt_attend *a = r->a;
     r->group = a->heads / a->kv_heads;
     r->columns = kt_round_up(a->value_size, KT_TILE);
-    r->bf16 = a->type == KT_BF16 && (a->k->gemm_bf16 != NULL || a->k->scores_bf16 != NULL);
+    r->bf16 = a->type == KT_BF16 && a->k->gemm_bf16;
     for (int32_t i = 0; i < a->sequences; i++) {
         struct plan p;
         cut_sequence(r, &a->sequence[i], &p);
         p.first_job = r->jobs;
         p.first_partial = r->partial_floats;
         p.first_merge = r->merges;
-        r->jobs += p.blocks * a->kv_heads * p.pieces;
+        r->jobs = kt_min(r->jobs + p.blocks * a->kv_heads * p.pieces, (int64_t)INT32_MAX + 1); /* which is refused */
         if (p.pieces > 1) {
             r->merges += p.rows * a->kv_heads;
             r->partial_floats += p.rows * a->kv_heads * p.pieces * acc_stride(r);
@@ -171,7 +173,7 @@ static void take_space(const struct run *r, struct kt_arena *arena, struct space
     const struct kt_attend *a = r->a;
     const int64_t rows = r->most_rows;
     *m = (struct space){0};
-    kt_acts_take(arena, rows, a->size, r->bf16 ? KT_NEED_BF16 : 0, &m->q);
+    kt_acts_take(arena, rows, a->size, r->bf16 && r->panels ? KT_NEED_BF16 : 0, &m->q);
     m->p = (struct kt_acts){.cols = CHUNK, .stride = LDS};
     m->p.f = kt_arena_take(arena, rows * LDS, 4);
     m->acc = kt_arena_take(arena, rows * acc_stride(r), 4);
@@ -244,11 +246,12 @@ static void weigh(const struct work *w, int64_t base, int n) {
         const int from = (int)(seen.begin - base), to = (int)(seen.end - base);
         for (int t = 0; t < from; t++) p[t] = 0.0f;
         for (int t = to; t < n; t++) p[t] = 0.0f;
-        for (int t = from; mask && t < to; t++)
-            if (!mask[base + t]) p[t] = -INFINITY;
         w->m->keep[row] = 1.0f;
         if (from == to) continue;
-        const float added = a->k->softmax(p + from, to - from, a->scale, max);
+        if (mask) a->k->rescale(a->scale, p + from, to - from); /* no scale turns -infinity into something else then */
+        for (int t = from; mask && t < to; t++)
+            if (!mask[base + t]) p[t] = -INFINITY;
+        const float added = a->k->softmax(p + from, to - from, mask ? 1.0f : a->scale, max);
         if (*max != old) w->m->keep[row] = expf(old - *max);
         *sum = *sum * w->m->keep[row] + added;
     }
@@ -292,9 +295,23 @@ static void careful_values(const struct work *w, int64_t base, int n) {
     }
 }
 
-static struct kt_ahead lines_ahead(const uint8_t *row, size_t stride, size_t bytes, int rows) {
-    struct kt_ahead a = {.row = row, .stride = stride, .bytes = bytes, .rows = rows};
-    return a;
+/* What to fetch while keys from token `at` on are met: their values, unless they are the same memory. And while values
+ * are: the next keys. As far as one page goes. */
+static struct kt_ahead values_ahead(const struct work *w, int64_t at) {
+    const struct kt_attend *a = w->r->a;
+    const struct kt_kv *kv = &w->s->kv;
+    const uint8_t *values = w->values[at / KT_PAGE] + w->value_at;
+    if (values == w->keys[at / KT_PAGE] + w->key_at) return (struct kt_ahead){0};
+    const int64_t first = at % KT_PAGE, end = kt_min(w->end - at + first, KT_PAGE);
+    return (struct kt_ahead){.row = values + (size_t)first * kv->value_row, .stride = kv->value_row,
+                             .bytes = kt_cache_row(a->type, a->value_size), .rows = (int)(end - first)};
+}
+
+static struct kt_ahead keys_ahead(const struct work *w, int64_t at) {
+    const struct kt_attend *a = w->r->a;
+    if (at >= w->end) return (struct kt_ahead){0};
+    return (struct kt_ahead){.row = w->keys[at / KT_PAGE] + w->key_at, .stride = w->s->kv.key_row,
+                             .bytes = kt_cache_row(a->type, a->size), .rows = (int)kt_min(w->end - at, KT_PAGE)};
 }
 
 /* A chunk within one page, by kernels that read rows as they lie. Values are fetched while keys are met, and the next
@@ -306,15 +323,10 @@ static void rows_chunk(const struct work *w, int64_t begin, int64_t end) {
     const int64_t page = begin / KT_PAGE, at = begin % KT_PAGE;
     const uint8_t *keys = w->keys[page] + w->key_at + (size_t)at * kv->key_row;
     const uint8_t *values = w->values[page] + w->value_at + (size_t)at * kv->value_row;
-    struct kt_ahead ahead = lines_ahead(values, kv->value_row, kt_cache_row(a->type, a->value_size), n);
-    if (values == keys) ahead.rows = 0;
-    const kt_scores_fn scores = a->type == KT_BF16 && a->k->scores_bf16 ? a->k->scores_bf16 : a->k->scores[a->type];
-    scores(&w->m->q, w->rows, keys, kv->key_row, n, w->m->p.f, w->m->p.stride, &ahead);
+    struct kt_ahead ahead = values_ahead(w, begin);
+    a->k->scores[a->type](&w->m->q, w->rows, keys, kv->key_row, n, w->m->p.f, w->m->p.stride, &ahead);
     weigh(w, begin, n);
-    ahead.rows = 0;
-    if (end < w->end)
-        ahead = lines_ahead(w->keys[page + 1] + w->key_at, kv->key_row, kt_cache_row(a->type, a->size),
-                            (int)kt_min(w->end - end, KT_PAGE));
+    ahead = keys_ahead(w, end);
     if (!seen_by_all(w, begin, end) && has_nonfinite(w, begin, n)) careful_values(w, begin, n);
     else
         a->k->values[a->type](w->m->p.f, w->m->p.stride, w->rows, w->m->keep, values, kv->value_row, n, a->value_size,
@@ -323,9 +335,7 @@ static void rows_chunk(const struct work *w, int64_t begin, int64_t end) {
 
 /* ---- the same by panels ----------------------------------------------------------------------------- */
 
-static enum kt_kind panel_kind(const struct kt_attend *a) {
-    return a->type == KT_BF16 && a->k->gemm_bf16 ? KT_KIND_BF16 : KT_KIND_F32;
-}
+static enum kt_kind panel_kind(const struct run *r) { return r->bf16 ? KT_KIND_BF16 : KT_KIND_F32; }
 
 /* `n` keys of a page as a matrix of weights. q8_0 by way of fp32: as weights they would ask for int8 queries. */
 static struct kt_matrix keys_of(const struct work *w, int64_t page, int n) {
@@ -346,10 +356,10 @@ static struct kt_matrix keys_of(const struct work *w, int64_t page, int n) {
  * hold, its tiles being those of one page and then the next's. */
 static void score_panels(const struct work *w, int64_t base, int n) {
     const struct kt_attend *a = w->r->a;
-    const enum kt_kind kind = panel_kind(a);
+    const enum kt_kind kind = panel_kind(w->r);
     const int64_t most = KT_PANEL_BYTES / 4 * kt_values_per_dword(kind);
     for (int64_t k0 = 0; k0 < a->size; k0 += most) {
-        struct kt_ahead none = {0};
+        struct kt_ahead ahead = k0 ? (struct kt_ahead){0} : values_ahead(w, base);
         struct kt_panel all = {.kind = kind, .tiles = (n + KT_TILE - 1) / KT_TILE, .k = kt_min(a->size - k0, most)};
         const int64_t tile = divide_up(all.k, kt_values_per_dword(kind)) * KT_TILE;
         for (int at = 0; at < n; at += KT_PAGE) {
@@ -362,7 +372,7 @@ static void score_panels(const struct work *w, int64_t base, int n) {
             kt_panel_fill(&block, k0, &page);
         }
         all.data = w->m->key_panel;
-        all.ahead = &none;
+        all.ahead = &ahead;
         const kt_gemm_fn gemm = kind == KT_KIND_BF16 ? a->k->gemm_bf16 : a->k->gemm_f32;
         gemm(&all, &w->m->q, w->r->token, w->rows, k0, w->m->p.f, w->m->p.stride, k0 > 0);
     }
@@ -371,7 +381,7 @@ static void score_panels(const struct work *w, int64_t base, int n) {
 /* The values of a chunk as a panel whose rows are columns of values, and whose columns are tokens. */
 static void fill_values(const struct work *w, int64_t base, int n) {
     const struct kt_attend *a = w->r->a;
-    const enum kt_kind kind = panel_kind(a);
+    const enum kt_kind kind = panel_kind(w->r);
     const int64_t tile = divide_up(n, kt_values_per_dword(kind)) * KT_TILE;
     for (int at = 0; at < n; at += KT_PAGE) {
         const uint8_t *values = w->values[(base + at) / KT_PAGE] + w->value_at;
@@ -393,7 +403,7 @@ static void fill_values(const struct work *w, int64_t base, int n) {
 /* acc = keep * acc + p . values */
 static void value_panels(const struct work *w, int64_t base, int n) {
     const struct kt_attend *a = w->r->a;
-    const enum kt_kind kind = panel_kind(a);
+    const enum kt_kind kind = panel_kind(w->r);
     const kt_gemm_fn gemm = kind == KT_KIND_BF16 ? a->k->gemm_bf16 : a->k->gemm_f32;
     const int64_t tile = divide_up(n, kt_values_per_dword(kind)) * KT_TILE;
     struct kt_acts *p = &w->m->p;
@@ -407,8 +417,8 @@ static void value_panels(const struct work *w, int64_t base, int n) {
     }
     fill_values(w, base, n);
     for (int64_t c = 0; c < w->r->columns; c += KT_BLOCK_ROWS) {
-        struct kt_ahead none = {0};
-        const struct kt_panel values = {.kind = kind, .k = n, .ahead = &none,
+        struct kt_ahead ahead = c ? (struct kt_ahead){0} : keys_ahead(w, base + n);
+        const struct kt_panel values = {.kind = kind, .k = n, .ahead = &ahead,
                                         .tiles = (int)(kt_min(w->r->columns - c, KT_BLOCK_ROWS) / KT_TILE),
                                         .data = w->m->value_panel + c / KT_TILE * tile};
         gemm(&values, p, w->r->token, w->rows, 0, w->acc + ROW_HEAD + c, w->acc_stride, 1);
@@ -428,7 +438,8 @@ static void load_rows(const struct work *w) {
     const struct kt_attend *a = w->r->a;
     struct kt_acts *q = &w->m->q;
     for (int row = 0; row < w->rows; row++) {
-        const int64_t token = w->s->query + query_of(w, row), head = w->head * w->r->group + (w->first + row) % w->r->group;
+        const int64_t token = w->s->query + query_of(w, row);
+        const int64_t head = w->head * w->r->group + (w->first + row) % w->r->group;
         float *to = q->f + row * q->stride;
         memcpy(to, a->q + token * a->q_stride + head * a->size, (size_t)a->size * 4);
         memset(to + a->size, 0, (size_t)(q->stride - a->size) * 4);

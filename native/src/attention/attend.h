@@ -23,7 +23,8 @@ struct kt_attend_sequence {
     struct kt_kv kv;
     int64_t query;         /* index of its first query token in q and out */
     int32_t queries;
-    int64_t start, length; /* visible keys lie in start .. length; query i (of `queries`) sees keys <= length - queries + i */
+    int64_t start, length; /* visible keys lie in start .. length; query i (of `queries`) sees keys
+                              <= length - queries + i */
     const uint8_t *mask;   /* NULL: causal (and window). Else [queries][length] bytes, nonzero = visible, INSTEAD of
                               causal and window */
     int64_t mask_row;      /* bytes from a query's row to the next */

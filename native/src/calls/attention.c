@@ -6,6 +6,7 @@
 #include "../matmul/matrix.h"
 
 enum { MAX_HEADS = 1 << 16, MAX_SIZE = 1 << 16, MAX_SEQUENCES = 1 << 20 };
+static const int64_t max_stride = (int64_t)1 << 32; /* of q, out and masks: times a number of tokens it fits 63 bits */
 
 static int between(int64_t n, int64_t low, int64_t high) { return n >= low && n <= high; }
 
@@ -14,8 +15,8 @@ static int check_shapes(const kt_attention_args *a) {
         return KT_ERR_SHAPE;
     if (!between(a->size, 1, MAX_SIZE) || !between(a->value_size, 1, MAX_SIZE)) return KT_ERR_SHAPE;
     if (!between(a->window, 0, KT_MAX_DIM) || !between(a->sequences, 0, MAX_SEQUENCES)) return KT_ERR_SHAPE;
-    if (!between(a->q_stride, a->heads * a->size, KT_MAX_DIM << 10)) return KT_ERR_SHAPE;
-    if (!between(a->out_stride, a->heads * a->value_size, KT_MAX_DIM << 10)) return KT_ERR_SHAPE;
+    if (!between(a->q_stride, a->heads * a->size, max_stride)) return KT_ERR_SHAPE;
+    if (!between(a->out_stride, a->heads * a->value_size, max_stride)) return KT_ERR_SHAPE;
     if (!between(a->type, KT_F32, KT_CACHE_Q8_0)) return KT_ERR_DTYPE;
     return kt_cache_row(a->type, a->size) && kt_cache_row(a->type, a->value_size) ? KT_OK : KT_ERR_BLOCK;
 }
@@ -27,7 +28,7 @@ static int check_sequence(const kt_attention_args *a, const kt_attention_sequenc
     if (!between(s->key_head, 0, far) || !between(s->value_head, 0, far)) return KT_ERR_SHAPE;
     if (!between(s->key_row, (int64_t)kt_cache_row(a->type, a->size), far)) return KT_ERR_SHAPE;
     if (!between(s->value_row, (int64_t)kt_cache_row(a->type, a->value_size), far)) return KT_ERR_SHAPE;
-    if (s->mask && !between(s->mask_row, s->length, far)) return KT_ERR_SHAPE;
+    if (s->mask && !between(s->mask_row, s->length, max_stride)) return KT_ERR_SHAPE;
     if (!s->queries) return KT_OK;
     if (!s->keys || !s->values) return KT_ERR_NULL;
     for (int64_t p = s->start / KT_PAGE; p * KT_PAGE < s->length; p++)

@@ -7,7 +7,8 @@
 /* tiles_from[format] of an instruction set (enum kt_isa). Matters where the set has a decode kernel of the format. */
 void kt_thresholds(int isa, int tiles_from[KT_FORMATS]);
 
-/* Query rows of one head of keys (heads of its group times query tokens) from which attention goes by panels. */
-int kt_attend_threshold(int isa);
+/* Query rows of one head of keys (heads of its group times query tokens) from which attention goes by panels: by
+ * fp32 ones, by bf16 ones. */
+void kt_attend_thresholds(int isa, int panels_from[2]);
 
 #endif

@@ -1,6 +1,6 @@
-/* attend_rows.h: scores and values of attention on rows as they lie in the cache, converted in registers. Needs a
- * dot_vec.h, and of the file that includes it: SCORE_TOKENS by SCORE_ROWS sums at once, VALUE_ROWS by VALUE_VECTORS, and
- * v_signed8: bytes as floats.
+/* attend_rows.h: scores and values of attention on rows as they lie in the cache, converted in registers, and softmax.
+ * Needs a dot_vec.h, and of the file that includes it: SCORE_TOKENS by SCORE_ROWS sums at once, VALUE_ROWS by
+ * VALUE_VECTORS, and some more v_ functions.
  *
  * Scores: some tokens meet some rows, a vector of columns at a time. Values: some vectors of columns stay in registers
  * for all tokens of the call. What is read again, for more rows or columns, is in the first-level cache by then. */
@@ -130,6 +130,59 @@ INLINE vfloat q8_0_part(const uint8_t *row, int64_t c, int64_t n) { return (void
                                ahead);                                                                              \
     }
 
+/* ---- powers of e ------------------------------------------------------------------------------------ */
+
+/* e^x for x <= 0, as portable/attend.c computes it, fused: relative error about 1e-7, below -87 exactly 0. */
+INLINE vfloat v_exp_negative(vfloat x) {
+    const vfloat magic = v_floats(12582912.0f), t = v_fma(x, v_floats(1.44269504f), magic), n = v_sub(t, magic);
+    vfloat r = v_fma(n, v_floats(-0.693359375f), x);
+    r = v_fma(n, v_floats(2.12194440e-4f), r);
+    vfloat p = v_fma(v_floats(1.9875691500e-4f), r, v_floats(1.3981999507e-3f));
+    p = v_fma(p, r, v_floats(8.3334519073e-3f));
+    p = v_fma(p, r, v_floats(4.1665795894e-2f));
+    p = v_fma(p, r, v_floats(1.6666665459e-1f));
+    p = v_fma(p, r, v_floats(5.0000001201e-1f));
+    p = v_add(v_fma(p, v_mul(r, r), r), v_floats(1.0f));
+    return v_unless_below(x, -87.0f, v_times_power(p, t));
+}
+
+/* The last n < FLOATS scores, filled up with what is -infinity once scaled. */
+INLINE vfloat last_scores(const float *s, int n, float scale) {
+    float some[FLOATS];
+    for (int i = 0; i < FLOATS; i++) some[i] = i < n ? s[i] * scale : -INFINITY;
+    return v_load_f32(some);
+}
+
+static float softmax(float *s, int n, float scale, float *max) {
+    const vfloat by = v_floats(scale);
+    vfloat most = v_floats(*max), sum = v_zero(), last = v_zero();
+    int i = 0;
+    for (; i + FLOATS <= n; i += FLOATS) most = v_most(v_mul(v_load_f32(s + i), by), most);
+    if (i < n) {
+        last = last_scores(s + i, n - i, scale);
+        most = v_most(last, most);
+    }
+    *max = v_largest(most);
+    const vfloat base = v_floats(*max == -INFINITY ? 0.0f : *max);
+    for (i = 0; i + FLOATS <= n; i += FLOATS) {
+        const vfloat e = v_exp_negative(v_sub(v_mul(v_load_f32(s + i), by), base));
+        v_store_f32(s + i, e);
+        sum = v_add(sum, e);
+    }
+    if (i < n) {
+        float some[FLOATS];
+        last = v_exp_negative(v_sub(last, base));
+        v_store_f32(some, last);
+        memcpy(s + i, some, (size_t)(n - i) * 4);
+        sum = v_add(sum, last);
+    }
+    return v_sum(sum);
+}
+
+static void pair_rows(const uint8_t *values, size_t value_row, int tokens, int64_t n, uint32_t *data, int64_t tile) {
+    pair_rows_by(v_pair_line, values, value_row, tokens, n, data, tile);
+}
+
 #define ATTEND_ROWS(name, at) SCORES_SOME(name, at) SCORES_TOKENS(name) VALUES_SOME(name, at)
 ATTEND_ROWS(f32, f32_at)
 ATTEND_ROWS(f16, f16_at_column)
@@ -140,6 +193,8 @@ static void fill_attend_rows(struct kt_kernels *k) {
     static const kt_scores_fn scores[KT_CACHES] = {scores_f32, scores_f16, scores_bf16, scores_q8_0};
     static const kt_values_fn values[KT_CACHES] = {values_f32, values_f16, values_bf16, values_q8_0};
     fill_attend(k);
+    k->softmax = softmax;
+    k->pair_rows = pair_rows;
     memcpy(k->scores, scores, sizeof scores);
     memcpy(k->values, values, sizeof values);
 }
