@@ -18,8 +18,8 @@ from ktransformers.native import torch_ops
 from ktransformers.operators.base_operator import FamilyOperator
 from ktransformers.operators.combining import is_observed
 from ktransformers.operators.experts_in_c import mlp_in_c
-from ktransformers.operators.gqa import GQAttention
 from ktransformers.operators.moe import ComputedInC
+from ktransformers.operators.paged_attention import PagedAttention
 from ktransformers.operators.paged_cache import PagedLayer
 from ktransformers.operators.routing import close, generator, may_use_c, original, signature, tensors_of, twin
 
@@ -133,17 +133,23 @@ class KDecoderLayer(FamilyOperator):
         if self.stacking is not None and not args:
             found = self._native(hidden_states, kwargs)
             if found is not None:
-                layer, pages = found
-                return self._computed(layer, pages, hidden_states, **kwargs)
+                layer, held = found
+                out = layer.forward(hidden_states, [held.pages], *self._attention.step(held, kwargs))
+                held.advanced()
+                return out
         return super().forward(hidden_states, *args, **kwargs)
+
+    @property
+    def _attention(self) -> nn.Module:
+        return self._modules[self.stacking.attention]
 
     def _native(self, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[native.Layers, PagedLayer] | None:
         """The layer in C and its part of the cache, or None where its parts must compute one by one."""
         if not may_use_c(self, hidden) or torch_ops.is_watched(hidden):
             return None
         children = self._modules
-        attention, mlp = children[self.stacking.attention], children[self.stacking.mlp]
-        if not isinstance(attention, GQAttention) or is_observed(self, self.stacking.children):
+        attention, mlp = self._attention, children[self.stacking.mlp]
+        if not isinstance(attention, PagedAttention) or is_observed(self, self.stacking.children):
             return None
         pages = attention.pages(hidden, kwargs)
         second = self._second(mlp, hidden.dtype) if pages is not None else None
@@ -166,22 +172,6 @@ class KDecoderLayer(FamilyOperator):
         if self._mlp[0] is not mlp:
             self._mlp = mlp, mlp_in_c(mlp)
         return self._mlp[1]
-
-    def _computed(
-        self,
-        layer: native.Layers,
-        held: PagedLayer,
-        hidden: Tensor,
-        attention_mask: Tensor | None = None,
-        position_embeddings: Any = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        attention = self._modules[self.stacking.attention]
-        positions = position_embeddings if attention.attending.rotates else None
-        first = held.first_visible() if attention_mask is not None else 0
-        out = layer.forward(hidden, [held.pages], positions, attention_mask, first)
-        held.advanced()
-        return out
 
     def extra_repr(self) -> str:
         return "one native call" if self._layer is not None else ""

@@ -497,10 +497,8 @@ static double seconds(void) {
 }
 
 int main(int argc, char **argv) {
-    static void (*const cases[])(void) = {linear_case, linear_case, dequantize_case, experts_case,
-                                          experts_case, block_case, block_case, lies};
     static void (*const cases[])(void) = {linear_case, linear_case, dequantize_case, experts_case, experts_case,
-                                          attention_case, attention_case, lies};
+                                          block_case, block_case, attention_case, attention_case, lies};
     const double limit = argc > 1 ? atof(argv[1]) : 8, begin = seconds();
     uint64_t seed = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
 #if defined(__SANITIZE_ADDRESS__)

@@ -1,0 +1,126 @@
+"""Attention that computes on pages of the cache: what all such operators share.
+
+One native call does projections, norms, positions, cache and attention of a step. Where something else is asked for, a
+GPU, a cache of transformers, attentions, gradients, an adapter on a projection, the operator's other code computes:
+`update` of a paged layer serves that too. Letters: B batch, S queries, T cached tokens, H hidden.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ktransformers import native
+from ktransformers.native import Attention
+from ktransformers.operators.base_operator import FamilyOperator
+from ktransformers.operators.paged_cache import PagedCache, PagedLayer
+
+_CHANGE_NOTHING = frozenset({"use_cache", "output_attentions", "output_hidden_states", "cache_position", "position_ids",
+                             "output_router_logits", "logits_to_keep", "return_dict"})  # fmt: skip
+"""Arguments of an attention's forward that change no number where attentions are not asked for."""
+_KNOWN = _CHANGE_NOTHING | {"attention_mask", "position_embeddings", "past_key_values"}
+
+
+class PagedAttention(FamilyOperator):
+    """hidden [B, S, H] -> ([B, S, H], None) natively where it can; a subclass says how, and what computes otherwise."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.native: Attention | None = None
+        self._parts: dict[str, nn.Module | None] = {}
+        self._tensors: list[Tensor] = []
+        self._versions = 0
+
+    def make_native(self) -> Attention | None:
+        """The native call on the loaded weights; None where they are not all on the CPU, or not recognized."""
+        raise NotImplementedError
+
+    def make_pages(self, held: PagedLayer, dtype: torch.dtype) -> None:
+        """Give `held` its pages if it has none."""
+        raise NotImplementedError
+
+    def otherwise(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What computes where the native call cannot."""
+        return super().forward(hidden, *args, **kwargs)
+
+    rotates = True
+    """Whether positions are turned into keys and queries at all."""
+
+    @property
+    def computes_on_pages(self) -> bool:
+        return self.native is not None
+
+    def load(self) -> None:
+        super().load()
+        self.native = self.make_native() if native.available() else None
+        self._parts = dict(self._modules)
+        self._tensors = [tensor for _, tensor in self.named_parameters()]
+        self._versions = self._version()
+
+    def unload(self) -> None:
+        super().unload()
+        self.native = None
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        held = None if args else self.pages(hidden_states, kwargs)
+        if held is None:
+            return self.otherwise(hidden_states, *args, **kwargs)
+        step = self.step(held, kwargs)
+        out = self.native.forward(hidden_states, held.pages, *step)
+        held.advanced()
+        return out, None
+
+    def pages(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> PagedLayer | None:
+        """This layer's part of the cache, ready for a native call with these arguments of `forward`; a passing one
+        where no cache is kept; None where the other code has to compute."""
+        if self.native is None or not self._is_plain(hidden, kwargs):
+            return None
+        cache = kwargs.get("past_key_values")
+        held = PagedLayer() if cache is None else cache.layers[self.layer_idx] if type(cache) is PagedCache else None
+        if not isinstance(held, PagedLayer):
+            return None
+        if held.pages is None:
+            self.make_pages(held, hidden.dtype)
+        return held
+
+    def step(
+        self, held: PagedLayer, kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None, int]:
+        """Positions, mask and its first token, as `native.Attention.forward` takes them."""
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask == 0
+        positions = kwargs.get("position_embeddings") if self.rotates else None
+        return positions, mask, held.first_visible() if mask is not None else 0
+
+    def _is_plain(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> bool:
+        """Whether nothing is asked for that only the other code does."""
+        if hidden.device.type != "cpu" or torch.is_grad_enabled() and self._wants_gradients(hidden):
+            return False
+        if any(self._parts[name] is not child for name, child in self._modules.items()):  # PEFT wraps children
+            return False
+        if self._version() != self._versions:  # trained since: norms and biases were copied
+            return False
+        if kwargs.get("output_attentions", getattr(self.orig_module.config, "output_attentions", False)):
+            return False
+        mask = kwargs.get("attention_mask")
+        if mask is not None and not _only_hides(mask, hidden.shape[1]):
+            return False
+        return all(name in _KNOWN or value is None for name, value in kwargs.items())
+
+    def _version(self) -> int:
+        return sum(tensor._version for tensor in self._tensors)
+
+    def _wants_gradients(self, hidden: Tensor) -> bool:
+        return hidden.requires_grad or any(p.requires_grad for p in self._tensors)
+
+
+def _only_hides(mask: Any, queries: int) -> bool:
+    """Whether a mask [B or 1, 1, S, T] says of each key no more than whether it is seen."""
+    if not (isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[2] == queries):
+        return False
+    if mask.dtype == torch.bool:
+        return True
+    lowest = torch.finfo(mask.dtype).min if mask.is_floating_point() else None
+    return lowest is not None and bool(((mask == 0) | (mask <= lowest)).all())
