@@ -38,8 +38,8 @@ def attend(
     keys and values are float32, bfloat16, float16, or uint8: rows of q8_0 blocks. The S queries are the last of each
     sequence's `lengths` tokens (None: T) and see those before them, from `start` [B] on, the last `window` of them
     (0: all). `mask` [B, 1, S, T], bool: what is seen instead, of tokens from `start` on. `scale`: 1 / sqrt(D) if None.
-    `sinks` [A] add e^sink to their head's denominator. `value_size`: only so many columns of values (MLA, where keys and
-    values share memory); V if None. A query that sees nothing gets zeros. No gradients.
+    `sinks` [A] add e^sink to their head's denominator. `value_size`: only so many columns of values (MLA: keys and
+    values share memory), V if None. A query that sees nothing gets zeros. No gradients.
     Raises NativeError.
     """
     q, keys, values = (_tensor(x, f"{name} ({what})") for x, what in ((q, "q"), (keys, "keys"), (values, "values")))
