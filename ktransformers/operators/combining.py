@@ -26,7 +26,6 @@ from ktransformers.operators.routing import (
     twin,
 )
 
-
 try:
     from transformers.utils import output_capturing
 except ImportError:  # another release: then any hook counts
@@ -191,7 +190,11 @@ class BlockInC:
         made = self._made.get(dtype)
         if made is None or made[0] != self._state(block, made[1], dtype):
             found = combined(block, dtype) if native.available() else None
-            self._made[dtype] = made = (self._state(block, found, dtype), found, found and self._make(block, found, dtype))
+            self._made[dtype] = made = (
+                self._state(block, found, dtype),
+                found,
+                found and self._make(block, found, dtype),
+            )
         return None if made[2] is None else made[1:]
 
     def _state(self, block: nn.Module, found: Combined | None, dtype: torch.dtype) -> Any:

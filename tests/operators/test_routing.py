@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from ktransformers.models.traits import TRAITS
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from ktransformers import native, optimize_and_load
-from ktransformers.models.traits import TRAITS
 from ktransformers.operators import routing
 from ktransformers.operators.combining import combined
 from ktransformers.operators.gate import KMoEGate
@@ -47,7 +47,9 @@ def test_a_familys_router_in_c_returns_what_the_family_does(model_type, dtype):
     with torch.no_grad():
         expected = router(x.unsqueeze(0) if found.flattens else x, *bias)
         got = found.returned(*made(x))
-    assert [t.dtype for t in got] == [t.dtype for t in expected] and [t.shape for t in got] == [t.shape for t in expected]
+    assert [t.dtype for t in got] == [t.dtype for t in expected] and [t.shape for t in got] == [
+        t.shape for t in expected
+    ]
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(got[0], expected[0], rtol=tolerance, atol=tolerance)
     mine, theirs = (t[2].sort(-1) for t in (got, expected))
@@ -106,7 +108,9 @@ def test_a_router_that_does_something_else_is_not_recognized(twist):
 def loaded(model_type, tmp_path, rule="Default"):
     torch.manual_seed(0)
     config = families.config_of(model_type)
-    truth = randomize(AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager").eval())
+    truth = randomize(
+        AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager").eval()
+    )
     model = optimize_and_load(meta_model(truth.config), rule, save(truth, tmp_path), devices=CPU, progress=False)
     return truth, model.eval()
 
@@ -123,7 +127,9 @@ def test_router_logits_are_recorded_as_without_us(model_type, tmp_path):
     with torch.no_grad():
         before = model(ids).logits
         got, expected = (m(ids, output_router_logits=True).router_logits for m in (model, truth))
-        assert len(got) == len(expected) and all(relative_error(a, b) < 1e-4 for a, b in zip(got, expected, strict=True))
+        assert len(got) == len(expected) and all(
+            relative_error(a, b) < 1e-4 for a, b in zip(got, expected, strict=True)
+        )
         torch.testing.assert_close(model(ids).logits, before)  # whose sums torch may order by where memory lies
     assert block_of(model).how() == "one C call"
 
