@@ -38,7 +38,9 @@ class Block:
         """`shared`: Experts of one expert, of any intermediate size; `shared_gate` [1, H] or None for no gate."""
         state = loaded()
         if shared_gate is not None and shared is None:
-            raise NativeError(f"{name}: found a gate of shared experts and no shared experts, expected both or neither.")
+            raise NativeError(
+                f"{name}: found a gate of shared experts and no shared experts, expected both or neither."
+            )
         if shared is not None and shared.count != 1:
             raise NativeError(f"{name} (shared): found {shared.count} experts, expected one of their joint size.")
         hidden = {"router": router.hidden, "experts": experts.hidden, "shared": (shared or experts).hidden}

@@ -75,7 +75,13 @@ class Router:
         self.count, self.hidden = fill_weight(state, weight, f"{name} (weight)", self._keep, w)
         desc = state.ffi.new("kt_router_desc *")
         desc.weight, desc.top_k = w, choice.top_k
-        for field, names in (("score", SCORES), ("bias_on", BIAS_ON), ("group_by", GROUP_BY), ("weigh", WEIGH), ("divide", DIVIDE)):
+        for field, names in (
+            ("score", SCORES),
+            ("bias_on", BIAS_ON),
+            ("group_by", GROUP_BY),
+            ("weigh", WEIGH),
+            ("divide", DIVIDE),
+        ):
             setattr(desc, field, _number(names, getattr(choice, field), field, name))
         desc.round, desc.cap = choice.round, choice.cap
         desc.norm_eps, desc.norm_factor = choice.norm_eps, choice.norm_factor

@@ -2,7 +2,7 @@
 
 So torch.compile and torch.export put each into their graphs as one step, fake and meta tensors get shapes without a
 computation, and profilers show it. A schema has no type for a handle of C: torch's own class objects need C++, and its
-opaque Python objects are experimental. So an operator names its Linear, Experts, Router or Block by a number, which is never given
+opaque Python objects are experimental. So an operator names its Linear, Experts, Router or Block by a number, never given
 twice; the object, not the number, keeps weights alive.
 They are defined on a bare Library, which costs 4 us a call; `torch.library.custom_op` costs 14 and an autograd formula
 6 more (one core of a Sapphire Rapids, torch 2.13). Where nobody looks, a call goes past the dispatcher (`is_watched`):
@@ -152,6 +152,12 @@ def _moe(hidden: Tensor, number: int) -> Tensor:
     return _find(number).compute(hidden)
 
 
+def _moe_shape(hidden: Tensor, number: int) -> Tensor:
+    call = _find(number)
+    _check_fake(hidden, call.hidden, call.name)
+    return hidden.new_empty(hidden.shape)
+
+
 def _check_fake(x: Tensor, cols: int, name: str) -> None:
     """As much of `checks.checked_input` as holds for a tensor without values."""
     if x.device.type not in ("cpu", "meta") or x.dtype not in DTYPES or x.dim() < 1 or x.shape[-1] != cols:
@@ -166,7 +172,7 @@ for _schema, _compute, _shape in (
     ("attention(Tensor hidden, Tensor? cos, Tensor? sin, Tensor? mask, int mask_first, int number, int pages) -> Tensor",
      _attention, _attention_shape),
     ("router(Tensor hidden, int number) -> (Tensor, Tensor, Tensor)", _router, _router_shape),
-    ("moe(Tensor hidden, int number) -> Tensor", _moe, lambda hidden, number: _experts_shape(hidden, hidden, hidden, number)),
+    ("moe(Tensor hidden, int number) -> Tensor", _moe, _moe_shape),
 ):
     _name = _schema.partition("(")[0]
     _library.define(_schema)

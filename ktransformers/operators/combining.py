@@ -26,7 +26,6 @@ from ktransformers.operators.routing import (
     twin,
 )
 
-
 try:
     from transformers.utils import output_capturing
 except ImportError:  # another release: then any hook counts
@@ -105,7 +104,7 @@ def _roles(block: nn.Module) -> tuple[str, str, str | None, str | None]:
 def _combine(block: nn.Module, dtype: torch.dtype) -> Combined | None:
     names = _roles(block)
     hidden = max(t.shape[-1] for t in tensors_of(block._modules[names[0]]).values() if t.dim() == 2)
-    x = torch.randn(1, 12, hidden, generator=generator(1))
+    x = torch.randn(1, 12, hidden, generator=generator(11))  # not those of a stand-in
     found = _sum_of_parts(block, names, x)
     if found is None:
         return None
@@ -191,7 +190,11 @@ class BlockInC:
         made = self._made.get(dtype)
         if made is None or made[0] != self._state(block, made[1], dtype):
             found = combined(block, dtype) if native.available() else None
-            self._made[dtype] = made = (self._state(block, found, dtype), found, found and self._make(block, found, dtype))
+            self._made[dtype] = made = (
+                self._state(block, found, dtype),
+                found,
+                found and self._make(block, found, dtype),
+            )
         return None if made[2] is None else made[1:]
 
     def _state(self, block: nn.Module, found: Combined | None, dtype: torch.dtype) -> Any:

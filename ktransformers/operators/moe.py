@@ -28,8 +28,8 @@ class ComputedInC:
     block_in_c: BlockInC | None = None
 
     def in_one_call(self, hidden: Tensor, given: Mapping[str, Any]) -> Any:
-        """What the family returns for `hidden` [.., H], or None where the parts have to compute it one by one: gradients,
-        other devices, parts that C does not compute, or someone who looks at them. `given`: other arguments."""
+        """What the family returns for `hidden` [.., H], or None where the parts have to compute it one by one:
+        gradients, other devices, parts that C does not compute, or someone who looks at them. `given`: other arguments."""
         if not may_use_c(self, hidden):
             return None
         if self.block_in_c is None:
@@ -58,8 +58,8 @@ class ComputedInC:
 class KMoEBlock(ComputedInC, FamilyOperator):
     """Any family's block: hidden [B, S, H] -> [B, S, H], as the family computes it.
 
-    Router, experts, shared experts and their sum are one C call on the CPU where combining.py proves that this gives the
-    same, and the family's own forward elsewhere.
+    Router, experts, shared experts and their sum are one C call on the CPU where combining.py proves that this gives
+    the same, and the family's own forward elsewhere.
     """
 
     replaces = "a block of router and experts that needs hidden states alone"

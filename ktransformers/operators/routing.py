@@ -155,7 +155,9 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def twin(module: nn.Module, dtype: torch.dtype | None = None, stubs: Mapping[str, nn.Module] | None = None) -> nn.Module:
+def twin(
+    module: nn.Module, dtype: torch.dtype | None = None, stubs: Mapping[str, nn.Module] | None = None
+) -> nn.Module:
     """A module of the same code and settings with small random tensors, of `dtype` or those of the module's own.
 
     `stubs` take the place of children. Hooks stay behind.
@@ -199,7 +201,9 @@ def signature(module: nn.Module) -> tuple:
 class _Probe:
     """A twin of a router, what it returns for some tokens, and the tensors that may play a part."""
 
-    def __init__(self, router: nn.Module, dtype: torch.dtype | None, x: Tensor, plain: bool = False, shift: float = 0.0):
+    def __init__(
+        self, router: nn.Module, dtype: torch.dtype | None, x: Tensor, plain: bool = False, shift: float = 0.0
+    ):
         """`plain`: the first E values of x are the products. `shift` is added to vectors of E."""
         self.module, self.x = twin(router, dtype), x
         self.tensors = tensors_of(self.module)
@@ -398,7 +402,9 @@ class RouterInC:
         """Whether there is one for some dtype."""
         return any(made is not None for made in self._made.values())
 
-    def of(self, router: nn.Module, dtype: torch.dtype, argument: Tensor | None = None) -> tuple[Recognized, native.Router] | None:
+    def of(
+        self, router: nn.Module, dtype: torch.dtype, argument: Tensor | None = None
+    ) -> tuple[Recognized, native.Router] | None:
         """`recognized(router)` and the router in C; None where there is none, or its weights are not on the CPU."""
         made = self._made.get(dtype)
         if made is None or not all(_at(place) == pointer for place, pointer in made[2]) or made[3] is not argument:

@@ -86,7 +86,9 @@ def test_packed_weights(fmt, count):
     assert error(case.block.compute(x), case.numbers(x)) < (1e-5 if fmt in ("BF16", "F16") else 0.02)
 
 
-@pytest.mark.parametrize(("hidden", "inner", "shared", "experts", "k"), [(1, 1, 1, 1, 1), (33, 17, 5, 7, 7), (130, 70, 200, 40, 8)])
+@pytest.mark.parametrize(
+    ("hidden", "inner", "shared", "experts", "k"), [(1, 1, 1, 1, 1), (33, 17, 5, 7, 7), (130, 70, 200, 40, 8)]
+)
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_odd_sizes(hidden, inner, shared, experts, k, count):
     case = Case("F32", hidden, inner, shared, experts, k)
@@ -118,7 +120,9 @@ def test_threads_and_batches_change_no_bit(isa, fmt):
         for count in (1, 2, 5):
             native.set_threads(count)
             alone = torch.cat([case.block.compute(row) for row in x.split(1)])
-            experts = torch.cat([case.experts.compute(*parts) for parts in zip(x.split(1), ids.split(1), weights.split(1), strict=True)])
+            experts = torch.cat(
+                [case.experts.compute(*parts) for parts in zip(x.split(1), ids.split(1), weights.split(1), strict=True)]
+            )
             results.append((alone, experts, case.block.compute(x), case.experts.compute(x, ids, weights)))
         for other in results[1:]:
             assert all(map(torch.equal, results[0], other))
@@ -164,7 +168,10 @@ def test_experts_of_several_formats():
     for seed in range(8):
         x = tokens(1, seed=seed)
         _, weights, ids = routing.apply(x)
-        expected = sum(w * mlp(x[0].double(), *(stack[e] for stack in stacks)) for e, w in zip(ids[0].tolist(), weights[0].tolist(), strict=True))
+        expected = sum(
+            w * mlp(x[0].double(), *(stack[e] for stack in stacks))
+            for e, w in zip(ids[0].tolist(), weights[0].tolist(), strict=True)
+        )
         assert error(block.compute(x)[0], expected) < 0.02
 
 

@@ -22,7 +22,11 @@ ROOT = Path(__file__).parents[2]
 
 ALL = list(
     itertools.product(
-        router.SCORES, router.BIAS_ON, router.WEIGH, ["none", "sum", "clamp"], [None, ("max", -math.inf), ("best2", 0.0)]
+        router.SCORES,
+        router.BIAS_ON,
+        router.WEIGH,
+        ["none", "sum", "clamp"],
+        [None, ("max", -math.inf), ("best2", 0.0)],
     )
 )
 
