@@ -63,6 +63,7 @@ class Layers:
         self.layers, self.hidden, self.name = list(layers), layers[0].hidden, layers[0].name
         self._handles = state.ffi.new("kt_layer *[]", [layer.handle for layer in layers])
         self._calls = state.ffi.new("kt_attention_call[]", len(layers))
+        self._sequences: list[Any] = [None] * len(layers)
 
     def forward(
         self,
@@ -72,17 +73,23 @@ class Layers:
         mask: torch.Tensor | None = None,
         mask_first: int = 0,
     ) -> torch.Tensor:
-        """hidden [B, S, H] through all of them: what follows is as `Attention.forward` takes it, with a layer's pages
-        each. A layer without positions of its own takes none."""
+        """hidden [B, S, H] through all of them: what follows is as `Attention.forward` takes it, with pages for each
+        layer."""
         state, pool = pooled()
         hidden = checked_input(hidden, self.hidden, self.name)
         if hidden.dim() != 3 or len(pages) != len(self.layers):
             found = f"hidden {list(hidden.shape)} and pages of {len(pages)} layers"
             expected = f"[B, S, {self.hidden}] and {len(self.layers)}"
             raise NativeError(f"{self.name}: found {found}, expected {expected}.")
-        out, kept = torch.empty_like(hidden), []
-        for i, (layer, held) in enumerate(zip(self.layers, pages, strict=True)):
-            kept.append(layer.attention.fill(state, self._calls[i], hidden, held, positions, mask, mask_first))
+        out = torch.empty_like(hidden)
+        tokens, calls = hidden.shape[1], self._calls
+        kept = self.layers[0].attention.fill(state, calls[0], hidden, pages[0], positions, mask, mask_first)
+        for i, held in enumerate(pages):
+            if held.length + tokens > held.room:
+                held.make_room(hidden.shape[0], tokens)
+            if self._sequences[i] is not held.sequences:  # made anew where sequences came, went or were cut
+                self._sequences[i] = held.sequences
+                calls[i].sequences, calls[i].layout = held.sequences, held.layout
         cast = state.ffi.cast
         status = state.lib.kt_layers_forward(
             len(self.layers), self._handles, self._calls, pool, cast("void *", hidden.data_ptr()),
@@ -90,8 +97,6 @@ class Layers:
         )  # fmt: skip
         state.check(status, self.name)
         del kept
-        for held in pages:
-            held.grown(hidden.shape[1])
         return out
 
 

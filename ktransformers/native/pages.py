@@ -38,7 +38,11 @@ class Page:
 
 
 class Pages:
-    """The pages of B sequences in one layer. Made empty; the first tokens say how many sequences there are."""
+    """The pages of B sequences in one layer. Made empty; the first tokens say how many sequences there are.
+
+    `room`: up to which length nothing has to be done before tokens are written, where all are as long; 0: ask
+    `make_room`.
+    """
 
     def __init__(self, kind: str, heads: int, size: int, value_size: int, name: str = "cache") -> None:
         """`kind`: one of TYPES. Raises NativeError for another, or for q8_0 of sizes that are not multiples of 32."""
@@ -59,16 +63,21 @@ class Pages:
             "type": TYPES[kind], "key_row": key_row, "value_row": value_row,
             "key_head": PAGE * key_row, "value_head": PAGE * value_row,
         })[0]  # fmt: skip
-        self.lengths: list[int] = []
+        self.room = 0
         self.tables: list[list[Page | None]] = []
         self.sequences: Any = self._state.ffi.NULL
         self._pointers: list[tuple[Any, Any]] = []
         self.number = torch_ops.name_it(self)
 
     @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence; C raises them."""
+        return [self.sequences[i].length for i in range(len(self.tables))]
+
+    @property
     def length(self) -> int:
         """Tokens of each sequence, where all have as many."""
-        return self.lengths[0] if self.lengths else 0
+        return self.sequences[0].length if self.tables else 0
 
     @property
     def nbytes(self) -> int:
@@ -79,10 +88,12 @@ class Pages:
 
     def make_room(self, batch: int, tokens: int) -> None:
         """Have pages of their own for the next `tokens` tokens of each of `batch` sequences."""
-        if not self.lengths:
+        if not self.tables:
             self._set([[] for _ in range(batch)], [0] * batch)
-        elif len(self.lengths) != batch:
-            raise NativeError(f"{self.name}: found {batch} sequences, expected the {len(self.lengths)} that it holds.")
+        elif len(self.tables) != batch:
+            raise NativeError(f"{self.name}: found {batch} sequences, expected the {len(self.tables)} that it holds.")
+        if self.length + tokens <= self.room:
+            return
         for i, length in enumerate(self.lengths):
             table = self.tables[i]
             at = length // PAGE
@@ -90,12 +101,8 @@ class Pages:
                 self._replace(i, at, Page(table[at].data.clone()))
             if length + tokens > len(table) * PAGE:
                 self._extend(i, -(-(length + tokens) // PAGE))
-
-    def grown(self, tokens: int) -> None:
-        """After `tokens` tokens of each sequence were written."""
-        for i, length in enumerate(self.lengths):
-            self.lengths[i] = length + tokens
-            self.sequences[i].length = length + tokens
+        if len(set(self.lengths)) == 1:
+            self.room = min(len(table) for table in self.tables) * PAGE
 
     def _extend(self, i: int, count: int) -> None:
         table = self.tables[i]
@@ -124,10 +131,10 @@ class Pages:
         for page in (page for table in self.tables for page in table if page is not None):
             page.users -= 1
         new = self._state.ffi.new
-        self.lengths, self.tables = list(lengths), [list(table) for table in tables]
+        self.tables, self.room = [list(table) for table in tables], 0
         self.sequences = new("kt_sequence[]", max(1, len(tables)))
         self._pointers = [None] * len(tables)
-        for i, length in enumerate(self.lengths):
+        for i, length in enumerate(lengths):
             self._point(i, max(1, len(tables[i])))
             self.sequences[i].length, self.sequences[i].start = length, starts[i] if starts else 0
 
@@ -146,7 +153,7 @@ class Pages:
 
     def starts(self) -> list[int]:
         """The first token of each sequence that is still held."""
-        return [self.sequences[i].start for i in range(len(self.lengths))]
+        return [self.sequences[i].start for i in range(len(self.tables))]
 
     def cut(self, length: int) -> None:
         """Forget all but the first `length` tokens of each sequence."""
@@ -163,10 +170,8 @@ class Pages:
 
     def choose(self, indices: Sequence[int]) -> None:
         """Let the sequences be those that `indices` name, in that order; one may be named again, and shares pages."""
-        starts = self.starts()
-        self._set(
-            [self.tables[i] for i in indices], [self.lengths[i] for i in indices], [starts[i] for i in indices]
-        )
+        starts, lengths = self.starts(), self.lengths
+        self._set([self.tables[i] for i in indices], [lengths[i] for i in indices], [starts[i] for i in indices])
 
     def clear(self) -> None:
         self._set([], [])
@@ -175,6 +180,7 @@ class Pages:
         """Another of the same tokens, which shares pages until either writes."""
         other = Pages(self.kind, self.heads, self.size, self.value_size, self.name)
         other._set(self.tables, self.lengths, self.starts())
+        self.room = 0  # its last page is shared now
         return other
 
     def __copy__(self) -> Pages:
@@ -195,7 +201,7 @@ class Pages:
                 for part, new in zip(self._parts(page), (keys, values), strict=True):
                     part[:, row : row + count] = self._stored(new[i, :, done : done + count])
                 done += count
-        self.grown(tokens)
+            self.sequences[i].length = length + tokens
 
     def gathered(self, first: int = 0) -> tuple[Tensor, Tensor]:
         """Keys [B, C, T, D] and values [B, C, T, V] of the tokens from number `first` on: copies, float32 of q8_0."""

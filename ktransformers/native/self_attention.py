@@ -22,7 +22,7 @@ PARTS = ("q", "k", "v", "g", "o")
 """Names of kt_part in order; a test holds them to the header."""
 GATES = {None: 0, "in_q": 1, "elements": 2, "heads": 3}
 """Names of kt_gate."""
-PAIRS = {"halves": 0, "neighbours": 1, "parted": 2}
+PAIRS = {"halves": 0, "neighbours": 1, "parted": 2, "none": 3}
 """Names of kt_pairs."""
 
 
@@ -144,7 +144,6 @@ class Attention:
             self.handle, pool, call, cast("void *", hidden.data_ptr()), cast("void *", out.data_ptr())
         )
         state.check(status, self.name)
-        pages.grown(hidden.shape[1])
         del kept
         return out
 

@@ -6,6 +6,7 @@ replace them.
 Rule files name these classes as ``operators.attention.*`` and ``operators.balance_serve_attention.*``.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,8 +50,9 @@ class GQAttention(PagedAttention):
             norms = {p: found.norm_weight(self._modules[n]) for p, n in zip("qk", found.norms, strict=True)}
         sinks = None if found.sinks is None else self._parameters[found.sinks]
         self.attending, self.rotates = found, found.rotates
+        shape = found.shape if found.rotates else replace(found.shape, pairs="none")
         return Attention(
-            {part: weight for part, (weight, _) in linears.items()}, found.shape,
+            {part: weight for part, (weight, _) in linears.items()}, shape,
             {part: bias for part, (_, bias) in linears.items()}, norms, sinks, self.key,
         )  # fmt: skip
 

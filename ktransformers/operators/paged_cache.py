@@ -70,7 +70,7 @@ class PagedLayer(CacheLayerMixin):
         return both
 
     def _gathered(self, first: int | None = None) -> tuple[Tensor, Tensor]:
-        if not self.pages.lengths:
+        if not self.pages.tables:
             return torch.empty(0), torch.empty(0)
         keys, values = self.pages.gathered(max(self.pages.starts(), default=0) if first is None else first)
         return keys.to(self.dtype), values.to(self.dtype)
@@ -116,12 +116,12 @@ class PagedLayer(CacheLayerMixin):
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.pages is not None and self.pages.lengths:
-            self.pages.choose([i for i in range(len(self.pages.lengths)) for _ in range(repeats)])
+        if self.pages is not None and self.pages.tables:
+            self.pages.choose([i for i in range(len(self.pages.tables)) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        if self.pages is not None and self.pages.lengths:
-            chosen = torch.arange(len(self.pages.lengths), device="cpu")[indices.cpu()]
+        if self.pages is not None and self.pages.tables:
+            chosen = torch.arange(len(self.pages.tables), device="cpu")[indices.cpu()]
             self.pages.choose(chosen.tolist())
 
 

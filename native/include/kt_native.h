@@ -369,7 +369,8 @@ typedef enum kt_gate { KT_GATE_NONE = 0, KT_GATE_IN_Q = 1, KT_GATE_ELEMENTS = 2,
 typedef enum kt_pairs {
     KT_PAIRS_HALVES = 0,    /* half of the rotated part apart */
     KT_PAIRS_NEIGHBOURS = 1,
-    KT_PAIRS_PARTED = 2     /* neighbours before, half apart after */
+    KT_PAIRS_PARTED = 2,    /* neighbours before, half apart after */
+    KT_PAIRS_NONE = 3       /* nothing turns */
 } kt_pairs;
 
 /* An attention module, A heads of queries on C heads of keys and values. q [A*D, H] ([A*2*D, H] with KT_GATE_IN_Q), k
@@ -399,7 +400,7 @@ typedef struct kt_attention_call {
     int64_t batch, tokens;
     const void *cos, *sin;
     int64_t rotary, rotary_row, rotary_batch;
-    const kt_sequence *sequences;
+    kt_sequence *sequences;
     kt_kv_layout layout;
     const uint8_t *mask;
     int64_t mask_batch, mask_row, mask_first;
@@ -408,7 +409,7 @@ typedef struct kt_attention_call {
 int kt_attention_create(const kt_attention_desc *desc, kt_attention **attention);
 void kt_attention_destroy(kt_attention *attention);
 
-/* hidden, out [batch, tokens, H]; out may be hidden. Fills the cache; `length` of a sequence is the caller's to raise. */
+/* hidden, out [batch, tokens, H]; out may be hidden. Fills the cache; when all went well, raises the sequences' length. */
 int kt_attention_forward(const kt_attention *attention, kt_pool *pool, const kt_attention_call *call,
                          const void *hidden, void *out);
 /* A decoder layer: x += factor * attention(norm(x)), then x += factor * mlp(norm(x)), where norm is x / sqrt(mean(x^2) +
@@ -428,7 +429,8 @@ int kt_layer_create(const kt_layer_desc *desc, kt_layer **layer);
 void kt_layer_destroy(kt_layer *layer);
 
 /* `count` layers one after the other, the sum between them in fp32: hidden, out [batch, tokens, H]; out may be hidden.
- * calls: one a layer, of the same batch, tokens and dtype. */
+ * calls: one a layer; the first says all but each layer's own sequences and layout. Lengths are raised in all layers, or
+ * where something fails in none. */
 int kt_layers_forward(int64_t count, const kt_layer *const *layers, const kt_attention_call *calls, kt_pool *pool,
                       const void *hidden, void *out);
 

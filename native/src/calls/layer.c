@@ -115,6 +115,14 @@ static void layout(struct stack *s, struct kt_arena *arena, int threads) {
     s->room = kt_arena_take(arena, threads * s->hidden, sizeof *s->room);
 }
 
+/* The call of one layer. */
+static kt_attention_call call_of(const kt_attention_call *calls, int64_t i) {
+    kt_attention_call c = calls[0];
+    c.sequences = calls[i].sequences;
+    c.layout = calls[i].layout;
+    return c;
+}
+
 static int run(struct stack *s, kt_pool *pool, int64_t count, const kt_layer *const *layers,
                const kt_attention_call *calls) {
     const int threads = kt_pool_threads(pool);
@@ -132,7 +140,8 @@ static int run(struct stack *s, kt_pool *pool, int64_t count, const kt_layer *co
         const kt_layer_desc *d = &layers[i]->d;
         const struct kt_rows in = {.data = s->x, .dtype = KT_F32, .norm = d->attention_norm, .eps = d->attention_eps};
         const struct kt_sum sum = {.data = s->x, .dtype = KT_F32, .add = 1, .factor = d->factor};
-        int status = kt_attention_run(d->attention, pool, &calls[i], &in, &sum);
+        const kt_attention_call call = call_of(calls, i);
+        int status = kt_attention_run(d->attention, pool, &call, &in, &sum);
         if (!status) status = second_half(s, pool);
         if (status) return status;
     }
@@ -146,9 +155,7 @@ int kt_layers_forward(int64_t count, const kt_layer *const *layers, const kt_att
     if (count < 1 || count > MAX_LAYERS) return KT_ERR_SHAPE;
     for (int64_t i = 0; i < count; i++) {
         if (!layers[i]) return KT_ERR_NULL;
-        if (layers[i]->hidden != layers[0]->hidden || calls[i].batch != calls[0].batch ||
-            calls[i].tokens != calls[0].tokens || calls[i].dtype != calls[0].dtype)
-            return KT_ERR_SHAPE;
+        if (layers[i]->hidden != layers[0]->hidden) return KT_ERR_SHAPE;
     }
     const int64_t batch = calls->batch, each = calls->tokens;
     if (batch < 0 || each < 0 || batch > 1 << 20 || each > KT_MAX_DIM || batch * each > KT_MAX_DIM) return KT_ERR_SHAPE;
@@ -160,6 +167,10 @@ int kt_layers_forward(int64_t count, const kt_layer *const *layers, const kt_att
     kt_pool_lock(pool);
     s.k = kt_kernels();
     const int status = run(&s, pool, count, layers, calls);
+    for (int64_t i = 0; i < count && !status; i++) {
+        const kt_attention_call call = call_of(calls, i);
+        kt_sequences_raise(&call);
+    }
     kt_pool_unlock(pool);
     return status;
 }

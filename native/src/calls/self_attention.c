@@ -43,6 +43,7 @@ int kt_attention_create(const kt_attention_desc *desc, kt_attention **attention)
     *attention = NULL;
     if (!desc) return KT_ERR_NULL;
     if (desc->gate < KT_GATE_NONE || desc->gate > KT_GATE_HEADS) return KT_ERR_ACTIVATION;
+    if (desc->rotary_pairs < KT_PAIRS_HALVES || desc->rotary_pairs > KT_PAIRS_NONE) return KT_ERR_SHAPE;
     struct kt_attention *a = calloc(1, sizeof *a);
     if (!a) return KT_ERR_MEMORY;
     a->d = *desc;
@@ -172,8 +173,8 @@ static void load_angles(const struct piece *p, int64_t t, struct angles *at) {
 static void finish_head(const struct piece *p, const float *norm, float *x, struct angles *at) {
     const kt_attention_desc *d = &p->a->d;
     if (norm && !d->norm_last && !d->norm_whole) kt_rms_norm(x, norm, d->eps, d->size, x);
-    if (p->c->cos) {
-        rotate(x, at->cos, at->sin, p->c->rotary, d->rotary_pairs);
+    if (p->c->cos && d->rotary_pairs != KT_PAIRS_NONE) {
+        rotate(x, at->cos, at->sin, p->c->rotary, d->rotary_pairs != KT_PAIRS_HALVES);
         if (d->rotary_pairs == KT_PAIRS_PARTED) part_pairs(x, p->c->rotary, at->room);
     }
     if (norm && d->norm_last) kt_rms_norm(x, norm, d->eps, d->size, x);
@@ -190,7 +191,7 @@ static void finish(void *ctx, int32_t job, int thread) {
     const int32_t per = p->per_job;
     for (int64_t t = (int64_t)job * per; t < kt_min((int64_t)(job + 1) * per, p->tokens); t++) {
         float *q = p->r + t * a->width, *k = q + a->first[KT_K], *v = q + a->first[KT_V];
-        if (p->c->cos) load_angles(p, t, &at);
+        if (p->c->cos && d->rotary_pairs != KT_PAIRS_NONE) load_angles(p, t, &at);
         if (d->gate == KT_GATE_IN_Q) { /* each head's queries, then its gate: the queries move together at the front */
             float *gates = p->m.f + t * p->m.stride;
             for (int64_t h = 0; h < d->heads; h++) {
@@ -368,7 +369,7 @@ static int check_call(const struct kt_attention *a, const kt_attention_call *c) 
     const size_t key = kt_cache_row(l->type, a->d.size), value = kt_cache_row(l->type, a->d.value_size);
     if (!key || !value) return KT_ERR_DTYPE;
     if (l->key_row < (int64_t)key || l->value_row < (int64_t)value) return KT_ERR_SHAPE;
-    if (c->cos) {
+    if (c->cos && a->d.rotary_pairs != KT_PAIRS_NONE) {
         if (!c->sin || !kt_dtype_size(c->rotary_dtype)) return c->sin ? KT_ERR_DTYPE : KT_ERR_NULL;
         if (c->rotary < 2 || c->rotary % 2 || c->rotary > a->d.size || c->rotary / 2 > KT_MAX_ROTARY)
             return KT_ERR_SHAPE;
@@ -399,6 +400,10 @@ static int run(const struct kt_attention *a, kt_pool *pool, const kt_attention_c
     return KT_OK;
 }
 
+void kt_sequences_raise(const kt_attention_call *c) {
+    for (int64_t b = 0; b < c->batch; b++) c->sequences[b].length += c->tokens;
+}
+
 int kt_attention_run(const struct kt_attention *a, kt_pool *pool, const kt_attention_call *c, const struct kt_rows *in,
                      const struct kt_sum *out) {
     kt_pool_enter(pool);
@@ -415,6 +420,7 @@ int kt_attention_forward(const kt_attention *a, kt_pool *pool, const kt_attentio
     const struct kt_sum sum = {.data = out, .dtype = c->dtype};
     kt_pool_lock(pool);
     const int status = run(a, pool, c, &in, &sum);
+    if (!status) kt_sequences_raise(c);
     kt_pool_unlock(pool);
     return status;
 }

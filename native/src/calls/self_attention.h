@@ -17,4 +17,7 @@ struct kt_attention {
 int kt_attention_run(const struct kt_attention *a, kt_pool *pool, const kt_attention_call *c, const struct kt_rows *in,
                      const struct kt_sum *out);
 
+/* The sequences of a call are longer by its tokens now. */
+void kt_sequences_raise(const kt_attention_call *c);
+
 #endif
