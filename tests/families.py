@@ -81,7 +81,7 @@ FAMILIES: dict[str, dict] = {
     "deepseek_v2": {},
     "deepseek_v3": {},
     "deepseek_v32": {},
-    "deepseek_v4": {"mlp_layer_types": ["hash_moe", "moe"]},
+    "deepseek_v4": {"num_hash_layers": 1},
     "dots1": {"n_shared_experts": 2},
     "dots3_note": {"vision_config": {"adapter_out_dim": 64}, "audio_config": {"adapter_out_dim": 64}},
     "dots3_note_text": {},

@@ -2,8 +2,8 @@
 
 So torch.compile and torch.export put each into their graphs as one step, fake and meta tensors get shapes without a
 computation, and profilers show it. A schema has no type for a handle of C: torch's own class objects need C++, and its
-opaque Python objects are experimental. So an operator names its Linear, Experts, Router or Block by a number, never given
-twice; the object, not the number, keeps weights alive.
+opaque Python objects are experimental. So an operator names its Linear, Experts, Router or Block by a number, never
+given twice; the object, not the number, keeps weights alive.
 They are defined on a bare Library, which costs 4 us a call; `torch.library.custom_op` costs 14 and an autograd formula
 6 more (one core of a Sapphire Rapids, torch 2.13). Where nobody looks, a call goes past the dispatcher (`is_watched`):
 13 us for a linear of 32 x 32, as before. Gradients are `operators.base_operator.forward_only`'s to say.

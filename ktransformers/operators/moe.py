@@ -29,7 +29,8 @@ class ComputedInC:
 
     def in_one_call(self, hidden: Tensor, given: Mapping[str, Any]) -> Any:
         """What the family returns for `hidden` [.., H], or None where the parts have to compute it one by one:
-        gradients, other devices, parts that C does not compute, or someone who looks at them. `given`: other arguments."""
+        gradients, other devices, parts that C does not compute, or someone who looks at them.
+        `given`: other arguments."""
         if not may_use_c(self, hidden):
             return None
         if self.block_in_c is None:
