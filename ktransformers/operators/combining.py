@@ -243,11 +243,11 @@ def is_observed(block: nn.Module, names: list[str]) -> bool:
     for name in names:
         child = block._modules[name]
         hooks = [*child._forward_pre_hooks.values(), *child._forward_hooks.values()]
-        if hooks and (_collecting() or any(getattr(h, "__name__", "") != "output_capturing_hook" for h in hooks)):
+        if hooks and (is_collecting() or any(getattr(h, "__name__", "") != "output_capturing_hook" for h in hooks)):
             return True
     return False
 
 
-def _collecting() -> bool:
+def is_collecting() -> bool:
     """Whether transformers collects outputs of modules in the call under way."""
-    return output_capturing is None or output_capturing._active_collector.get() is not None
+    return output_capturing is None or bool(output_capturing._active_collector.get())

@@ -22,6 +22,7 @@ from ktransformers.operators.moe import ComputedInC
 from ktransformers.operators.paged_attention import PagedAttention
 from ktransformers.operators.paged_cache import PagedLayer
 from ktransformers.operators.routing import close, generator, may_use_c, original, signature, tensors_of, twin
+from ktransformers.operators.stack import Stack
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,15 @@ def _recognize(layer: nn.Module) -> Stacking | None:
         return None
     width = original(children[norms[0]]).weight.shape[-1]
     x = torch.randn(1, 5, width, generator=generator(3))
-    mixes, mlp = _Gives(1.5, True), _Gives(0.7, False)
-    made = twin(layer, torch.float32, {attention[0]: mixes, rest[0]: mlp})
-    out = made(x, attention_mask=None, position_embeddings=None)
+    for pair in (False, True):  # gpt-oss's block gives its router's weights, too
+        mixes, mlp = _Gives(1.5, True), _Gives(0.7, pair)
+        made = twin(layer, torch.float32, {attention[0]: mixes, rest[0]: mlp})
+        try:
+            out = made(x, attention_mask=None, position_embeddings=None)
+            break
+        except (TypeError, ValueError):
+            if pair:
+                return None
     if not isinstance(out, Tensor) or out.shape != x.shape or mixes.calls != 1 or mlp.calls != 1:
         return None
     factors = {1.0, float(getattr(layer, "residual_multiplier", 1.0))}
@@ -116,6 +123,7 @@ class KDecoderLayer(FamilyOperator):
         self.stacking: Stacking | None = None
         self._mlp: tuple[Any, native.Experts | None] = (None, None)
         self._layer: tuple[tuple, native.Layers] | None = None
+        self.place: tuple[Stack, int] | None = None
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
@@ -127,28 +135,36 @@ class KDecoderLayer(FamilyOperator):
 
     def unload(self) -> None:
         super().unload()
-        self.stacking, self._layer, self._mlp = None, None, (None, None)
+        self.stacking, self._layer, self._mlp, self.place = None, None, (None, None), None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.stacking is not None and not args:
-            found = self._native(hidden_states, kwargs)
-            if found is not None:
-                layer, held = found
-                out = layer.forward(hidden_states, [held.pages], *self._attention.step(held, kwargs))
-                held.advanced()
+        if self.stacking is None or args:
+            return super().forward(hidden_states, *args, **kwargs)
+        if self.place is not None:
+            stack, index = self.place
+            if index and stack.passes(index, hidden_states):
+                return hidden_states
+            if index == 0 and (out := stack.forward(hidden_states, kwargs)) is not None:
                 return out
-        return super().forward(hidden_states, *args, **kwargs)
+        found = self.native_step(hidden_states, kwargs)
+        if found is None:
+            return super().forward(hidden_states, **kwargs)
+        layer, held = found
+        out = layer.forward(hidden_states, [held.pages], *self.attention.step(held, kwargs))
+        held.advanced()
+        return out
 
     @property
-    def _attention(self) -> nn.Module:
+    def attention(self) -> nn.Module:
+        """The attention among its children."""
         return self._modules[self.stacking.attention]
 
-    def _native(self, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[native.Layers, PagedLayer] | None:
+    def native_step(self, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[native.Layers, PagedLayer] | None:
         """The layer in C and its part of the cache, or None where its parts must compute one by one."""
-        if not may_use_c(self, hidden) or torch_ops.is_watched(hidden):
+        if self.stacking is None or not may_use_c(self, hidden) or torch_ops.is_watched(hidden):
             return None
         children = self._modules
-        attention, mlp = self._attention, children[self.stacking.mlp]
+        attention, mlp = self.attention, children[self.stacking.mlp]
         if not isinstance(attention, PagedAttention) or is_observed(self, self.stacking.children):
             return None
         pages = attention.pages(hidden, kwargs)

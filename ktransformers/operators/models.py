@@ -16,6 +16,7 @@ from ktransformers.loaders import WeightSource
 from ktransformers.models.traits import TRAITS
 from ktransformers.operators.base_operator import FamilyOperator, to_device
 from ktransformers.operators.paged_cache import paged_cache
+from ktransformers.operators.stack import stack_layers
 
 
 class DecoderModel(FamilyOperator):
@@ -82,6 +83,7 @@ class DecoderModel(FamilyOperator):
     def load(self) -> None:
         super().load()
         self.watch_layers()
+        stack_layers(self, list(self.layers), self.orig_module.config)
 
     def unload(self) -> None:
         super().unload()
@@ -94,6 +96,9 @@ class DecoderModel(FamilyOperator):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        places = {canonical(place) for place in (*self.transfer_map.values(), *(p.device for p in self.parameters()))}
+        if places == {"cpu"}:
+            return  # nothing moves
         device, after = None, False
         for child in self.children():
             if isinstance(child, nn.Embedding):

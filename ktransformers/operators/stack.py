@@ -1,0 +1,108 @@
+"""All layers of a decoder in one native call.
+
+The family's code walks over its layers and calls each. Where the layers from one on are native (layer.py), all see the
+whole context, and nobody looks between them, the first of them computes them all, and the others pass on what they are
+given. What was compared and looked up to know so is watched: a step only asks whether any of it has changed.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ktransformers import native
+from ktransformers.models.traits import TRAITS
+from ktransformers.operators.combining import is_collecting
+from ktransformers.operators.paged_cache import PagedCache, PagedLayer
+
+if TYPE_CHECKING:
+    from ktransformers.operators.layer import KDecoderLayer
+
+
+class Watch:
+    """Children, hooks and tensors of some modules as they are now."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        below = {id(m): m for module in modules for m in module.modules()}.values()
+        self._children = [(m._modules, name, child) for m in below for name, child in m._modules.items()]
+        tables = [t for m in below for t in (m._forward_hooks, m._forward_pre_hooks)]
+        self._hooks = [(table, len(table)) for table in tables]
+        self._modes = [(vars(m), m.training) for m in below]
+        self._tensors = [(t, t._version, t.data_ptr()) for m in below for t in m._parameters.values() if t is not None]
+
+    def unchanged(self) -> bool:
+        return (
+            all(table.get(name) is child for table, name, child in self._children)
+            and all(len(table) == count for table, count in self._hooks)
+            and all(values["training"] is mode for values, mode in self._modes)
+            and all(t._version == version and t.data_ptr() == place for t, version, place in self._tensors)
+        )
+
+
+class Stack:
+    """The layers of one decoder. `of_layers` gives each its place in it."""
+
+    def __init__(self, layers: Sequence["KDecoderLayer"], config: Any) -> None:
+        self.layers, self.config = list(layers), config
+        self._made: dict[torch.dtype, tuple[Watch, native.Layers]] = {}
+        self._passed: Tensor | None = None
+        self._next = 0
+
+    def passes(self, index: int, hidden: Tensor) -> bool:
+        """Whether layer `index` is given what the stack computed, itself included."""
+        if self._passed is not hidden or index != self._next:
+            return False
+        self._next += 1
+        if self._next == len(self.layers):
+            self._passed = None
+        return True
+
+    def forward(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
+        """All layers on `hidden` [B, S, H], for what the first was called with; None where they go one by one."""
+        cache = kwargs.get("past_key_values")
+        if type(cache) is not PagedCache or torch.is_grad_enabled() or is_collecting():
+            return None
+        if getattr(self.config, "num_hidden_layers", 0) != len(self.layers) or len(cache.layers) < len(self.layers):
+            return None
+        held = cache.layers[: len(self.layers)]
+        if any(type(layer) is not PagedLayer for layer in held):  # a window has a mask of its own
+            return None
+        made = self._made.get(hidden.dtype)
+        if made is None or not made[0].unchanged():
+            made = self._make(hidden, kwargs)
+            if made is None:
+                return None
+            self._made[hidden.dtype] = made
+        first = self.layers[0]
+        if first.native_step(hidden, kwargs) is None:
+            return None
+        for layer, part in zip(self.layers, held, strict=True):
+            if part.pages is None:
+                layer.attention.make_pages(part, hidden.dtype)
+        step = first.attention.step(held[0], kwargs)
+        self._passed = made[1].forward(hidden, [part.pages for part in held], *step)
+        self._next = 1
+        if len(self.layers) == 1:
+            self._passed, out = None, self._passed
+            return out
+        return self._passed
+
+    def _make(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> tuple[Watch, native.Layers] | None:
+        found = [layer.native_step(hidden, kwargs) for layer in self.layers]
+        if any(one is None for one in found):
+            return None
+        return Watch(self.layers), native.Layers([one[0].layers[0] for one in found])
+
+
+def stack_layers(decoder: nn.Module, layers: Sequence[nn.Module], config: Any) -> None:
+    """Join the layers of `decoder` into a stack, where all can be in it."""
+    from ktransformers.operators.layer import KDecoderLayer
+
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    rotary = sum(TRAITS["rotary"](child) for child in decoder.children())
+    if kinds or rotary > 1 or not layers or not all(isinstance(layer, KDecoderLayer) for layer in layers):
+        return
+    stack = Stack(layers, config)
+    for index, layer in enumerate(layers):
+        layer.place = stack, index
