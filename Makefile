@@ -10,7 +10,7 @@ OBJECTS := build/clib/.compiled
 NATIVE := $(shell find native setup.py -name '*.[ch]' -o -name '*.py' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev chat doctor test test-fast support pages bench bench-setup bench-start bench-peers sanitize bench-model bench-open \
+.PHONY: help setup setup-dev chat doctor test test-fast support pages bench bench-setup bench-start bench-peers sanitize bench-model bench-whole bench-open \
         bench-plan bench-attention native train wheel clean tools FORCE
 
 help: ## this list
@@ -79,6 +79,9 @@ bench-model: setup-dev ## load time, memory and tokens/s of whole models
 
 bench-attention: setup-dev ## attention over a cache beside torch's and the memory bandwidth (ARGS="--quick ...")
 	$(PY) -m tests.bench.bench_attention $(if $(JSON),--json $(JSON)) $(ARGS)
+
+bench-whole: setup-dev ## prefill and decode of whole models beside llama.cpp (JSON=file ARGS="--types Q4_K_M --depths 128")
+	$(PY) -m tests.bench.bench_whole $(if $(JSON),--json $(JSON)) $(ARGS)
 
 bench-plan: setup-dev ## what kt plan predicts against what is measured, memory and tokens/s
 	$(PY) -m tests.bench.bench_plan $(if $(JSON),--json $(JSON)) $(ARGS)

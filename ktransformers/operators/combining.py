@@ -240,12 +240,15 @@ def _handle(module: nn.Module | None) -> Any:
 
 def is_observed(block: nn.Module, names: list[str]) -> bool:
     """Whether someone wants to see what the children give: transformers, asked for router logits, or any other hook."""
-    for name in names:
-        child = block._modules[name]
-        hooks = [*child._forward_pre_hooks.values(), *child._forward_hooks.values()]
-        if hooks and (is_collecting() or any(getattr(h, "__name__", "") != "output_capturing_hook" for h in hooks)):
-            return True
-    return False
+    return any(has_hooks(block._modules[name]) for name in names)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks of `module` would run, past those that transformers leaves in place and does not ask for now."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    return bool(hooks) and (
+        is_collecting() or any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in hooks)
+    )
 
 
 def is_collecting() -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ktransformers import native
 from ktransformers.native import Attention
 from ktransformers.operators.base_operator import FamilyOperator
+from ktransformers.operators.combining import has_hooks
 from ktransformers.operators.paged_cache import PagedCache, PagedLayer
 
 _CHANGE_NOTHING = frozenset({"use_cache", "output_attentions", "output_hidden_states", "cache_position", "position_ids",
@@ -98,8 +99,9 @@ class PagedAttention(FamilyOperator):
         """Whether nothing is asked for that only the other code does."""
         if hidden.device.type != "cpu" or torch.is_grad_enabled() and self._wants_gradients(hidden):
             return False
-        if any(self._parts[name] is not child for name, child in self._modules.items()):  # PEFT wraps children
-            return False
+        for name, child in self._modules.items():  # PEFT wraps children
+            if self._parts[name] is not child or child is not None and has_hooks(child):
+                return False
         if self._version() != self._versions:  # trained since: norms and biases were copied
             return False
         if kwargs.get("output_attentions", getattr(self.orig_module.config, "output_attentions", False)):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ktransformers import native
 from ktransformers.models.traits import TRAITS
-from ktransformers.operators.combining import is_collecting
+from ktransformers.operators.combining import has_hooks, is_collecting
 from ktransformers.operators.paged_cache import PagedCache, PagedLayer
 
 if TYPE_CHECKING:
@@ -89,6 +89,8 @@ class Stack:
         return self._passed
 
     def _make(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> tuple[Watch, native.Layers] | None:
+        if any(has_hooks(layer) for layer in self.layers):
+            return None
         found = [layer.native_step(hidden, kwargs) for layer in self.layers]
         if any(one is None for one in found):
             return None

@@ -21,8 +21,13 @@ SYNTHETIC = dict(
 )  # fmt: skip
 
 
-def write_synthetic(folder: Path, model_type: str = "qwen3_moe", sizes: dict = SYNTHETIC, mix: str = "Q4_K_M") -> Path:
-    """Write config.json and a GGUF of random valid blocks as `quantize --type MIX` types them; returns its path."""
+def write_synthetic(
+    folder: Path, model_type: str = "qwen3_moe", sizes: dict = SYNTHETIC, mix: str = "Q4_K_M", tokenizer: bool = False
+) -> Path:
+    """Write config.json and a GGUF of random valid blocks as `quantize --type MIX` types them; returns its path.
+
+    `tokenizer`: with made-up tokens of bytes, without which llama.cpp does not open a file.
+    """
     import gguf
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -49,11 +54,29 @@ def write_synthetic(folder: Path, model_type: str = "qwen3_moe", sizes: dict = S
             pieces = [(gguf_names.gguf_name(family, config.num_hidden_layers, name), shape)]
         for stored, size in pieces:
             add_random(writer, stored, size, choose_type(stored, size, mix, config.num_hidden_layers, False))
+    if tokenizer:
+        add_tokenizer(writer, config.vocab_size)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def add_tokenizer(writer, size: int) -> None:
+    """Byte-level BPE of `size` tokens: four of control, the bytes, and pairs of bytes."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    letters = sorted(ByteLevel.alphabet())
+    pairs = [(x, y) for x in letters for y in letters][: size - 4 - len(letters)]
+    tokens = ["<unk>", "<s>", "</s>", "<pad>", *letters, *(x + y for x, y in pairs)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if i < 4 else 1 for i in range(len(tokens))])
+    writer.add_token_merges([f"{x} {y}" for x, y in pairs])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
 
 
 SCALES = {"Q4_K": (0, 2), "Q6_K": (-2,), "Q8_0": (0,)}
@@ -66,6 +89,11 @@ def add_random(writer, name: str, shape: tuple[int, ...], quant) -> None:
     import numpy as np
 
     random = np.random.default_rng(len(name))
+    if quant.name == "BF16":
+        numbers = random.normal(0, 0.02, shape).astype(np.float32).view(np.uint32) >> 16
+        raw = numbers.astype(np.uint16).view(np.uint8)
+        writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
+        return
     if quant.name not in SCALES:
         writer.add_tensor(name, random.normal(1 if "norm" in name else 0, 0.02, shape).astype(np.float32))
         return

@@ -147,3 +147,24 @@ def package(requirement: str) -> None:
 def python() -> str:
     """The interpreter of the peers."""
     return str(PYTHON)
+
+
+def llama_python() -> str:
+    """An interpreter that imports llama_cpp, whose library is built here on first use (ten minutes of CPU).
+
+    Built for what this machine has, without AMX: ggml's own use of it crashed in a virtual machine whose AMX works.
+    """
+    log = HOME / "build.log"
+    HOME.mkdir(exist_ok=True)
+    _base(log)
+    if not (HOME / ".llama").exists():
+        flags = pathlib.Path("/proc/cpuinfo").read_text() if pathlib.Path("/proc/cpuinfo").exists() else ""
+        options = BUILDS["native"]
+        if "amx_tile" in flags:
+            parts = ("AVX2", "FMA", "F16C", "BMI2", "AVX512", "AVX512_VNNI", "AVX512_VBMI", "AVX512_BF16")
+            options = ["-DGGML_NATIVE=OFF", *(f"-DGGML_{part}=ON" for part in parts)]
+        os.environ["CMAKE_ARGS"] = " ".join([*options, "-DLLAVA_BUILD=OFF", "-DMTMD_BUILD=OFF"])
+        print(f"building {LLAMA} in {HOME.relative_to(ROOT)}: ten minutes of CPU, once", file=sys.stderr)
+        _pip(f"pip install {LLAMA}", ["install", "--no-cache-dir", LLAMA], log)
+        (HOME / ".llama").write_text(LLAMA)
+    return str(PYTHON)

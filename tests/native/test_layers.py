@@ -1,0 +1,123 @@
+"""Decoder layers in one call, against their parts one by one."""
+
+import pytest
+import torch
+
+from ktransformers import native
+from ktransformers.errors import NativeError
+from ktransformers.native import Choice
+from ktransformers.operators.routing import Routing
+from tests.native.blocks import random_weight
+from tests.native.test_self_attention import HIDDEN, PLAIN, Case, cut, hidden_of, positions_of
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="C library not built")
+
+
+def experts(seed, count, inner=64, fmt="F32"):
+    import numpy as np
+
+    r = np.random.default_rng(seed)
+    stacks = [[random_weight(r, fmt, a, b) for _ in range(count)]
+              for a, b in ((inner, HIDDEN), (inner, HIDDEN), (HIDDEN, inner))]  # fmt: skip
+    return native.Experts(*stacks, name="experts")
+
+
+def layer(seed, dense=False, factor=1.0, fmt="F32"):
+    """A layer, and its parts."""
+    attention = Case(fmt=fmt, norms=True, seed=seed)
+    g = torch.Generator().manual_seed(seed)
+    if dense:
+        mlp = experts(seed, 1, fmt=fmt)
+    else:
+        routing = Routing(Choice(2, "softmax"), torch.randn(5, HIDDEN, generator=g) / 8)
+        mlp = native.Block(routing.in_c("router"), experts(seed, 5, fmt=fmt), name="block")
+    norms = [torch.rand(HIDDEN, generator=g) + 0.5 for _ in range(2)]
+    made = native.Layer(attention.made, mlp, norms, (1e-6, 1e-5), factor, name=f"layer {seed}")
+    return made, attention, mlp, norms, factor
+
+
+def normed(x, weight, eps):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def one_by_one(parts, x, pages, positions):
+    for (_, attention, mlp, norms, factor), held in zip(parts, pages, strict=True):
+        x = x + factor * attention.made.forward(normed(x, norms[0], 1e-6), held, positions)
+        rows = normed(x, norms[1], 1e-5).flatten(0, 1)
+        if isinstance(mlp, native.Experts):
+            zeros = torch.zeros(len(rows), 1, dtype=torch.int64)
+            out = mlp.forward(rows, zeros, torch.ones(len(rows), 1))
+        else:
+            out = mlp.forward(rows)
+        x = x + factor * out.view(x.shape)
+    return x
+
+
+@pytest.mark.parametrize("tokens", [(1, 1, 1), (7, 1), (70, 3, 1)])
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+def test_layers_in_one_call_give_what_their_parts_give(tokens, factor):
+    parts = [layer(0, dense=True, factor=factor), layer(1, factor=factor), layer(2, factor=factor)]
+    stack = native.Layers([part[0] for part in parts])
+    pages, theirs = ([part[1].pages() for part in parts] for _ in range(2))
+    hidden, positions, at = hidden_of(2, sum(tokens)), positions_of(PLAIN, 1, sum(tokens)), 0
+    for count in tokens:
+        piece, place = hidden[:, at : at + count], cut(positions, at, at + count)
+        out = stack.forward(piece, pages, place)
+        torch.testing.assert_close(out, one_by_one(parts, piece, theirs, place), rtol=1e-4, atol=1e-5)
+        at += count
+    assert [held.lengths for held in pages] == [[at, at]] * 3
+
+
+def test_more_tokens_than_a_piece_of_the_second_half():
+    parts = [layer(1)]
+    hidden, positions = hidden_of(1, 2100), positions_of(PLAIN, 1, 2100)
+    out = native.Layers([parts[0][0]]).forward(hidden, [parts[0][1].pages()], positions)
+    expected = one_by_one(parts, hidden, [parts[0][1].pages()], positions)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_between_layers_the_sum_is_fp32(dtype):
+    """Closer to the sum in fp32 than layer by layer in 16 bits."""
+    parts = [layer(i) for i in range(6)]
+    hidden, positions = hidden_of(1, 3).to(dtype), positions_of(PLAIN, 1, 3)
+    exact = one_by_one(parts, hidden.float(), [part[1].pages() for part in parts], positions)
+
+    def wrong(step):
+        x = hidden
+        for some in step:
+            made = native.Layers([part[0] for part in some])
+            x = made.forward(x, [part[1].pages() for part in some], positions)
+        assert x.dtype == dtype
+        return (x.float() - exact).norm() / exact.norm()
+
+    assert wrong([parts]) < wrong([[part] for part in parts]) < 0.03
+
+
+def test_bits_do_not_depend_on_threads():
+    parts = [layer(0, dense=True, fmt="Q8_0"), layer(1, fmt="Q8_0")]
+    stack, found = native.Layers([part[0] for part in parts]), []
+    try:
+        for count in (1, 2, 3):
+            native.set_threads(count)
+            for tokens in (1, 30):
+                pages = [part[1].pages() for part in parts]
+                found.append(stack.forward(hidden_of(2, tokens), pages, positions_of(PLAIN, 1, tokens)))
+    finally:
+        native.set_threads(None)
+    assert all(torch.equal(found[i], found[i % 2]) for i in range(6))
+
+
+def test_what_does_not_fit_is_said_and_no_cache_grows():
+    parts = [layer(0), layer(1)]
+    stack = native.Layers([part[0] for part in parts])
+    pages = [part[1].pages() for part in parts]
+    with pytest.raises(NativeError, match="pages of 1 layers"):
+        stack.forward(hidden_of(1, 1), pages[:1])
+    with pytest.raises(NativeError, match="expected last dimension 96"):
+        stack.forward(torch.zeros(1, 1, 32), pages)
+    with pytest.raises(NativeError, match="expected at least one"):
+        native.Layers([])
+    with pytest.raises(NativeError, match="norm"):
+        native.Layer(parts[0][1].made, parts[0][2], [torch.ones(3), torch.ones(HIDDEN)], (0.0, 0.0))
+    assert [held.length for held in pages] == [0, 0]

@@ -1,0 +1,272 @@
+"""The native step on the CPU: attention and layers in one call, on a cache of pages, under all that transformers does."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+
+from ktransformers import native, optimize_and_load
+from ktransformers.errors import UnsupportedError
+from ktransformers.native.layers import Layers
+from ktransformers.operators.layer import KDecoderLayer
+from ktransformers.operators.paged_attention import PagedAttention
+from ktransformers.operators.paged_cache import PagedCache, PagedWindowLayer, paged_cache
+from tests import families
+from tests.tiny import meta_model, random_ids, randomize, relative_error, save
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="C library not built")
+
+TYPES = ("qwen3_moe", "gpt_oss", "exaone_moe", "qwen3_next")  # plain, sinks and windows, windows, mixed with delta nets
+
+
+@pytest.fixture(scope="module", params=TYPES)
+def pair(request, tmp_path_factory):
+    """transformers' own model and ours, of the same random weights."""
+    torch.manual_seed(0)
+    reference = randomize(AutoModelForCausalLM.from_config(families.config_of(request.param)).eval())
+    folder = save(reference, tmp_path_factory.mktemp(request.param))
+    model = optimize_and_load(meta_model(families.config_of(request.param)), "Default", folder,
+                              devices={"cuda": "cpu"}, progress=False)  # fmt: skip
+    return reference, model
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many layers each native call computed."""
+    counted = []
+    original = Layers.forward
+
+    def counting(self, *args, **kwargs):
+        counted.append(len(self.layers))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Layers, "forward", counting)
+    return counted
+
+
+def plain_pair(pair):
+    reference, model = pair
+    if model.config.model_type != "qwen3_moe":
+        pytest.skip("one family is enough")
+    return reference, model
+
+
+@torch.no_grad()
+def test_a_plain_model_is_one_native_call(pair, calls):
+    reference, model = plain_pair(pair)
+    ids = random_ids(1, 9)
+    assert relative_error(model(ids).logits, reference(ids).logits) < 1e-4
+    assert calls == [len(model.model.layers)]
+
+
+@pytest.mark.parametrize("how", [
+    {}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}, {"prompt_lookup_num_tokens": 3},
+    {"use_cache": False}, {"cache_implementation": "static"}, {"prefill_chunk_size": 4},
+])  # fmt: skip
+def test_generate_gives_the_same_tokens(pair, how):
+    reference, model = pair
+    if model.config.model_type == "qwen3_next" and how.keys() & {"prompt_lookup_num_tokens", "cache_implementation"}:
+        pytest.skip("transformers' own does not do that with delta nets")
+    ids = random_ids(1, 9).repeat(1, 2)
+    options = {"max_new_tokens": 14, "do_sample": False, "pad_token_id": 0, **how}
+    assert torch.equal(model.generate(ids, **options), reference.generate(ids, **options))
+
+
+def test_left_padded_batches(pair):
+    reference, model = pair
+    ids = random_ids(3, 12)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = mask[1, :1] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, **options), reference.generate(ids, **options))
+    rows = [model.generate(ids[i : i + 1, 12 - n :], max_new_tokens=10, do_sample=False, pad_token_id=0)
+            for i, n in enumerate((7, 11, 12))]  # fmt: skip
+    together = model.generate(ids, **options)
+    if model.config.model_type != "qwen3_next":  # its delta nets see the padding in transformers, too
+        assert all(torch.equal(row[0, -10:], together[i, -10:]) for i, row in enumerate(rows))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+def test_a_cache_of_transformers_is_used_as_it_is(pair, kind, calls):
+    reference, model = plain_pair(pair)
+    ids = random_ids(1, 9)
+    cache = kind(config=model.config) if kind is DynamicCache else kind(config=model.config, max_cache_len=32)
+    out = model(ids, past_key_values=cache)
+    assert relative_error(out.logits, reference(ids).logits) < 1e-4
+    assert out.past_key_values is cache and cache.get_seq_length() == 9 and not calls
+
+
+@torch.no_grad()
+def test_crop_and_go_on_is_a_fresh_start(pair):
+    _, model = pair
+    if model.config.model_type == "qwen3_next":
+        pytest.skip("delta nets do not go back")
+    ids = random_ids(1, 30)
+    cache = paged_cache(model)
+    for layer in cache.layers:
+        if isinstance(layer, PagedWindowLayer):
+            layer.activate_past_recording()
+    model(ids, past_key_values=cache)
+    cache.crop(-12)
+    again = model(ids[:, 18:], past_key_values=cache).logits
+    assert relative_error(again, model(ids).logits[:, 18:]) < 1e-5
+
+
+@torch.no_grad()
+def test_a_window_that_moved_on_refuses_to_go_back(pair):
+    _, model = pair
+    cache = paged_cache(model)
+    windows = [layer for layer in cache.layers if isinstance(layer, PagedWindowLayer)]
+    if not windows:
+        pytest.skip("no windows")
+    window = windows[0].sliding_window
+    model(random_ids(1, window + 100), past_key_values=cache)
+    assert all(layer.pages.starts() == [101] for layer in windows)
+    assert all(layer.pages.tables[0][0] is None for layer in windows)  # 64 tokens that nothing sees any more
+    with pytest.raises(RuntimeError, match="activate_past_recording"):
+        windows[0].crop(-50)
+
+
+@torch.no_grad()
+def test_a_copied_cache_goes_its_own_way(pair):
+    _, model = plain_pair(pair)
+    ids = random_ids(1, 70)
+    cache = paged_cache(model)
+    model(ids, past_key_values=cache)
+    other = copy.deepcopy(cache)
+    a, b = random_ids(1, 3, seed=2), random_ids(1, 3, seed=3)
+    for past, more in ((cache, a), (other, b)):
+        found = model(more, past_key_values=past).logits
+        assert relative_error(found, model(torch.cat((ids, more), 1)).logits[:, -3:]) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "limit"), [("f32", 1e-5), ("bf16", 3e-2), ("f16", 3e-3), ("q8_0", 3e-2)])
+def test_kinds_of_caches(pair, kind, limit):
+    _, model = plain_pair(pair)
+    size = next(m for m in model.modules() if isinstance(m, PagedAttention)).attending.shape.size
+    if kind == "q8_0" and size % 32:
+        with pytest.raises(native.library.NativeError, match="multiples of 32"):
+            model(random_ids(1, 3), past_key_values=paged_cache(model, kind))
+        return
+    ids = random_ids(1, 80)
+    cache = paged_cache(model, kind)
+    found = [model(piece, past_key_values=cache).logits for piece in ids.split([75, 1, 4], 1)]
+    assert relative_error(torch.cat(found, 1), model(ids).logits) < limit
+
+
+def test_an_unknown_kind_is_refused(pair):
+    with pytest.raises(UnsupportedError, match="found type 'q4_0', expected one of f32, f16, bf16, q8_0"):
+        paged_cache(pair[1], "q4_0")
+
+
+@torch.no_grad()
+def test_what_is_asked_for_between_layers_is_given(pair):
+    reference, model = pair
+    ids = random_ids(1, 6)
+    ours, theirs = (m(ids, output_hidden_states=True) for m in (model, reference))
+    assert len(ours.hidden_states) == len(theirs.hidden_states)
+    for mine, other in zip(ours.hidden_states, theirs.hidden_states, strict=True):
+        assert relative_error(mine, other) < 1e-4
+    assert relative_error(model(ids).logits, theirs.logits) < 1e-4
+
+
+@torch.no_grad()
+def test_attentions_are_the_familys_own_code(pair):
+    reference, model = plain_pair(pair)
+    ids = random_ids(1, 6)
+    for m in (model, reference):
+        m.set_attn_implementation("eager")
+    try:
+        ours, theirs = (m(ids, output_attentions=True) for m in (model, reference))
+    finally:
+        for m in (model, reference):
+            m.set_attn_implementation("sdpa")
+    assert relative_error(ours.attentions[1], theirs.attentions[1]) < 1e-4
+
+
+@torch.no_grad()
+def test_a_hook_between_layers_is_called(pair, calls):
+    _, model = plain_pair(pair)
+    seen = []
+    hook = model.model.layers[1].register_forward_hook(lambda module, args, out: seen.append(out.clone()))
+    ids = random_ids(1, 6)
+    with_hook = model(ids).logits
+    hook.remove()
+    assert len(seen) == 1 and calls == [1] * len(model.model.layers)
+    assert relative_error(with_hook, model(ids).logits) < 1e-5
+
+
+@torch.no_grad()
+def test_a_weight_that_changed_is_used(pair):
+    _, model = plain_pair(pair)
+    ids = random_ids(1, 6)
+    before = model(ids).logits
+    norm = model.model.layers[0].post_attention_layernorm.weight
+    norm.mul_(2.0)
+    changed = model(ids).logits
+    norm.div_(2.0)
+    assert relative_error(changed, before) > 1e-2 and relative_error(model(ids).logits, before) < 1e-5
+
+
+@torch.no_grad()
+def test_a_projection_that_was_replaced_is_used(pair):
+    _, model = plain_pair(pair)
+    ids = random_ids(1, 6)
+    before = model(ids).logits
+    attention = model.model.layers[0].self_attn
+    original = attention.o_proj
+
+    class Twice(nn.Module):
+        def forward(self, x):
+            return 2 * original(x)
+
+    attention.o_proj = Twice()
+    changed = model(ids).logits
+    attention.o_proj = original
+    assert relative_error(changed, before) > 1e-3 and relative_error(model(ids).logits, before) < 1e-5
+
+
+@torch.no_grad()
+def test_fewer_layers_than_there_are(pair):
+    reference, model = plain_pair(pair)
+    ids = random_ids(1, 6)
+    for m in (model, reference):
+        m.config.num_hidden_layers = 1
+    try:
+        assert relative_error(model(ids).logits, reference(ids).logits) < 1e-4
+    finally:
+        for m in (model, reference):
+            m.config.num_hidden_layers = 2
+
+
+@torch.no_grad()
+def test_a_layer_alone_computes_itself(pair):
+    _, model = plain_pair(pair)
+    hidden = torch.randn(1, 4, model.config.hidden_size)
+    positions = model.model.rotary_emb(hidden, torch.arange(4)[None])
+    first, second = (layer(hidden, position_embeddings=positions) for layer in model.model.layers[:2])
+    assert not torch.equal(first, second) and not torch.equal(first, hidden)
+
+
+@torch.no_grad()
+def test_compile_sees_the_calls_as_operators(pair):
+    _, model = plain_pair(pair)
+    ids = random_ids(1, 6)
+    expected = model(ids, use_cache=False).logits
+    compiled = torch.compile(model, backend="eager")
+    assert relative_error(compiled(ids, use_cache=False).logits, expected) < 1e-5
+    torch._dynamo.reset()
+
+
+def test_generation_grows_no_page_twice(pair):
+    """Memory of the cache is that of whole pages of each layer."""
+    _, model = plain_pair(pair)
+    cache = paged_cache(model)
+    model.generate(random_ids(1, 60), past_key_values=cache, max_new_tokens=10, do_sample=False, pad_token_id=0)
+    assert isinstance(cache, PagedCache)
+    assert cache.nbytes == sum(2 * layer.pages.page_bytes for layer in cache.layers)
+    assert all(isinstance(layer, KDecoderLayer) for layer in model.model.layers)
