@@ -95,10 +95,14 @@ def _find(number: int) -> Any:
 
 def is_watched(x: Tensor) -> bool:
     """Whether more than numbers is wanted of a call on `x`: a graph, shapes alone, or a line in a profile."""
-    return not x.is_nested and (
-        type(x) is not Tensor or torch.compiler.is_compiling() or x.is_meta
-        or is_in_torch_dispatch_mode() or profiler._is_profiler_enabled
-    )  # fmt: skip
+    return not x.is_nested and (is_traced(x) or profiler._is_profiler_enabled)
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether a graph is made of what happens to `x`, or it has no values."""
+    return (
+        type(x) is not Tensor or torch.compiler.is_compiling() or x.is_meta or is_in_torch_dispatch_mode()
+    )
 
 
 def _linear(x: Tensor, number: int) -> Tensor:

@@ -161,7 +161,7 @@ class KDecoderLayer(FamilyOperator):
 
     def native_step(self, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[native.Layers, PagedLayer] | None:
         """The layer in C and its part of the cache, or None where its parts must compute one by one."""
-        if self.stacking is None or not may_use_c(self, hidden) or torch_ops.is_watched(hidden):
+        if self.stacking is None or not may_use_c(self, hidden) or torch_ops.is_traced(hidden):
             return None
         children = self._modules
         attention, mlp = self.attention, children[self.stacking.mlp]

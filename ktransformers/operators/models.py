@@ -14,6 +14,7 @@ from ktransformers.devices import canonical
 from ktransformers.errors import UnsupportedError, is_whole
 from ktransformers.loaders import WeightSource
 from ktransformers.models.traits import TRAITS
+from ktransformers.native import torch_ops
 from ktransformers.operators.base_operator import FamilyOperator, to_device
 from ktransformers.operators.paged_cache import paged_cache
 from ktransformers.operators.stack import stack_layers
@@ -164,7 +165,10 @@ class DecoderModel(FamilyOperator):
 
 
     def _keeps_cache(self, kwargs: Mapping[str, Any]) -> bool:
-        """Whether the family's forward would make a cache: here one that operators compute on."""
+        """Whether the family's forward would make a cache of tensors with values: here one that operators compute on."""
+        given = next((x for name in ("input_ids", "inputs_embeds") if (x := kwargs.get(name)) is not None), None)
+        if given is None or torch_ops.is_traced(given):
+            return False
         use_cache = kwargs.get("use_cache")
         return bool(getattr(self.orig_module.config, "use_cache", False) if use_cache is None else use_cache)
 

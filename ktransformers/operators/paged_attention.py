@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ktransformers import native
-from ktransformers.native import Attention
+from ktransformers.native import Attention, torch_ops
 from ktransformers.operators.base_operator import FamilyOperator
 from ktransformers.operators.combining import has_hooks
 from ktransformers.operators.paged_cache import PagedCache, PagedLayer
@@ -97,7 +97,9 @@ class PagedAttention(FamilyOperator):
 
     def _is_plain(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> bool:
         """Whether nothing is asked for that only the other code does."""
-        if hidden.device.type != "cpu" or torch.is_grad_enabled() and self._wants_gradients(hidden):
+        if torch_ops.is_traced(hidden) or hidden.device.type != "cpu":
+            return False
+        if torch.is_grad_enabled() and self._wants_gradients(hidden):
             return False
         for name, child in self._modules.items():  # PEFT wraps children
             if self._parts[name] is not child or child is not None and has_hooks(child):

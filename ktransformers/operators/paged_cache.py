@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from ktransformers.errors import UnsupportedError
@@ -60,6 +60,7 @@ class PagedLayer(CacheLayerMixin):
             )
         self.prepare(key_states.shape[1], key_states.shape[3], value_states.shape[3], key_states.dtype)
 
+    @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.pages is None:
             self.lazy_initialization(key_states, value_states)
@@ -195,7 +196,9 @@ def paged_cache(model: nn.Module, kind: str | None = None) -> PagedCache | None:
     if kind is not None and kind not in TYPES:
         raise UnsupportedError(f"cache: found type {kind!r}, expected one of {', '.join(TYPES)}.")
     numbers = set(_paged_layers(model))
-    if not numbers:
+    # By the name of the class, as transformers tells who brings a cache of its own (MiniMax, the first one).
+    family = type(getattr(model, "orig_module", None) or model)
+    if not numbers or not GenerationMixin._supports_default_dynamic_cache.__func__(family):
         return None
     layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
     for number in numbers:
