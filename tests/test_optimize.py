@@ -391,7 +391,7 @@ def test_a_gguf_of_another_family(gguf):
 
 def test_a_family_whose_gguf_names_are_unknown(gguf):
     model = meta_model(AutoConfig.for_model("flex_olmo", hidden_size=64, num_hidden_layers=1, vocab_size=64, num_attention_heads=4,
-                                            num_key_value_heads=4, intermediate_size=32, num_experts=4, pad_token_id=0,
+                                            num_key_value_heads=4, intermediate_size=32, num_experts=4, num_experts_per_tok=2, pad_token_id=0,
                                             eos_token_id=1))  # fmt: skip
     refused(model, alone("experts-cpu"), gguf("qwen3_moe"), UnsupportedError, "flex_olmo")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ktransformers import native
 from ktransformers.models.traits import TRAITS
@@ -131,7 +132,8 @@ class KDecoderLayer(FamilyOperator):
 
     def load(self) -> None:
         super().load()
-        self.stacking = stacking_of(self.orig_module) if native.available() else None
+        played = is_in_torch_dispatch_mode()  # a simulation: there are no weights to compute with
+        self.stacking = stacking_of(self.orig_module) if native.available() and not played else None
 
     def unload(self) -> None:
         super().unload()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ktransformers import native
 from ktransformers.native import Attention, torch_ops
@@ -54,7 +55,8 @@ class PagedAttention(FamilyOperator):
 
     def load(self) -> None:
         super().load()
-        self.native = self.make_native() if native.available() else None
+        played = is_in_torch_dispatch_mode()  # a simulation: there are no weights to compute with
+        self.native = self.make_native() if native.available() and not played else None
         self._parts = dict(self._modules)
         self._tensors = [tensor for _, tensor in self.named_parameters()]
         self._versions = self._version()

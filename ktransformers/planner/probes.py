@@ -1,4 +1,4 @@
-"""What torch itself costs on this machine's CPU: attention over a cache, and a layer's small operations.
+"""What is neither weights nor their products on this machine's CPU: attention over a cache, and a layer's rest.
 
 Measured in a few seconds, attention with the shapes of the model that is planned for, the rest on a tiny model; for a
 machine that is not at hand there is `assumed`. speed.py puts them together with bytes and operations.
@@ -13,16 +13,20 @@ from dataclasses import dataclass
 
 from ktransformers.planner.sizes import Cache
 
-LAYER_SECONDS = 7e-4
-"""Seconds of Python, norms, router, rotation and waking threads for a token in a layer: one Zen 4 core at 3.1 GHz."""
+LAYER_SECONDS = 5e-5
+"""Seconds of a layer with next to no weights for a token: meetings of threads, norms, router, rotation. Two cores of a
+Sapphire Rapids at 2 GHz, native layers."""
 
 ELEMENTWISE = 60.0
 """Bytes moved by elementwise work for a hidden value of a token in a layer: norms, residuals, rotation, casts.
 Fitted to prefill of the models of `make bench-plan`."""
 
-DECODE_RATE, PREFILL_RATE, LATENT_RATE = 12e9, 40e9, 30e9
-"""Operations per second of a core in torch's attention over a cache: grouped, for one query and for many; over latents,
-which is matrix products. Measured as above."""
+DECODE_RATE, PREFILL_RATE, LATENT_RATE = 40e9, 90e9, 60e9
+"""Operations per second of a core in attention over a cache: of eight heads that share keys, for one query and for many;
+over latents. Measured as above with AVX-512, without AMX (`make bench-attention`)."""
+
+MORE_LAYERS = 16
+"""How many the longer of two tiny models has more: a layer takes some tens of microseconds, a step a thousand."""
 
 MOST_QUERIES, MOST_KEYS = 512, 2048
 """Shapes that are timed; longer ones are taken in proportion."""
@@ -30,7 +34,7 @@ MOST_QUERIES, MOST_KEYS = 512, 2048
 
 @dataclass
 class Probes:
-    """Seconds of what torch does. `attention(cache, tokens, length)` is for one sequence and one layer."""
+    """Seconds of what is no product with weights. `attention(cache, tokens, length)`: of one sequence in one layer."""
 
     attention: Callable[[Cache, int, int], float]
     layer_seconds: float = LAYER_SECONDS
@@ -66,30 +70,26 @@ def measure(latent: bool = False) -> Probes:
 
 
 def _attention_seconds(cache: Cache, queries: int, keys: int) -> float:
-    """One layer's attention as it is computed: torch's fused one, to decode products with keys or latents."""
+    """One layer's attention as it is computed: natively over keys, and over latents absorbed to decode."""
     import torch
-    import torch.nn.functional as F
 
-    from ktransformers.operators import cpu_attention
+    from ktransformers import native
 
     heads, kv_heads, size = cache.heads, cache.kv_heads, cache.head_dim
     if cache.is_latent and queries > 1:
         kv_heads, size = heads, max(16, cache.expanded)
     with torch.inference_mode():
-        q = torch.randn(1, heads, queries, size).bfloat16()
+        q = torch.randn(1, heads, queries, size)
         k, v = (torch.randn(1, kv_heads, keys, size).bfloat16() for _ in range(2))
-        if queries == 1 and not cache.is_latent:
-            return _median(lambda: cpu_attention.attention(None, q, k, v, None))
-        if queries > 1:
-            causal, grouped = queries > 1 and queries == keys, kv_heads != heads
-            return _median(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped))
+        if queries > 1 or not cache.is_latent:
+            return _median(lambda: native.attend(q, k, v))
         weight = torch.randn(heads, max(16, cache.expanded), size).bfloat16()
         narrow = torch.randn(1, heads, 1, weight.shape[1]).bfloat16()
 
         def absorbed() -> None:
             latent_query = torch.einsum("basn,anl->basl", narrow, weight)
-            keys = k.clone()  # the operator joins latents and rotated keys in every step
-            torch.einsum("basl,avl->basv", cpu_attention.one_query(latent_query, keys, keys, None, 1.0), weight)
+            context = native.attend(latent_query.float(), k, k).transpose(1, 2)
+            torch.einsum("basl,avl->basv", context.bfloat16(), weight)
 
         return _median(absorbed)
 
@@ -110,9 +110,9 @@ _TINY = {
 
 
 def _layer_seconds(latent: bool) -> float:
-    """Seconds of a layer with next to no weights: what a decode step of six layers takes longer than one of two."""
-    few, many = (_step_seconds(layers, *_TINY[latent]) for layers in (2, 6))
-    return max(many - few, 0.0) / 4
+    """Seconds of a layer with next to no weights: what a decode step of many layers takes longer than one of two."""
+    few, many = (_step_seconds(layers, *_TINY[latent]) for layers in (2, 2 + MORE_LAYERS))
+    return max(many - few, 0.0) / MORE_LAYERS
 
 
 def _step_seconds(layers: int, family: str, rule: str, sizes: dict) -> float:

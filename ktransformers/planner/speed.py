@@ -150,7 +150,7 @@ def _attention(
     grown = 3 * cache.nbytes(context + tokens, batch)  # read, written, and fetched to be written
     ops = batch * cache.attention_ops(tokens, length)
     if is_cpu(device):
-        return grown / hardware.cpu.read_bandwidth + batch * probes.attention(cache, tokens, length)
+        return batch * probes.attention(cache, tokens, length)  # pages grow in place
     bandwidth, peak, _ = _gpu(device, hardware)
     return (grown + cache.nbytes(context + tokens, batch)) / bandwidth + ops / (peak * 0.4)
 

@@ -396,6 +396,8 @@ static void block_case(void) {
     kt_router_destroy(r);
     kt_experts_destroy(e);
     kt_experts_destroy(s);
+}
+
 /* ---- attention ---- */
 
 /* Pages of exactly what may be read of them, heads side by side within a token or behind each other. */
@@ -472,6 +474,101 @@ static void attention_case(void) {
     check(kt_attention_core(pools[0], &a) != KT_OK, "attention of absurd arguments");
 }
 
+/* ---- attention modules and layers ---- */
+
+static kt_attention_desc random_module(int64_t hidden) {
+    kt_attention_desc d = {.kv_heads = 1 + below(3), .size = 2 * (1 + below(40)), .scale = random_floats(1)[0]};
+    d.heads = d.kv_heads * (1 + below(5));
+    d.gate = (int32_t)below(4);
+    d.value_size = d.gate == KT_GATE_IN_Q ? d.size : 1 + below(70);
+    d.q = valid(d.heads * d.size * (d.gate == KT_GATE_IN_Q ? 2 : 1), hidden);
+    d.k = valid(d.kv_heads * d.size, hidden);
+    d.v = valid(d.kv_heads * d.value_size, hidden);
+    if (d.gate > KT_GATE_IN_Q) d.g = valid(d.gate == KT_GATE_HEADS ? d.heads : d.heads * d.value_size, hidden);
+    d.o = valid(hidden, d.heads * d.value_size);
+    d.norm_whole = (int32_t)below(2);
+    d.norm_last = !d.norm_whole && chance(2);
+    if (chance(2)) d.q_norm = random_floats(d.heads * d.size);
+    if (chance(2)) d.k_norm = random_floats(d.heads * d.size);
+    if (chance(3)) d.sinks = random_floats(d.heads);
+    for (int i = 0; i < 5; i++)
+        if (chance(3)) d.bias[i] = random_floats(2 * d.heads * (d.size + d.value_size) + hidden);
+    d.eps = 1e-6f;
+    d.clip = chance(4) ? 1.0f : 0.0f;
+    d.rotary_pairs = (int32_t)below(4);
+    return d;
+}
+
+/* Room of exactly `tokens` tokens for each of the sequences. */
+static void empty_sequences(const kt_attention_desc *d, const kt_kv_layout *l, int64_t batch, int64_t tokens,
+                            kt_sequence *s) {
+    for (int64_t b = 0; b < batch; b++) {
+        const int64_t pages = (tokens + 63) / 64;
+        void **page[2];
+        for (int which = 0; which < 2; which++) {
+            const int64_t row = which ? l->value_row : l->key_row, head = which ? l->value_head : l->key_head;
+            page[which] = (void **)(void *)buffer((size_t)pages * sizeof(void *), sizeof(void *));
+            for (int64_t p = 0; p < pages; p++) {
+                const int64_t left = tokens - p * 64 < 64 ? tokens - p * 64 : 64;
+                page[which][p] = random_bytes((size_t)((d->kv_heads - 1) * head + left * row), 8);
+            }
+        }
+        s[b] = (kt_sequence){.keys = page[0], .values = page[1]};
+    }
+}
+
+/* Two steps through one layer, alike on both pools; then the same with absurd numbers. */
+static void layer_case(void) {
+    enum { MOST = 3 };
+    const int64_t hidden = 32 * (1 + below(8)), inner = random_size(), batch = 1 + below(MOST);
+    kt_attention_desc d = random_module(hidden);
+    kt_attention *a = NULL;
+    kt_experts *e = NULL;
+    kt_layer *layer = NULL;
+    const kt_weight gate = valid(inner, hidden), up = valid(inner, hidden), down = valid(hidden, inner);
+    const kt_glu silu = {.activation = KT_SILU, .limit = INFINITY};
+    if (kt_attention_create(&d, &a) == KT_OK && kt_experts_create(1, &gate, &up, &down, &silu, &e) == KT_OK) {
+        const kt_layer_desc both = {.attention = a, .mlp = e, .attention_norm = random_floats(hidden), .factor = 1.0f,
+                                    .mlp_norm = random_floats(hidden), .attention_eps = 1e-6f, .mlp_eps = 1e-6f};
+        check(kt_layer_create(&both, &layer) == KT_OK && layer, "layer");
+    }
+    const int64_t steps[2] = {1 + below(chance(4) ? 90 : 9), 1}, rotary = 2 * (1 + below(d.size / 2));
+    kt_attention_call c = {.dtype = (int32_t)below(3), .batch = batch, .rotary = rotary, .rotary_row = rotary / 2};
+    c.layout.key_row = d.size * 4;
+    c.layout.value_row = d.value_size * 4;
+    c.layout.key_head = c.layout.key_row * 64;
+    c.layout.value_head = c.layout.value_row * 64;
+    c.cos = random_floats(rotary * 50);
+    c.sin = chance(20) ? NULL : random_floats(rotary * 50);
+    if (!c.cos || rotary * 50 < steps[0] * rotary / 2) c.rotary_row = 0;
+    kt_sequence s[2][MOST];
+    for (int i = 0; i < 2 && layer; i++) empty_sequences(&d, &c.layout, batch, steps[0] + steps[1], s[i]);
+    for (int step = 0; step < 2 && layer; step++) {
+        c.tokens = steps[step];
+        const size_t bytes = (size_t)(batch * c.tokens * hidden) * size_of(c.dtype);
+        const void *x = random_input(c.dtype, batch * c.tokens * hidden);
+        uint8_t *out[2];
+        int status[2];
+        two_outputs(out, bytes, c.dtype);
+        for (int i = 0; i < 2; i++) {
+            c.sequences = s[i];
+            status[i] = kt_layers_forward(1, (const kt_layer *const *)&layer, &c, pools[i], x, out[i]);
+        }
+        compare(status[0], status[1], out, bytes, c.dtype, "layer");
+        check(status[0] || s[0][0].length == s[1][0].length, "length");
+    }
+    int64_t *const fields[] = {&c.batch, &c.tokens, &c.layout.key_row, &c.layout.value_row, &c.rotary};
+    const int64_t which = below(sizeof fields / sizeof *fields);
+    if (which == 4 && (d.rotary_pairs == KT_PAIRS_NONE)) c.dtype = 9;
+    *fields[which] = which == 4 ? PICK(-2, 3, 1 << 20) : PICK(-1, INT64_MIN, -((int64_t)1 << 40));
+    uint8_t *out[2];
+    two_outputs(out, 16, KT_F32);
+    if (a) check(kt_attention_forward(a, pools[0], &c, out[1], out[0]) != KT_OK, "attention module of absurd arguments");
+    kt_layer_destroy(layer);
+    kt_attention_destroy(a);
+    kt_experts_destroy(e);
+}
+
 /* Any number in any field, over a pointer to one byte: only creation, which may look at `order` but at no weight. */
 static void lies(void) {
     kt_weight w[3];
@@ -498,7 +595,8 @@ static double seconds(void) {
 
 int main(int argc, char **argv) {
     static void (*const cases[])(void) = {linear_case, linear_case, dequantize_case, experts_case, experts_case,
-                                          block_case, block_case, attention_case, attention_case, lies};
+                                          block_case, block_case, attention_case, attention_case, layer_case, layer_case,
+                                          lies};
     const double limit = argc > 1 ? atof(argv[1]) : 8, begin = seconds();
     uint64_t seed = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
 #if defined(__SANITIZE_ADDRESS__)
