@@ -1,7 +1,7 @@
 """What a module of multi-head latent attention computes: factors, norms, rotary positions and gates around it.
 
 Recognized as attending.py recognizes grouped queries: a small copy of the module, two heads of it, runs on a few tokens,
-and `Latents.apply` must give the same numbers.
+and `Latents.apply` must give the same numbers, for the cache as well: torch code and C share one.
 Letters: B batch, S tokens, H hidden, A heads, L latent rank, N and R sizes of the parts of a query without and with a
 position, V value size.
 """
@@ -45,8 +45,11 @@ class Latents:
     sinks: str | None = None
     joined: ClassVar[bool] = True
 
-    def apply(self, module: nn.Module, hidden: Tensor, positions: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-        """hidden [B, S, H], cos and sin [B, S, R or R/2] each, mask [1, 1, S, S] added to scores -> [B, S, H]; in torch."""
+    def apply(
+        self, module: nn.Module, hidden: Tensor, positions: tuple[Tensor, Tensor], mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden [B, S, H], cos and sin [B, S, R or R/2] each, mask [1, 1, S, S] added to scores -> [B, S, H], and what
+        is cached, [B, 1, S, L] and [B, 1, S, R]; in torch."""
         s = self.shape
         if getattr(module, "q_a_proj", None) is None:
             q = module.q_proj(hidden)
@@ -67,10 +70,10 @@ class Latents:
         else:
             probs = scores.softmax(-1)
         out = (probs @ values).transpose(1, 2).flatten(2)
-        if s.gate is None:
-            return module.o_proj(out)
-        gate = getattr(module, self.gate)(hidden).sigmoid()
-        return module.o_proj(out * (gate if s.gate == "elements" else gate.repeat_interleave(s.value_size, -1)))
+        if s.gate is not None:
+            gate = getattr(module, self.gate)(hidden).sigmoid()
+            out = out * (gate if s.gate == "elements" else gate.repeat_interleave(s.value_size, -1))
+        return module.o_proj(out), latent.unsqueeze(1), key
 
     def native(self, operator: nn.Module) -> LatentAttention | None:
         children = operator._modules
@@ -154,6 +157,21 @@ def _shape(module: nn.Module) -> LatentShape | None:
     return LatentShape(heads, latent, plain, rotary, value, 1.0) if value > 0 and o.in_features == heads * value else None
 
 
+class _Cache:
+    """Keeps what the family's code caches."""
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[Tensor, Tensor]] = []
+
+    def update(self, latent: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.kept.append((latent, key))
+        return latent, key
+
+
+def _same(found: Tensor, expected: Tensor) -> bool:
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def _recognize(module: nn.Module, shape: LatentShape) -> Latents | None:
     small = _small_copy(module, shape)
     if small is None:
@@ -163,15 +181,17 @@ def _recognize(module: nn.Module, shape: LatentShape) -> Latents | None:
     torch_state = torch.random.get_rng_state()
     try:
         for given, positions, angles in (((cos, sin), (cos, sin), "twice"), (torch.complex(*once), once, "once")):
+            cache = _Cache()
             try:
                 with torch.no_grad(), torch.device("cpu"):
-                    expected = run_small(small, hidden, given, mask, _FAR)
-            except Exception:  # positions of another form
+                    out = run_small(small, hidden, given, mask, cache, _FAR)
+                ((latent, key),) = cache.kept
+            except Exception:  # positions of another form, or a cache
                 continue
             for candidate in _candidates(small, shape, angles):
                 with torch.no_grad():
                     found = candidate.apply(small, hidden, positions, mask)
-                if found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-4, atol=1e-5):
+                if all(map(_same, found, (out, latent, key))):
                     return candidate
     finally:
         torch.random.set_rng_state(torch_state)
