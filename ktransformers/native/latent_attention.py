@@ -56,8 +56,8 @@ class LatentAttention(Attention):
         sinks: torch.Tensor | None = None,
         name: str = "attention",
     ) -> None:
-        """`weights` by WEIGHTS (q_a and g only where there are such), `biases` float [N] likewise, of q only without q_a;
-        `norms` of "q" (with q_a) and "kv", `sinks` float [A]. Raises UnsupportedError, NativeError."""
+        """`weights` by WEIGHTS (q_a and g only where there are such), `biases` float [N] likewise, of q only without
+        q_a; `norms` of "q" (with q_a) and "kv", `sinks` float [A]. Raises UnsupportedError, NativeError."""
         state = loaded()
         self.name, self.shape, self.hidden, self._keep = name, shape, 0, []
         desc = state.ffi.new("kt_latent_desc *")

@@ -2,8 +2,8 @@
 
 A page belongs to one layer and holds all of its heads: first the keys, [C, 64, D], then the values, [C, 64, V]; or, of
 latent attention, `joined`, rows of both: [C, 64, D + V]. Several sequences, and several caches, may share one; whoever
-would write to a shared page takes a copy first. Nothing here computes. Letters: B sequences, C heads of keys and values,
-T tokens, D and V sizes of a key and a value.
+would write to a shared page takes a copy first. Nothing here computes. Letters: B sequences, C heads of keys and
+values, T tokens, D and V sizes of a key and a value.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class Pages:
     def __init__(
         self, kind: str, heads: int, size: int, value_size: int, name: str = "cache", joined: bool = False
     ) -> None:
-        """`kind`: one of TYPES. `joined`: a token's value lies behind its key, in one row of a page. Raises NativeError for another, or for q8_0 of sizes that are not multiples of 32."""
+        """`kind`: one of TYPES. `joined`: a token's value lies behind its key, in one row of a page. Raises
+        NativeError for another, or for q8_0 of sizes that are not multiples of 32."""
         if kind not in TYPES:
             raise NativeError(f"{name}: found type {kind!r}, expected one of {', '.join(TYPES)}.")
         self.kind, self.heads, self.size, self.value_size, self.name = kind, heads, size, value_size, name

@@ -307,7 +307,9 @@ def inputs(width: int) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
     return hidden, (angles.cos(), angles.sin()), mask
 
 
-def run_small(small: nn.Module, hidden: Tensor, positions: Any, mask: Tensor, cache: Any = None, stride: int = 1) -> Tensor:
+def run_small(
+    small: nn.Module, hidden: Tensor, positions: Any, mask: Tensor, cache: Any = None, stride: int = 1
+) -> Tensor:
     """The family's own forward, with what it asks for by name. Tokens are `stride` positions apart."""
     given: Mapping[str, Any] = {
         "position_embeddings": positions, "attention_mask": mask, "past_key_values": cache,

@@ -1,7 +1,7 @@
 """What a module of multi-head latent attention computes: factors, norms, rotary positions and gates around it.
 
-Recognized as attending.py recognizes grouped queries: a small copy of the module, two heads of it, runs on a few tokens,
-and `Latents.apply` must give the same numbers, for the cache as well: torch code and C share one.
+Recognized as attending.py recognizes grouped queries: a small copy of the module, two heads of it, runs on a few
+tokens, and `Latents.apply` must give the same numbers, for the cache as well: torch code and C share one.
 Letters: B batch, S tokens, H hidden, A heads, L latent rank, N and R sizes of the parts of a query without and with a
 position, V value size.
 """
@@ -34,8 +34,8 @@ _FAR = 9973
 
 @dataclass(frozen=True)
 class Latents:
-    """One attention in numbers. `rotates`: it has positions at all. `q_factor`, `kv_factor`: what queries and latents are
-    multiplied by. `gate` and `sinks` name the parts of the module that hold them."""
+    """One attention in numbers. `rotates`: it has positions at all. `q_factor`, `kv_factor`: what queries and latents
+    are multiplied by. `gate` and `sinks` name the parts of the module that hold them."""
 
     shape: LatentShape
     rotates: bool = True
@@ -154,7 +154,9 @@ def _shape(module: nn.Module) -> LatentShape | None:
     if left or heads < 1 or latent % 16 or rotary % 2 or kv_b.in_features != latent or kv_b.out_features % heads:
         return None
     value = kv_b.out_features // heads - plain
-    return LatentShape(heads, latent, plain, rotary, value, 1.0) if value > 0 and o.in_features == heads * value else None
+    if value < 1 or o.in_features != heads * value:
+        return None
+    return LatentShape(heads, latent, plain, rotary, value, scale=1.0)
 
 
 class _Cache:

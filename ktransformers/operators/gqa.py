@@ -27,7 +27,7 @@ class GQAttention(PagedAttention):
 
 
 class KAttention(GQAttention):
-    """Attention of any kind, grouped queries or latents: natively where that computes it, elsewhere the family's own."""
+    """Attention of any kind, grouped queries or latents: natively where that is known, elsewhere the family's own."""
 
     replaces = "attention"
     kinds = (attending.attending_of, attending_latents.attending_of)

@@ -159,7 +159,9 @@ class DecoderModel(FamilyOperator):
 
 
     def _keeps_cache(self, kwargs: Mapping[str, Any]) -> bool:
-        """Whether the family's forward would make a cache: here one that operators compute on."""
+        """Whether the family's forward would make a cache that operators can compute on: no gradient passes pages."""
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            return False
         use_cache = kwargs.get("use_cache")
         return bool(getattr(self.orig_module.config, "use_cache", False) if use_cache is None else use_cache)
 

@@ -387,9 +387,9 @@ typedef struct kt_attention_desc {
     int64_t heads, kv_heads, size, value_size, window;
 } kt_attention_desc;
 
-/* Multi-head latent attention (DeepSeek-V2). A heads, L size of a latent, N and R (rotary) sizes of a query's parts without
- * and with a position, V value_size. q [A*(N+R), H], or with q_a [Q, H] (q_a.data not NULL) [A*(N+R), Q] of its normed
- * results; kv_a [L+R, H]; kv_b [A*(N+V), L], of type F32, F16, BF16 or Q8_0: for each head N rows that make keys of
+/* Multi-head latent attention (DeepSeek-V2). A heads, L size of a latent, N and R (rotary) sizes of a query's parts
+ * without and with a position, V value_size. q [A*(N+R), H], or with q_a [Q, H] (q_a.data not NULL) [A*(N+R), Q] of its
+ * normed results; kv_a [L+R, H]; kv_b [A*(N+V), L], of type F32, F16, BF16 or Q8_0: for each head N rows that make keys of
  * latents, then V that make values; o [H, A*V]; g [A*V or A, H] with such a gate. L is a multiple of 16. bias: fp32 by
  * kt_part or NULL, of KT_Q (of q_a, where there is one), KT_K (kv_a), KT_G, KT_O. q_norm [Q] and kv_norm [L]: fp32. All
  * stay the caller's. The cache keeps a row [L + R] a token, of one head: its latent, normed, and its key, turned; the

@@ -1,5 +1,5 @@
-"""Latent attention in one call against its formula in torch in float64: both forms, every instruction set, every kind of
-cache, padding, masks, gates; and that threads and NaNs change nothing else."""
+"""Latent attention in one call against its formula in torch in float64: both forms, every instruction set, every kind
+of cache, padding, masks, gates; and that threads and NaNs change nothing else."""
 
 from dataclasses import replace
 
@@ -59,7 +59,8 @@ def module(shape=SHAPE, rank=RANK, kv_b="f32", bias=False, sinks=False, seed=0):
     sinks = torch.randn(shape.heads, generator=generator) if sinks else None
     call = native.LatentAttention(packed, shape, biases, norms, sinks)
     numbers = {f"{k}_bias": v for k, v in biases.items()} | {f"{k}_norm": v for k, v in norms.items()}
-    return call, {k: v.double() for k, v in (w | numbers).items()} | ({} if sinks is None else {"sinks": sinks.double()})
+    numbers |= {} if sinks is None else {"sinks": sinks}
+    return call, {k: v.double() for k, v in (w | numbers).items()}
 
 
 def turn(x, cos, sin, pairs):
@@ -105,7 +106,8 @@ def case(batch=2, tokens=150, seed=1, rotary=32):
     hidden = torch.randn(batch, tokens, HIDDEN, generator=generator)
     angles = torch.rand(batch, tokens, rotary // 2, generator=generator) * 6
     angles = torch.cat([angles, angles], -1)
-    return hidden, (angles.cos(), angles.sin()), torch.ones(tokens, tokens, dtype=torch.bool).tril().expand(batch, 1, -1, -1)
+    seen = torch.ones(tokens, tokens, dtype=torch.bool).tril().expand(batch, 1, -1, -1)
+    return hidden, (angles.cos(), angles.sin()), seen
 
 
 def pages_for(shape=SHAPE, kind="f32"):
@@ -160,7 +162,7 @@ def test_no_positions_at_all():
     ones = torch.ones(1, 40, 32)
     expected = truth(w, SHAPE, hidden, (ones, 0 * ones), seen)
     pages = pages_for()
-    found = [call.forward(hidden[:, :30], pages), call.forward(hidden[:, 30:31], pages), call.forward(hidden[:, 31:], pages)]
+    found = [call.forward(part, pages) for part in hidden.split([30, 1, 9], 1)]
     assert_close(torch.cat(found, 1), expected)
 
 

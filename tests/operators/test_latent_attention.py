@@ -6,12 +6,12 @@ import functools
 
 import pytest
 import torch
+from ktransformers.models import DEFAULT_RULES
+from ktransformers.models.traits import TRAITS
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from ktransformers import native, optimize_and_load
-from ktransformers.models import DEFAULT_RULES
-from ktransformers.models.traits import TRAITS
 from ktransformers.operators.attending_latents import attending_of
 from ktransformers.operators.paged_attention import PagedAttention
 from ktransformers.operators.paged_cache import PagedCache, PagedLayer, paged_cache

@@ -8,12 +8,12 @@
  *   expanded, many queries:    key[h] = [W_UK[h] latent | key], value[h] = W_UV[h] latent, of all cached tokens
  *                              mixed[h] = softmax(q[h] . key[h]) value[h]
  *
- * Both are the same sum in another order; the one with fewer multiplications is taken. kv_b holds for each head the rows
- * of W_UK, then those of W_UV, and serves both: W_UK^T q is a sum of rows, as attention sums values, and W_UV times a
- * context is a dot product with each row, as attention scores keys. So their kernels compute it, from one copy.
+ * Both are the same sum in another order; the one with fewer multiplications is taken. kv_b holds for each head the
+ * rows of W_UK, then those of W_UV, and serves both: W_UK^T q is a sum of rows, as attention sums values, and W_UV
+ * times a context is a dot product with each row, as attention scores keys. So their kernels compute it, from one copy.
  *
- * Expanded keys and values are made for so many heads at a time as BUDGET bytes hold, and live in scratch memory that is
- * laid out as pages.
+ * Expanded keys and values are made for so many heads at a time as BUDGET bytes hold, and live in scratch memory that
+ * is laid out as pages.
  *
  * Letters: A heads, L size of a latent, N and R sizes of a query's parts without and with a position, V value size. */
 #include <stdlib.h>
@@ -350,8 +350,8 @@ static void mix_absorbed(struct kt_piece *p, kt_pool *pool) {
 
 /* ---- expanded --------------------------------------------------------------------------------------- */
 
-/* Latents of cached tokens begin .. begin + n, in the forms that kv_b wants, and the turned parts of their keys. 0: some
- * form cannot hold them. */
+/* Latents of cached tokens begin .. begin + n, in the forms that kv_b wants, and the turned parts of their keys. 0:
+ * some form cannot hold them. */
 static int load_latents(const struct kt_piece *p, int64_t begin, int64_t n, struct kt_acts *acts, float *turned) {
     const struct kt_latent *l = p->a->latent;
     const struct kt_attend_sequence *s = &p->seq[p->latent.sequence];
@@ -361,7 +361,8 @@ static int load_latents(const struct kt_piece *p, int64_t begin, int64_t n, stru
         const uint8_t *row = s->kv.keys[(begin + t) / KT_PAGE] + (size_t)((begin + t) % KT_PAGE) * s->kv.key_row;
         kt_cache_load(p->k, row, l->latent, type, acts->f + t * acts->stride);
         finite &= kt_acts_derive(p->k, acts, t, p->latent.forms_l);
-        if (l->rotary) kt_cache_load(p->k, row + kt_cache_row(type, l->latent), l->rotary, type, turned + t * l->rotary);
+        if (!l->rotary) continue;
+        kt_cache_load(p->k, row + kt_cache_row(type, l->latent), l->rotary, type, turned + t * l->rotary);
     }
     return finite;
 }

@@ -75,7 +75,7 @@ struct kt_angles {
     float cos[KT_MAX_ROTARY], sin[KT_MAX_ROTARY], room[KT_MAX_ROTARY * 2];
 };
 
-/* The angles of a token of the piece, if there are any; and x, the part of a query or key that has a position, turned. */
+/* The angles of a token of the piece, if there are any; and x, the part of a query or key with a position, turned. */
 void kt_load_angles(const struct kt_piece *p, int64_t t, struct kt_angles *at);
 void kt_turn(const struct kt_piece *p, float *x, struct kt_angles *at);
 
