@@ -122,7 +122,8 @@ class Pages:
             page.users += 1
         cast, address = self._state.ffi.cast, 0 if page is None else page.data.data_ptr()
         keys, values = self._pointers[i]
-        keys[at], values[at] = cast("void *", address), cast("void *", address and address + self.values_at)
+        keys[at] = cast("void *", address)
+        values[at] = cast("void *", address and address + self.values_at)
 
     def _set(self, tables: list[list[Page | None]], lengths: Sequence[int], starts: Sequence[int] | None = None) -> None:
         """Take `tables` as they are, with pointers for C made anew."""

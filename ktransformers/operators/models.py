@@ -14,6 +14,7 @@ from ktransformers.devices import canonical
 from ktransformers.errors import UnsupportedError, is_whole
 from ktransformers.loaders import WeightSource
 from ktransformers.models.traits import TRAITS
+from ktransformers.native import torch_ops
 from ktransformers.operators.base_operator import FamilyOperator, to_device
 from ktransformers.operators.paged_cache import paged_cache
 
@@ -159,7 +160,12 @@ class DecoderModel(FamilyOperator):
 
 
     def _keeps_cache(self, kwargs: Mapping[str, Any]) -> bool:
-        """Whether the family's forward would make a cache that operators can compute on: no gradient passes pages."""
+        """Whether the family's forward would make a cache that operators can compute on: no gradient passes pages, and
+        no tracer follows them."""
+        given = kwargs.get("input_ids")
+        given = kwargs.get("inputs_embeds") if given is None else given
+        if given is None or torch_ops.is_traced(given):
+            return False
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             return False
         use_cache = kwargs.get("use_cache")

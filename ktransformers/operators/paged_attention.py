@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ktransformers import native
-from ktransformers.native import Attention
+from ktransformers.native import Attention, torch_ops
 from ktransformers.operators.base_operator import FamilyOperator
 from ktransformers.operators.paged_cache import PagedCache, PagedLayer
 
@@ -93,8 +93,8 @@ class PagedAttention(FamilyOperator):
     def pages(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> PagedLayer | None:
         """This layer's part of the cache, ready for a native call with these arguments of `forward`; a passing one
         where no cache is kept; None where the other code has to compute."""
-        if self.native is None or not self._is_plain(hidden, kwargs):
-            return None
+        if self.native is None or torch_ops.is_traced(hidden) or not self._is_plain(hidden, kwargs):
+            return None  # a tracer cannot follow what pages there are
         cache = kwargs.get("past_key_values")
         joined = self.attending.joined
         if cache is None:
