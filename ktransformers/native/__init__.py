@@ -12,6 +12,7 @@ from ktransformers.native.attention import attend
 from ktransformers.native.block import Block
 from ktransformers.native.checks import MAX_THREADS
 from ktransformers.native.experts import ACTIVATIONS, Experts, Glu
+from ktransformers.native.latent_attention import LatentAttention
 from ktransformers.native.layers import Layer, Layers
 from ktransformers.native.library import (
     NOT_BUILT,
@@ -51,6 +52,7 @@ __all__ = [
     "Experts",
     "Glu",
     "HostCall",
+    "LatentAttention",
     "Layer",
     "Layers",
     "Linear",

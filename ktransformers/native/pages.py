@@ -1,8 +1,9 @@
 """Keys and values of the sequences of one layer, in pages of 64 tokens that are appended to in place and never moved.
 
-A page belongs to one layer and holds all of its heads: first the keys, [C, 64, D], then the values, [C, 64, V]. Several
-sequences, and several caches, may share one; whoever would write to a shared page takes a copy first. Nothing here
-computes. Letters: B sequences, C heads of keys and values, T tokens, D and V sizes of a key and a value.
+A page belongs to one layer and holds all of its heads: first the keys, [C, 64, D], then the values, [C, 64, V]; or, of
+latent attention, `joined`, rows of both: [C, 64, D + V]. Several sequences, and several caches, may share one; whoever
+would write to a shared page takes a copy first. Nothing here computes. Letters: B sequences, C heads of keys and
+values, T tokens, D and V sizes of a key and a value.
 """
 
 from __future__ import annotations
@@ -44,11 +45,15 @@ class Pages:
     `make_room`.
     """
 
-    def __init__(self, kind: str, heads: int, size: int, value_size: int, name: str = "cache") -> None:
-        """`kind`: one of TYPES. Raises NativeError for another, or for q8_0 of sizes that are not multiples of 32."""
+    def __init__(
+        self, kind: str, heads: int, size: int, value_size: int, name: str = "cache", joined: bool = False
+    ) -> None:
+        """`kind`: one of TYPES. `joined`: a token's value lies behind its key, in one row of a page. Raises
+        NativeError for another, or for q8_0 of sizes that are not multiples of 32."""
         if kind not in TYPES:
             raise NativeError(f"{name}: found type {kind!r}, expected one of {', '.join(TYPES)}.")
         self.kind, self.heads, self.size, self.value_size, self.name = kind, heads, size, value_size, name
+        self.joined = joined
         self._type = quant_type(kind.upper())
         if size % self._type.block or value_size % self._type.block:
             raise NativeError(
@@ -57,8 +62,10 @@ class Pages:
             )
         self._state = loaded()
         key_row, value_row = self._type.row_bytes(size), self._type.row_bytes(value_size)
-        self.key_bytes = heads * PAGE * key_row
-        self.page_bytes = self.key_bytes + heads * PAGE * value_row
+        self.page_bytes = heads * PAGE * (key_row + value_row)
+        if joined:  # for C one row, whose parts it knows
+            key_row = value_row = key_row + value_row
+        self.values_at = 0 if joined else heads * PAGE * key_row
         self.layout = self._state.ffi.new("kt_kv_layout *", {
             "type": TYPES[kind], "key_row": key_row, "value_row": value_row,
             "key_head": PAGE * key_row, "value_head": PAGE * value_row,
@@ -122,7 +129,8 @@ class Pages:
             page.users += 1
         cast, address = self._state.ffi.cast, 0 if page is None else page.data.data_ptr()
         keys, values = self._pointers[i]
-        keys[at], values[at] = cast("void *", address), cast("void *", address and address + self.key_bytes)
+        keys[at] = cast("void *", address)
+        values[at] = cast("void *", address and address + self.values_at)
 
     def _set(self, tables: list[list[Page | None]], lengths: Sequence[int], starts: Sequence[int] | None = None) -> None:
         """Take `tables` as they are, with pointers for C made anew."""
@@ -145,7 +153,7 @@ class Pages:
         for at, page in enumerate(self.tables[i]):
             if page is not None:
                 address = page.data.data_ptr()
-                keys[at], values[at] = cast("void *", address), cast("void *", address + self.key_bytes)
+                keys[at], values[at] = cast("void *", address), cast("void *", address + self.values_at)
         self._pointers[i] = keys, values
         self.sequences[i].keys, self.sequences[i].values = keys, values
 
@@ -178,7 +186,7 @@ class Pages:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pages:
         """Another of the same tokens, which shares pages until either writes."""
-        other = Pages(self.kind, self.heads, self.size, self.value_size, self.name)
+        other = Pages(self.kind, self.heads, self.size, self.value_size, self.name, self.joined)
         other._set(self.tables, self.lengths, self.starts())
         self.room = 0  # its last page is shared now
         return other
@@ -219,7 +227,11 @@ class Pages:
     def _parts(self, page: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a page as [C, 64, D] and [C, 64, V] of numbers, of q8_0 [.., bytes]."""
         dtype = TORCH_TYPES.get(self.kind, torch.uint8)
-        keys, values = page[: self.key_bytes].view(dtype), page[self.key_bytes :].view(dtype)
+        if self.joined:
+            rows = page.view(dtype).view(self.heads, PAGE, -1)
+            key = rows.shape[-1] * self.size // (self.size + self.value_size)
+            return rows[..., :key], rows[..., key:]
+        keys, values = page[: self.values_at].view(dtype), page[self.values_at :].view(dtype)
         return keys.view(self.heads, PAGE, -1), values.view(self.heads, PAGE, -1)
 
     def _stored(self, numbers: Tensor) -> Tensor:
@@ -230,6 +242,7 @@ class Pages:
     def _numbers(self, part: Tensor) -> Tensor:
         if self.kind in TORCH_TYPES:
             return part
+        part = part.contiguous()
         size = part.shape[-1] // self._type.nbytes * self._type.block
         rows = part.reshape(-1, part.shape[-1])
         return Packed(rows.contiguous().view(-1), self._type, (len(rows), size)).dequantize().view(*part.shape[:2], -1)

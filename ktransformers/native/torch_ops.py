@@ -93,6 +93,11 @@ def _find(number: int) -> Any:
     return call
 
 
+def is_traced(x: Tensor) -> bool:
+    """Whether a graph or shapes alone are wanted of what computes on `x`, and it holds no numbers that count."""
+    return type(x) is not Tensor or torch.compiler.is_compiling() or x.is_meta
+
+
 def is_watched(x: Tensor) -> bool:
     """Whether more than numbers is wanted of a call on `x`: a graph, shapes alone, or a line in a profile."""
     return not x.is_nested and (is_traced(x) or profiler._is_profiler_enabled)

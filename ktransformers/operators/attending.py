@@ -11,18 +11,21 @@ import inspect
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ktransformers.models.traits import is_linear
+from ktransformers.native import Attention
 from ktransformers.native.self_attention import Shape
+from ktransformers.operators.linear import packed_of
+from ktransformers.operators.paged_cache import PagedLayer
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"), ("query_layernorm", "key_layernorm"))
 _GATES = ("gate_proj", "g_proj")
-_HIDDEN, _TOKENS = 16, 6
+HIDDEN, TOKENS = 16, 6
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Attending:
     norm_plus_one: bool = False
     sinks: str | None = None
     gate: str | None = None
+    joined: ClassVar[bool] = False
 
     def apply(self, module: nn.Module, hidden: Tensor, positions: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
         """hidden [B, S, H], cos and sin [B, S, R] each, mask [1, 1, S, S] added to scores -> [B, S, H]; in torch."""
@@ -81,6 +85,26 @@ class Attending:
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.shape.eps)
         return x * self.norm_weight(norm)
 
+    def native(self, operator: nn.Module) -> Attention | None:
+        parts = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
+        if self.gate is not None:
+            parts["g"] = self.gate
+        linears = {part: packed_of(operator._modules[name]) for part, name in parts.items()}
+        if any(linear is None for linear in linears.values()):
+            return None
+        norms = {}
+        if self.norms is not None:
+            norms = {p: self.norm_weight(operator._modules[n]) for p, n in zip("qk", self.norms, strict=True)}
+        sinks = None if self.sinks is None else operator._parameters[self.sinks]
+        shape = self.shape if self.rotates else replace(self.shape, pairs="none")
+        return Attention(
+            {part: weight for part, (weight, _) in linears.items()}, shape,
+            {part: bias for part, (_, bias) in linears.items()}, norms, sinks, operator.key,
+        )  # fmt: skip
+
+    def prepare(self, held: PagedLayer, dtype: torch.dtype) -> None:
+        held.prepare(self.shape.kv_heads, self.shape.size, self.shape.value_size, dtype)
+
     def norm_weight(self, norm: nn.Module) -> Tensor:
         """What the norm multiplies by, in fp32."""
         return norm.weight.float() + (1.0 if self.norm_plus_one else 0.0)
@@ -108,7 +132,7 @@ def attending_of(module: nn.Module) -> Attending | None:
     sizes = _sizes(module)
     if sizes is None:
         return None
-    key = _fingerprint(module)
+    key = fingerprint(module)
     if key not in _known:
         _known[key] = _recognize(module, sizes)
     found = _known[key]
@@ -146,7 +170,7 @@ def _sizes(module: nn.Module) -> _Sizes | None:
     return _Sizes(heads, kv_heads, size, value_size, gated)
 
 
-def _fingerprint(module: nn.Module) -> Any:
+def fingerprint(module: nn.Module) -> Any:
     """All that the code of `module` may depend on besides tensors: its class, plain attributes, and what the config
     says of its layer alone."""
     plain = (bool, int, float, str, type(None))
@@ -173,10 +197,10 @@ def _recognize(module: nn.Module, sizes: _Sizes) -> Attending | None:
     torch_state = torch.random.get_rng_state()
     try:
         for width in (sizes.size, sizes.size // 2):
-            hidden, positions, mask = _inputs(width)
+            hidden, positions, mask = inputs(width)
             try:
                 with torch.no_grad(), torch.device("cpu"):
-                    expected = _run(small, hidden, positions, mask)
+                    expected = run_small(small, hidden, positions, mask)
             except Exception:  # this width is none that the family's code takes
                 continue
             for candidate in _candidates(small, sizes, group, width):
@@ -201,7 +225,7 @@ def _candidates(small: nn.Module, sizes: _Sizes, group: int, width: int) -> Iter
     sinks = next((n for n in ("sinks", "sink") if isinstance(getattr(small, n, None), Tensor)), None)
     gate = next((n for n in _GATES if is_linear(getattr(small, n, None))), None)
     gates = ["in_q"] if sizes.gated else ["elements", "heads"] if gate else [None]
-    eps = _epsilon(getattr(small, norms[0])) if norms else 0.0
+    eps = epsilon(getattr(small, norms[0])) if norms else 0.0
     whole = norms is not None and getattr(small, norms[0]).weight.numel() != sizes.size
     clip = float(getattr(small.config, "clip_qkv", None) or 0.0)
     scales = dict.fromkeys((float(getattr(small, "scaling", 0) or 0), sizes.size**-0.5, 1.0))
@@ -221,7 +245,7 @@ def _candidates(small: nn.Module, sizes: _Sizes, group: int, width: int) -> Iter
         yield Attending(shape, rotates, norms, one, sinks, gate)
 
 
-def _epsilon(norm: nn.Module) -> float:
+def epsilon(norm: nn.Module) -> float:
     return float(next((getattr(norm, n) for n in ("variance_epsilon", "eps", "norm_eps") if hasattr(norm, n)), 0.0))
 
 
@@ -234,7 +258,7 @@ def _small_copy(module: nn.Module, sizes: _Sizes, group: int) -> nn.Module | Non
         small.__dict__[table] = dict(original.__dict__[table])
     small.config = copy.deepcopy(original.config)
     small.config._attn_implementation = "eager"
-    heads = {"num_heads": group, "num_attention_heads": group, "num_key_value_heads": 1, "hidden_size": _HIDDEN}
+    heads = {"num_heads": group, "num_attention_heads": group, "num_key_value_heads": 1, "hidden_size": HIDDEN}
     for target in (small, small.config):
         for name, value in heads.items():
             if name in vars(target):
@@ -250,8 +274,8 @@ def _small_copy(module: nn.Module, sizes: _Sizes, group: int) -> nn.Module | Non
             continue
         if name in PROJECTIONS or name in _GATES:
             full = child.out_features
-            out = rows.get(name, _HIDDEN if name == "o_proj" else full // sizes.kv_heads)
-            into = group * sizes.value_size if name == "o_proj" else _HIDDEN
+            out = rows.get(name, HIDDEN if name == "o_proj" else full // sizes.kv_heads)
+            into = group * sizes.value_size if name == "o_proj" else HIDDEN
             linear = nn.Linear(into, out, bias=getattr(child, "bias", None) is not None, device="meta")
             linear.weight = nn.Parameter(noise(out, into) * into**-0.5, requires_grad=False)
             if linear.bias is not None:
@@ -275,20 +299,22 @@ def _small_copy(module: nn.Module, sizes: _Sizes, group: int) -> nn.Module | Non
     return None if any(buffer is not None for buffer in original._buffers.values()) else small.eval()
 
 
-def _inputs(width: int) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+def inputs(width: int) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
     generator = torch.Generator("cpu").manual_seed(1)
-    hidden = torch.randn(1, _TOKENS, _HIDDEN, generator=generator, device="cpu", dtype=torch.float32)
-    angles = torch.rand(1, _TOKENS, width // 2, generator=generator, device="cpu", dtype=torch.float32) * 6
+    hidden = torch.randn(1, TOKENS, HIDDEN, generator=generator, device="cpu", dtype=torch.float32)
+    angles = torch.rand(1, TOKENS, width // 2, generator=generator, device="cpu", dtype=torch.float32) * 6
     angles = torch.cat((angles, angles), -1)
-    mask = torch.full((1, 1, _TOKENS, _TOKENS), float("-inf"), device="cpu", dtype=torch.float32).triu(1)
+    mask = torch.full((1, 1, TOKENS, TOKENS), float("-inf"), device="cpu", dtype=torch.float32).triu(1)
     return hidden, (angles.cos(), angles.sin()), mask
 
 
-def _run(small: nn.Module, hidden: Tensor, positions: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-    """The family's own forward, with what it asks for by name."""
+def run_small(
+    small: nn.Module, hidden: Tensor, positions: Any, mask: Tensor, cache: Any = None, stride: int = 1
+) -> Tensor:
+    """The family's own forward, with what it asks for by name. Tokens are `stride` positions apart."""
     given: Mapping[str, Any] = {
-        "position_embeddings": positions, "attention_mask": mask, "past_key_values": None,
-        "position_ids": torch.arange(_TOKENS, device="cpu")[None],
+        "position_embeddings": positions, "attention_mask": mask, "past_key_values": cache,
+        "position_ids": torch.arange(TOKENS, device="cpu")[None] * stride,
     }  # fmt: skip
     names = inspect.signature(type(small).forward).parameters
     out = type(small).forward(small, hidden, **{name: value for name, value in given.items() if name in names})

@@ -9,7 +9,8 @@ the latents instead. Following the papers (DeepSeek-V2, section 2.1), with W_UK 
     expanded   score = q_nope · (W_UK c) + q_rot · k_rot        out = Σ p (W_UV c)
     absorbed   score = (q_nope W_UK) · c + q_rot · k_rot        out = W_UV Σ p c
 
-Both are the same sum in another order. Not here: paged caches, GPU kernels.
+Both are the same sum in another order. On the CPU the C library takes the whole module in one call, on pages of the
+cache (paged_attention.py); what follows computes everywhere else. Not here: GPU kernels.
 Letters: B batch, S queries, T cached tokens, A heads, L latent rank, V value size, N and R the sizes of the
 parts of a query without and with rotary positions.
 """
@@ -25,10 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ktransformers.loaders import WeightSource
+from ktransformers.native import Attention
+from ktransformers.operators import attending_latents
 from ktransformers.operators.attention_inputs import BUILD_WITH, IMPLEMENTATIONS, check_inputs, update_cache
-from ktransformers.operators.base_operator import FamilyOperator
 from ktransformers.operators.cpu_attention import fused, one_query
 from ktransformers.operators.gqa import KLlamaAttention, KQwen3MoeAttention  # noqa: F401  rule files name them here
+from ktransformers.operators.paged_attention import PagedAttention
+from ktransformers.operators.paged_cache import PagedLayer
 
 _NEEDED = (
     *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "scaling"),
@@ -45,7 +49,7 @@ _ARGUMENTS = frozenset(
 _PLAIN_NUMBERS = frozenset({"scaling", "attention_dropout"})
 
 
-class KDeepseekV2Attention(FamilyOperator):
+class KDeepseekV2Attention(PagedAttention):
     """MLA for DeepSeek-V2 (complex rotary factors) and V3 (cos, sin).
 
     Args:
@@ -57,6 +61,8 @@ class KDeepseekV2Attention(FamilyOperator):
     W_UK and W_UV are views of `kv_b_proj`. If a rule replaces it by something without a dense `weight`, a
     dense copy is loaded as well.
     """
+
+    kinds = (attending_latents.attending_of,)
 
     def __init__(
         self,
@@ -93,7 +99,14 @@ class KDeepseekV2Attention(FamilyOperator):
 
     def load(self) -> None:
         super().load()
-        if _dense_weight(self.kv_b_proj) is None:
+        self._have_dense()
+
+    def make_native(self) -> Attention | None:
+        self._have_dense()
+        return super().make_native()
+
+    def _have_dense(self) -> None:
+        if self._kv_b is None and _dense_weight(self.kv_b_proj) is None:
             name, dtype = f"{self.key}.kv_b_proj.weight", self.kv_a_layernorm.weight.dtype
             self._kv_b = self.gguf_loader.tensor(name, device=self.device, dtype=dtype)
 
@@ -101,7 +114,11 @@ class KDeepseekV2Attention(FamilyOperator):
         super().unload()
         self._kv_b = None
 
-    def forward(
+    def pages(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> PagedLayer | None:
+        expands = hidden.shape[1] > 1  # the native call may
+        return None if self.absorb_for_prefill and expands else super().pages(hidden, kwargs)
+
+    def otherwise(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,

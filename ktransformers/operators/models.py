@@ -165,9 +165,13 @@ class DecoderModel(FamilyOperator):
 
 
     def _keeps_cache(self, kwargs: Mapping[str, Any]) -> bool:
-        """Whether the family's forward would make a cache of tensors with values: here one that operators compute on."""
-        given = next((x for name in ("input_ids", "inputs_embeds") if (x := kwargs.get(name)) is not None), None)
+        """Whether the family's forward would make a cache that operators can compute on: no gradient passes pages, and
+        no tracer follows them."""
+        given = kwargs.get("input_ids")
+        given = kwargs.get("inputs_embeds") if given is None else given
         if given is None or torch_ops.is_traced(given):
+            return False
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             return False
         use_cache = kwargs.get("use_cache")
         return bool(getattr(self.orig_module.config, "use_cache", False) if use_cache is None else use_cache)

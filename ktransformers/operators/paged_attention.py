@@ -1,12 +1,14 @@
 """Attention that computes on pages of the cache: what all such operators share.
 
+What a module computes is recognized by its results: grouped queries (attending.py) or latents (attending_latents.py).
+
 One native call does projections, norms, positions, cache and attention of a step. Where something else is asked for, a
 GPU, a cache of transformers, attentions, gradients, an adapter on a projection, the operator's other code computes:
 `update` of a paged layer serves that too. Letters: B batch, S queries, T cached tokens, H hidden.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,22 @@ from ktransformers.operators.base_operator import FamilyOperator
 from ktransformers.operators.combining import has_hooks
 from ktransformers.operators.paged_cache import PagedCache, PagedLayer
 
+
+class Recognized(Protocol):
+    """What a module computes, in numbers."""
+
+    rotates: bool
+    """Whether positions are turned into keys and queries at all."""
+    joined: bool
+    """Whether a token's key and value lie in one row of the cache."""
+
+    def native(self, operator: nn.Module) -> Attention | None:
+        """The native call on the operator's loaded weights; None where they are not all on the CPU."""
+
+    def prepare(self, held: PagedLayer, dtype: torch.dtype) -> None:
+        """Give `held` its pages if it has none."""
+
+
 _CHANGE_NOTHING = frozenset({"use_cache", "output_attentions", "output_hidden_states", "cache_position", "position_ids",
                              "output_router_logits", "logits_to_keep", "return_dict"})  # fmt: skip
 """Arguments of an attention's forward that change no number where attentions are not asked for."""
@@ -25,29 +43,30 @@ _KNOWN = _CHANGE_NOTHING | {"attention_mask", "position_embeddings", "past_key_v
 
 
 class PagedAttention(FamilyOperator):
-    """hidden [B, S, H] -> ([B, S, H], None) natively where it can; a subclass says how, and what computes otherwise."""
+    """hidden [B, S, H] -> ([B, S, H], None) natively where it can; a subclass says what computes otherwise."""
+
+    kinds: ClassVar[tuple[Callable[[nn.Module], Recognized | None], ...]] = ()
+    """What recognizes the modules that a subclass computes natively; the first that does not say None counts."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.native: Attention | None = None
+        self.attending: Recognized | None = None
         self._parts: dict[str, nn.Module | None] = {}
         self._tensors: list[Tensor] = []
         self._versions = 0
 
     def make_native(self) -> Attention | None:
         """The native call on the loaded weights; None where they are not all on the CPU, or not recognized."""
-        raise NotImplementedError
-
-    def make_pages(self, held: PagedLayer, dtype: torch.dtype) -> None:
-        """Give `held` its pages if it has none."""
-        raise NotImplementedError
+        found = (recognize(self.orig_module) for recognize in self.kinds)
+        self.attending = next((kind for kind in found if kind is not None), None)
+        if self.attending is None or any(t.device.type != "cpu" for _, t in self.named_parameters()):
+            return None
+        return self.attending.native(self)
 
     def otherwise(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What computes where the native call cannot."""
         return super().forward(hidden, *args, **kwargs)
-
-    rotates = True
-    """Whether positions are turned into keys and queries at all."""
 
     @property
     def computes_on_pages(self) -> bool:
@@ -77,14 +96,18 @@ class PagedAttention(FamilyOperator):
     def pages(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> PagedLayer | None:
         """This layer's part of the cache, ready for a native call with these arguments of `forward`; a passing one
         where no cache is kept; None where the other code has to compute."""
-        if self.native is None or not self._is_plain(hidden, kwargs):
-            return None
+        if self.native is None or torch_ops.is_traced(hidden) or not self._is_plain(hidden, kwargs):
+            return None  # a tracer cannot follow what pages there are
         cache = kwargs.get("past_key_values")
-        held = PagedLayer() if cache is None else cache.layers[self.layer_idx] if type(cache) is PagedCache else None
-        if not isinstance(held, PagedLayer):
+        joined = self.attending.joined
+        if cache is None:
+            held = PagedLayer(joined=joined)
+        else:
+            held = cache.layers[self.layer_idx] if type(cache) is PagedCache else None
+        if not isinstance(held, PagedLayer) or held.joined != joined:
             return None
         if held.pages is None:
-            self.make_pages(held, hidden.dtype)
+            self.attending.prepare(held, hidden.dtype)
         return held
 
     def step(
@@ -94,7 +117,9 @@ class PagedAttention(FamilyOperator):
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.dtype != torch.bool:
             mask = mask == 0
-        positions = kwargs.get("position_embeddings") if self.rotates else None
+        positions = kwargs.get("position_embeddings") if self.attending.rotates else None
+        if isinstance(positions, Tensor):  # complex factors
+            positions = positions.real, positions.imag
         return positions, mask, held.first_visible() if mask is not None else 0
 
     def _is_plain(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> bool:
@@ -107,6 +132,8 @@ class PagedAttention(FamilyOperator):
             if self._parts[name] is not child or child is not None and has_hooks(child):
                 return False
         if self._version() != self._versions:  # trained since: norms and biases were copied
+            return False
+        if self.training and getattr(self.orig_module, "attention_dropout", 0.0):
             return False
         if kwargs.get("output_attentions", getattr(self.orig_module.config, "output_attentions", False)):
             return False

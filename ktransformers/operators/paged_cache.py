@@ -22,14 +22,14 @@ _KINDS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 class PagedLayer(CacheLayerMixin):
     """Keys [B, C, T, D] and values [B, C, T, V] of one layer, appended to in place. `kind`: one of
-    `native.pages.TYPES`, or None for the dtype of what comes first."""
+    `native.pages.TYPES`, or None for the dtype of what comes first. `joined`: as `Pages` has it."""
 
     is_sliding = False
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, kind: str | None = None) -> None:
-        self.kind, self.pages, self.dtype = kind, None, torch.float32
+    def __init__(self, kind: str | None = None, joined: bool = False) -> None:
+        self.kind, self.joined, self.pages, self.dtype = kind, joined, None, torch.float32
         self.device = torch.device("cpu")
 
     @property
@@ -49,7 +49,7 @@ class PagedLayer(CacheLayerMixin):
         """The pages, made for these sizes at the first call."""
         if self.pages is None:
             self.dtype = dtype
-            self.pages = Pages(self.kind or _KINDS[dtype], heads, size, value_size)
+            self.pages = Pages(self.kind or _KINDS[dtype], heads, size, value_size, joined=self.joined)
         return self.pages
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -131,8 +131,8 @@ class PagedWindowLayer(PagedLayer):
 
     is_sliding = True
 
-    def __init__(self, sliding_window: int, kind: str | None = None) -> None:
-        super().__init__(kind)
+    def __init__(self, sliding_window: int, kind: str | None = None, joined: bool = False) -> None:
+        super().__init__(kind, joined)
         self.sliding_window, self.record_past = sliding_window, False
 
     def activate_past_recording(self) -> None:
@@ -195,23 +195,25 @@ def paged_cache(model: nn.Module, kind: str | None = None) -> PagedCache | None:
     """
     if kind is not None and kind not in TYPES:
         raise UnsupportedError(f"cache: found type {kind!r}, expected one of {', '.join(TYPES)}.")
-    numbers = set(_paged_layers(model))
+    joined = dict(_paged_layers(model))
     # By the name of the class, as transformers tells who brings a cache of its own (MiniMax, the first one).
     family = type(getattr(model, "orig_module", None) or model)
-    if not numbers or not GenerationMixin._supports_default_dynamic_cache.__func__(family):
+    if not joined or not GenerationMixin._supports_default_dynamic_cache.__func__(family):
         return None
     layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
-    for number in numbers:
+    for number, one_row in joined.items():
         layer = layers[number] if number < len(layers) else None
         if type(layer) is DynamicSlidingWindowLayer:
-            layers[number] = PagedWindowLayer(layer.sliding_window, kind)
+            layers[number] = PagedWindowLayer(layer.sliding_window, kind, one_row)
         elif type(layer) is DynamicLayer:
-            layers[number] = PagedLayer(kind)
+            layers[number] = PagedLayer(kind, one_row)
     return PagedCache(layers)
 
 
-def _paged_layers(model: nn.Module) -> Iterator[int]:
-    return (module.layer_idx for module in model.modules() if getattr(module, "computes_on_pages", False))
+def _paged_layers(model: nn.Module) -> Iterator[tuple[int, bool]]:
+    """Number of each layer that computes on pages, and whether these are joined."""
+    found = (module for module in model.modules() if getattr(module, "computes_on_pages", False))
+    return ((module.layer_idx, module.attending.joined) for module in found)
 
 
 def use(model: nn.Module) -> None:

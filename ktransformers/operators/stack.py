@@ -79,7 +79,7 @@ class Stack:
             return None
         for layer, part in zip(self.layers, held, strict=True):
             if part.pages is None:
-                layer.attention.make_pages(part, hidden.dtype)
+                layer.attention.attending.prepare(part, hidden.dtype)
         step = first.attention.step(held[0], kwargs)
         self._passed = made[1].forward(hidden, [part.pages for part in held], *step)
         self._next = 1
@@ -92,7 +92,7 @@ class Stack:
         if any(has_hooks(layer) for layer in self.layers):
             return None
         found = [layer.native_step(hidden, kwargs) for layer in self.layers]
-        if any(one is None for one in found):
+        if any(one is None for one in found) or len({layer.attention.attending.rotates for layer in self.layers}) > 1:
             return None
         return Watch(self.layers), native.Layers([one[0].layers[0] for one in found])
 

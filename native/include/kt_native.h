@@ -388,6 +388,22 @@ typedef struct kt_attention_desc {
     int64_t heads, kv_heads, size, value_size, window;
 } kt_attention_desc;
 
+/* Multi-head latent attention (DeepSeek-V2). A heads, L size of a latent, N and R (rotary) sizes of a query's parts
+ * without and with a position, V value_size. q [A*(N+R), H], or with q_a [Q, H] (q_a.data not NULL) [A*(N+R), Q] of its
+ * normed results; kv_a [L+R, H]; kv_b [A*(N+V), L], of type F32, F16, BF16 or Q8_0: for each head N rows that make keys of
+ * latents, then V that make values; o [H, A*V]; g [A*V or A, H] with such a gate. L is a multiple of 16. bias: fp32 by
+ * kt_part or NULL, of KT_Q (of q_a, where there is one), KT_K (kv_a), KT_G, KT_O. q_norm [Q] and kv_norm [L]: fp32. All
+ * stay the caller's. The cache keeps a row [L + R] a token, of one head: its latent, normed, and its key, turned; the
+ * layout's key_row and `keys` of a sequence say where, and `values` is not read. */
+typedef struct kt_latent_desc {
+    kt_weight q_a, q, kv_a, kv_b, g, o;
+    const float *bias[5];
+    const float *q_norm, *kv_norm, *sinks;
+    float q_eps, kv_eps, scale;
+    int32_t gate, rotary_pairs;
+    int64_t heads, latent, plain, rotary, value_size, window;
+} kt_latent_desc;
+
 typedef struct kt_attention kt_attention;
 
 /* One call on batch x tokens rows of dtype. cos and sin: angles of each token, of `rotary` rotated values; the first
@@ -407,6 +423,7 @@ typedef struct kt_attention_call {
 } kt_attention_call;
 
 int kt_attention_create(const kt_attention_desc *desc, kt_attention **attention);
+int kt_latent_attention_create(const kt_latent_desc *desc, kt_attention **attention);
 void kt_attention_destroy(kt_attention *attention);
 
 /* hidden, out [batch, tokens, H]; out may be hidden. Fills the cache; when all went well, raises the sequences' length. */

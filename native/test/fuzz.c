@@ -567,6 +567,83 @@ static void layer_case(void) {
     kt_layer_destroy(layer);
     kt_attention_destroy(a);
     kt_experts_destroy(e);
+
+/* A matrix of latents' heads, of a type that their attention reads. */
+static kt_weight latent_weight(int64_t rows, int64_t cols) {
+    static const int ids[] = {KT_FMT_F32, KT_FMT_F16, KT_FMT_BF16, KT_FMT_Q8_0};
+    const struct kt_traits *t = &kt_traits_table[ids[below(cols % 32 ? 3 : 4)]];
+    kt_weight w = {.type = t->id, .rows = rows, .cols = cols, .scale = 1.0f};
+    w.bytes = (size_t)rows * (size_t)(cols / t->block) * (size_t)t->bytes;
+    w.data = random_bytes(w.bytes, 1);
+    return w;
+}
+
+static void latent_module(kt_latent_desc *d, int64_t hidden) {
+    const int64_t rank = chance(2) ? random_size() : 0, queries = d->heads * (d->plain + d->rotary);
+    if (rank) {
+        d->q_a = valid(rank, hidden);
+        d->q_norm = random_floats(rank);
+    }
+    d->q = valid(queries, rank ? rank : hidden);
+    d->kv_a = valid(d->latent + d->rotary, hidden);
+    d->kv_b = latent_weight(d->heads * (d->plain + d->value_size), d->latent);
+    d->o = valid(hidden, d->heads * d->value_size);
+    d->gate = (int32_t)PICK(KT_GATE_NONE, KT_GATE_ELEMENTS, KT_GATE_HEADS);
+    if (d->gate != KT_GATE_NONE)
+        d->g = valid(d->heads * (d->gate == KT_GATE_HEADS ? 1 : d->value_size), hidden);
+    d->kv_norm = random_floats(d->latent);
+    if (chance(2)) d->bias[KT_Q] = random_floats(rank ? rank : queries);
+    if (chance(2)) d->bias[KT_K] = random_floats(d->latent + d->rotary);
+    if (chance(2)) d->bias[KT_O] = random_floats(hidden);
+    if (chance(3)) d->sinks = random_floats(d->heads);
+}
+
+/* Room for `length` tokens, of which the last are to come. */
+static kt_sequence latent_sequence(int64_t length, int64_t tokens, int64_t row) {
+    const int64_t pages = (length + 63) / 64;
+    void **page = (void **)(void *)buffer((size_t)pages * sizeof *page, sizeof *page);
+    for (int64_t i = 0; i < pages; i++)
+        page[i] = random_bytes((size_t)((length - i * 64 < 64 ? length - i * 64 : 64) * row), 4);
+    kt_sequence s = {.keys = page, .values = page, .length = length - tokens};
+    s.start = chance(3) ? below(length + 1) : 0;
+    return s;
+}
+
+static void latent_case(void) {
+    kt_sequence s[3];
+    const int64_t hidden = random_size();
+    kt_latent_desc d = {.heads = 1 + below(6), .latent = 16 * (1 + below(5)), .plain = 1 + below(70),
+                        .rotary = 2 * below(20), .value_size = 1 + below(70), .q_eps = 1e-6f, .kv_eps = 1e-6f,
+                        .scale = 0.2f, .window = chance(3) ? 1 + below(100) : 0, .rotary_pairs = (int32_t)below(3)};
+    const int quantized = d.latent % 32 == 0 && chance(3);
+    if (quantized) d.rotary = 32;
+    latent_module(&d, hidden);
+    kt_attention *a = NULL;
+    const int made = kt_latent_attention_create(&d, &a); /* `valid` names a group too many at times */
+    check((made == KT_OK) == (a != NULL), "latents made");
+    const int type = quantized ? KT_CACHE_Q8_0 : (int)below(3), dtype = (int)below(3);
+    const int64_t width = d.latent + d.rotary, row = quantized ? width / 32 * 34 : width * (int64_t)size_of(type);
+    kt_attention_call c = {.dtype = dtype, .batch = 1 + below(3), .tokens = chance(2) ? 1 + below(150) : 1,
+                           .sequences = s, .layout = {type, 64 * row, 64 * row, row, row}};
+    for (int64_t i = 0; i < c.batch; i++) s[i] = latent_sequence(c.tokens + below(200), c.tokens, row);
+    if (d.rotary && chance(4)) {
+        c.rotary = c.rotary_row = d.rotary;
+        c.cos = random_floats(c.tokens * d.rotary);
+        c.sin = random_floats(c.tokens * d.rotary);
+    }
+    const size_t n = (size_t)(c.batch * c.tokens * hidden), bytes = n * size_of(dtype);
+    const void *x = random_input(dtype, (int64_t)n);
+    uint8_t *out[2];
+    two_outputs(out, bytes, dtype);
+    if (a) {
+        const int status = kt_attention_forward(a, pools[0], &c, x, out[0]);
+        compare(status, kt_attention_forward(a, pools[1], &c, x, out[1]), out, bytes, dtype, "latent attention");
+        check(status == KT_OK, "latent attention of valid arguments");
+    }
+    kt_attention_destroy(a);
+    int64_t *const sizes[] = {&d.heads, &d.latent, &d.plain, &d.rotary, &d.value_size};
+    *sizes[below(5)] = PICK(-1, INT64_MIN, INT64_MAX, INT64_MAX - 63, (int64_t)1 << 62);
+    check(kt_latent_attention_create(&d, &a) != KT_OK && !a, "latents of absurd arguments");
 }
 
 /* Any number in any field, over a pointer to one byte: only creation, which may look at `order` but at no weight. */
@@ -595,8 +672,9 @@ static double seconds(void) {
 
 int main(int argc, char **argv) {
     static void (*const cases[])(void) = {linear_case, linear_case, dequantize_case, experts_case, experts_case,
-                                          block_case, block_case, attention_case, attention_case, layer_case, layer_case,
-                                          lies};
+    static void (*const cases[])(void) = {linear_case, linear_case, dequantize_case, experts_case, experts_case,
+                                          block_case, block_case, attention_case, attention_case, layer_case,
+                                          layer_case, latent_case, latent_case, lies};
     const double limit = argc > 1 ? atof(argv[1]) : 8, begin = seconds();
     uint64_t seed = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
 #if defined(__SANITIZE_ADDRESS__)

@@ -276,9 +276,11 @@ def test_known_caches_give_what_they_give_transformers(mla, kind):
 def test_the_layers_it_knows_are_those_of_the_caches_above_or_need_a_library():
     made = {type(layer).__name__ for make in CACHES.values() for layer in make(tiny_config("deepseek_v3")).layers}
     made |= {"DynamicLayer", "QuantoQuantizedLayer", "HQQQuantizedLayer"}  # the last two derive from what is above
+    made |= {"PagedLayer", "PagedWindowLayer"}  # test_latent_attention.py
     assert {name.rpartition(".")[2] for name in attention_inputs.CACHE_LAYERS} == made
     for name in attention_inputs.CACHE_LAYERS:
-        assert isinstance(getattr(cache_utils, name.rpartition(".")[2]), type)
+        module, _, layer = name.rpartition(".")
+        assert isinstance(getattr(importlib.import_module(module), layer), type)
 
 
 class OwnCache(DynamicCache):

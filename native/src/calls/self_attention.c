@@ -7,17 +7,16 @@
  *   for each token:             mixed  times its gate, in the forms that W_o wants
  *   for W_o, 128 rows:          out    = W_o @ mixed (+ what out held)
  *
- * Tokens go in pieces of PIECE: the keys of a piece are in the cache before its queries meet them, and what is ahead
- * of a query is not seen. Letters: A heads, C heads of keys and values, D head size, V value size. */
-#include "self_attention.h"
-
+ * Tokens go in pieces: the keys of a piece are in the cache before its queries meet them, and what is ahead of a query
+ * is not seen. The kind with latents (latent_attention.c) has its own steps between the first and the last matrices.
+ * Letters: A heads, C heads of keys and values, D head size, V value size. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "../attention/attend.h"
+#include "piece.h"
 
-enum { PIECE = 1024 /* tokens at once: bounds the scratch memory */, PARTS = 4 };
+enum { PIECE = 1024 /* tokens at once: bounds the scratch memory */ };
 
 /* ---- creation --------------------------------------------------------------------------------------- */
 
@@ -31,11 +30,18 @@ static int check_shapes(const struct kt_attention *a) {
     if (a->part[KT_V].rows != d->kv_heads * d->value_size || a->out.cols != d->heads * d->value_size)
         return KT_ERR_SHAPE;
     if (gated == 2 && d->size != d->value_size) return KT_ERR_SHAPE;
-    for (int p = 0; p < a->parts; p++)
-        if (a->part[p].cols != hidden) return KT_ERR_SHAPE;
+    for (int p = 0; p < KT_PARTS; p++)
+        if (a->part[p].rows && a->part[p].cols != hidden) return KT_ERR_SHAPE;
     if (d->gate == KT_GATE_ELEMENTS && a->part[KT_G].rows != d->heads * d->value_size) return KT_ERR_SHAPE;
     if (d->gate == KT_GATE_HEADS && a->part[KT_G].rows != d->heads) return KT_ERR_SHAPE;
     return a->out.rows == hidden && d->window >= 0 ? KT_OK : KT_ERR_SHAPE;
+}
+
+void kt_attention_place(struct kt_attention *a) {
+    for (int p = 0; p < KT_PARTS; p++) {
+        a->first[p] = a->width; /* a kernel writes rows in sixteens */
+        a->width += kt_round_up(a->part[p].rows, KT_TILE);
+    }
 }
 
 int kt_attention_create(const kt_attention_desc *desc, kt_attention **attention) {
@@ -47,95 +53,68 @@ int kt_attention_create(const kt_attention_desc *desc, kt_attention **attention)
     struct kt_attention *a = calloc(1, sizeof *a);
     if (!a) return KT_ERR_MEMORY;
     a->d = *desc;
-    a->parts = desc->gate == KT_GATE_ELEMENTS || desc->gate == KT_GATE_HEADS ? 4 : 3;
-    const kt_weight *of[PARTS] = {&desc->q, &desc->k, &desc->v, &desc->g};
+    const int gated = desc->gate == KT_GATE_ELEMENTS || desc->gate == KT_GATE_HEADS;
+    const kt_weight *of[KT_PARTS] = {&desc->q, &desc->k, &desc->v, &desc->g};
     int status = KT_OK;
-    for (int p = 0; p < a->parts && !status; p++) status = kt_matrix_check(of[p], &a->part[p]);
+    for (int p = 0; p < (gated ? 4 : 3) && !status; p++) status = kt_matrix_check(of[p], &a->part[p]);
     if (!status) status = kt_matrix_check(&desc->o, &a->out);
     if (!status) status = check_shapes(a);
     if (status) {
         free(a);
         return status;
     }
-    for (int p = 0; p < a->parts; p++) {
-        a->first[p] = a->width; /* a kernel writes rows in sixteens */
-        a->width += kt_round_up(a->part[p].rows, KT_TILE);
-    }
+    kt_attention_place(a);
     *attention = a;
     return KT_OK;
 }
 
-void kt_attention_destroy(kt_attention *attention) { free(attention); }
+void kt_attention_destroy(kt_attention *attention) {
+    if (attention) free(attention->latent);
+    free(attention);
+}
 
 /* ---- one piece -------------------------------------------------------------------------------------- */
 
-struct piece {
-    const struct kt_attention *a;
-    const struct kt_kernels *k;
-    const kt_attention_call *c;
-    const struct kt_rows *in;
-    const struct kt_sum *out;
-    int64_t sequence, token; /* the first of each; tokens of a sequence in this piece */
-    int64_t sequences, each; /* sequences, and tokens of each of them */
-    int32_t tokens;          /* sequences * each */
-    int forms_x, forms_m, rows;
-    int32_t per_job, threads;
-    struct kt_acts x, m;
-    float *r; /* [tokens, width]: q, k, v, gate */
-    int32_t *list, listed; /* tokens to project: all, or those with infinities and NaNs */
-    uint8_t *nonfinite;
-    struct kt_attend_sequence *seq;
-    struct kt_attend attend;
-    void *attend_scratch;
-    struct kt_scratch *scratch;
-};
-
 /* Where token t of the piece is among the call's [batch, tokens]. */
-static int64_t place_of(const struct piece *p, int64_t t) {
+static int64_t place_of(const struct kt_piece *p, int64_t t) {
     return (p->sequence + t / p->each) * p->c->tokens + p->token + t % p->each;
 }
 
 static void prepare_x(void *ctx, int32_t job, int thread) {
     (void)thread;
-    struct piece *p = ctx;
+    struct kt_piece *p = ctx;
     for (int64_t t = (int64_t)job * p->per_job; t < kt_min((int64_t)(job + 1) * p->per_job, p->tokens); t++) {
         kt_rows_load(p->k, p->in, place_of(p, t), p->x.cols, p->x.f + t * p->x.stride);
         p->nonfinite[t] = !kt_acts_derive(p->k, &p->x, t, p->forms_x);
     }
 }
 
-/* A job is a block of rows of one of the matrices that meet x. */
+/* A job is a block of rows of one of the matrices that meet the same activations. */
 static void project(void *ctx, int32_t job, int thread) {
-    struct piece *p = ctx;
-    const struct kt_attention *a = p->a;
+    struct kt_piece *p = ctx;
+    const struct kt_projection *now = p->now;
     int part = 0;
     int64_t block = job, blocks = 0;
-    for (; part < a->parts; part++, block -= blocks) {
-        blocks = (a->part[part].rows + p->rows - 1) / p->rows;
+    for (; part < now->count; part++, block -= blocks) {
+        blocks = (now->w[part].rows + p->rows - 1) / p->rows;
         if (block < blocks) break;
     }
-    const struct kt_matrix *w = &a->part[part];
+    const struct kt_matrix *w = &now->w[part];
     const int64_t first = block * p->rows, after = first + (int64_t)p->threads * p->rows;
     const int rows = (int)kt_min(w->rows - first, p->rows);
-    float *r = p->r + a->first[part] + first;
+    float *r = now->out + now->first[part] + first;
     const int direct = p->listed == p->tokens;
     const struct kt_scratch *s = &p->scratch[thread];
     kt_matmul_block(&(struct kt_block){
-        .k = p->k, .w = w, .first = first, .rows = rows, .a = &p->x, .token = p->list, .tokens = p->listed,
+        .k = p->k, .w = w, .first = first, .rows = rows, .a = now->x, .token = p->list, .tokens = p->listed,
         .next = {after < w->rows ? w : NULL, after}, .s = s, .c = direct ? r : s->c,
-        .ldc = direct ? a->width : KT_BLOCK_ROWS});
-    const float *bias = a->d.bias[part];
+        .ldc = direct ? now->stride : KT_BLOCK_ROWS});
+    const float *bias = now->bias[part];
     for (int32_t i = 0; i < p->listed; i++) {
-        float *row = r + p->list[i] * a->width;
+        float *row = r + p->list[i] * now->stride;
         if (!direct) memcpy(row, s->c + (int64_t)i * KT_BLOCK_ROWS, (size_t)rows * sizeof *row);
         if (bias) p->k->add(bias + first, row, rows);
     }
-}
-
-static int32_t project_jobs(const struct piece *p) {
-    int64_t jobs = 0;
-    for (int i = 0; i < p->a->parts; i++) jobs += (p->a->part[i].rows + p->rows - 1) / p->rows;
-    return (int32_t)jobs;
 }
 
 /* Pairs of x, which lie half of `width` apart or side by side, turn by their angles. */
@@ -158,40 +137,40 @@ static void part_pairs(float *x, int64_t width, float *room) {
     }
 }
 
-struct angles {
-    float cos[KT_MAX_ROTARY], sin[KT_MAX_ROTARY], room[KT_MAX_ROTARY];
-};
+void kt_turn(const struct kt_piece *p, float *x, struct kt_angles *at) {
+    if (!p->c->cos || p->a->d.rotary_pairs == KT_PAIRS_NONE) return;
+    rotate(x, at->cos, at->sin, p->c->rotary, p->a->d.rotary_pairs != KT_PAIRS_HALVES);
+    if (p->a->d.rotary_pairs == KT_PAIRS_PARTED) part_pairs(x, p->c->rotary, at->room);
+}
 
 /* The angles of a token; only the first half of a row of whole width counts, the other is the same again. */
-static void load_angles(const struct piece *p, int64_t t, struct angles *at) {
+void kt_load_angles(const struct kt_piece *p, int64_t t, struct kt_angles *at) {
     const kt_attention_call *c = p->c;
+    if (!c->cos || p->a->d.rotary_pairs == KT_PAIRS_NONE) return;
     const int64_t offset = (p->sequence + t / p->each) * c->rotary_batch + (p->token + t % p->each) * c->rotary_row;
     kt_load_row(p->k, c->cos, c->rotary_dtype, offset, c->rotary / 2, at->cos);
     kt_load_row(p->k, c->sin, c->rotary_dtype, offset, c->rotary / 2, at->sin);
 }
 
-static void finish_head(const struct piece *p, const float *norm, float *x, struct angles *at) {
+static void finish_head(const struct kt_piece *p, const float *norm, float *x, struct kt_angles *at) {
     const kt_attention_desc *d = &p->a->d;
     if (norm && !d->norm_last && !d->norm_whole) kt_rms_norm(x, norm, d->eps, d->size, x);
-    if (p->c->cos && d->rotary_pairs != KT_PAIRS_NONE) {
-        rotate(x, at->cos, at->sin, p->c->rotary, d->rotary_pairs != KT_PAIRS_HALVES);
-        if (d->rotary_pairs == KT_PAIRS_PARTED) part_pairs(x, p->c->rotary, at->room);
-    }
+    kt_turn(p, x, at);
     if (norm && d->norm_last) kt_rms_norm(x, norm, d->eps, d->size, x);
 }
 
 /* Norms and positions of a token's queries and keys; keys and values to the cache. */
 static void finish(void *ctx, int32_t job, int thread) {
     (void)thread;
-    struct piece *p = ctx;
+    struct kt_piece *p = ctx;
     const struct kt_attention *a = p->a;
     const kt_attention_desc *d = &a->d;
     const kt_kv_layout *l = &p->c->layout;
-    struct angles at;
+    struct kt_angles at;
     const int32_t per = p->per_job;
     for (int64_t t = (int64_t)job * per; t < kt_min((int64_t)(job + 1) * per, p->tokens); t++) {
         float *q = p->r + t * a->width, *k = q + a->first[KT_K], *v = q + a->first[KT_V];
-        if (p->c->cos && d->rotary_pairs != KT_PAIRS_NONE) load_angles(p, t, &at);
+        kt_load_angles(p, t, &at);
         if (d->gate == KT_GATE_IN_Q) { /* each head's queries, then its gate: the queries move together at the front */
             float *gates = p->m.f + t * p->m.stride;
             for (int64_t h = 0; h < d->heads; h++) {
@@ -221,11 +200,11 @@ static float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 /* What attention gave, gated, in the forms that the last matrix wants. */
 static void prepare_m(void *ctx, int32_t job, int thread) {
     (void)thread;
-    struct piece *p = ctx;
+    struct kt_piece *p = ctx;
     const kt_attention_desc *d = &p->a->d;
     const int64_t n = d->heads * d->value_size;
     for (int64_t t = (int64_t)job * p->per_job; t < kt_min((int64_t)(job + 1) * p->per_job, p->tokens); t++) {
-        const float *mixed = p->attend.out + t * p->attend.out_stride;
+        const float *mixed = p->mixed + t * p->mixed_stride;
         float *m = p->m.f + t * p->m.stride;
         const float *g = d->gate == KT_GATE_IN_Q ? m : p->r + t * p->a->width + p->a->first[KT_G];
         if (d->gate == KT_GATE_NONE) memcpy(m, mixed, (size_t)n * sizeof *m);
@@ -237,7 +216,7 @@ static void prepare_m(void *ctx, int32_t job, int thread) {
 }
 
 static void last(void *ctx, int32_t job, int thread) {
-    struct piece *p = ctx;
+    struct kt_piece *p = ctx;
     const struct kt_matrix *w = &p->a->out;
     const struct kt_scratch *s = &p->scratch[thread];
     const int64_t first = (int64_t)job * p->rows, after = first + (int64_t)p->threads * p->rows;
@@ -253,7 +232,7 @@ static void last(void *ctx, int32_t job, int thread) {
 }
 
 /* Run `fn`, jobs jobs of all tokens, and then those with infinities or NaNs again in fp32: see moe.c. */
-static void run_product(struct piece *p, kt_pool *pool, kt_job_fn fn, int32_t jobs) {
+static void run_product(struct kt_piece *p, kt_pool *pool, kt_job_fn fn, int32_t jobs) {
     const struct kt_kernels *k = p->k;
     int32_t bad = 0;
     for (int32_t t = 0; t < p->tokens; t++) {
@@ -276,7 +255,19 @@ static void run_product(struct piece *p, kt_pool *pool, kt_job_fn fn, int32_t jo
     p->k = k;
 }
 
-static void sequences_of(struct piece *p) {
+static int32_t blocks_of(const struct kt_piece *p, int64_t rows) { return (int32_t)((rows + p->rows - 1) / p->rows); }
+
+void kt_project(struct kt_piece *p, kt_pool *pool, const struct kt_projection *projection) {
+    int64_t rows = 0;
+    int32_t jobs = 0;
+    for (int i = 0; i < projection->count; i++) rows += projection->w[i].rows;
+    p->now = projection;
+    p->rows = kt_job_rows(pool, rows);
+    for (int i = 0; i < projection->count; i++) jobs += blocks_of(p, projection->w[i].rows);
+    run_product(p, pool, project, jobs);
+}
+
+static void sequences_of(struct kt_piece *p) {
     const kt_attention_call *c = p->c;
     const kt_kv_layout *l = &c->layout;
     for (int64_t i = 0; i < p->sequences; i++) {
@@ -286,6 +277,12 @@ static void sequences_of(struct piece *p) {
             .kv = {(const uint8_t *const *)s->keys, (const uint8_t *const *)s->values, (size_t)l->key_head,
                    (size_t)l->value_head, (size_t)l->key_row, (size_t)l->value_row},
             .query = i * p->each, .queries = (int32_t)p->each, .start = s->start, .length = length};
+        struct kt_kv *kv = &p->seq[i].kv;
+        if (p->a->latent) { /* values are the first part of a key's row */
+            kv->values = kv->keys;
+            kv->value_head = kv->key_head;
+            kv->value_row = kv->key_row;
+        }
         if (!c->mask) continue;
         const uint8_t *mask = c->mask + (p->sequence + i) * c->mask_batch + p->token * c->mask_row;
         p->seq[i].start = s->start > c->mask_first ? s->start : c->mask_first;
@@ -294,7 +291,7 @@ static void sequences_of(struct piece *p) {
     }
 }
 
-static void layout(struct piece *p, struct kt_arena *arena, size_t attend_bytes) {
+static void layout(struct kt_piece *p, struct kt_arena *arena, size_t attend_bytes) {
     const struct kt_attention *a = p->a;
     const int64_t n = p->tokens;
     p->list = kt_arena_take(arena, n, sizeof *p->list);
@@ -304,23 +301,25 @@ static void layout(struct piece *p, struct kt_arena *arena, size_t attend_bytes)
     kt_acts_take(arena, n, a->part[KT_Q].cols, p->forms_x, &p->x);
     kt_acts_take(arena, n, a->out.cols, p->forms_m, &p->m);
     p->r = kt_arena_take(arena, n * a->width, sizeof *p->r);
-    p->attend.out_stride = kt_round_up(a->out.cols, KT_TILE);
-    p->attend.out = kt_arena_take(arena, n * p->attend.out_stride, sizeof(float));
+    p->mixed_stride = kt_round_up(a->out.cols, KT_TILE);
+    p->mixed = kt_arena_take(arena, n * p->mixed_stride, sizeof(float));
     p->attend_scratch = kt_arena_take(arena, (int64_t)attend_bytes, 1);
+    if (a->latent) kt_latent_layout(p, arena);
     for (int i = 0; i < p->threads; i++) {
         struct kt_scratch s;
-        kt_scratch_take(arena, n, &s);
+        kt_scratch_take(arena, a->latent && n < KT_EXPAND ? KT_EXPAND : n, &s);
         if (arena->base) p->scratch[i] = s;
     }
 }
 
-static int take_memory(struct piece *p, kt_pool *pool) {
+static int take_memory(struct kt_piece *p, kt_pool *pool) {
+    const struct kt_attention *a = p->a;
     struct kt_attend_sequence *sequences = malloc((size_t)p->sequences * sizeof *sequences);
     if (!sequences) return KT_ERR_MEMORY;
     p->seq = sequences; /* how much the attention needs depends on lengths, and they need a place first */
     sequences_of(p);
     p->attend.sequence = p->seq;
-    const size_t attend_bytes = kt_attend_scratch(&p->attend, pool);
+    const size_t attend_bytes = a->latent ? kt_latent_scratch(p, pool) : kt_attend_scratch(&p->attend, pool);
     free(sequences);
     struct kt_arena arena = {0};
     layout(p, &arena, attend_bytes);
@@ -331,15 +330,18 @@ static int take_memory(struct piece *p, kt_pool *pool) {
     sequences_of(p);
     p->attend.sequence = p->seq;
     p->attend.q = p->r;
+    p->attend.out = p->mixed;
+    p->attend.out_stride = p->mixed_stride;
     return KT_OK;
 }
 
-static int run_piece(struct piece *p, kt_pool *pool) {
+static int run_piece(struct kt_piece *p, kt_pool *pool) {
     const struct kt_attention *a = p->a;
     const kt_attention_desc *d = &a->d;
     p->tokens = (int32_t)(p->sequences * p->each);
-    p->forms_x = p->forms_m = 0;
-    for (int i = 0; i < a->parts; i++) p->forms_x |= kt_forms_needed(p->k, &a->part[i], p->tokens, p->c->dtype);
+    p->forms_x = 0;
+    for (int i = 0; i < KT_PARTS; i++)
+        if (a->part[i].rows) p->forms_x |= kt_forms_needed(p->k, &a->part[i], p->tokens, p->c->dtype);
     p->forms_m = kt_forms_needed(p->k, &a->out, p->tokens, p->c->dtype);
     p->attend = (struct kt_attend){
         .k = p->k, .type = p->c->layout.type, .heads = d->heads, .kv_heads = d->kv_heads, .size = d->size,
@@ -347,32 +349,40 @@ static int run_piece(struct piece *p, kt_pool *pool) {
         .q_stride = a->width, .sequences = (int32_t)p->sequences};
     const int status = take_memory(p, pool);
     if (status) return status;
-    p->rows = kt_job_rows(pool, a->width);
     p->per_job = (int32_t)(1 + 16384 / a->width);
     const int32_t jobs = (p->tokens + p->per_job - 1) / p->per_job;
     kt_pool_run(pool, prepare_x, p, jobs);
-    run_product(p, pool, project, project_jobs(p));
-    kt_pool_run(pool, finish, p, jobs);
-    kt_attend_run(&p->attend, pool, p->attend_scratch);
+    kt_project(p, pool, &(struct kt_projection){a->part, d->bias, a->first, KT_PARTS, &p->x, p->r, a->width});
+    if (a->latent) kt_latent_mix(p, pool);
+    else {
+        kt_pool_run(pool, finish, p, jobs);
+        kt_attend_run(&p->attend, pool, p->attend_scratch);
+    }
     kt_pool_run(pool, prepare_m, p, jobs);
     p->rows = kt_job_rows(pool, a->out.rows);
-    run_product(p, pool, last, (int32_t)((a->out.rows + p->rows - 1) / p->rows));
+    run_product(p, pool, last, blocks_of(p, a->out.rows));
     return KT_OK;
 }
 
 /* ---- the call --------------------------------------------------------------------------------------- */
 
+/* Whether rows of keys and values of the cache's type fit into the layout; one row holds a token's latent and key. */
+static int check_layout(const struct kt_attention *a, const kt_kv_layout *l) {
+    const size_t key = kt_cache_row(l->type, a->latent ? kt_latent_row(a) : a->d.size);
+    const size_t value = kt_cache_row(l->type, a->latent ? a->latent->latent : a->d.value_size);
+    if (!key || !value) return KT_ERR_DTYPE;
+    return l->key_row < (int64_t)key || (!a->latent && l->value_row < (int64_t)value) ? KT_ERR_SHAPE : KT_OK;
+}
+
 static int check_call(const struct kt_attention *a, const kt_attention_call *c) {
-    const kt_kv_layout *l = &c->layout;
     if (c->batch < 0 || c->batch > 1 << 20 || c->tokens < 0 || c->tokens > KT_MAX_DIM) return KT_ERR_SHAPE;
     if (!kt_dtype_size(c->dtype)) return KT_ERR_DTYPE;
-    const size_t key = kt_cache_row(l->type, a->d.size), value = kt_cache_row(l->type, a->d.value_size);
-    if (!key || !value) return KT_ERR_DTYPE;
-    if (l->key_row < (int64_t)key || l->value_row < (int64_t)value) return KT_ERR_SHAPE;
+    const int status = check_layout(a, &c->layout);
+    if (status) return status;
     if (c->cos && a->d.rotary_pairs != KT_PAIRS_NONE) {
         if (!c->sin || !kt_dtype_size(c->rotary_dtype)) return c->sin ? KT_ERR_DTYPE : KT_ERR_NULL;
-        if (c->rotary < 2 || c->rotary % 2 || c->rotary > a->d.size || c->rotary / 2 > KT_MAX_ROTARY)
-            return KT_ERR_SHAPE;
+        if (c->rotary < 2 || c->rotary % 2 || c->rotary / 2 > KT_MAX_ROTARY) return KT_ERR_SHAPE;
+        if (c->rotary > (a->latent ? a->latent->rotary : a->d.size)) return KT_ERR_SHAPE;
     }
     return c->batch && c->tokens && !c->sequences ? KT_ERR_NULL : KT_OK;
 }
@@ -386,17 +396,17 @@ static int run(const struct kt_attention *a, kt_pool *pool, const kt_attention_c
         if (!s->keys || !s->values) return KT_ERR_NULL;
         if (s->length < 0 || s->start < 0 || s->length + c->tokens > KT_MAX_DIM) return KT_ERR_SHAPE;
     }
-    struct piece p = {.a = a, .k = kt_kernels(), .c = c, .in = in, .out = out, .threads = kt_pool_threads(pool)};
-    const int64_t whole = c->tokens < PIECE ? PIECE / c->tokens : 1; /* sequences at once */
-    for (int64_t b = 0; b < c->batch; b += whole)
-        for (int64_t t = 0; t < c->tokens; t += PIECE) {
-            p.sequence = b;
-            p.sequences = kt_min(c->batch - b, whole);
-            p.token = t;
-            p.each = kt_min(c->tokens - t, PIECE);
+    struct kt_piece p = {.a = a, .k = kt_kernels(), .c = c, .in = in, .out = out, .threads = kt_pool_threads(pool)};
+    for (p.sequence = 0; p.sequence < c->batch; p.sequence += p.sequences) {
+        const int64_t most = a->latent ? kt_latent_plan(&p) : PIECE;
+        p.sequences = a->latent ? p.sequences : c->batch - p.sequence;
+        p.sequences = kt_min(p.sequences, c->tokens < most ? most / c->tokens : 1);
+        for (p.token = 0; p.token < c->tokens; p.token += p.each) {
+            p.each = kt_min(c->tokens - p.token, most);
             const int failed = run_piece(&p, pool);
             if (failed) return failed;
         }
+    }
     return KT_OK;
 }
 

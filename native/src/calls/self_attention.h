@@ -4,13 +4,23 @@
 
 #include "rows.h"
 
-enum { KT_MAX_ROTARY = 1024 /* angles of a token */ };
+enum { KT_MAX_ROTARY = 1024 /* angles of a token */, KT_PARTS = 4 /* matrices that meet the input, at most */ };
+
+/* What attention on latents has besides; see latent_attention.c. */
+struct kt_latent {
+    struct kt_matrix q_b, kv_b; /* q_b has no rows where part[KT_Q] gives queries itself */
+    int type;                   /* of kv_b, as caches count types */
+    const float *q_norm, *kv_norm;
+    float q_eps, kv_eps;
+    int64_t latent, plain, rotary; /* sizes: of a latent, and of a query's parts without positions and with them */
+};
 
 struct kt_attention {
-    kt_attention_desc d;
-    struct kt_matrix part[4], out; /* what meets the input, by KT_Q, KT_K, KT_V, KT_G; and W_o */
-    int parts;
-    int64_t first[4], width; /* where a part begins in a token's row of results, and how long that row is */
+    kt_attention_desc d; /* with latents: what of it those need; value_size is what W_o meets of a head */
+    struct kt_matrix part[KT_PARTS], out; /* what meets the input, by KT_Q, KT_K, KT_V, KT_G, without rows where there
+                                             is none; and W_o */
+    int64_t first[KT_PARTS], width; /* where a part begins in a token's row of results, and how long that row is */
+    struct kt_latent *latent;       /* NULL: grouped queries */
 };
 
 /* kt_attention_forward with the pool locked by the caller, from any rows to any sum. */
