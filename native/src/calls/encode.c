@@ -1,5 +1,5 @@
-/* encode.c: floats to a packed format. Blocks are encoded alone, so that no result depends on how they are cut into jobs.
- * No intrinsics here. */
+/* encode.c: floats to a packed format. Each block is encoded alone, so that no result depends on how they are cut into
+ * jobs. No intrinsics here. */
 #include <math.h>
 #include <stdatomic.h>
 #include <string.h>
@@ -91,7 +91,8 @@ static void encode_some(struct encode *e, int64_t first, int64_t n, float *stage
     else if (t->id == KT_TYPE_F16) e->k->to_f16(stage, n, (uint16_t *)out);
     else if (t->id == KT_TYPE_BF16) e->k->to_bf16(stage, n, (uint16_t *)out);
     else {
-        for (int64_t i = 0; t->id != KT_TYPE_Q8_0 && i < n; i++) stage[i] = fabsf(stage[i]) < SMALLEST ? 0.0f : stage[i];
+        for (int64_t i = 0; t->id != KT_TYPE_Q8_0 && i < n; i++)
+            stage[i] = fabsf(stage[i]) < SMALLEST ? 0.0f : stage[i];
         e->k->encode[e->format](stage, importances(e, first, n, stage + STAGE), n / t->block, out);
     }
 }

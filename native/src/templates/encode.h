@@ -1,13 +1,13 @@
 /* templates/encode.h: floats to packed blocks, the inverse of unpack. Plain C over vectors, compiled for each
- * instruction set by src/<isa>/encode.c, with the same bits on all: every operation rounds once, and no sum crosses
- * lanes but in scalar code.
+ * instruction set by src/<isa>/encode.c, with the same bits on all: every operation rounds once, and sums across lanes
+ * are scalar code.
  *
  * A group is the weights that share one scale (W of them: 16 or 32). Sixteen groups are encoded side by side, a lane
  * each, so that sums over a group are additions of whole vectors. What follows holds for one group; w are importances.
  *
- * Linear formats: x ~ s*q, q from a few values. For given codes q the best scale is sum wxq / sum wqq, and it lowers the
- * error by (sum wxq)^2 / sum wqq, its gain. Start from several scales around the one that just holds the largest weight,
- * round, fit, keep the largest gain, and then round and fit that one again.
+ * Linear formats: x ~ s*q, q from a few values. For given codes q the best scale is sum wxq / sum wqq, and it lowers
+ * the error by (sum wxq)^2 / sum wqq, its gain. Start from several scales around the one that just holds the largest
+ * weight, round, fit, keep the largest gain, and then round and fit that one again.
  * Affine formats: x ~ s*q - m with s, m >= 0: the same with two unknowns, a 2x2 system.
  * Super-blocks: s = d*(a small integer), d fp16 for all groups. Take d from the widest group; each group tries the
  * integers next to its own s/d; then d is fitted to all codes and integers at once, and the groups try again. The best
@@ -26,6 +26,7 @@
 #include "../kernels.h"
 
 #define INLINE static inline __attribute__((always_inline))
+#define EQUAL 0.999999f /* what is no better than that is rounding: the earlier start stays */
 #define ROUND 12582912.0f /* 1.5 * 2^23: adding and subtracting it rounds to the nearest integer, ties to even */
 
 enum { GROUPS = 16, LANES = V_BYTES / 4, WIDE = 32 };
@@ -98,7 +99,8 @@ INLINE void gather(const float *x, const float *w, int count, int n, struct grou
 
 /* ---- linear formats ---- */
 
-INLINE void linear_sums(const struct groups *g, int c, int n, int weighted, struct rule r, v_f factor, v_f *qx, v_f *qq) {
+INLINE void linear_sums(const struct groups *g, int c, int n, int weighted, struct rule r, v_f factor, v_f *qx,
+                        v_f *qq) {
     v_f a = {0}, b = {0};
     for (int j = 0; j < n; j++) {
         const v_f x = load(g->x[j] + c), q = nearest(x * factor, r);
@@ -123,7 +125,7 @@ INLINE v_f linear_search(const struct groups *g, int c, int n, int weighted, str
     for (int i = 0; i < starts + refits; i++) {
         v_f qx, qq;
         linear_sums(g, c, n, weighted, r, i < starts ? unit * reach[i] : inverse(best), &qx, &qq);
-        const v_f scale = qx * inverse(qq), new_gain = scale * qx;
+        const v_f scale = qx * inverse(qq), new_gain = scale * qx * EQUAL;
         best = v_if_less(gain, new_gain, scale, best);
         gain = v_max(new_gain, gain);
     }
@@ -164,7 +166,8 @@ INLINE float total(const float *v, int n) {
 }
 
 /* Keep super-block `at` of this round where it is better. */
-INLINE void keep_better(const struct found *now, const struct parts *p, int at, int per, int round, struct found *best) {
+INLINE void keep_better(const struct found *now, const struct parts *p, int at, int per, int round,
+                        struct found *best) {
     const float gain = total(p->gain + at, per);
     if (round && !(gain > best->gain[at])) return;
     best->gain[at] = gain;
@@ -176,12 +179,12 @@ INLINE void keep_better(const struct found *now, const struct parts *p, int at, 
     }
 }
 
-INLINE void linear_round(const struct groups *g, int n, int weighted, struct rule r, float top, const float *scales,
-                         struct found *now, struct parts *p) {
+INLINE void linear_round(const struct groups *g, int n, int weighted, struct rule r, float top, int around,
+                         const float *scales, struct found *now, struct parts *p) {
     for (int c = 0; c < GROUPS; c += LANES) {
         const v_f d = load(now->d + c), middle = rounded(load(scales + c) * inverse(d), -top, top - 1.0f);
         v_f best = middle, gain = all(-INFINITY), aa = {0}, ax = {0};
-        for (int up = -1; up < 2; up++) {
+        for (int up = -around; up <= around; up++) {
             const v_f s = v_min(v_max(middle + (float)up, all(-top)), all(top - 1.0f)), ds = d * s;
             v_f qx, qq;
             linear_sums(g, c, n, weighted, r, inverse(ds), &qx, &qq);
@@ -200,7 +203,7 @@ INLINE void linear_round(const struct groups *g, int n, int weighted, struct rul
 
 /* Scales of super-blocks of `per` groups: whole numbers -top .. top - 1, times d. */
 INLINE void linear_super(const struct groups *g, int n, int weighted, struct rule r, float top, int per, int rounds,
-                         const float *scales, struct found *best) {
+                         int around, const float *scales, struct found *best) {
     struct found now __attribute__((aligned(64)));
     struct parts p;
     memset(&now, 0, sizeof now);
@@ -210,7 +213,7 @@ INLINE void linear_super(const struct groups *g, int n, int weighted, struct rul
         for (int i = at; i < at + per; i++) now.d[i] = as_half(widest / -top);
     }
     for (int round = 0; round < rounds; round++) {
-        linear_round(g, n, weighted, r, top, scales, &now, &p);
+        linear_round(g, n, weighted, r, top, round ? 1 : around, scales, &now, &p);
         for (int at = 0; at < GROUPS; at += per) {
             keep_better(&now, &p, at, per, round, best);
             const float aa = total(p.aa + at, per), ax = total(p.ax + at, per);
@@ -278,24 +281,25 @@ INLINE void affine_search(const struct groups *g, int c, int n, int weighted, fl
         }
         affine_sums(g, c, n, weighted, top, s, m, a);
         affine_fit(a, &s, &m);
-        const v_f new_gain = affine_gain(a, s, m);
+        const v_f new_gain = affine_gain(a, s, m) * EQUAL;
         *best_s = v_if_less(gain, new_gain, s, *best_s);
         *best_m = v_if_less(gain, new_gain, m, *best_m);
         gain = v_max(new_gain, gain);
     }
 }
 
-/* Whole scales and minima 0 .. most of LANES groups for given d and dmin. For each scale next to the real one: codes,
- * the minimum that suits those, and the gain of both. */
-INLINE void affine_round(const struct groups *g, int c, int n, int weighted, float top, float most, const float *scales,
-                         const float *mins, struct affine *a, struct found *now, struct parts *p) {
+/* Whole scales and minima 0 .. most of LANES groups for given d and dmin. For each scale near the real one, and the
+ * minimum on either side of the real one: codes, the minimum that suits those, and the gain of both. */
+INLINE void affine_round(const struct groups *g, int c, int n, int weighted, float top, float most, int around,
+                         const float *scales, const float *mins, struct affine *a, struct found *now, struct parts *p) {
     const v_f d = load(now->d + c), dmin = load(now->dmin + c), whole = inverse(dmin), each = inverse(a->w);
-    const v_f s0 = rounded(load(scales + c) * inverse(d), 0.0f, most);
-    const v_f m0 = rounded(load(mins + c) * whole, 0.0f, most);
+    const v_f s0 = rounded(load(scales + c) * inverse(d), 0.0f, most), real = load(mins + c) * whole;
+    const v_f m0 = rounded(real, 0.0f, most);
+    const v_f m1 = v_min(v_max(m0 + v_if_less(m0, real, all(1.0f), all(-1.0f)), all(0.0f)), all(most));
     v_f best_s = s0, best_m = m0, gain = all(-INFINITY), q = {0}, qq = {0}, qx = {0};
-    for (int up = -1; up < 2; up++) {
-        const v_f s = v_min(v_max(s0 + (float)up, all(0.0f)), all(most)), ds = d * s;
-        affine_sums(g, c, n, weighted, top, ds, dmin * m0, a);
+    for (int try = 0; try < 2 * (2 * around + 1); try++) {
+        const v_f s = v_min(v_max(s0 + (float)(try / 2 - around), all(0.0f)), all(most)), ds = d * s;
+        affine_sums(g, c, n, weighted, top, ds, dmin * ((try & 1) ? m1 : m0), a);
         const v_f m = rounded((ds * a->q - a->x) * each * whole, 0.0f, most);
         const v_f new_gain = affine_gain(a, ds, dmin * m);
         best_s = v_if_less(gain, new_gain, s, best_s);
@@ -334,7 +338,7 @@ INLINE void affine_units(const struct parts *p, int at, int per, struct found *n
 }
 
 INLINE void affine_super(const struct groups *g, int n, int weighted, float top, float most, int rounds,
-                         const struct start *start, int starts, int refits, struct found *best) {
+                         int around, const struct start *start, int starts, int refits, struct found *best) {
     struct found now __attribute__((aligned(64)));
     struct parts p;
     float scales[GROUPS] __attribute__((aligned(64))), mins[GROUPS] __attribute__((aligned(64)));
@@ -359,7 +363,7 @@ INLINE void affine_super(const struct groups *g, int n, int weighted, float top,
     }
     for (int round = 0; round < rounds; round++) {
         for (int c = 0; c < GROUPS; c += LANES)
-            affine_round(g, c, n, weighted, top, most, scales, mins, &a[c / LANES], &now, &p);
+            affine_round(g, c, n, weighted, top, most, round ? 1 : around, scales, mins, &a[c / LANES], &now, &p);
         for (int at = 0; at < GROUPS; at += per) {
             keep_better(&now, &p, at, per, round, best);
             affine_units(&p, at, per, &now);

@@ -38,7 +38,8 @@ INLINE void encode_nibbles(const float *x, const float *w, int64_t blocks, uint8
     for (; blocks > 0; blocks -= GROUPS, x += GROUPS * 32, w += weighted ? GROUPS * 32 : 0) {
         const int count = blocks < GROUPS ? (int)blocks : GROUPS;
         gather(x, weighted ? w : NULL, count, 32, &g);
-        for (int c = 0; c < GROUPS; c += LANES) store(scale + c, linear_search(&g, c, 32, weighted, r, reach, starts, 2));
+        for (int c = 0; c < GROUPS; c += LANES)
+            store(scale + c, linear_search(&g, c, 32, weighted, r, reach, starts, 2));
         for (int i = 0; i < GROUPS; i++) scale[i] = as_half(scale[i]);
         linear_codes(&g, 32, r, scale, codes);
         for (int i = 0; i < count; i++, out += 18) {
@@ -124,7 +125,8 @@ static void put_q6_k(const struct found *f, int at, const uint8_t *code, uint8_t
         const uint8_t *q = code + 128 * h;
         for (int i = 0; i < 64; i++) b->ql[64 * h + i] = (uint8_t)((q[i] & 15) | (q[i + 64] & 15) << 4);
         for (int i = 0; i < 32; i++)
-            b->qh[32 * h + i] = (uint8_t)(q[i] >> 4 | (q[i + 32] >> 4) << 2 | (q[i + 64] >> 4) << 4 | (q[i + 96] >> 4) << 6);
+            b->qh[32 * h + i] =
+                (uint8_t)(q[i] >> 4 | (q[i + 32] >> 4) << 2 | (q[i + 64] >> 4) << 4 | (q[i + 96] >> 4) << 6);
     }
     for (int i = 0; i < 16; i++) b->scales[i] = (int8_t)whole(f->scale[at + i]);
     put_half(b->d, f->d[at]);
@@ -151,7 +153,7 @@ struct search {
     float top, most; /* most: the largest scale and minimum of an affine format */
     const float *reach;
     const struct start *start;
-    int starts, refits, rounds;
+    int starts, refits, rounds, around;
     put_fn put;
     int bytes;
 };
@@ -167,12 +169,12 @@ INLINE void encode_super(const float *x, const float *w, int64_t blocks, uint8_t
         const int count = blocks < at_once ? (int)blocks : at_once;
         gather(x, weighted ? w : NULL, count * per, s.group, &g);
         if (s.affine) {
-            affine_super(&g, s.group, weighted, s.top, s.most, s.rounds, s.start, s.starts, s.refits, &f);
+            affine_super(&g, s.group, weighted, s.top, s.most, s.rounds, s.around, s.start, s.starts, s.refits, &f);
             affine_codes(&g, s.group, s.top, &f, codes);
         } else {
             for (int c = 0; c < GROUPS; c += LANES)
                 store(scales + c, linear_search(&g, c, s.group, weighted, s.rule, s.reach, s.starts, s.refits));
-            linear_super(&g, s.group, weighted, s.rule, s.top, per, s.rounds, scales, &f);
+            linear_super(&g, s.group, weighted, s.rule, s.top, per, s.rounds, s.around, scales, &f);
             for (int i = 0; i < GROUPS; i++) scales[i] = f.d[i] * f.scale[i];
             linear_codes(&g, s.group, s.rule, scales, codes);
         }
@@ -187,27 +189,39 @@ INLINE void encode_super(const float *x, const float *w, int64_t blocks, uint8_t
  * tests/bench/bench_encode.py. Few codes want more of them, and the largest weight at either end. */
 static const float reach_q4_0[] = {-7.4f, -7.9f, -8.4f, -9.0f, -6.8f, 7.3f, 7.9f, 6.7f};
 static const float reach_q3_k[] = {-3.5f, -3.9f, -4.3f, -3.1f, -4.8f, 3.2f, 3.6f, 2.8f};
-static const float reach_q6_k[] = {-30.6f, -31.2f, -31.8f, -32.4f, -33.0f, -33.6f, 31.0f, 31.6f};
+static const float reach_q6_k[] = {-32.0f, -29.0f, -29.5f, -30.0f, -30.4f, -30.9f, -31.3f, -31.7f, -32.3f,
+                                   -32.7f, -33.2f, -33.7f, -34.1f, -34.6f, -35.1f, -35.5f, -36.0f};
 static const float reach_iq4[] = {-118.0f, -127.0f, -137.0f, -108.0f, 104.0f, 113.0f, 122.0f, 96.0f};
 static const struct start start_q2_k[] = {{1.0f, 1.0f}, {0.9f, 0.9f}, {0.8f, 0.8f}, {0.7f, 0.7f}, {0.6f, 0.6f},
                                           {0.8f, 0.95f}, {0.7f, 0.85f}, {0.8f, 0.65f}, {0.7f, 0.55f}};
-static const struct start start_k4[] = {{1.0f, 1.0f}, {0.96f, 0.96f}, {0.92f, 0.92f}, {0.88f, 0.88f},
-                                        {0.84f, 0.84f}, {1.04f, 1.02f}, {0.92f, 0.97f}, {0.92f, 0.87f}};
+/* No two alike in their scale, for groups without a minimum. */
+static const struct start start_q4_k[] = {
+    {1.0f, 1.0f},
+    {1.080f, 1.080f}, {1.068f, 1.008f}, {1.055f, 1.115f}, {1.042f, 1.062f}, {1.030f, 1.000f},
+    {1.018f, 1.018f}, {1.005f, 0.945f}, {0.993f, 1.052f}, {0.980f, 1.000f}, {0.968f, 0.938f},
+    {0.955f, 0.955f}, {0.943f, 0.883f}, {0.930f, 0.990f}, {0.917f, 0.938f}, {0.905f, 0.875f},
+    {0.893f, 0.893f}, {0.880f, 0.820f}, {0.868f, 0.927f}, {0.855f, 0.875f}, {0.843f, 0.812f},
+    {0.830f, 0.830f}, {0.818f, 0.758f}, {0.805f, 0.865f}, {0.792f, 0.812f}};
+static const struct start start_q5_k[] = {
+    {1.0f, 1.0f},
+    {1.070f, 1.070f}, {1.060f, 1.035f}, {1.050f, 1.075f}, {1.040f, 1.040f}, {1.030f, 1.005f},
+    {1.020f, 1.045f}, {1.010f, 1.010f}, {1.000f, 0.975f}, {0.990f, 1.015f}, {0.980f, 0.980f},
+    {0.970f, 0.945f}, {0.960f, 0.985f}, {0.950f, 0.950f}, {0.940f, 0.915f}, {0.930f, 0.955f},
+    {0.920f, 0.920f}, {0.910f, 0.885f}, {0.900f, 0.925f}, {0.890f, 0.890f}, {0.880f, 0.855f}};
 
-#define LINEAR(name, group, low, high, iq4, top, reach, refits, rounds)                                          \
-    static void encode_##name(const float *x, const float *w, int64_t blocks, uint8_t *out) {                    \
-        const struct search s = {group, 0, {low, high, iq4}, top, 0, reach, NULL, COUNT(reach), refits, rounds,  \
-                                 put_##name, sizeof(kt_block_##name)};                                           \
-        if (w) encode_super(x, w, blocks, out, s, 1);                                                            \
-        else encode_super(x, NULL, blocks, out, s, 0);                                                           \
+/* refits: of the best start; rounds: of the integers; around: how far those are tried in the first round. */
+#define SUPER(name, ...)                                                                                   \
+    static void encode_##name(const float *x, const float *w, int64_t blocks, uint8_t *out) {              \
+        const struct search s = {__VA_ARGS__, .put = put_##name, .bytes = sizeof(kt_block_##name)};        \
+        if (w) encode_super(x, w, blocks, out, s, 1);                                                      \
+        else encode_super(x, NULL, blocks, out, s, 0);                                                     \
     }
-#define AFFINE(name, group, top, most, start, refits, rounds)                                                    \
-    static void encode_##name(const float *x, const float *w, int64_t blocks, uint8_t *out) {                    \
-        const struct search s = {group, 1, {0, 0, 0}, top, most, NULL, start, COUNT(start), refits, rounds,            \
-                                 put_##name, sizeof(kt_block_##name)};                                           \
-        if (w) encode_super(x, w, blocks, out, s, 1);                                                            \
-        else encode_super(x, NULL, blocks, out, s, 0);                                                           \
-    }
+#define LINEAR(name, per, lowest, highest, iq, tops, from, refit, round, wide)                             \
+    SUPER(name, .group = per, .rule = {lowest, highest, iq}, .top = tops, .reach = from,                   \
+          .starts = COUNT(from), .refits = refit, .rounds = round, .around = wide)
+#define AFFINE(name, per, tops, largest, from, refit, round, wide)                                         \
+    SUPER(name, .group = per, .affine = 1, .top = tops, .most = largest, .start = from,                    \
+          .starts = COUNT(from), .refits = refit, .rounds = round, .around = wide)
 #define NIBBLES(name, low, high, iq4, reach)                                                                     \
     static void encode_##name(const float *x, const float *w, int64_t blocks, uint8_t *out) {                    \
         const struct rule r = {low, high, iq4};                                                                  \
@@ -217,12 +231,12 @@ static const struct start start_k4[] = {{1.0f, 1.0f}, {0.96f, 0.96f}, {0.92f, 0.
 
 NIBBLES(q4_0, -8.0f, 7.0f, 0, reach_q4_0)
 NIBBLES(iq4_nl, 0, 0, 1, reach_iq4)
-LINEAR(q3_k, 16, -4.0f, 3.0f, 0, 32.0f, reach_q3_k, 2, 3)
-LINEAR(q6_k, 16, -32.0f, 31.0f, 0, 128.0f, reach_q6_k, 1, 2)
-LINEAR(iq4_xs, 32, 0, 0, 1, 32.0f, reach_iq4, 2, 2)
-AFFINE(q2_k, 16, 3.0f, 15.0f, start_q2_k, 2, 3)
-AFFINE(q4_k, 32, 15.0f, 63.0f, start_k4, 2, 3)
-AFFINE(q5_k, 32, 31.0f, 63.0f, start_k4, 2, 3)
+LINEAR(q3_k, 16, -4.0f, 3.0f, 0, 32.0f, reach_q3_k, 2, 3, 2)
+LINEAR(q6_k, 16, -32.0f, 31.0f, 0, 128.0f, reach_q6_k, 1, 2, 2)
+LINEAR(iq4_xs, 32, 0, 0, 1, 32.0f, reach_iq4, 1, 2, 1)
+AFFINE(q2_k, 16, 3.0f, 15.0f, start_q2_k, 2, 3, 1)
+AFFINE(q4_k, 32, 15.0f, 63.0f, start_q4_k, 1, 3, 2)
+AFFINE(q5_k, 32, 31.0f, 63.0f, start_q5_k, 1, 3, 2)
 
 static void fill_encode(struct kt_kernels *k) {
     k->encode[KT_FMT_Q8_0] = encode_q8_0;
