@@ -415,6 +415,8 @@ static void block_case(void) {
     kt_router_destroy(r);
     kt_experts_destroy(e);
     kt_experts_destroy(s);
+}
+
 /* ---- attention ---- */
 
 /* Pages of exactly what may be read of them, heads side by side within a token or behind each other. */
