@@ -11,7 +11,7 @@ NATIVE := $(shell find native setup.py -name '*.[ch]' -o -name '*.py' 2>/dev/nul
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev chat doctor test test-fast support pages bench bench-setup bench-start bench-peers sanitize bench-model bench-open \
-        bench-plan bench-attention native train wheel clean tools FORCE
+        bench-plan bench-attention bench-encode native train wheel clean tools FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,6 +79,9 @@ bench-model: setup-dev ## load time, memory and tokens/s of whole models
 
 bench-attention: setup-dev ## attention over a cache beside torch's and the memory bandwidth (ARGS="--quick ...")
 	$(PY) -m tests.bench.bench_attention $(if $(JSON),--json $(JSON)) $(ARGS)
+
+bench-encode: setup-dev ## how fast kt quantize encodes each type, beside reading and the torch encoder
+	$(PY) -m tests.bench.bench_encode $(if $(JSON),--json $(JSON)) $(ARGS)
 
 bench-plan: setup-dev ## what kt plan predicts against what is measured, memory and tokens/s
 	$(PY) -m tests.bench.bench_plan $(if $(JSON),--json $(JSON)) $(ARGS)
