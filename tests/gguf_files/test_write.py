@@ -204,7 +204,7 @@ def test_fewer_bits_move_the_logits_further(tmp_path):
         truth = model(ids).logits
         for mix in ("Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "F32"):
             quantize_folder(tmp_path / "hf", tmp_path / f"{mix}.gguf", mix)
-            weights = bind(open_weights(tmp_path / f"{mix}.gguf"), small_files.meta("qwen3_moe", **WIDE))
+            weights = bind(open_weights(tmp_path / f"{mix}.gguf"), small_files.meta("qwen3_moe", **WIDE, num_experts_per_tok=4))
             model.load_state_dict({name: weights.tensor(name, dtype=torch.float32) for name in model.state_dict()})
             errors[mix] = relative_error(model(ids).logits, truth)
     assert list(errors.values()) == sorted(errors.values(), reverse=True), errors
