@@ -1,7 +1,7 @@
 """A transformers folder to a GGUF file: `kt quantize SOURCE OUT.gguf --type Q4_K_M`.
 
 Reads through the loaders, one tensor at a time, names and lays tensors out as llama.cpp does, and encodes
-them with encode.py. Peak memory is one packed tensor and one expert in fp32. The file appears whole or not at
+them in C (native/encode.py). Peak memory is one packed tensor and one expert in fp32. The file appears whole or not at
 all.
 It is not a converter for every model: the families are those of loaders/gguf_names.py.
 """
@@ -20,15 +20,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ktransformers.errors import KTransformersError, UnsupportedError, WeightError, did_you_mean, join_errors
+from ktransformers.errors import (
+    KTransformersError,
+    NativeError,
+    UnsupportedError,
+    WeightError,
+    did_you_mean,
+    join_errors,
+)
 from ktransformers.gguf_files.config import add_config
+from ktransformers.gguf_files.imatrix import Imatrix, read_imatrix
 from ktransformers.gguf_files.tokenizer import add_tokenizer
 from ktransformers.loaders import ModelWeights, bind, gguf_names, open_weights
+from ktransformers.native import NOT_BUILT, available, encode
 from ktransformers.paths import existing_path
 from ktransformers.quants.blocks import QUANT_TYPES, QuantType
-from ktransformers.quants.encode import quantize as encode
 
-FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q6_K": 18, "Q5_K_M": 17, "Q4_K_M": 15}
+FILE_TYPES = {
+    "F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q6_K": 18, "Q5_K_M": 17, "Q4_K_M": 15, "Q4_0": 2, "IQ4_NL": 25,
+    "IQ4_XS": 30, "Q3_K_M": 12, "Q2_K": 10,
+}  # fmt: skip
 """What --type takes, largest first, and the number that `general.file_type` has for it (gguf.LlamaFileType)."""
 
 
@@ -48,22 +59,44 @@ class Output:
 _IN_FULL = re.compile(r"\.(ffn_gate_inp|ssm_a$|ssm_d$|ssm_conv1d|shortconv\.conv\.|\w+_norm\.)")
 
 
+_VALUE, _DOWN, _OUTPUT = r"(attn_v|attn_v_b|attn_kv_b)", r"ffn_down\w*", r"attn_output"
+
+_RAISED: dict[str, list[tuple[str, Callable[[int, int], bool], str]]] = {
+    "Q5_K_M": [(f"({_VALUE}|{_DOWN})", lambda i, n: _more_bits(i, n), "Q6_K")],
+    "Q4_K_M": [(f"({_VALUE}|{_DOWN})", lambda i, n: _more_bits(i, n), "Q6_K")],
+    "IQ4_NL": [(_VALUE, lambda i, n: True, "Q5_K"), (_DOWN, lambda i, n: i < n // 8, "Q5_K")],
+    "IQ4_XS": [(_VALUE, lambda i, n: True, "Q5_K"), (_DOWN, lambda i, n: i < n // 8, "Q5_K")],
+    "Q3_K_M": [
+        (_VALUE, lambda i, n: i < 2, "Q5_K"), (_VALUE, lambda i, n: True, "Q4_K"),
+        (_DOWN, lambda i, n: i < n // 16, "Q5_K"), (_DOWN, lambda i, n: _more_bits(i, n), "Q4_K"),
+        (_OUTPUT, lambda i, n: True, "Q4_K"),
+    ],
+    "Q2_K": [(_VALUE, lambda i, n: True, "Q4_K"), (f"({_DOWN}|{_OUTPUT})", lambda i, n: True, "Q3_K")],
+}  # fmt: skip
+"""Of each mix: matrices, of which of n layers i, and what they get; the first that fits."""
+
+_OUTPUT_Q6_K = {"Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K_M", "Q2_K"}
+
+
 def choose_type(name: str, shape: tuple[int, ...], mix: str, layers: int, tied: bool) -> QuantType:
     """The type of the GGUF tensor `name` under `mix`; mixes follow what published files of that name hold.
 
-    Vectors, routers and what belongs to a state space or a short convolution stay F32. In Q4_K_M and
-    Q5_K_M the output matrix, and the value and down projections of half the layers, get Q6_K. Rows that
-    are no multiple of 256 fall back to Q8_0, of 32 to F16.
+    Vectors, routers and what belongs to a state space or a short convolution stay F32. Below Q6_K the output matrix
+    gets Q6_K, and value and down projections of some or all layers get more bits than the rest. Rows that are no
+    multiple of 256 fall back to IQ4_NL where it has at least as many bits, or Q8_0, of 32 to F16.
     """
     if len(shape) == 1 or _IN_FULL.search(name):
         return QUANT_TYPES["F32"]
     kind = QUANT_TYPES[mix.removesuffix("_M")]
-    if mix.endswith("_M"):
-        layer = re.match(r"blk\.(\d+)\.(attn_v|attn_v_b|attn_kv_b|ffn_down\w*)\.weight", name)
-        output = name == "output.weight" or (tied and name == "token_embd.weight")
-        if output or (layer and _more_bits(int(layer[1]), layers)):
-            kind = QUANT_TYPES["Q6_K"]
-    for fallback in (kind, QUANT_TYPES["Q8_0"]):
+    if mix in _OUTPUT_Q6_K and (name == "output.weight" or (tied and name == "token_embd.weight")):
+        kind = QUANT_TYPES["Q6_K"]
+    if found := re.match(r"blk\.(\d+)\.(\w+)\.weight", name):
+        for parts, where, raised in _RAISED.get(mix, []):
+            if re.fullmatch(parts, found[2]) and where(int(found[1]), layers):
+                kind = QUANT_TYPES[raised]
+                break
+    small = ["IQ4_NL"] if kind.name in ("Q2_K", "Q3_K", "IQ4_XS") else []
+    for fallback in (kind, *(QUANT_TYPES[other] for other in (*small, "Q8_0"))):
         if shape[-1] % fallback.block == 0:
             return fallback
     return QUANT_TYPES["F16"]
@@ -167,18 +200,26 @@ def _folder_beside(out: Path) -> Iterator[Path]:
                 parent.rmdir()
 
 
-def _packed(output: Output) -> Tensor:
-    """All bytes of one output, uint8 [bytes]."""
+def _packed(output: Output, importance: Tensor | None = None) -> Tensor:
+    """All bytes of one output, uint8 [bytes]. `importance` [matrices or 1, columns]."""
     packed = torch.empty(output.type.packed_bytes(output.shape), dtype=torch.uint8, device="cpu")
-    start = 0
+    start = matrix = 0
     for part in output.parts():
-        try:
-            piece = encode(part, output.type).view(-1)
-        except WeightError as error:
-            raise WeightError(f"{output.name}: {error}") from error
-        packed[start : start + len(piece)] = piece
-        start += len(piece)
+        for piece in _matrices(part, importance):
+            try:
+                row = None if importance is None else importance[matrix % len(importance)]
+                piece = encode(piece, output.type, row).view(-1)
+            except WeightError as error:
+                raise WeightError(f"{output.name}: {error}") from error
+            packed[start : start + len(piece)] = piece
+            start += len(piece)
+            matrix += 1
     return packed
+
+
+def _matrices(part: Tensor, importance: Tensor | None) -> Iterator[Tensor]:
+    """The matrices of a piece where each has importances of its own, or the piece."""
+    return iter(part) if importance is not None and len(importance) > 1 else iter([part])
 
 
 def write_gguf(
@@ -190,6 +231,7 @@ def write_gguf(
     source: Path,
     split: int = 0,
     progress=lambda _: None,
+    imatrix: Imatrix | None = None,
 ) -> tuple[list[Path], list[str]]:
     """Write the planned tensors to `out`, or to OUT-0000i-of-0000n.gguf with at most `split` tensors each.
 
@@ -214,7 +256,11 @@ def write_gguf(
             writer.add_quantization_version(2)
             add_config(writer, arch, config)
             notices = add_tokenizer(writer, source, config)
-            _write_tensors(writer, outputs, progress)
+            if imatrix is not None:
+                writer.add_string("quantize.imatrix.file", imatrix.path.name)
+                writer.add_uint32("quantize.imatrix.entries_count", len(imatrix.entries))
+                notices += _without_importance(outputs, imatrix)
+            _write_tensors(writer, outputs, progress, imatrix)
         finally:
             writer.close()
         return _publish(folder, out), notices
@@ -234,7 +280,17 @@ def _publish(folder: Path, out: Path) -> list[Path]:
     return list(places.values())
 
 
-def _write_tensors(writer, outputs: list[Output], progress) -> None:
+def _without_importance(outputs: list[Output], imatrix: Imatrix) -> list[str]:
+    """A notice that names the tensors for which an importance matrix has no entry and could have one."""
+    choice = lambda output: output.type.block > 1 and output.type.name != "Q8_0"  # noqa: E731
+    names = [output.name for output in outputs if choice(output) and output.name not in imatrix.entries]
+    if not names:
+        return []
+    shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    return [f"{imatrix.path.name} has no entry for {shown}: all their columns count alike."]
+
+
+def _write_tensors(writer, outputs: list[Output], progress, imatrix: Imatrix | None = None) -> None:
     import gguf
 
     for output in outputs:
@@ -248,21 +304,29 @@ def _write_tensors(writer, outputs: list[Output], progress) -> None:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for output in outputs:
-        writer.write_tensor_data(_packed(output).numpy())
+        importance = None if imatrix is None else imatrix.of(output.name, output.shape)
+        writer.write_tensor_data(_packed(output, importance).numpy())
         progress(output)
 
 
 # --- the whole ----------------------------------------------------------------------------------------------
 
 
-def quantize_folder(source: Path, out: Path, mix: str = "Q4_K_M", split: int = 0, show: bool = False) -> dict:
+def quantize_folder(
+    source: Path, out: Path, mix: str = "Q4_K_M", split: int = 0, show: bool = False,
+    imatrix: str | Path | None = None,
+) -> dict:  # fmt: skip
     """Convert the model in `source` to GGUF. Returns a summary: files, bytes, tensors by type, notices.
 
-    Raises WeightError or UnsupportedError, all problems of the checkpoint at once, before writing anything.
+    `imatrix`: a file of llama-imatrix, so that errors count as much as the activations they meet.
+
+    Raises NativeError where the C library, which encodes, is not built; WeightError or UnsupportedError, all problems
+    of the checkpoint at once, before writing anything.
     """
     from transformers import AutoModelForCausalLM
 
     check_wishes(source, out, mix, split)
+    importance = None if imatrix is None else read_imatrix(Path(imatrix))
     config = _config_of(source)
     family = _family_of(source, config)
     with torch.device("meta"):
@@ -274,8 +338,10 @@ def quantize_folder(source: Path, out: Path, mix: str = "Q4_K_M", split: int = 0
             raise join_errors(WeightError, f"{source}: the weights do not fit the config:", problems)
         tied = {name for name, origin in model.all_tied_weights_keys.items() if weights.same(name, origin)}
         outputs = plan(weights, config, shapes, mix, tied)
+        if importance is not None:
+            importance.check({output.name: output.shape for output in outputs})
         with _progress(outputs, show) as advance:
-            written, notices = write_gguf(out, family.arch, config, outputs, mix, source, split, advance)
+            written, notices = write_gguf(out, family.arch, config, outputs, mix, source, split, advance, importance)
     return {
         "files": [str(path) for path in written],
         "bytes": sum(path.stat().st_size for path in written),
@@ -286,6 +352,8 @@ def quantize_folder(source: Path, out: Path, mix: str = "Q4_K_M", split: int = 0
 
 def check_wishes(source: Path, out: Path, mix: str, split: int) -> None:
     """Refuse what cannot be read or written, all of it at once, before anything is read."""
+    if not available():
+        raise NativeError(f"quantize: {NOT_BUILT}. It encodes in C.")
     problems: list[KTransformersError] = []
     if mix not in FILE_TYPES:
         known = ", ".join(FILE_TYPES)

@@ -11,6 +11,7 @@ Letters: T tokens, H hidden, I intermediate, E experts, K experts per token.
 from ktransformers.native.attention import attend
 from ktransformers.native.block import Block
 from ktransformers.native.checks import MAX_THREADS
+from ktransformers.native.encode import encode, encoded_types
 from ktransformers.native.experts import ACTIVATIONS, Experts, Glu
 from ktransformers.native.latent_attention import LatentAttention
 from ktransformers.native.layers import Layer, Layers
@@ -66,6 +67,8 @@ __all__ = [
     "cpu_features",
     "default_threads",
     "dequantize",
+    "encode",
+    "encoded_types",
     "isa",
     "isa_needs",
     "isas",

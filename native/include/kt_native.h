@@ -56,7 +56,9 @@ typedef enum kt_status {
     KT_ERR_ISA = 10,        /* instruction set unknown, not built, or not on this machine */
     KT_ERR_SCALES = 11,     /* separate scales, zero points or column order do not fit the type */
     KT_ERR_CLOSED = 12,     /* the queue was closed before the calls were computed */
-    KT_ERR_ROUTER = 13      /* a router's way of scoring, choosing or weighing unknown, or its cap no number */
+    KT_ERR_ROUTER = 13,     /* a router's way of scoring, choosing or weighing unknown, or its cap no number */
+    KT_ERR_VALUE = 14,      /* a NaN or an infinity where there can be none, or an importance below zero */
+    KT_ERR_RANGE = 15       /* a number too large for the type it shall have */
 } kt_status;
 
 /* Weight types: the ids of the GGUF file format; from 1000 on, types with separate scales. */
@@ -488,6 +490,20 @@ int kt_attention_core(kt_pool *pool, const kt_attention_args *args);
 
 /* out[rows, cols] = the weight's values in fp32. */
 int kt_dequantize(const kt_weight *w, float *out);
+
+/* x [rows, cols] of `dtype` to a packed type; out_bytes: exactly what rows, cols and type need. importance: fp32 [cols],
+ * how much a squared error in each column counts, or NULL for alike; plain types and Q8_0 have no choice and ignore it.
+ * Scales are searched (src/templates/encode.h); blocks are encoded each for itself, the same bits on any number of
+ * threads and any instruction set. Q8_0 has the bytes of the gguf package. In packed blocks magnitudes below 2^-40
+ * count as zero. NaN and infinity stay in plain types; in others they are KT_ERR_VALUE, in an importance too. A finite
+ * number that the type cannot hold is KT_ERR_RANGE, never an infinity; where a matrix has both, KT_ERR_VALUE. After
+ * either, out holds anything. x at the alignment of its dtype, out of plain types too. Out may not overlap x.
+ * Scratch memory: 32 KiB a thread, and cols floats. */
+int kt_encode(kt_pool *pool, int type, const void *x, int dtype, int64_t rows, int64_t cols, const float *importance,
+              void *out, size_t out_bytes);
+
+/* Whether kt_encode writes a type. */
+int kt_encodes(int type);
 
 /* 1: every product in fp32, of dequantized weights and fp32 activations, on every path: for verification, slow.
  * 0: back to what the numerics above say. For the whole process; calls already running keep theirs. */

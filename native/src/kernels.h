@@ -137,6 +137,10 @@ typedef void (*kt_unpack_fn)(const uint8_t *w, int64_t n, void *data, float *sca
 typedef void (*kt_unpack_tile_fn)(const struct kt_matrix *w, int64_t first, int64_t k0, int64_t n,
                                   const struct kt_tile *out);
 
+/* Encode whole blocks: their weights x, finite and within the format's range, one after the other; `importance` of each
+ * weight (at most 1, above 0), or NULL for alike. Same bits on every ISA. */
+typedef void (*kt_encode_fn)(const float *x, const float *importance, int64_t blocks, uint8_t *out);
+
 /* c[i, r] (+)= panel row r . activations of token[i], columns from k0 on; ldc floats between tokens.
  * c has room for tiles*16 rows. `add` 0 overwrites. */
 typedef void (*kt_gemm_fn)(const struct kt_panel *p, const struct kt_acts *a, const int32_t *token, int tokens,
@@ -163,6 +167,7 @@ struct kt_kernels {
     kt_unpack_fn unpack[KT_FORMATS];    /* NULL: a type by columns, which has a tile function */
     kt_unpack_tile_fn tile[KT_FORMATS]; /* NULL: unpack and interleave */
     kt_unpack_tile_fn tile_bf16[KT_FORMATS]; /* the same for a BF16 panel; NULL: by way of fp32 */
+    kt_encode_fn encode[KT_FORMATS]; /* NULL: a format that is not written, or plain numbers */
     kt_gemm_fn gemm_q8, gemm_f32;
     kt_gemm_fn gemm_bf16; /* for bf16 activations. NULL: BF16 weights are unpacked to fp32 and use gemm_f32 */
 

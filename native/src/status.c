@@ -15,6 +15,8 @@ const char *kt_status_message(int status) {
     case KT_ERR_ISA: return "instruction set unknown, not built, or not available on this machine";
     case KT_ERR_SCALES: return "separate scales, zero points or column order do not fit the weight type";
     case KT_ERR_ROUTER: return "unknown way of scoring, choosing or weighing experts, or a cap that is no number";
+    case KT_ERR_VALUE: return "the weights hold NaN or infinity, or an importance is no number from 0 on";
+    case KT_ERR_RANGE: return "a number is too large for the type";
     case KT_ERR_CLOSED: return "the queue was closed before it was done";
     }
     return "unknown status";

@@ -270,6 +270,25 @@ static void dequantize_case(void) {
     compare(status, kt_dequantize(&w, (float *)out[1]), out, bytes, KT_F32, "dequantize");
 }
 
+/* Any numbers to any type. Those that cannot be encoded are found after others were written. */
+static void encode_case(void) {
+    const struct kt_traits *t = &kt_traits_table[below(KT_FORMATS)];
+    const int64_t rows = chance(20) ? PICK(-1, 0, INT64_MIN, INT64_MAX) : 1 + below(9);
+    const int64_t cols = chance(9) ? PICK(-1, 0, 33, INT64_MAX) : t->block * (1 + below(t->block == 1 ? 300 : 5));
+    const int sane = rows >= 0 && rows < 10 && cols > 0 && cols < 1 << 16;
+    const size_t bytes = sane ? (size_t)(rows * (cols / t->block) * t->bytes) : 0, told = bytes + (size_t)chance(20);
+    const int dtype = (int)PICK(0, 1, 2, 0, 1, 2, 3, -1);
+    const void *x = random_input(dtype, sane ? rows * cols : 0);
+    float *importance = chance(2) || !sane ? NULL : random_floats(cols);
+    for (int64_t i = chance(4) ? cols : 0; importance && i < cols; i++) importance[i] = fabsf(importance[i]);
+    uint8_t *out[2];
+    two_outputs(out, bytes, KT_F32);
+    int status = kt_encode(pools[0], t->id, x, dtype, rows, cols, importance, out[0], told);
+    int again = kt_encode(pools[1], t->id, x, dtype, rows, cols, importance, out[1], told);
+    if (status == again && (status == KT_ERR_VALUE || status == KT_ERR_RANGE)) return;
+    compare(status, again, out, bytes, t->id == KT_TYPE_F32 ? KT_F32 : KT_F16, "encode");
+}
+
 static kt_glu random_glu(int64_t count, int64_t hidden, int64_t inner) {
     kt_glu g = {.activation = chance(20) ? (int32_t)PICK(-1, 6, INT32_MAX) : (int32_t)below(6)};
     g.alpha = random_floats(1)[0];
@@ -671,10 +690,9 @@ static double seconds(void) {
 }
 
 int main(int argc, char **argv) {
-    static void (*const cases[])(void) = {linear_case, linear_case, dequantize_case, experts_case, experts_case,
-    static void (*const cases[])(void) = {linear_case, linear_case, dequantize_case, experts_case, experts_case,
-                                          block_case, block_case, attention_case, attention_case, layer_case,
-                                          layer_case, latent_case, latent_case, lies};
+    static void (*const cases[])(void) = {linear_case, linear_case, dequantize_case, encode_case, experts_case,
+                                          experts_case, block_case, block_case, attention_case, attention_case,
+                                          layer_case, layer_case, latent_case, latent_case, lies};
     const double limit = argc > 1 ? atof(argv[1]) : 8, begin = seconds();
     uint64_t seed = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
 #if defined(__SANITIZE_ADDRESS__)

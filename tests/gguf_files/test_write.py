@@ -176,21 +176,64 @@ def test_mix_of_q4_k_m():
 WIDE = dict(hidden_size=256, intermediate_size=256, moe_intermediate_size=256)
 
 
-@pytest.mark.parametrize("mix", ["Q4_K_M", "Q5_K_M", "Q6_K", "F16"])
+def test_mixes_of_fewer_bits():
+    """As llama.cpp mixes them: more for values and down projections, Q6_K for the output, and for narrow rows the type
+    nearest in size that has them."""
+
+    def choose(mix, name, shape=(256, 256)):
+        return choose_type(f"blk.{name}.weight" if name[0].isdigit() else name, shape, mix, 16, False).name
+
+    for mix in ("Q2_K", "Q3_K_M", "Q4_0", "IQ4_XS", "IQ4_NL"):
+        assert choose(mix, "output.weight") == "Q6_K" and choose(mix, "3.attn_q") == mix.removesuffix("_M")
+    assert [choose("Q2_K", f"5.{part}") for part in ("attn_v", "ffn_down_exps", "attn_output")] == ["Q4_K", "Q3_K", "Q3_K"]
+    assert [choose("Q3_K_M", f"{i}.attn_v") for i in (0, 1, 2)] == ["Q5_K", "Q5_K", "Q4_K"]
+    assert [choose("Q3_K_M", f"{i}.ffn_down") for i in (0, 1, 2, 4, 15)] == ["Q5_K", "Q4_K", "Q3_K", "Q4_K", "Q4_K"]
+    assert [choose("IQ4_XS", f"{i}.ffn_down") for i in (1, 2)] == ["Q5_K", "IQ4_XS"]
+    assert [choose("Q3_K_M", "9.attn_q", (8, width)) for width in (96, 50)] == ["IQ4_NL", "F16"]
+    assert choose("Q4_0", "9.attn_q", (8, 96)) == "Q4_0" and choose("Q4_K_M", "9.attn_q", (8, 96)) == "Q8_0"
+
+
+def test_fewer_bits_move_the_logits_further(tmp_path):
+    """A tiny model's logits come closer with every type that has more bits."""
+    from tests.tiny import random_ids, relative_error
+
+    model = small_files.model("qwen3_moe", **WIDE, num_experts_per_tok=4)  # all: no choice that a small error turns over
+    model.save_pretrained(tmp_path / "hf")
+    ids, errors = random_ids(1, 24, vocab=model.config.vocab_size), {}
+    with torch.no_grad():
+        truth = model(ids).logits
+        for mix in ("Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "F32"):
+            quantize_folder(tmp_path / "hf", tmp_path / f"{mix}.gguf", mix)
+            weights = bind(open_weights(tmp_path / f"{mix}.gguf"), small_files.meta("qwen3_moe", **WIDE, num_experts_per_tok=4))
+            model.load_state_dict({name: weights.tensor(name, dtype=torch.float32) for name in model.state_dict()})
+            errors[mix] = relative_error(model(ids).logits, truth)
+    assert list(errors.values()) == sorted(errors.values(), reverse=True), errors
+    assert errors["Q2_K"] < 0.6 and errors["Q6_K"] < 0.05 and errors["F32"] < 1e-5, errors
+
+
+def test_without_the_c_library(folder, tmp_path, monkeypatch):
+    """The error says what to do, before anything is read."""
+    monkeypatch.setattr(program, "available", lambda: False)
+    fails_and_leaves_nothing(folder, tmp_path / "m.gguf", "not built.*make setup")
+
+
+@pytest.mark.parametrize("mix", ["Q2_K", "Q3_K_M", "Q4_0", "IQ4_XS", "IQ4_NL", "Q4_K_M", "Q5_K_M", "Q6_K", "F16"])
 def test_round_trip(mix, tmp_path):
     """A model quantized by the program, read back through the loaders, is near the original everywhere."""
     model = small_files.model("deepseek_v3", **WIDE)
     model.save_pretrained(tmp_path / "hf")
     done = quantize_folder(tmp_path / "hf", tmp_path / "m.gguf", mix)
-    if mix.endswith("_M"):
+    if mix not in ("Q6_K", "F16"):
         assert {"F32", "Q6_K", mix.removesuffix("_M")} <= set(done["types"])
     meta = small_files.meta("deepseek_v3", **WIDE)
     weights = bind(open_weights(tmp_path / "m.gguf"), meta)
     assert weights.problems(small_files.expected(meta)) == []
+    bound = {"Q2_K": 0.3, "Q3_K_M": 0.17, "Q4_0": 0.09, "IQ4_XS": 0.08, "IQ4_NL": 0.08, "Q4_K_M": 0.08, "Q5_K_M": 0.04,
+             "Q6_K": 0.02, "F16": 1e-3}  # fmt: skip
     for name, tensor in model.state_dict().items():
         back = weights.tensor(name, dtype=torch.float32)
         error = float((back - tensor).norm() / tensor.norm())
-        assert error < {"Q4_K_M": 0.08, "Q5_K_M": 0.04, "Q6_K": 0.02, "F16": 1e-3}[mix], (name, error)
+        assert error < bound[mix], (name, error)
     reader = gguf.GGUFReader(tmp_path / "m.gguf")
     assert reader.fields["general.file_type"].contents() == gguf.LlamaFileType[f"MOSTLY_{mix}"].value
 
