@@ -208,11 +208,11 @@ def _packed(output: Output, importance: Tensor | None = None) -> Tensor:
         for piece in _matrices(part, importance):
             try:
                 row = None if importance is None else importance[matrix % len(importance)]
-                piece = encode(piece, output.type, row).view(-1)
+                size = output.type.packed_bytes(tuple(piece.shape))
+                encode(piece, output.type, row, packed[start : start + size])
             except WeightError as error:
                 raise WeightError(f"{output.name}: {error}") from error
-            packed[start : start + len(piece)] = piece
-            start += len(piece)
+            start += size
             matrix += 1
     return packed
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ktransformers.errors import NativeError, UnsupportedError, WeightError
-from ktransformers.native.checks import DTYPES, as_read, readable_tensor
+from ktransformers.native.checks import DTYPES, as_read, check_bytes, readable_tensor
 from ktransformers.native.library import State, loaded, pooled
 from ktransformers.quants.blocks import quant_type
 
@@ -22,11 +22,16 @@ def encoded_types() -> list[str]:
     return [name for name, number in state.type_ids.items() if state.lib.kt_encodes(number)]
 
 
-def encode(tensor: torch.Tensor, kind: QuantType | str, importance: torch.Tensor | None = None) -> torch.Tensor:
+def encode(
+    tensor: torch.Tensor,
+    kind: QuantType | str,
+    importance: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Encode a float tensor [..., columns] as `kind`: uint8 [..., bytes per row], the same on any number of threads.
 
-    `importance` [columns]: how much a squared error in each column counts; plain types and Q8_0 ignore it. Blocks are
-    those of native/src/templates/encode.h.
+    `importance` [columns]: how much a squared error in each column counts; plain types and Q8_0 ignore it. `out`: uint8
+    memory of just that size to write to and return. Blocks are those of native/src/templates/encode.h.
 
     Raises:
         WeightError: rows that are not whole blocks, numbers that are not finite or beyond the type's range.
@@ -43,7 +48,12 @@ def encode(tensor: torch.Tensor, kind: QuantType | str, importance: torch.Tensor
         raise NativeError(f"encode: found {tensor.dtype} {list(tensor.shape)}, expected floats [..., columns].")
     x = as_read(tensor, tensor.dtype if tensor.dtype in DTYPES else torch.float32)
     rows, columns = math.prod(x.shape[:-1]), x.shape[-1]
-    out = torch.empty((*x.shape[:-1], kind.row_bytes(columns)), dtype=torch.uint8, device="cpu")
+    nbytes = rows * kind.row_bytes(columns)
+    if out is None:
+        out = torch.empty((*x.shape[:-1], kind.row_bytes(columns)), dtype=torch.uint8, device="cpu")
+    check_bytes(out, "encode (out)")
+    if out.numel() != nbytes or (out.data_ptr() % min(4, kind.nbytes) and kind.torch_dtype is not None):
+        raise NativeError(f"encode (out): found {out.numel()} bytes, expected {nbytes}, those of plain types aligned.")
     cast, keep = state.ffi.cast, _checked_importance(importance, columns)
     weights = state.ffi.NULL if keep is None else cast("float *", keep.data_ptr())
     status = state.lib.kt_encode(
