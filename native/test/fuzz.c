@@ -624,7 +624,7 @@ static kt_sequence latent_sequence(int64_t length, int64_t tokens, int64_t row) 
     for (int64_t i = 0; i < pages; i++)
         page[i] = random_bytes((size_t)((length - i * 64 < 64 ? length - i * 64 : 64) * row), 4);
     kt_sequence s = {.keys = page, .values = page, .length = length - tokens};
-    s.start = chance(3) ? below(length + 1) : 0;
+    s.start = chance(3) ? below(length + 1) : chance(20) ? length : 0;
     return s;
 }
 
@@ -644,7 +644,7 @@ static void latent_case(void) {
     const int64_t width = d.latent + d.rotary, row = quantized ? width / 32 * 34 : width * (int64_t)size_of(type);
     kt_attention_call c = {.dtype = dtype, .batch = 1 + below(3), .tokens = chance(2) ? 1 + below(150) : 1,
                            .sequences = s, .layout = {type, 64 * row, 64 * row, row, row}};
-    for (int64_t i = 0; i < c.batch; i++) s[i] = latent_sequence(c.tokens + below(200), c.tokens, row);
+    for (int64_t i = 0; i < c.batch; i++) s[i] = latent_sequence(chance(6) ? 192 : c.tokens + below(200), c.tokens, row);
     if (d.rotary && chance(4)) {
         c.rotary = c.rotary_row = d.rotary;
         c.cos = random_floats(c.tokens * d.rotary);

@@ -415,8 +415,10 @@ static void mix_group(struct kt_piece *p, kt_pool *pool) {
     struct kt_attend_sequence s = p->seq[own->sequence];
     const int64_t chunks = divide_up(s.length - own->from, KT_EXPAND);
     const size_t key = kt_cache_row(own->type, query_size(a)), value = kt_cache_row(own->type, a->d.value_size);
-    own->each = divide_up(own->some, divide_up(8 * (int64_t)p->threads, chunks)); /* does not change any result */
-    kt_pool_run(pool, expand, p, (int32_t)(chunks * divide_up(own->some, own->each)));
+    if (chunks) { /* else no token is seen */
+        own->each = divide_up(own->some, divide_up(8 * (int64_t)p->threads, chunks)); /* does not change any result */
+        kt_pool_run(pool, expand, p, (int32_t)(chunks * divide_up(own->some, own->each)));
+    }
     for (int64_t page = own->from / KT_PAGE; page * KT_PAGE < s.length; page++) {
         const size_t row = (size_t)(page * KT_PAGE - own->from);
         own->pages[0][page] = own->keys + row * key;
