@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import DynamicCache
 import torch.nn.functional as F
 import transformers
 
@@ -106,11 +107,11 @@ def test_a_bf16_model_decodes_by_it_with_and_without_padding(checkpoint, family,
         mask[0, :4] = 0
         for given in (None, mask):
             with torch.no_grad():
-                first = model(ids, attention_mask=given, use_cache=True)
+                first = model(ids, attention_mask=given, past_key_values=DynamicCache(config=config))
                 more = None if given is None else torch.cat([given, torch.ones(2, 1, dtype=torch.long)], 1)
                 ours = model(ids[:, :1], attention_mask=more, past_key_values=first.past_key_values).logits
                 model.set_attn_implementation("sdpa")
-                first = model(ids, attention_mask=given, use_cache=True)
+                first = model(ids, attention_mask=given, past_key_values=DynamicCache(config=config))
                 theirs = model(ids[:, :1], attention_mask=more, past_key_values=first.past_key_values).logits
                 model.set_attn_implementation(cpu_attention.NAME)
             assert error(ours, theirs.float()) < 0.05, (family, given is None)

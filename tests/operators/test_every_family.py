@@ -21,6 +21,7 @@ from ktransformers.engine.generate import generate
 from ktransformers.engine.sampling import Sampling
 from ktransformers.errors import RuleError
 from ktransformers.operators.experts import KTransformersExperts
+from ktransformers.operators.paged_attention import PagedAttention
 from ktransformers.operators.gate import KMoEGate
 from ktransformers.operators.moe import KMoEBlock
 from ktransformers.rules.plan import load_rules
@@ -86,6 +87,8 @@ def test_a_family_computes_as_transformers_does(model_type, rule, tmp_path):
         routers, blocks = in_c(model)
         assert bool(routers) == (model_type not in families.ROUTER_NOT_IN_C)
         assert bool(blocks) == (model_type not in families.BLOCK_NOT_IN_C)
+        natively = any(isinstance(m, PagedAttention) and m.native is not None for m in model.modules())
+        assert natively == (model_type not in families.ATTENTION_NOT_NATIVE) or rule != "Default"
         pieces = in_pieces(truth, PROMPT)
         assert (relative_error(pieces, expected) < 1e-4) == (model_type not in families.PIECES_DIFFER)
         assert relative_error(in_pieces(model, PROMPT), pieces) < 1e-4
@@ -96,10 +99,11 @@ def test_a_family_computes_as_transformers_does(model_type, rule, tmp_path):
 
 
 def test_most_families_are_computed_in_c():
-    """The counts that README claims: 55 of 60 routers, 50 blocks."""
+    """The counts that README claims: 55 of 60 routers, 50 blocks, 39 kinds of attention."""
     known = set(families.known_here())
     assert len(known) == 60
     assert len(known - families.ROUTER_NOT_IN_C.keys()) == 55 and len(known - families.BLOCK_NOT_IN_C.keys()) == 50
+    assert len(known - families.ATTENTION_NOT_NATIVE.keys()) == 39
 
 
 def test_every_type_with_experts_is_in_a_table():
