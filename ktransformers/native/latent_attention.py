@@ -78,5 +78,4 @@ class LatentAttention(Attention):
         out = state.ffi.new("kt_attention **")
         state.check(state.lib.kt_latent_attention_create(desc, out), name)
         self.handle = state.ffi.gc(out[0], state.lib.kt_attention_destroy)
-        self._call = state.ffi.new("kt_attention_call *")
         self.number = torch_ops.name_it(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from ktransformers.errors import NativeError
 from ktransformers.native import torch_ops
 from ktransformers.native.block import Block
 from ktransformers.native.checks import as_read, checked_input, readable_tensor
-from ktransformers.native.library import loaded, pooled
+from ktransformers.native.library import State, loaded, pooled
 
 if TYPE_CHECKING:
     from ktransformers.native.experts import Experts
@@ -64,6 +65,7 @@ class Layers:
         self._handles = state.ffi.new("kt_layer *[]", [layer.handle for layer in layers])
         self._calls = state.ffi.new("kt_attention_call[]", len(layers))
         self._sequences: list[Any] = [None] * len(layers)
+        self._lock = threading.Lock()
 
     def forward(
         self,
@@ -82,21 +84,33 @@ class Layers:
             expected = f"[B, S, {self.hidden}] and {len(self.layers)}"
             raise NativeError(f"{self.name}: found {found}, expected {expected}.")
         out = torch.empty_like(hidden)
-        tokens, calls = hidden.shape[1], self._calls
-        kept = self.layers[0].attention.fill(state, calls[0], hidden, pages[0], positions, mask, mask_first)
-        for i, held in enumerate(pages):
-            if held.length + tokens > held.room:
-                held.make_room(hidden.shape[0], tokens)
-            if self._sequences[i] is not held.sequences:  # made anew where sequences came, went or were cut
-                self._sequences[i] = held.sequences
-                calls[i].sequences, calls[i].layout = held.sequences, held.layout
         cast = state.ffi.cast
-        status = state.lib.kt_layers_forward(
-            len(self.layers), self._handles, self._calls, pool, cast("void *", hidden.data_ptr()),
-            cast("void *", out.data_ptr()),
-        )  # fmt: skip
+        with self._lock:  # the calls are made once, and written to at every step
+            kept = self._fill(state, hidden, pages, positions, mask, mask_first)
+            status = state.lib.kt_layers_forward(
+                len(self.layers), self._handles, self._calls, pool, cast("void *", hidden.data_ptr()),
+                cast("void *", out.data_ptr()),
+            )  # fmt: skip
         state.check(status, self.name)
         del kept
         return out
 
-
+    def _fill(
+        self,
+        state: State,
+        hidden: torch.Tensor,
+        pages: Sequence[Pages],
+        positions: tuple[torch.Tensor, torch.Tensor] | None,
+        mask: torch.Tensor | None,
+        mask_first: int,
+    ) -> list[torch.Tensor]:
+        """Write a step into the calls: all of it into the first, and each layer's pages. As `Attention.fill`."""
+        batch, tokens = hidden.shape[:2]
+        kept = self.layers[0].attention.fill(state, self._calls[0], hidden, pages[0], positions, mask, mask_first)
+        for i, held in enumerate(pages):
+            if held.length + tokens > held.room or len(held.tables) != batch:
+                held.make_room(batch, tokens)
+            if self._sequences[i] is not held.sequences:  # made anew where sequences came, went or were cut
+                self._sequences[i] = held.sequences
+                self._calls[i].sequences, self._calls[i].layout = held.sequences, held.layout
+        return kept

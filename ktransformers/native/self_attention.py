@@ -84,7 +84,6 @@ class Attention:
         out = state.ffi.new("kt_attention **")
         state.check(state.lib.kt_attention_create(desc, out), name)
         self.handle = state.ffi.gc(out[0], state.lib.kt_attention_destroy)
-        self._call = state.ffi.new("kt_attention_call *")
         self.number = torch_ops.name_it(self)
 
     def _floats(self, state: State, desc: Any, values: Any, width: int, what: str, field: Any) -> None:
@@ -138,7 +137,8 @@ class Attention:
         if hidden.dim() != 3:
             raise NativeError(f"{self.name}: found hidden {list(hidden.shape)}, expected [B, S, {self.hidden}].")
         out = torch.empty_like(hidden)
-        call, kept = self._call, self.fill(state, self._call, hidden, pages, positions, mask, mask_first)
+        call = state.ffi.new("kt_attention_call *")  # its own: another thread may be in here, too
+        kept = self.fill(state, call, hidden, pages, positions, mask, mask_first)
         cast = state.ffi.cast
         status = state.lib.kt_attention_forward(
             self.handle, pool, call, cast("void *", hidden.data_ptr()), cast("void *", out.data_ptr())

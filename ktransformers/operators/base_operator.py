@@ -290,6 +290,11 @@ def warn_once(message: str) -> None:
         warnings.warn(message, UserWarning, stacklevel=3)
 
 
+def version(tensor: Tensor) -> int:
+    """How often the tensor was written to in place; one made under inference_mode does not say, and counts as unwritten."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def to_device(value: Any, device: Any) -> Any:
     """Move the tensors in `value` (one, or a tuple, list or dict of them) to `device`; all else stays."""
     if isinstance(value, Tensor):

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from ktransformers import native
 from ktransformers.models.traits import TRAITS
 from ktransformers.native import torch_ops
-from ktransformers.operators.base_operator import FamilyOperator
+from ktransformers.operators.base_operator import FamilyOperator, version
 from ktransformers.operators.combining import is_observed
 from ktransformers.operators.experts_in_c import mlp_in_c
 from ktransformers.operators.moe import ComputedInC
@@ -174,7 +174,7 @@ class KDecoderLayer(FamilyOperator):
         if second is None:
             return None
         norms = [children[name].weight for name in (self.stacking.attention_norm, self.stacking.mlp_norm)]
-        key = (attention.native, second, *((norm.data_ptr(), norm._version) for norm in norms))
+        key = (attention.native, second, *((norm.data_ptr(), version(norm)) for norm in norms))
         if self._layer is None or self._layer[0] != key:
             shift = 1.0 if self.stacking.norm_plus_one else 0.0
             made = native.Layer(

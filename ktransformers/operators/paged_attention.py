@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ktransformers import native
 from ktransformers.native import Attention, torch_ops
-from ktransformers.operators.base_operator import FamilyOperator
+from ktransformers.operators.base_operator import FamilyOperator, version
 from ktransformers.operators.combining import has_hooks
 from ktransformers.operators.paged_cache import PagedCache, PagedLayer
 
@@ -143,7 +143,7 @@ class PagedAttention(FamilyOperator):
         return all(name in _KNOWN or value is None for name, value in kwargs.items())
 
     def _version(self) -> int:
-        return sum(tensor._version for tensor in self._tensors)
+        return sum(version(tensor) for tensor in self._tensors)
 
     def _wants_gradients(self, hidden: Tensor) -> bool:
         return hidden.requires_grad or any(p.requires_grad for p in self._tensors)

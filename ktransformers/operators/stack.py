@@ -5,6 +5,7 @@ whole context, and nobody looks between them, the first of them computes them al
 given. What was compared and looked up to know so is watched: a step only asks whether any of it has changed.
 """
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from ktransformers import native
 from ktransformers.models.traits import TRAITS
+from ktransformers.operators.base_operator import version
 from ktransformers.operators.combining import has_hooks, is_collecting
 from ktransformers.operators.paged_cache import PagedCache, PagedLayer
 
@@ -29,14 +31,14 @@ class Watch:
         tables = [t for m in below for t in (m._forward_hooks, m._forward_pre_hooks)]
         self._hooks = [(table, len(table)) for table in tables]
         self._modes = [(vars(m), m.training) for m in below]
-        self._tensors = [(t, t._version, t.data_ptr()) for m in below for t in m._parameters.values() if t is not None]
+        self._tensors = [(t, version(t), t.data_ptr()) for m in below for t in m._parameters.values() if t is not None]
 
     def unchanged(self) -> bool:
         return (
             all(table.get(name) is child for table, name, child in self._children)
             and all(len(table) == count for table, count in self._hooks)
             and all(values["training"] is mode for values, mode in self._modes)
-            and all(t._version == version and t.data_ptr() == place for t, version, place in self._tensors)
+            and all(version(t) == written and t.data_ptr() == place for t, written, place in self._tensors)
         )
 
 
@@ -46,16 +48,16 @@ class Stack:
     def __init__(self, layers: Sequence["KDecoderLayer"], config: Any) -> None:
         self.layers, self.config = list(layers), config
         self._made: dict[torch.dtype, tuple[Watch, native.Layers]] = {}
-        self._passed: Tensor | None = None
-        self._next = 0
+        self._walk = threading.local()  # of each thread: what the stack gave, and which layer is given it next
 
     def passes(self, index: int, hidden: Tensor) -> bool:
         """Whether layer `index` is given what the stack computed, itself included."""
-        if self._passed is not hidden or index != self._next:
+        walk = self._walk
+        if getattr(walk, "passed", None) is not hidden or index != walk.next:
             return False
-        self._next += 1
-        if self._next == len(self.layers):
-            self._passed = None
+        walk.next += 1
+        if walk.next == len(self.layers):
+            walk.passed = None
         return True
 
     def forward(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -81,12 +83,9 @@ class Stack:
             if part.pages is None:
                 layer.attention.attending.prepare(part, hidden.dtype)
         step = first.attention.step(held[0], kwargs)
-        self._passed = made[1].forward(hidden, [part.pages for part in held], *step)
-        self._next = 1
-        if len(self.layers) == 1:
-            self._passed, out = None, self._passed
-            return out
-        return self._passed
+        out = made[1].forward(hidden, [part.pages for part in held], *step)
+        self._walk.passed, self._walk.next = (out if len(self.layers) > 1 else None), 1
+        return out
 
     def _make(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> tuple[Watch, native.Layers] | None:
         if any(has_hooks(layer) for layer in self.layers):

@@ -1,6 +1,7 @@
 """The native step on the CPU: attention and layers in one call, on a cache of pages, under all that transformers does."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from ktransformers import native, optimize_and_load
-from ktransformers.errors import UnsupportedError
+from ktransformers.errors import NativeError, UnsupportedError
 from ktransformers.native.layers import Layers
 from ktransformers.operators.layer import KDecoderLayer
 from ktransformers.operators.paged_attention import PagedAttention
@@ -149,7 +150,7 @@ def test_kinds_of_caches(pair, kind, limit):
     _, model = plain_pair(pair)
     size = next(m for m in model.modules() if isinstance(m, PagedAttention)).attending.shape.size
     if kind == "q8_0" and size % 32:
-        with pytest.raises(native.library.NativeError, match="multiples of 32"):
+        with pytest.raises(NativeError, match="multiples of 32"):
             model(random_ids(1, 3), past_key_values=paged_cache(model, kind))
         return
     ids = random_ids(1, 80)
@@ -270,3 +271,35 @@ def test_generation_grows_no_page_twice(pair):
     assert isinstance(cache, PagedCache)
     assert cache.nbytes == sum(2 * layer.pages.page_bytes for layer in cache.layers)
     assert all(isinstance(layer, KDecoderLayer) for layer in model.model.layers)
+
+
+def test_threads_share_a_model(pair):
+    """Each its own cache: the answers are those of one after the other."""
+    _, model = pair
+    prompts = [random_ids(1, 5 + i, seed=i) for i in range(4)]
+
+    def answer(ids):
+        return model.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0)
+
+    expected = [answer(ids) for ids in prompts]
+    with ThreadPoolExecutor(4) as threads:
+        assert all(torch.equal(a, b) for a, b in zip(threads.map(answer, prompts), expected, strict=True))
+
+
+def test_a_model_loaded_under_inference_mode(tmp_path):
+    reference = randomize(AutoModelForCausalLM.from_config(families.config_of("qwen3_moe")).eval())
+    folder = save(reference, tmp_path)
+    with torch.inference_mode():
+        model = optimize_and_load(meta_model(families.config_of("qwen3_moe")), "Default", folder,
+                                  devices={"cuda": "cpu"}, progress=False)  # fmt: skip
+        ids = random_ids(1, 6)
+        assert relative_error(model(ids).logits, reference(ids).logits) < 1e-4
+
+
+@torch.no_grad()
+def test_a_cache_of_another_batch_is_refused(pair):
+    _, model = plain_pair(pair)
+    cache = paged_cache(model)
+    model(random_ids(3, 5), past_key_values=cache)
+    with pytest.raises(NativeError, match="found 2 sequences, expected the 3"):
+        model(random_ids(2, 1), past_key_values=cache)
