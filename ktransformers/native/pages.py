@@ -132,7 +132,9 @@ class Pages:
         keys[at] = cast("void *", address)
         values[at] = cast("void *", address and address + self.values_at)
 
-    def _set(self, tables: list[list[Page | None]], lengths: Sequence[int], starts: Sequence[int] | None = None) -> None:
+    def _set(
+        self, tables: list[list[Page | None]], lengths: Sequence[int], starts: Sequence[int] | None = None
+    ) -> None:
         """Take `tables` as they are, with pointers for C made anew."""
         for page in (page for table in tables for page in table if page is not None):
             page.users += 1

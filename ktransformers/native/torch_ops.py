@@ -93,11 +93,6 @@ def _find(number: int) -> Any:
     return call
 
 
-def is_traced(x: Tensor) -> bool:
-    """Whether a graph or shapes alone are wanted of what computes on `x`, and it holds no numbers that count."""
-    return type(x) is not Tensor or torch.compiler.is_compiling() or x.is_meta
-
-
 def is_watched(x: Tensor) -> bool:
     """Whether more than numbers is wanted of a call on `x`: a graph, shapes alone, or a line in a profile."""
     return not x.is_nested and (is_traced(x) or profiler._is_profiler_enabled)
@@ -105,9 +100,7 @@ def is_watched(x: Tensor) -> bool:
 
 def is_traced(x: Tensor) -> bool:
     """Whether a graph is made of what happens to `x`, or it has no values."""
-    return (
-        type(x) is not Tensor or torch.compiler.is_compiling() or x.is_meta or is_in_torch_dispatch_mode()
-    )
+    return type(x) is not Tensor or torch.compiler.is_compiling() or x.is_meta or is_in_torch_dispatch_mode()
 
 
 def _linear(x: Tensor, number: int) -> Tensor:
@@ -119,14 +112,14 @@ def _experts(hidden: Tensor, ids: Tensor, weights: Tensor, number: int) -> Tenso
 
 
 def _attention(
-    hidden: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, mask_first: int, number: int, pages: int
+    hidden: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, first: int, number: int, pages: int
 ) -> Tensor:
     positions = None if cos is None or sin is None else (cos, sin)
-    return _find(number).compute(hidden, _find(pages), positions, mask, mask_first)
+    return _find(number).compute(hidden, _find(pages), positions, mask, first)
 
 
 def _attention_shape(
-    hidden: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, mask_first: int, number: int, pages: int
+    hidden: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, first: int, number: int, pages: int
 ) -> Tensor:
     call = _find(number)
     _check_fake(hidden, call.hidden, call.name)
@@ -178,7 +171,7 @@ _library = torch.library.Library("ktransformers", "DEF")  # kept, for the operat
 for _schema, _compute, _shape in (
     ("linear(Tensor x, int number) -> Tensor", _linear, _linear_shape),
     ("experts(Tensor hidden, Tensor ids, Tensor weights, int number) -> Tensor", _experts, _experts_shape),
-    ("attention(Tensor hidden, Tensor? cos, Tensor? sin, Tensor? mask, int mask_first, int number, int pages) -> Tensor",
+    ("attention(Tensor hidden, Tensor? cos, Tensor? sin, Tensor? mask, int first, int number, int pages) -> Tensor",
      _attention, _attention_shape),
     ("router(Tensor hidden, int number) -> (Tensor, Tensor, Tensor)", _router, _router_shape),
     ("moe(Tensor hidden, int number) -> Tensor", _moe, _moe_shape),
@@ -193,7 +186,7 @@ linear = torch.ops.ktransformers.linear.default
 experts = torch.ops.ktransformers.experts.default
 """(hidden [T, H], ids [T, K], weights [T, K], number) -> [T, H]"""
 attention = torch.ops.ktransformers.attention.default
-"""(hidden [B, S, H], cos and sin [B or 1, S, R] or None, mask or None, mask_first, number, number of the pages) ->
+"""(hidden [B, S, H], cos and sin [B or 1, S, R] or None, mask or None, its first token, number, number of the pages) ->
 [B, S, H]. It appends to the pages: not a pure function, so a graph that runs it twice appends twice."""
 router = torch.ops.ktransformers.router.default
 """(hidden [T, H], number) -> (ids [T, K], weights [T, K], logits [T, E])"""

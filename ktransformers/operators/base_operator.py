@@ -291,7 +291,7 @@ def warn_once(message: str) -> None:
 
 
 def version(tensor: Tensor) -> int:
-    """How often the tensor was written to in place; one made under inference_mode does not say, and counts as unwritten."""
+    """How often the tensor was written to in place; one made under inference_mode does not say: 0."""
     return 0 if tensor.is_inference() else tensor._version
 
 

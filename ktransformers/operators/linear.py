@@ -259,6 +259,8 @@ def packed_of(linear: nn.Module | None) -> tuple[Packed, Tensor | None] | None:
         inner = linear.active
         if isinstance(inner, KLinearCPUInfer):
             return None if inner.linear is None else (inner.linear.weight, inner.linear.bias)
+        if not isinstance(inner, KLinearTorch) or linear.out_device is not None and not is_cpu(linear.out_device):
+            return None
         weight, bias = inner.weight, inner.bias
     elif isinstance(linear, nn.Linear) and is_linear(linear):
         weight, bias = linear.weight, linear.bias
@@ -269,7 +271,7 @@ def packed_of(linear: nn.Module | None) -> tuple[Packed, Tensor | None] | None:
 
 
 def packed_dense(weight: Tensor | None) -> Packed | None:
-    """A dense matrix as the C library reads it, or None where it is not on the CPU, not in order, or of another dtype."""
+    """A dense matrix as the C library reads it; None where it is elsewhere, not in order, or of another dtype."""
     name = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}.get(getattr(weight, "dtype", None))
     if name is None or weight.device.type != "cpu" or not weight.is_contiguous() or type(weight.data) is not Tensor:
         return None

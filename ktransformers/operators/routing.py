@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ktransformers import native
-from ktransformers.models.traits import is_linear
 from ktransformers.operators.base_operator import BaseInjectedModule, FamilyOperator
-from ktransformers.operators.linear import KLinearCPUInfer, KLinearTorch, KTransformersLinear
+from ktransformers.operators.linear import KTransformersLinear, packed_of
 from ktransformers.quants.blocks import QUANT_TYPES, Packed
 
 
@@ -464,14 +463,5 @@ def packed(weight: Tensor) -> Packed:
 
 def packed_weight(linear: nn.Module) -> Packed | None:
     """The weight of a linear layer, operator or not, as the C library reads it; None where it does not."""
-    if isinstance(linear, KTransformersLinear):
-        inner = linear.active
-        if isinstance(inner, KLinearCPUInfer):
-            return inner.linear.weight if inner.linear is not None else None
-        if not isinstance(inner, KLinearTorch) or linear.out_device not in (None, "cpu"):
-            return None
-        weight = inner.weight
-    else:
-        weight = linear.weight if is_linear(linear) else None
-    usable = weight is not None and weight.device.type == "cpu" and weight.dtype in FLOATS
-    return packed(weight) if usable else None
+    found = packed_of(linear)
+    return None if found is None else found[0]

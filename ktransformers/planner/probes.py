@@ -22,8 +22,8 @@ ELEMENTWISE = 60.0
 Fitted to prefill of the models of `make bench-plan`."""
 
 DECODE_RATE, PREFILL_RATE, LATENT_RATE = 40e9, 90e9, 60e9
-"""Operations per second of a core in attention over a cache: of eight heads that share keys, for one query and for many;
-over latents. Measured as above with AVX-512, without AMX (`make bench-attention`)."""
+"""Operations per second of a core in attention over a cache: of eight heads that share keys, for one query and for
+many; over latents. Measured as above with AVX-512, without AMX (`make bench-attention`)."""
 
 MORE_LAYERS = 16
 """How many the longer of two tiny models has more: a layer takes some tens of microseconds, a step a thousand."""

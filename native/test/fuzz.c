@@ -586,6 +586,7 @@ static void layer_case(void) {
     kt_layer_destroy(layer);
     kt_attention_destroy(a);
     kt_experts_destroy(e);
+}
 
 /* A matrix of latents' heads, of a type that their attention reads. */
 static kt_weight latent_weight(int64_t rows, int64_t cols) {

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import DynamicCache
 import torch.nn.functional as F
 import transformers
+from transformers import DynamicCache
 
 from ktransformers import optimize_and_load
 from ktransformers.operators import cpu_attention

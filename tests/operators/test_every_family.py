@@ -21,9 +21,9 @@ from ktransformers.engine.generate import generate
 from ktransformers.engine.sampling import Sampling
 from ktransformers.errors import RuleError
 from ktransformers.operators.experts import KTransformersExperts
-from ktransformers.operators.paged_attention import PagedAttention
 from ktransformers.operators.gate import KMoEGate
 from ktransformers.operators.moe import KMoEBlock
+from ktransformers.operators.paged_attention import PagedAttention
 from ktransformers.rules.plan import load_rules
 from tests import families, support
 from tests.tiny import meta_model, random_ids, randomize, relative_error, save
