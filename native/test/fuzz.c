@@ -657,6 +657,7 @@ static void latent_case(void) {
     two_outputs(out, bytes, dtype);
     if (a) {
         const int status = kt_attention_forward(a, pools[0], &c, x, out[0]);
+        for (int64_t i = 0; i < c.batch && !status; i++) s[i].length -= c.tokens; /* raised: the same places again */
         compare(status, kt_attention_forward(a, pools[1], &c, x, out[1]), out, bytes, dtype, "latent attention");
         check(status == KT_OK, "latent attention of valid arguments");
     }
