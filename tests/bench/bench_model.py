@@ -56,6 +56,8 @@ def write_synthetic(
             add_random(writer, stored, size, choose_type(stored, size, mix, config.num_hidden_layers, False))
     if tokenizer:
         add_tokenizer(writer, config.vocab_size)
+        if getattr(config, "q_lora_rank", 0) is None:  # llama.cpp wants it said
+            writer.add_q_lora_rank(0)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
