@@ -148,6 +148,7 @@ class _Sizes:
     size: int
     value_size: int
     gated: bool
+    norm_whole: bool
 
 
 def _sizes(module: nn.Module) -> _Sizes | None:
@@ -167,7 +168,9 @@ def _sizes(module: nn.Module) -> _Sizes | None:
     gated = q.out_features == 2 * heads * size
     if left or heads % kv_heads or not gated and q.out_features != heads * size:
         return None
-    return _Sizes(heads, kv_heads, size, value_size, gated)
+    norms = [getattr(module, name, None) for name, _ in _NORMS]
+    wide = any(getattr(norm, "weight", None) is not None and norm.weight.numel() != size for norm in norms)
+    return _Sizes(heads, kv_heads, size, value_size, gated, wide)
 
 
 def fingerprint(module: nn.Module) -> Any:
@@ -226,7 +229,7 @@ def _candidates(small: nn.Module, sizes: _Sizes, group: int, width: int) -> Iter
     gate = next((n for n in _GATES if is_linear(getattr(small, n, None))), None)
     gates = ["in_q"] if sizes.gated else ["elements", "heads"] if gate else [None]
     eps = epsilon(getattr(small, norms[0])) if norms else 0.0
-    whole = norms is not None and getattr(small, norms[0]).weight.numel() != sizes.size
+    whole = norms is not None and sizes.norm_whole
     clip = float(getattr(small.config, "clip_qkv", None) or 0.0)
     scales = dict.fromkeys((float(getattr(small, "scaling", 0) or 0), sizes.size**-0.5, 1.0))
     scales.pop(0.0, None)

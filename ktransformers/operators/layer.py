@@ -140,17 +140,22 @@ class KDecoderLayer(FamilyOperator):
         self.stacking, self._layer, self._mlp, self.place = None, None, (None, None), None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.stacking is None or args:
-            return super().forward(hidden_states, *args, **kwargs)
-        if self.place is not None:
-            stack, index = self.place
-            if index and stack.passes(index, hidden_states):
-                return hidden_states
-            if index == 0 and (out := stack.forward(hidden_states, kwargs)) is not None:
-                return out
-        found = self.native_step(hidden_states, kwargs)
+        if self.place is None:
+            return self._alone(hidden_states, *args, **kwargs)
+        stack, index = self.place
+        if index and stack.passes(index, hidden_states):
+            return hidden_states
+        if index == 0 and not args and (out := stack.forward(hidden_states, kwargs)) is not None:
+            return out
+        out = self._alone(hidden_states, *args, **kwargs)
+        stack.saw(index, hidden_states, out)
+        return out
+
+    def _alone(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """This layer, and no other."""
+        found = None if args else self.native_step(hidden_states, kwargs)
         if found is None:
-            return super().forward(hidden_states, **kwargs)
+            return super().forward(hidden_states, *args, **kwargs)
         layer, held = found
         out = layer.forward(hidden_states, [held.pages], *self.attention.step(held, kwargs))
         held.advanced()

@@ -17,7 +17,7 @@ from ktransformers.models.traits import TRAITS
 from ktransformers.native import torch_ops
 from ktransformers.operators.base_operator import FamilyOperator, to_device
 from ktransformers.operators.paged_cache import paged_cache
-from ktransformers.operators.stack import stack_layers
+from ktransformers.operators.stack import Stack, stack_layers
 
 
 class DecoderModel(FamilyOperator):
@@ -49,6 +49,7 @@ class DecoderModel(FamilyOperator):
         self.per_layer_prefill_intput_threshold = per_layer_prefill_intput_threshold
         self.transfer_map = {int(layer): device for layer, device in (transfer_map or {}).items()}
         self._hooks: list[Any] = []
+        self._stack: Stack | None = None
         self._moved: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
 
     @property
@@ -84,7 +85,7 @@ class DecoderModel(FamilyOperator):
     def load(self) -> None:
         super().load()
         self.watch_layers()
-        stack_layers(self, list(self.layers), self.orig_module.config)
+        self._stack = stack_layers(self, list(self.layers), self.orig_module.config)
 
     def unload(self) -> None:
         super().unload()
@@ -156,6 +157,8 @@ class DecoderModel(FamilyOperator):
             )
         if not args and kwargs.get("past_key_values", self) is None and self._keeps_cache(kwargs):
             kwargs["past_key_values"] = paged_cache(self)
+        if self._stack is not None and not torch.compiler.is_compiling():
+            self._stack.begin(kwargs if not args else {"args": args})
         try:
             return super().forward(
                 *to_device(args, self.entry_device), **to_device(kwargs, self.entry_device)

@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from ktransformers.operators.layer import KDecoderLayer
 
 
+_PLAIN = frozenset({"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache",
+                    "cache_position", "output_attentions", "output_hidden_states", "output_router_logits",
+                    "return_dict", "logits_to_keep"})  # fmt: skip
+"""Arguments of a decoder's forward that bring nothing in between its layers."""
+
+
 class Watch:
     """Children, hooks and tensors of some modules as they are now."""
 
@@ -48,7 +54,25 @@ class Stack:
     def __init__(self, layers: Sequence["KDecoderLayer"], config: Any) -> None:
         self.layers, self.config = list(layers), config
         self._made: dict[torch.dtype, tuple[Watch, native.Layers]] = {}
-        self._walk = threading.local()  # of each thread: what the stack gave, and which layer is given it next
+        self._walk = threading.local()  # of each thread's forward: what was given to whom, see below
+        self._straight = False
+
+    def begin(self, kwargs: Mapping[str, Any]) -> None:
+        """A forward of the decoder begins, with these arguments."""
+        walk = self._walk
+        walk.passed = walk.last = None
+        walk.plain = all(value is None or name in _PLAIN for name, value in kwargs.items())
+
+    def saw(self, index: int, hidden: Tensor, out: Any) -> None:
+        """Layer `index` computed by itself. Once all did, each on what the one before gave and nothing else (vision
+        features may be added in between), the stack may compute them."""
+        walk = self._walk
+        if self._straight or not getattr(walk, "plain", False):
+            return
+        walk.line = index == 0 or getattr(walk, "line", False) and walk.last is hidden
+        walk.last = out
+        if index == len(self.layers) - 1:
+            self._straight, walk.last = walk.line, None
 
     def passes(self, index: int, hidden: Tensor) -> bool:
         """Whether layer `index` is given what the stack computed, itself included."""
@@ -63,6 +87,8 @@ class Stack:
     def forward(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
         """All layers on `hidden` [B, S, H], for what the first was called with; None where they go one by one."""
         cache = kwargs.get("past_key_values")
+        if not self._straight or not getattr(self._walk, "plain", False):
+            return None
         if type(cache) is not PagedCache or torch.is_grad_enabled() or is_collecting():
             return None
         if getattr(self.config, "num_hidden_layers", 0) != len(self.layers) or len(cache.layers) < len(self.layers):
@@ -96,14 +122,15 @@ class Stack:
         return Watch(self.layers), native.Layers([one[0].layers[0] for one in found])
 
 
-def stack_layers(decoder: nn.Module, layers: Sequence[nn.Module], config: Any) -> None:
+def stack_layers(decoder: nn.Module, layers: Sequence[nn.Module], config: Any) -> Stack | None:
     """Join the layers of `decoder` into a stack, where all can be in it."""
     from ktransformers.operators.layer import KDecoderLayer
 
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     rotary = sum(TRAITS["rotary"](child) for child in decoder.children())
     if kinds or rotary > 1 or not layers or not all(isinstance(layer, KDecoderLayer) for layer in layers):
-        return
+        return None
     stack = Stack(layers, config)
     for index, layer in enumerate(layers):
         layer.place = stack, index
+    return stack

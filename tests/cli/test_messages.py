@@ -198,11 +198,12 @@ def test_a_session_at_a_terminal(history):
     terminal.until(">")
     terminal.send(PASTE.format("What is\ra rule\rfile?") + "\r")
     assert "YAML" in terminal.until(r"decode \d+ tokens")
+    time.sleep(0.5)  # until the prompt is there again
     terminal.send("\x03")
     terminal.until("type exit or press Ctrl-D to quit")
-    terminal.send("word " * 600 + "\r")
-    terminal.until(r"\?2004l")  # the editor has handed the terminal back; 600 passes take seconds
-    time.sleep(0.5)
+    terminal.send("word " * 1200 + "\r")
+    terminal.until(r"\?2004l")  # the editor has handed the terminal back; 1200 passes take seconds
+    time.sleep(0.3)
     terminal.send("\x03")
     terminal.until("stopped.*tokens/s")
     terminal.send(b"hello \xff\xfe there\r")

@@ -192,7 +192,7 @@ def test_check_as_json(model, two):
     assert set(finding) == {"level", "where", "rule", "text"}
     assert finding["where"] == f"{path}:{line('- match: {name: ^model$}')}"
     found = json.loads(kt("check", "MLA", model, "--json"))
-    assert found["ok"] and found["findings"] == [] and found["rules"] == 7 and found["modules"] > 50
+    assert found["ok"] and found["findings"] == [] and found["rules"] == 10 and found["modules"] > 50
 
 
 # --- explain ------------------------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ def test_modules_are_grouped_over_layers_with_their_devices(model, two):
     assert group["devices"]["out_device"] == {"cuda:0": "1-2", "cuda:1": "3-5"}
     out = kt("explain", "MLA", model, r"experts$", "--gpus", "2")
     assert "out_device: cuda:0 in layers 1-2, cuda:1 in layers 3-5" in out
-    assert re.search(r"not rule 1 \(MLA\.yaml:\d+\): trait rotary does not hold", out)
+    assert re.search(r"not rule 2 \(MLA\.yaml:\d+\): trait rotary does not hold", out)
 
 
 def test_a_module_that_no_rule_takes(model):

@@ -58,6 +58,8 @@ def plain_pair(pair):
 def test_a_plain_model_is_one_native_call(pair, calls):
     reference, model = plain_pair(pair)
     ids = random_ids(1, 9)
+    model(ids)  # the first forward shows that nothing comes in between its layers
+    calls.clear()
     assert relative_error(model(ids).logits, reference(ids).logits) < 1e-4
     assert calls == [len(model.model.layers)]
 
