@@ -58,7 +58,7 @@ def attend(
     if mask is not None:
         mask = _checked(mask, [batch, 1, queries, keys.shape[2]], torch.bool, f"{name} (mask)")
     lengths = _lengths(lengths, batch, queries, keys.shape[2], name)
-    out = torch.zeros(batch, queries, heads, width)
+    out = torch.zeros(batch, queries, heads, width, dtype=torch.float32, device="cpu")
 
     state, pool = pooled()
     new, cast = state.ffi.new, state.ffi.cast

@@ -18,7 +18,7 @@ from ktransformers.operators.experts_in_c import experts_in_c, mlp_in_c
 from ktransformers.operators.routing import (
     RouterInC,
     close,
-    generator,
+    noise,
     original,
     packed_weight,
     signature,
@@ -79,7 +79,7 @@ class _StandIn(nn.Module):
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.calls.append((hidden, *args, *kwargs.values()))
-        made = torch.randn(hidden.shape, generator=generator(self.seed)).to(hidden.dtype)
+        made = noise(*hidden.shape, seed=self.seed).to(hidden.dtype)
         self.gave = made if self.inner is None else self.inner(hidden, *args, **kwargs)
         return self.gave
 
@@ -104,7 +104,7 @@ def _roles(block: nn.Module) -> tuple[str, str, str | None, str | None]:
 def _combine(block: nn.Module, dtype: torch.dtype) -> Combined | None:
     names = _roles(block)
     hidden = max(t.shape[-1] for t in tensors_of(block._modules[names[0]]).values() if t.dim() == 2)
-    x = torch.randn(1, 12, hidden, generator=generator(11))  # not those of a stand-in
+    x = noise(1, 12, hidden, seed=11)  # not those of a stand-in
     found = _sum_of_parts(block, names, x)
     if found is None:
         return None

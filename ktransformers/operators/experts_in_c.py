@@ -59,7 +59,7 @@ def _gating(mlp: nn.Module) -> Gating | None:
     stubs = {name: stub for name, stub in linears.items() if name in mlp._modules}
     if {"gate_up_proj", "up_proj"} <= stubs.keys() or "down_proj" not in stubs:
         return None
-    found = twin(mlp, torch.float32, stubs)(torch.zeros(1, 1))
+    found = twin(mlp, torch.float32, stubs)(torch.zeros(1, 1, dtype=torch.float32, device="cpu"))
     if stubs.keys() == {"up_proj", "down_proj"}:
         tried = [Gating(name, has_gate=False) for name in native.ACTIVATIONS if name != "swigluoai"]
     else:

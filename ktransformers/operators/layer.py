@@ -22,7 +22,7 @@ from ktransformers.operators.experts_in_c import mlp_in_c
 from ktransformers.operators.moe import ComputedInC
 from ktransformers.operators.paged_attention import PagedAttention
 from ktransformers.operators.paged_cache import PagedLayer
-from ktransformers.operators.routing import close, generator, may_use_c, original, signature, tensors_of, twin
+from ktransformers.operators.routing import close, may_use_c, noise, original, signature, tensors_of, twin
 from ktransformers.operators.stack import Stack
 
 
@@ -82,7 +82,7 @@ def _recognize(layer: nn.Module) -> Stacking | None:
     if len(attention) != 1 or len(norms) != 2 or len(rest) != 1 or layer._parameters or layer._buffers:
         return None
     width = original(children[norms[0]]).weight.shape[-1]
-    x = torch.randn(1, 5, width, generator=generator(3))
+    x = noise(1, 5, width, seed=3)
     for pair in (False, True):  # gpt-oss's block gives its router's weights, too
         mixes, mlp = _Gives(1.5, True), _Gives(0.7, pair)
         made = twin(layer, torch.float32, {attention[0]: mixes, rest[0]: mlp})

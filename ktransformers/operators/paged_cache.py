@@ -72,7 +72,7 @@ class PagedLayer(CacheLayerMixin):
 
     def _gathered(self, first: int | None = None) -> tuple[Tensor, Tensor]:
         if not self.pages.tables:
-            return torch.empty(0), torch.empty(0)
+            return tuple(torch.empty(0, dtype=self.dtype, device="cpu") for _ in range(2))
         keys, values = self.pages.gathered(max(self.pages.starts(), default=0) if first is None else first)
         return keys.to(self.dtype), values.to(self.dtype)
 

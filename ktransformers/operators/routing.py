@@ -183,6 +183,11 @@ def _random(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
     return values.to(tensor.dtype if dtype is None else dtype)
 
 
+def noise(*shape: int, seed: int) -> Tensor:
+    """Random numbers in float32 on the CPU, whatever the caller's defaults are."""
+    return torch.randn(shape, generator=generator(seed), dtype=torch.float32, device="cpu")
+
+
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -215,7 +220,7 @@ class _Probe:
             weight.copy_(torch.eye(*weight.shape))
         extra = _bias_argument(router)
         if extra:
-            self.tensors[ARGUMENT] = torch.randn(self.experts, generator=generator(7)) * 0.3
+            self.tensors[ARGUMENT] = noise(self.experts, seed=7) * 0.3
         self.arguments = [self.tensors[ARGUMENT]] if extra else []
         for name in self.vectors(self.experts) if shift else ():
             self.tensors[name] += shift
@@ -260,10 +265,10 @@ def _bias_argument(router: nn.Module) -> bool:
 
 def _recognize(router: nn.Module, dtype: torch.dtype) -> Recognized | None:
     hidden = max(t.shape[-1] for t in tensors_of(router).values() if t.dim() == 2)
-    random = _Probe(router, torch.float32, torch.randn(64, hidden, generator=generator(1)))
+    random = _Probe(router, torch.float32, noise(64, hidden, seed=1))
     probes = [random]
     if random.experts <= hidden:
-        x = torch.randn(12, hidden, generator=generator(2)) * 0.5
+        x = noise(12, hidden, seed=2) * 0.5
         x[:4] -= 8.0  # where an epsilon of 1e-6 shows
         x[4:8] -= 60.0  # and one of 1e-20
         probes.append(_Probe(router, torch.float32, x, plain=True))
