@@ -201,9 +201,9 @@ def test_a_session_at_a_terminal(history):
     time.sleep(0.5)  # until the prompt is there again
     terminal.send("\x03")
     terminal.until("type exit or press Ctrl-D to quit")
-    terminal.send("word " * 1200 + "\r")
-    terminal.until(r"\?2004l")  # the editor has handed the terminal back; 1200 passes take seconds
-    time.sleep(0.3)
+    terminal.send("word " * 600 + "\r")
+    terminal.until(r"\?2004l")  # the editor has handed the terminal back; 600 passes take a second
+    time.sleep(0.2)
     terminal.send("\x03")
     terminal.until("stopped.*tokens/s")
     terminal.send(b"hello \xff\xfe there\r")
