@@ -1,5 +1,5 @@
 """What `make test-fast` leaves out, by the marker `slow`: tests that take seconds of their own, and of a test over many
-families, formats or models all but each 24th case. So every kind of test still runs.
+families, formats or models all but each 30th case. So every kind of test still runs.
 """
 
 from collections import Counter
@@ -47,7 +47,7 @@ SLOW = (
 )
 """Beginnings of test ids."""
 
-EVERY = 24
+EVERY = 30
 
 
 def mark_slow(items: list[pytest.Item]) -> None:
