@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ktransformers.errors import NativeError
 from ktransformers.native import torch_ops
+from ktransformers.native.encode import encode
 from ktransformers.native.library import loaded
 from ktransformers.quants.blocks import Packed, quant_type
-from ktransformers.quants.encode import quantize
 
 PAGE = 64
 """Tokens of a page, KT_PAGE of native/src/attention/attend.h; a test holds them together."""
@@ -239,7 +239,7 @@ class Pages:
     def _stored(self, numbers: Tensor) -> Tensor:
         if self.kind in TORCH_TYPES:
             return numbers
-        return quantize(numbers.float().contiguous(), self._type).view(*numbers.shape[:-1], -1)
+        return encode(numbers.flatten(0, -2), self._type).view(*numbers.shape[:-1], -1)
 
     def _numbers(self, part: Tensor) -> Tensor:
         if self.kind in TORCH_TYPES:

@@ -190,9 +190,8 @@ class Attention:
         return x.contiguous()
 
     def _mask(self, mask: torch.Tensor, batch: int, tokens: int, keys: int) -> torch.Tensor:
-        expected = [batch, 1, tokens, keys]
-        if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[0] not in (1, batch) or list(
-            mask.shape[1:]
-        ) != expected[1:]:
-            raise NativeError(f"{self.name}: found a mask {mask.dtype} {list(mask.shape)}, expected bool {expected}.")
+        each = mask.dim() == 4 and mask.shape[0] in (1, batch)
+        if mask.dtype != torch.bool or not each or mask.shape[1:] != (1, tokens, keys):
+            found, expected = f"{mask.dtype} {list(mask.shape)}", [batch, 1, tokens, keys]
+            raise NativeError(f"{self.name}: found a mask {found}, expected bool {expected}.")
         return mask.contiguous()

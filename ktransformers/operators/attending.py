@@ -21,6 +21,7 @@ from ktransformers.native import Attention
 from ktransformers.native.self_attention import Shape
 from ktransformers.operators.linear import packed_of
 from ktransformers.operators.paged_cache import PagedLayer
+from ktransformers.operators.twin import generator, original, remembered
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"), ("query_layernorm", "key_layernorm"))
@@ -54,10 +55,8 @@ class Attending:
         elif s.gate is not None:
             gate = getattr(module, self.gate)(hidden)
             gate = gate if s.gate == "elements" else gate.repeat_interleave(s.value_size, -1)
-        if s.clip:
-            q, k, v = (x.clamp(-s.clip, s.clip) for x in (q, k, v))
         q, k = self._placed(module, q, positions, 0), self._placed(module, k, positions, 1)
-        v = v.view(*v.shape[:2], -1, s.value_size).transpose(1, 2)
+        v = self._clipped(v).view(*v.shape[:2], -1, s.value_size).transpose(1, 2)
         shared = s.heads // s.kv_heads
         scores = q @ k.repeat_interleave(shared, 1).transpose(2, 3) * s.scale + mask
         if self.sinks is not None:
@@ -74,16 +73,18 @@ class Attending:
         norm = getattr(module, self.norms[which]) if self.norms else None
         if norm is not None and s.norm_whole:
             x = self._normed(x, norm)
-        x = x.view(*x.shape[:2], -1, s.size).transpose(1, 2)
+        x = self._clipped(x).view(*x.shape[:2], -1, s.size).transpose(1, 2)
         if norm is not None and not s.norm_whole and not s.norm_last:
             x = self._normed(x, norm)
         if self.rotates:
             x = turned(x, positions, s)
         return self._normed(x, norm) if norm is not None and s.norm_last else x
 
+    def _clipped(self, x: Tensor) -> Tensor:
+        return x.clamp(-self.shape.clip, self.shape.clip) if self.shape.clip else x
+
     def _normed(self, x: Tensor, norm: nn.Module) -> Tensor:
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.shape.eps)
-        return x * self.norm_weight(norm)
+        return normed(x, self.norm_weight(norm), self.shape.eps)
 
     def native(self, operator: nn.Module) -> Attention | None:
         parts = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
@@ -110,6 +111,11 @@ class Attending:
         return norm.weight.float() + (1.0 if self.norm_plus_one else 0.0)
 
 
+def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [.., N] by its root mean square, times weight [N]."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
 def turned(x: Tensor, positions: tuple[Tensor, Tensor], shape: Shape) -> Tensor:
     """The first values of x [B, heads, S, D] turned by cos and sin [B, S, R], or [B, S, R/2] with angles "once"."""
     cos, sin = (p.unsqueeze(1) for p in positions)
@@ -124,18 +130,10 @@ def turned(x: Tensor, positions: tuple[Tensor, Tensor], shape: Shape) -> Tensor:
 
 # --- recognition ----------------------------------------------------------------------------------------
 
-_known: dict[Any, Attending | None] = {}
-
-
 def attending_of(module: nn.Module) -> Attending | None:
     """What `module` computes, with its own numbers of heads; None where it is none of the above."""
     sizes = _sizes(module)
-    if sizes is None:
-        return None
-    key = fingerprint(module)
-    if key not in _known:
-        _known[key] = _recognize(module, sizes)
-    found = _known[key]
+    found = None if sizes is None else _recognize(module, sizes)
     if found is None:
         return None
     return replace(found, shape=replace(found.shape, heads=sizes.heads, kv_heads=sizes.kv_heads))
@@ -173,53 +171,34 @@ def _sizes(module: nn.Module) -> _Sizes | None:
     return _Sizes(heads, kv_heads, size, value_size, gated, wide)
 
 
-def fingerprint(module: nn.Module) -> Any:
-    """All that the code of `module` may depend on besides tensors: its class, plain attributes, and what the config
-    says of its layer alone."""
-    plain = (bool, int, float, str, type(None))
-    mine = {n: v for n, v in vars(module).items() if isinstance(v, plain) and n not in ("layer_idx", "key", "rule")}
-    layer, config = getattr(module, "layer_idx", None), getattr(module, "config", None)
-    count = getattr(config, "num_hidden_layers", None)
-    lists = {
-        n: v[layer] for n, v in vars(config or object).items()
-        if isinstance(v, list) and len(v) == count and isinstance(layer, int) and layer < count
-    }  # fmt: skip
-    sizes = tuple((n, tuple(p.shape)) for n, p in module.named_parameters())
-    family = next((c for c in type(module).__mro__ if c.__module__.startswith("transformers.")), type(module))
-    return family, id(config), repr(sorted(mine.items())), repr(sorted(lists.items())), sizes
-
-
+@remembered
 def _recognize(module: nn.Module, sizes: _Sizes) -> Attending | None:
     group = sizes.heads // sizes.kv_heads
-    try:
-        small = _small_copy(module, sizes, group)
-    except Exception:  # whatever a family's module is made of
-        return None
+    small = _small_copy(module, sizes, group)
     if small is None:
         return None
-    torch_state = torch.random.get_rng_state()
-    try:
+    with torch.random.fork_rng(devices=[]):
         for width in (sizes.size, sizes.size // 2):
             hidden, positions, mask = inputs(width)
             try:
-                with torch.no_grad(), torch.device("cpu"):
+                with torch.device("cpu"):
                     expected = run_small(small, hidden, positions, mask)
             except Exception:  # this width is none that the family's code takes
                 continue
             for candidate in _candidates(small, sizes, group, width):
-                if _agrees(candidate, small, hidden, positions, mask, expected):
+                if _agrees(candidate, expected, small, hidden, positions, mask):
                     return candidate
-    finally:
-        torch.random.set_rng_state(torch_state)
     return None
 
 
-def _agrees(candidate, small, hidden, positions, mask, expected) -> bool:
-    with torch.no_grad():
-        try:
-            found = candidate.apply(small, hidden, positions, mask)
-        except RuntimeError:  # shapes of another candidate
-            return False
+def _agrees(candidate: Attending, expected: Tensor, small: nn.Module, *given: Any) -> bool:
+    try:
+        return same(candidate.apply(small, *given), expected)
+    except RuntimeError:  # shapes of another candidate
+        return False
+
+
+def same(found: Tensor, expected: Tensor) -> bool:
     return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -255,51 +234,64 @@ def epsilon(norm: nn.Module) -> float:
 def _small_copy(module: nn.Module, sizes: _Sizes, group: int) -> nn.Module | None:
     """The module's own code on small random weights: one head of keys, the queries that share it. None where it has
     parts whose small form nobody knows."""
-    original = getattr(module, "orig_module", None) or module
-    small = copy.copy(original)
-    for table in ("_parameters", "_buffers", "_modules"):
-        small.__dict__[table] = dict(original.__dict__[table])
-    small.config = copy.deepcopy(original.config)
-    small.config._attn_implementation = "eager"
-    heads = {"num_heads": group, "num_attention_heads": group, "num_key_value_heads": 1, "hidden_size": HIDDEN}
-    for target in (small, small.config):
-        for name, value in heads.items():
-            if name in vars(target):
-                setattr(target, name, value)
-    generator = torch.Generator("cpu").manual_seed(0)
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device="cpu", dtype=torch.float32)
-
+    small, random = shrunk(module, {"num_heads": group, "num_attention_heads": group, "num_key_value_heads": 1})
     rows = {"q_proj": group * sizes.size * (2 if sizes.gated else 1), "k_proj": sizes.size, "v_proj": sizes.value_size}
-    for name, child in original.named_children():
-        if child is None:
-            continue
+    for name, child in module.named_children():
         if name in PROJECTIONS or name in _GATES:
-            full = child.out_features
-            out = rows.get(name, HIDDEN if name == "o_proj" else full // sizes.kv_heads)
+            out = rows.get(name, HIDDEN if name == "o_proj" else child.out_features // sizes.kv_heads)
             into = group * sizes.value_size if name == "o_proj" else HIDDEN
-            linear = nn.Linear(into, out, bias=getattr(child, "bias", None) is not None, device="meta")
-            linear.weight = nn.Parameter(noise(out, into) * into**-0.5, requires_grad=False)
-            if linear.bias is not None:
-                linear.bias = nn.Parameter(noise(out), requires_grad=False)
-            small._modules[name] = linear
+            small._modules[name] = random_linear(child, out, into, random)
         elif any(name in pair for pair in _NORMS) and list(child._parameters) == ["weight"]:
-            norm = copy.copy(getattr(child, "orig_module", None) or child)
-            norm.__dict__["_parameters"] = dict(norm._parameters)
-            width = child.weight.numel()
-            width = width if width == sizes.size else width // (sizes.heads if name.startswith("q") else sizes.kv_heads)
-            width = width * (group if name.startswith("q") and child.weight.numel() != sizes.size else 1)
-            norm._parameters["weight"] = nn.Parameter(noise(width), requires_grad=False)
-            small._modules[name] = norm
+            heads = (group if name.startswith("q") else 1) if child.weight.numel() != sizes.size else 1
+            small._modules[name] = random_norm(child, sizes.size * heads, random)
         else:
             return None
-    for name, parameter in original._parameters.items():
-        if parameter is not None and parameter.numel() == sizes.heads:
-            small._parameters[name] = nn.Parameter(noise(group), requires_grad=False)
-        elif parameter is not None:
-            return None
-    return None if any(buffer is not None for buffer in original._buffers.values()) else small.eval()
+    return small if shrink_tensors(small, sizes.heads, group, random) else None
+
+
+def shrunk(module: nn.Module, heads: Mapping[str, int]) -> tuple[nn.Module, torch.Generator]:
+    """A copy of a family's module to put small parts into, with `heads` and hidden size told to it and its config."""
+    small = copy.copy(module)
+    for table in ("_parameters", "_buffers", "_modules"):
+        small.__dict__[table] = dict(module.__dict__[table])
+    small.config = copy.deepcopy(module.config)
+    small.config._attn_implementation = "eager"
+    for target in (small, small.config):
+        for name, value in {**heads, "hidden_size": HIDDEN}.items():
+            if name in vars(target):
+                setattr(target, name, value)
+    return small, generator(0)
+
+
+def _parameter(*shape: int, random: torch.Generator, scale: float = 1.0) -> nn.Parameter:
+    numbers = torch.randn(shape, generator=random, device="cpu", dtype=torch.float32) * scale
+    return nn.Parameter(numbers, requires_grad=False)
+
+
+def random_linear(like: nn.Module, out: int, into: int, random: torch.Generator) -> nn.Linear:
+    """A small linear layer, with a bias if `like` has one."""
+    linear = nn.Linear(into, out, bias=getattr(like, "bias", None) is not None, device="meta")
+    linear.weight = _parameter(out, into, random=random, scale=into**-0.5)
+    if linear.bias is not None:
+        linear.bias = _parameter(out, random=random)
+    return linear
+
+
+def random_norm(norm: nn.Module, width: int, random: torch.Generator) -> nn.Module:
+    """The family's norm, of `width` random weights."""
+    small = copy.copy(original(norm))
+    small.__dict__["_parameters"] = {**small._parameters, "weight": _parameter(width, random=random)}
+    return small
+
+
+def shrink_tensors(small: nn.Module, heads: int, few: int, random: torch.Generator) -> bool:
+    """Give the module's own parameters of a number a head `few` of them; False where it has tensors of other kinds."""
+    for name, parameter in small._parameters.items():
+        if parameter is not None and parameter.numel() != heads:
+            return False
+        small._parameters[name] = None if parameter is None else _parameter(few, random=random)
+    small.eval()
+    return all(buffer is None for buffer in small._buffers.values())
 
 
 def inputs(width: int) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:

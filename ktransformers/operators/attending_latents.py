@@ -6,7 +6,6 @@ Letters: B batch, S tokens, H hidden, A heads, L latent rank, N and R sizes of t
 position, V value size.
 """
 
-import copy
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,9 +17,22 @@ from torch import Tensor, nn
 from ktransformers.models.traits import TRAITS, is_linear
 from ktransformers.native import LatentAttention
 from ktransformers.native.latent_attention import LatentShape
-from ktransformers.operators.attending import HIDDEN, epsilon, fingerprint, inputs, run_small, turned
+from ktransformers.operators.attending import (
+    HIDDEN,
+    epsilon,
+    inputs,
+    normed,
+    random_linear,
+    random_norm,
+    run_small,
+    same,
+    shrink_tensors,
+    shrunk,
+    turned,
+)
 from ktransformers.operators.linear import packed_dense, packed_of
 from ktransformers.operators.paged_cache import PagedLayer
+from ktransformers.operators.twin import remembered
 from ktransformers.quants.blocks import Packed
 
 _LINEARS = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
@@ -54,10 +66,10 @@ class Latents:
         if getattr(module, "q_a_proj", None) is None:
             q = module.q_proj(hidden)
         else:
-            q = module.q_b_proj(_normed(module.q_a_proj(hidden), module.q_a_layernorm, s.q_eps))
+            q = module.q_b_proj(normed(module.q_a_proj(hidden), module.q_a_layernorm.weight, s.q_eps))
         q = (q * self.q_factor).view(*hidden.shape[:2], -1, s.plain + s.rotary).transpose(1, 2)
         latent, key = module.kv_a_proj_with_mqa(hidden).split([s.latent, s.rotary], -1)
-        latent, key = _normed(latent, module.kv_a_layernorm, s.kv_eps) * self.kv_factor, key.unsqueeze(1)
+        latent, key = normed(latent, module.kv_a_layernorm.weight, s.kv_eps) * self.kv_factor, key.unsqueeze(1)
         q, q_turned = q.split([s.plain, s.rotary], -1)
         if self.rotates:
             q_turned, key = turned(q_turned, positions, s), turned(key, positions, s)
@@ -115,27 +127,12 @@ def _kv_b(operator: nn.Module) -> Packed | None:
     return packed
 
 
-def _normed(x: Tensor, norm: nn.Module, eps: float) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * norm.weight
-
-
 # --- recognition ----------------------------------------------------------------------------------------
-
-_known: dict[Any, Latents | None] = {}
-
 
 def attending_of(module: nn.Module) -> Latents | None:
     """What `module` computes, with its own number of heads; None where it is none of the above."""
     shape = _shape(module) if TRAITS["mla"](module) else None
-    if shape is None:
-        return None
-    key = fingerprint(module)
-    if key not in _known:
-        try:
-            _known[key] = _recognize(module, shape)
-        except Exception:  # whatever a family's module is made of
-            _known[key] = None
-    found = _known[key]
+    found = None if shape is None else _recognize(module, shape)
     return None if found is None else replace(found, shape=replace(found.shape, heads=shape.heads))
 
 
@@ -170,33 +167,25 @@ class _Cache:
         return latent, key
 
 
-def _same(found: Tensor, expected: Tensor) -> bool:
-    return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
-
-
+@remembered
 def _recognize(module: nn.Module, shape: LatentShape) -> Latents | None:
     small = _small_copy(module, shape)
     if small is None:
         return None
     hidden, (cos, sin), mask = inputs(shape.rotary)
     once = cos[..., : shape.rotary // 2], sin[..., : shape.rotary // 2]
-    torch_state = torch.random.get_rng_state()
-    try:
+    with torch.random.fork_rng(devices=[]):
         for given, positions, angles in (((cos, sin), (cos, sin), "twice"), (torch.complex(*once), once, "once")):
             cache = _Cache()
             try:
-                with torch.no_grad(), torch.device("cpu"):
+                with torch.device("cpu"):
                     out = run_small(small, hidden, given, mask, cache, _FAR)
                 ((latent, key),) = cache.kept
             except Exception:  # positions of another form, or a cache
                 continue
             for candidate in _candidates(small, shape, angles):
-                with torch.no_grad():
-                    found = candidate.apply(small, hidden, positions, mask)
-                if all(map(_same, found, (out, latent, key))):
+                if all(map(same, candidate.apply(small, hidden, positions, mask), (out, latent, key))):
                     return candidate
-    finally:
-        torch.random.set_rng_state(torch_state)
     return None
 
 
@@ -223,47 +212,19 @@ _HEADS = 2
 
 def _small_copy(module: nn.Module, shape: LatentShape) -> nn.Module | None:
     """The module's own code on random weights of two heads. None where it has parts whose small form nobody knows."""
-    original = getattr(module, "orig_module", None) or module
-    small = copy.copy(original)
-    for table in ("_parameters", "_buffers", "_modules"):
-        small.__dict__[table] = dict(original.__dict__[table])
-    small.config = copy.deepcopy(original.config)
-    small.config._attn_implementation = "eager"
-    heads = {"num_heads": _HEADS, "num_attention_heads": _HEADS, "num_key_value_heads": _HEADS, "hidden_size": HIDDEN}
-    for target in (small, small.config):
-        for name, value in heads.items():
-            if name in vars(target):
-                setattr(target, name, value)
+    names = ("num_heads", "num_attention_heads", "num_key_value_heads")
+    small, random = shrunk(module, dict.fromkeys(names, _HEADS))
     small.num_key_value_groups = 1
-    generator = torch.Generator("cpu").manual_seed(0)
-
-    def noise(*sizes: int) -> Tensor:
-        return torch.randn(*sizes, generator=generator, device="cpu", dtype=torch.float32)
-
-    for name, child in original.named_children():
-        if name in _LINEARS or name in _GATES:
-            if not hasattr(child, "out_features"):
+    for name, child in module.named_children():
+        if (name in _LINEARS or name in _GATES) and hasattr(child, "out_features"):
+            if name in ("q_b_proj", "kv_b_proj") and getattr(child, "bias", None) is not None:  # nobody has one
                 return None
-            out, into = _small_size(name, child, shape)
-            linear = nn.Linear(into, out, bias=getattr(child, "bias", None) is not None, device="meta")
-            linear.weight = nn.Parameter(noise(out, into) * into**-0.5, requires_grad=False)
-            if linear.bias is not None:
-                if name in ("q_b_proj", "kv_b_proj"):  # nobody has one
-                    return None
-                linear.bias = nn.Parameter(noise(out), requires_grad=False)
-            small._modules[name] = linear
+            small._modules[name] = random_linear(child, *_small_size(name, child, shape), random)
         elif name in _NORMS and list(child._parameters) == ["weight"]:
-            norm = copy.copy(getattr(child, "orig_module", None) or child)
-            norm.__dict__["_parameters"] = {"weight": nn.Parameter(noise(child.weight.numel()), requires_grad=False)}
-            small._modules[name] = norm
+            small._modules[name] = random_norm(child, child.weight.numel(), random)
         else:
             return None
-    for name, parameter in original._parameters.items():
-        if parameter is not None and parameter.numel() == shape.heads:
-            small._parameters[name] = nn.Parameter(noise(_HEADS), requires_grad=False)
-        elif parameter is not None:
-            return None
-    return None if any(buffer is not None for buffer in original._buffers.values()) else small.eval()
+    return small if shrink_tensors(small, shape.heads, _HEADS, random) else None
 
 
 def _small_size(name: str, linear: nn.Module, shape: LatentShape) -> tuple[int, int]:

@@ -15,16 +15,8 @@ from torch import Tensor, nn
 from ktransformers import native
 from ktransformers.models.traits import TRAITS, is_linear
 from ktransformers.operators.experts_in_c import experts_in_c, mlp_in_c
-from ktransformers.operators.routing import (
-    RouterInC,
-    close,
-    noise,
-    original,
-    packed_weight,
-    signature,
-    tensors_of,
-    twin,
-)
+from ktransformers.operators.routing import RouterInC, packed_weight
+from ktransformers.operators.twin import close, noise, original, remembered, tensors_of, twin
 
 try:
     from transformers.utils import output_capturing
@@ -54,20 +46,10 @@ class Combined:
         return [name for name in (self.router, self.experts, self.shared, self.gate) if name]
 
 
-_known: dict[tuple, Combined | None] = {}
-
-
+@remembered
 def combined(block: nn.Module, dtype: torch.dtype) -> Combined | None:
     """How `block` adds up for inputs of `dtype`, or None where it is no such sum."""
-    block = original(block)
-    key = (signature(block), dtype)
-    if key not in _known:
-        try:
-            with torch.no_grad():
-                _known[key] = _combine(block, dtype)
-        except Exception:  # the family's code may want anything
-            _known[key] = None
-    return _known[key]
+    return _combine(block, dtype)
 
 
 class _StandIn(nn.Module):

@@ -10,7 +10,8 @@ from ktransformers.operators.base_operator import BaseInjectedModule
 from ktransformers.operators.gating import Gating, probes
 from ktransformers.operators.inner_ops import is_cpu
 from ktransformers.operators.linear import KLinearCPUInfer, KTransformersLinear
-from ktransformers.operators.routing import close, original, packed_weight, signature, twin
+from ktransformers.operators.routing import packed_weight
+from ktransformers.operators.twin import close, remembered, twin
 from ktransformers.quants.blocks import Packed
 
 
@@ -24,21 +25,11 @@ def experts_in_c(experts: nn.Module) -> native.Experts | None:
     return found if alone and (experts.out_device is None or is_cpu(experts.out_device)) else None
 
 
-_known: dict[tuple, tuple[Gating, bool] | None] = {}
-
-
+@remembered
 def mlp_gating(mlp: nn.Module) -> Gating | None:
     """What a dense MLP does between its products, by what it gives for chosen gate and up; None where that is nothing
     that C computes. Looks at no weights."""
-    mlp = original(mlp)
-    key = signature(mlp)
-    if key not in _known:
-        try:
-            with torch.no_grad():
-                _known[key] = _gating(mlp)
-        except Exception:  # the family's code may want anything
-            _known[key] = None
-    return _known[key]
+    return _gating(mlp)
 
 
 class _Gives(nn.Module):

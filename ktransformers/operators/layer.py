@@ -6,6 +6,7 @@ elsewhere, stays the family's own, and its parts are whatever operators they are
 Letters: B batch, S tokens, H hidden.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +17,16 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from ktransformers import native
 from ktransformers.models.traits import TRAITS
 from ktransformers.native import torch_ops
+from ktransformers.operators.attending import epsilon, normed
 from ktransformers.operators.base_operator import FamilyOperator, version
 from ktransformers.operators.combining import is_observed
 from ktransformers.operators.experts_in_c import mlp_in_c
 from ktransformers.operators.moe import ComputedInC
 from ktransformers.operators.paged_attention import PagedAttention
 from ktransformers.operators.paged_cache import PagedLayer
-from ktransformers.operators.routing import close, may_use_c, noise, original, signature, tensors_of, twin
+from ktransformers.operators.routing import may_use_c
 from ktransformers.operators.stack import Stack
+from ktransformers.operators.twin import close, noise, original, remembered, tensors_of, twin
 
 
 @dataclass(frozen=True)
@@ -43,20 +46,10 @@ class Stacking:
         return [self.attention_norm, self.attention, self.mlp_norm, self.mlp]
 
 
-_known: dict[tuple, Stacking | None] = {}
-
-
+@remembered
 def stacking_of(layer: nn.Module) -> Stacking | None:
     """How `layer` is put together, or None where it is otherwise."""
-    layer = original(layer)
-    key = signature(layer)
-    if key not in _known:
-        try:
-            with torch.no_grad():
-                _known[key] = _recognize(layer)
-        except Exception:  # the family's code may want anything
-            _known[key] = None
-    return _known[key]
+    return _recognize(layer)
 
 
 class _Gives(nn.Module):
@@ -98,20 +91,13 @@ def _recognize(layer: nn.Module) -> Stacking | None:
     for first, second in (norms, norms[::-1]):
         for plus_one in (False, True):
             for factor in factors:
-                eps = _epsilon(made._modules[first]), _epsilon(made._modules[second])
-                y = x + factor * mixes.apply(_normed(x, made._modules[first], eps[0], plus_one))
-                y = y + factor * mlp.apply(_normed(y, made._modules[second], eps[1], plus_one))
+                eps = epsilon(made._modules[first]), epsilon(made._modules[second])
+                weights = [made._modules[name].weight + (1.0 if plus_one else 0.0) for name in (first, second)]
+                y = x + factor * mixes.apply(normed(x, weights[0], eps[0]))
+                y = y + factor * mlp.apply(normed(y, weights[1], eps[1]))
                 if close(out, y):
                     return Stacking(first, attention[0], second, rest[0], factor, plus_one, eps)
     return None
-
-
-def _epsilon(norm: nn.Module) -> float:
-    return float(next((getattr(norm, n) for n in ("variance_epsilon", "eps", "norm_eps") if hasattr(norm, n)), 0.0))
-
-
-def _normed(x: Tensor, norm: nn.Module, eps: float, plus_one: bool) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * (norm.weight + 1.0 if plus_one else norm.weight)
 
 
 class KDecoderLayer(FamilyOperator):
@@ -137,6 +123,8 @@ class KDecoderLayer(FamilyOperator):
 
     def unload(self) -> None:
         super().unload()
+        if self.place is not None:
+            self.place[0].forget()
         self.stacking, self._layer, self._mlp, self.place = None, None, (None, None), None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -198,3 +186,15 @@ class KDecoderLayer(FamilyOperator):
 
     def extra_repr(self) -> str:
         return "one native call" if self._layer is not None else ""
+
+
+def stack_layers(decoder: nn.Module, layers: Sequence[nn.Module], config: Any) -> Stack | None:
+    """Join the layers of `decoder` into a stack, where all can be in it."""
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    rotary = sum(TRAITS["rotary"](child) for child in decoder.children())
+    if kinds or rotary > 1 or not layers or not all(isinstance(layer, KDecoderLayer) for layer in layers):
+        return None
+    stack = Stack(layers, config)
+    for index, layer in enumerate(layers):
+        layer.place = stack, index
+    return stack

@@ -16,8 +16,9 @@ from ktransformers.loaders import WeightSource
 from ktransformers.models.traits import TRAITS
 from ktransformers.native import torch_ops
 from ktransformers.operators.base_operator import FamilyOperator, to_device
+from ktransformers.operators.layer import stack_layers
 from ktransformers.operators.paged_cache import paged_cache
-from ktransformers.operators.stack import Stack, stack_layers
+from ktransformers.operators.stack import Stack
 
 
 class DecoderModel(FamilyOperator):
@@ -89,6 +90,7 @@ class DecoderModel(FamilyOperator):
 
     def unload(self) -> None:
         super().unload()
+        self._stack = None
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -165,7 +167,6 @@ class DecoderModel(FamilyOperator):
             )
         finally:
             self._moved.clear()
-
 
     def _keeps_cache(self, kwargs: Mapping[str, Any]) -> bool:
         """Whether the family's forward would make a cache that operators can compute on: no gradient passes pages, and

@@ -18,7 +18,7 @@ from ktransformers import native
 from ktransformers.loaders import WeightSource
 from ktransformers.models.traits import TRAITS
 from ktransformers.operators.base_operator import BaseInjectedModule, FamilyOperator, forward_arguments
-from ktransformers.operators.combining import BlockInC, is_observed
+from ktransformers.operators.combining import BlockInC, Combined, is_observed
 from ktransformers.operators.routing import may_use_c
 
 
@@ -31,11 +31,7 @@ class ComputedInC:
         """What the family returns for `hidden` [.., H], or None where the parts have to compute it one by one:
         gradients, other devices, parts that C does not compute, or someone who looks at them.
         `given`: other arguments."""
-        if not may_use_c(self, hidden):
-            return None
-        if self.block_in_c is None:
-            self.block_in_c = BlockInC()
-        made = self.block_in_c.of(self, hidden.dtype)
+        made = self._made(hidden.dtype) if may_use_c(self, hidden) else None
         if made is None or not given.keys() <= made[0].ignores or is_observed(self, made[0].children):
             return None
         rows, (found, block) = hidden.reshape(-1, hidden.shape[-1]), made
@@ -46,10 +42,13 @@ class ComputedInC:
 
     def in_c(self, dtype: torch.dtype) -> native.Block | None:
         """The block as a step of a larger call, where nobody looks at its parts; None where it is none in C."""
+        made = self._made(dtype)
+        return None if made is None or is_observed(self, made[0].children) else made[1]
+
+    def _made(self, dtype: torch.dtype) -> tuple[Combined, native.Block] | None:
         if self.block_in_c is None:
             self.block_in_c = BlockInC()
-        made = self.block_in_c.of(self, dtype)
-        return None if made is None or is_observed(self, made[0].children) else made[1]
+        return self.block_in_c.of(self, dtype)
 
     def how(self) -> str:
         """For printed models: whether the last call was one to C, as far as there was one."""

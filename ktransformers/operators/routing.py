@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ktransformers import native
 from ktransformers.operators.base_operator import BaseInjectedModule, FamilyOperator
 from ktransformers.operators.linear import KTransformersLinear, packed_of
+from ktransformers.operators.twin import close, noise, original, remembered, tensors_of, twin
 from ktransformers.quants.blocks import QUANT_TYPES, Packed
 
 
@@ -122,84 +123,11 @@ class Recognized:
 ARGUMENT = "(argument)"
 """In `Recognized.roles`: the tensor [E] that the router's forward takes beside its input."""
 
-_known: dict[tuple, Recognized | None] = {}
 
-
+@remembered
 def recognized(router: nn.Module, dtype: torch.dtype) -> Recognized | None:
     """`router` as a `Routing` for inputs of `dtype`, or None where it is none. Looks at no weight's values."""
-    router = original(router)
-    key = (signature(router), dtype)
-    if key not in _known:
-        try:
-            with torch.no_grad():
-                _known[key] = _recognize(router, dtype)
-        except Exception:  # the family's code may want anything: other arguments, other shapes, a device
-            _known[key] = None
-    return _known[key]
-
-
-def original(module: nn.Module) -> nn.Module:
-    """The family's module that an operator took the place of, or `module` itself."""
-    return module.orig_module if isinstance(module, BaseInjectedModule) else module
-
-
-def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """Dotted name -> tensor of the family's module and those below it, operators or not."""
-    module, found = original(module), {}
-    for table in (module._parameters, module._buffers):
-        found |= {name: tensor for name, tensor in table.items() if tensor is not None}
-    for name, child in module._modules.items():
-        if child is not None:
-            found |= {f"{name}.{inner}": tensor for inner, tensor in tensors_of(child).items()}
-    return found
-
-
-def twin(
-    module: nn.Module, dtype: torch.dtype | None = None, stubs: Mapping[str, nn.Module] | None = None
-) -> nn.Module:
-    """A module of the same code and settings with small random tensors, of `dtype` or those of the module's own.
-
-    `stubs` take the place of children. Hooks stay behind.
-    """
-    module = original(module)
-    made = object.__new__(type(module))
-    made.__dict__.update({name: type(v)() if "_hooks" in name and v else v for name, v in vars(module).items()})
-    for table in ("_parameters", "_buffers"):
-        made.__dict__[table] = {name: _random(tensor, dtype) for name, tensor in getattr(module, table).items()}
-    children = {name: child if child is None else twin(child, dtype) for name, child in module._modules.items()
-                if name not in (stubs or {})}  # fmt: skip
-    made.__dict__["_modules"] = children | dict(stubs or {})
-    made.__dict__["training"] = False
-    return made
-
-
-def _random(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-    if tensor is None:
-        return None
-    if not tensor.is_floating_point():
-        return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
-    values = torch.randn(tensor.shape, generator=generator(tensor.numel()), dtype=torch.float32, device="cpu")
-    values = values * 2 / tensor.shape[-1] ** 0.5 if tensor.dim() > 1 and tensor.shape[0] > 1 else values * 0.3 + 0.2
-    return values.to(tensor.dtype if dtype is None else dtype)
-
-
-def noise(*shape: int, seed: int) -> Tensor:
-    """Random numbers in float32 on the CPU, whatever the caller's defaults are."""
-    return torch.randn(shape, generator=generator(seed), dtype=torch.float32, device="cpu")
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def signature(module: nn.Module) -> tuple:
-    """What the results of a module's code depend on, apart from the values of its tensors."""
-    plain = (bool, int, float, str, type(None))
-    settings = [(k, repr(v)) for k, v in vars(module).items() if isinstance(v, plain) and k != "layer_idx"]
-    settings += [(k, v.to_json_string()) for k, v in vars(module).items() if hasattr(v, "to_json_string")]
-    shapes = [(n, tuple(t.shape), t.dtype) for n, t in tensors_of(module).items()]
-    below = [(n, signature(original(c))) for n, c in module._modules.items() if c is not None]
-    return (type(module), *sorted(settings), *shapes, *below)
+    return _recognize(router, dtype)
 
 
 class _Probe:
@@ -356,13 +284,9 @@ def _weighings(probes, settings, choice, roles, logits, spare) -> Iterator[tuple
             yield replace(tried, factor=float(near[0])), more
 
 
-def close(a: Tensor, b: Tensor, atol: float = 1e-5) -> bool:
-    return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-4, atol=atol)
-
-
 def _typed(router, dtype, choice, roles, first, probe: _Probe) -> Recognized | None:
     """With the dtypes of the module's own tensors: whether it rounds logits, and what it returns."""
-    real = _Probe(router, None, torch.randn(256, probe.x.shape[-1], generator=generator(3)).to(dtype))
+    real = _Probe(router, None, noise(256, probe.x.shape[-1], seed=3).to(dtype))
     errors = {}
     for rounds in (False, True) if dtype != torch.float32 else (False,):
         routing = real.routing(replace(choice, round=rounds), roles)

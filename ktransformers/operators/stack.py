@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ktransformers import native
-from ktransformers.models.traits import TRAITS
+from ktransformers.native import torch_ops
 from ktransformers.operators.base_operator import version
 from ktransformers.operators.combining import has_hooks, is_collecting
 from ktransformers.operators.paged_cache import PagedCache, PagedLayer
+from ktransformers.operators.routing import may_use_c
 
 if TYPE_CHECKING:
     from ktransformers.operators.layer import KDecoderLayer
@@ -49,7 +50,7 @@ class Watch:
 
 
 class Stack:
-    """The layers of one decoder. `of_layers` gives each its place in it."""
+    """The layers of one decoder; `layer.stack_layers` tells each its place in it."""
 
     def __init__(self, layers: Sequence["KDecoderLayer"], config: Any) -> None:
         self.layers, self.config = list(layers), config
@@ -102,8 +103,8 @@ class Stack:
             if made is None:
                 return None
             self._made[hidden.dtype] = made
-        first = self.layers[0]
-        if first.native_step(hidden, kwargs) is None:
+        first = self.layers[0]  # what all are called with; that the rest is as it was, the watch has said
+        if not may_use_c(first, hidden) or torch_ops.is_traced(hidden) or first.attention.pages(hidden, kwargs) is None:
             return None
         for layer, part in zip(self.layers, held, strict=True):
             if part.pages is None:
@@ -113,6 +114,11 @@ class Stack:
         self._walk.passed, self._walk.next = (out if len(self.layers) > 1 else None), 1
         return out
 
+    def forget(self) -> None:
+        """A layer gave its weights back: each computes by itself until all are loaded again."""
+        self._made.clear()
+        self._straight = False
+
     def _make(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> tuple[Watch, native.Layers] | None:
         if any(has_hooks(layer) for layer in self.layers):
             return None
@@ -120,17 +126,3 @@ class Stack:
         if any(one is None for one in found) or len({layer.attention.attending.rotates for layer in self.layers}) > 1:
             return None
         return Watch(self.layers), native.Layers([one[0].layers[0] for one in found])
-
-
-def stack_layers(decoder: nn.Module, layers: Sequence[nn.Module], config: Any) -> Stack | None:
-    """Join the layers of `decoder` into a stack, where all can be in it."""
-    from ktransformers.operators.layer import KDecoderLayer
-
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    rotary = sum(TRAITS["rotary"](child) for child in decoder.children())
-    if kinds or rotary > 1 or not layers or not all(isinstance(layer, KDecoderLayer) for layer in layers):
-        return None
-    stack = Stack(layers, config)
-    for index, layer in enumerate(layers):
-        layer.place = stack, index
-    return stack

@@ -379,7 +379,8 @@ typedef enum kt_pairs {
  * [C*D, H], v [C*V, H], o [H, A*V], g [A*V or A, H]. bias: fp32 by kt_part, or NULL. q_norm and k_norm: fp32 [D], of
  * each head, or with norm_whole of all heads at once [A*D] and [C*D]; NULL for none; norm_last: after the rotation.
  * scale multiplies scores. window: tokens that a query sees, itself included, 0 for all. sinks: fp32 [A], logits that
- * take part in the softmax and have no value. clip: results of q, k, v are cut to -clip .. clip; 0 for not. Biases,
+ * take part in the softmax and have no value. clip: q, k, v are cut to -clip .. clip after norms of all heads at once,
+ * before any of each; 0 for not. Biases,
  * norms and sinks stay the caller's. */
 typedef struct kt_attention_desc {
     kt_weight q, k, v, g, o;

@@ -305,3 +305,36 @@ def test_a_cache_of_another_batch_is_refused(pair):
     model(random_ids(3, 5), past_key_values=cache)
     with pytest.raises(NativeError, match="found 2 sequences, expected the 3"):
         model(random_ids(2, 1), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_layer_that_gave_its_weights_back_is_not_computed_by_the_stack(tmp_path, calls):
+    reference = randomize(AutoModelForCausalLM.from_config(families.config_of("qwen3_moe")).eval())
+    model = optimize_and_load(meta_model(families.config_of("qwen3_moe")), "Default", save(reference, tmp_path),
+                              devices={"cuda": "cpu"}, progress=False)  # fmt: skip
+    ids = random_ids(1, 6)
+    model(ids)
+    expected = model(ids).logits
+    assert calls[-1] == len(model.model.layers)
+    calls.clear()
+    layer = model.model.layers[1]
+    layer.unload()
+    layer.load()
+    assert relative_error(model(ids).logits, expected) < 1e-5 and set(calls) == {1}
+    model.model.load()
+    model(ids)
+    assert relative_error(model(ids).logits, expected) < 1e-5 and calls[-1] == len(model.model.layers)
+
+
+@torch.no_grad()
+def test_a_config_that_says_otherwise_is_recognized_anew(tmp_path):
+    """Of two models of one class and size, one cuts its queries, keys and values."""
+    for clip in (None, 0.05):
+        config = families.config_of("olmoe")
+        config.clip_qkv = clip
+        reference = randomize(AutoModelForCausalLM.from_config(config).eval())
+        model = optimize_and_load(meta_model(config), "Default", save(reference, tmp_path / str(clip)),
+                                  devices={"cuda": "cpu"}, progress=False)  # fmt: skip
+        ids = random_ids(1, 6)
+        assert relative_error(model(ids).logits, reference(ids).logits) < 1e-4
+        assert all(m.native is not None for m in model.modules() if isinstance(m, PagedAttention))

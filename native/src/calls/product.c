@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "../formats/quants.h"
+#include "rows.h"
 
 struct work {
     struct kt_product p;
@@ -22,15 +23,8 @@ float kt_rounded(float x, int dtype) {
     return dtype == KT_F16 ? kt_f16_to_f32(kt_f32_to_f16(x)) : x;
 }
 
-/* Four sums side by side, so that the order is fixed and the compiler may use a vector. */
-static float mean_square(const float *x, int64_t n) {
-    float sum[4] = {0};
-    for (int64_t i = 0; i < n; i++) sum[i & 3] += x[i] * x[i];
-    return ((sum[0] + sum[2]) + (sum[1] + sum[3])) / (float)n;
-}
-
 static void normalize(const struct kt_norm *norm, int dtype, int64_t n, float *x) {
-    const float scale = 1.0f / sqrtf(mean_square(x, n) + norm->eps);
+    const float scale = 1.0f / sqrtf(kt_mean_square(x, n) + norm->eps);
     const int as = norm->round ? dtype : KT_F32;
     for (int64_t i = 0; i < n; i++)
         x[i] = kt_rounded(kt_rounded(kt_rounded(x[i] * scale, as) * norm->weight[i], as) * norm->factor, as);

@@ -5,15 +5,19 @@
 
 enum { SUMS = 16 }; /* independent, so that compilers keep them in vector registers */
 
-void kt_rms_norm(const float *x, const float *weight, float eps, int64_t n, float *out) {
+float kt_mean_square(const float *x, int64_t n) {
     float sums[SUMS] = {0}, sum = 0.0f;
     int64_t i = 0;
     for (; i + SUMS <= n; i += SUMS)
         for (int j = 0; j < SUMS; j++) sums[j] += x[i + j] * x[i + j];
     for (; i < n; i++) sum += x[i] * x[i];
     for (int j = 0; j < SUMS; j++) sum += sums[j];
-    const float scale = 1.0f / sqrtf(sum / (float)n + eps);
-    for (i = 0; i < n; i++) out[i] = x[i] * scale * weight[i];
+    return sum / (float)n;
+}
+
+void kt_rms_norm(const float *x, const float *weight, float eps, int64_t n, float *out) {
+    const float scale = 1.0f / sqrtf(kt_mean_square(x, n) + eps);
+    for (int64_t i = 0; i < n; i++) out[i] = x[i] * scale * weight[i];
 }
 
 void kt_rows_load(const struct kt_kernels *k, const struct kt_rows *rows, int64_t row, int64_t n, float *out) {

@@ -26,6 +26,9 @@ void kt_rows_load(const struct kt_kernels *k, const struct kt_rows *rows, int64_
 void kt_sum_store(const struct kt_kernels *k, const struct kt_sum *sum, int64_t row, int64_t n, int64_t first,
                   const float *x, int64_t count);
 
+/* The mean of x^2, summed in an order of its own, whatever the machine. */
+float kt_mean_square(const float *x, int64_t n);
+
 /* out = x / sqrt(mean(x^2) + eps) * weight, over n values (Zhang and Sennrich 2019); out may be x. */
 void kt_rms_norm(const float *x, const float *weight, float eps, int64_t n, float *out);
 

@@ -152,6 +152,10 @@ void kt_load_angles(const struct kt_piece *p, int64_t t, struct kt_angles *at) {
     kt_load_row(p->k, c->sin, c->rotary_dtype, offset, c->rotary / 2, at->sin);
 }
 
+static void clip(float *x, int64_t n, float most) {
+    for (int64_t i = 0; i < n; i++) x[i] = x[i] < -most ? -most : x[i] > most ? most : x[i]; /* a NaN stays one */
+}
+
 static void finish_head(const struct kt_piece *p, const float *norm, float *x, struct kt_angles *at) {
     const kt_attention_desc *d = &p->a->d;
     if (norm && !d->norm_last && !d->norm_whole) kt_rms_norm(x, norm, d->eps, d->size, x);
@@ -178,10 +182,13 @@ static void finish(void *ctx, int32_t job, int thread) {
                 memmove(q + h * d->size, q + 2 * h * d->size, (size_t)d->size * sizeof *q);
             }
         }
-        if (d->clip > 0.0f)
-            for (int64_t i = 0; i < a->width; i++) q[i] = fminf(fmaxf(q[i], -d->clip), d->clip);
         if (d->norm_whole && d->q_norm) kt_rms_norm(q, d->q_norm, d->eps, d->heads * d->size, q);
         if (d->norm_whole && d->k_norm) kt_rms_norm(k, d->k_norm, d->eps, d->kv_heads * d->size, k);
+        if (d->clip > 0.0f) {
+            clip(q, d->heads * d->size, d->clip);
+            clip(k, d->kv_heads * d->size, d->clip);
+            clip(v, d->kv_heads * d->value_size, d->clip);
+        }
         for (int64_t h = 0; h < d->heads; h++) finish_head(p, d->q_norm, q + h * d->size, &at);
         const kt_sequence *s = &p->c->sequences[p->sequence + t / p->each];
         const int64_t pos = s->length + p->token + t % p->each, row = pos % KT_PAGE;
