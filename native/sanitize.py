@@ -35,7 +35,7 @@ def main() -> int:
     flags = [*(RACES if races else CHECKS), "-O1", "-g1", "-fno-omit-frame-pointer", "-Werror"]
     programs = PROGRAMS[races]
     library = setup["libraries"](build=setup["wanted_build"]())
-    depends = {"": [__file__, *library[0][1]["obj_deps"][""]]}
+    depends = {"": [__file__, *map(str, Path("native/test").glob("*.h")), *library[0][1]["obj_deps"][""]]}
     tests = {"cflags": ["-std=gnu11", "-Wall", "-Wextra"], "macros": [], "obj_deps": depends}
     parts = [(name, {**tests, "sources": [f"native/test/{name}.c"]}) for name, *_ in programs]
     objects = setup["compile_objects"]([*library, *parts], build, flags)
