@@ -1,5 +1,5 @@
-"""Numbers to packed blocks in torch: the readable reference that the C encoder (native/encode.py), which `kt quantize`
-uses, is held to by the tests, and what stores a cache as Q8_0. Vectorised, on the CPU.
+"""Numbers to packed blocks in torch: the readable reference that the C encoder (native/encode.py) is held to by the
+tests. Nothing in the package computes with it. Vectorised, on the CPU.
 
 Q8_0 rounds exactly as the gguf package does. The K formats have no reference encoder there, and a format only
 says how to decode, so here the scales are searched: for each sub-block many starting scales are tried, each
