@@ -7,10 +7,10 @@ released inside every C call, and calls from several threads on the one pool wai
 Letters: T tokens, H hidden, I intermediate, E experts, K experts per token.
 """
 
-
 from ktransformers.native.attention import attend
 from ktransformers.native.block import Block
 from ktransformers.native.checks import MAX_THREADS
+from ktransformers.native.embedding import Embedding
 from ktransformers.native.encode import encode, encoded_types
 from ktransformers.native.experts import ACTIVATIONS, Experts, Glu
 from ktransformers.native.latent_attention import LatentAttention
@@ -50,6 +50,7 @@ __all__ = [
     "Attention",
     "Block",
     "Choice",
+    "Embedding",
     "Experts",
     "Glu",
     "HostCall",

@@ -41,11 +41,7 @@ class Layer:
         desc.attention = attention.handle
         setattr(desc, "moe" if isinstance(mlp, Block) else "mlp", mlp.handle)
         for field, weight, value in zip(("attention", "mlp"), norms, eps, strict=True):
-            readable_tensor(weight, f"{name} ({field} norm)", f"float [{self.hidden}]", movable=True)
-            if tuple(weight.shape) != (self.hidden,) or not weight.is_floating_point():
-                found = f"{weight.dtype} {list(weight.shape)}"
-                raise NativeError(f"{name} ({field} norm): found {found}, expected float [{self.hidden}].")
-            self._keep.append(as_read(weight, torch.float32))
+            self._keep.append(norm_weight(weight, self.hidden, f"{name} ({field} norm)"))
             setattr(desc, f"{field}_norm", state.ffi.cast("float *", self._keep[-1].data_ptr()))
             setattr(desc, f"{field}_eps", value)
         out = state.ffi.new("kt_layer **")
@@ -55,15 +51,30 @@ class Layer:
 
 
 class Layers:
-    """Several layers as one call."""
+    """Several layers as one call, and perhaps the norm after them."""
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        kinds: Sequence[int] | None = None,
+        norm: tuple[torch.Tensor, float] | None = None,
+    ) -> None:
+        """`kinds`: of each layer, the number of its positions in what `forward` is given; None: all take the first.
+        `norm`: weight, float [H], and eps of one after the last layer, as those of a `Layer`."""
         if not layers:
             raise NativeError("layers: found none, expected at least one.")
         state = loaded()
         self.layers, self.hidden, self.name = list(layers), layers[0].hidden, layers[0].name
+        kinds = list(kinds or [0] * len(layers))
+        self._first = [kinds.index(kind) for kind in range(max(kinds) + 1)]  # layer of each kind
         self._handles = state.ffi.new("kt_layer *[]", [layer.handle for layer in layers])
         self._calls = state.ffi.new("kt_attention_call[]", len(layers))
+        for i, kind in enumerate(kinds):
+            self._calls[i].like = self._first[kind]
+        self._stack = state.ffi.new("kt_stack *", {"count": len(layers), "layers": self._handles, "calls": self._calls})
+        if norm is not None:
+            self._norm = norm_weight(norm[0], self.hidden, f"{self.name} (last norm)")
+            self._stack.norm, self._stack.eps = state.ffi.cast("float *", self._norm.data_ptr()), norm[1]
         self._sequences: list[Any] = [None] * len(layers)
         self._lock = threading.Lock()
 
@@ -71,26 +82,28 @@ class Layers:
         self,
         hidden: torch.Tensor,
         pages: Sequence[Pages],
-        positions: tuple[torch.Tensor, torch.Tensor] | None = None,
+        positions: Sequence[tuple[torch.Tensor, torch.Tensor] | None] = (None,),
         mask: torch.Tensor | None = None,
         mask_first: int = 0,
+        pads: tuple[int, ...] | None = None,
     ) -> torch.Tensor:
-        """hidden [B, S, H] through all of them: what follows is as `Attention.forward` takes it, with pages for each
-        layer."""
+        """hidden [B, S, H] through all of them, with pages for each layer and positions for each kind of layer: what
+        follows is as `Attention.forward` takes it. `pads`: how many tokens on the left of each are padding."""
         state, pool = pooled()
         hidden = checked_input(hidden, self.hidden, self.name)
-        if hidden.dim() != 3 or len(pages) != len(self.layers):
-            found = f"hidden {list(hidden.shape)} and pages of {len(pages)} layers"
-            expected = f"[B, S, {self.hidden}] and {len(self.layers)}"
+        if hidden.dim() != 3 or len(pages) != len(self.layers) or len(positions) != len(self._first):
+            found = f"hidden {list(hidden.shape)}, pages of {len(pages)} layers and {len(positions)} kinds of positions"
+            expected = f"[B, S, {self.hidden}], {len(self.layers)} and {len(self._first)}"
             raise NativeError(f"{self.name}: found {found}, expected {expected}.")
+        if pads is not None and len(pads) != hidden.shape[0]:
+            raise NativeError(f"{self.name}: found pads of {len(pads)} sequences, expected {hidden.shape[0]}.")
         out = torch.empty_like(hidden)
         cast = state.ffi.cast
         with self._lock:  # the calls are made once, and written to at every step
-            kept = self._fill(state, hidden, pages, positions, mask, mask_first)
+            kept = self._fill(state, hidden, pages, positions, mask, mask_first, pads)
             status = state.lib.kt_layers_forward(
-                len(self.layers), self._handles, self._calls, pool, cast("void *", hidden.data_ptr()),
-                cast("void *", out.data_ptr()),
-            )  # fmt: skip
+                self._stack, pool, cast("void *", hidden.data_ptr()), cast("void *", out.data_ptr())
+            )
         state.check(status, self.name)
         del kept
         return out
@@ -100,17 +113,31 @@ class Layers:
         state: State,
         hidden: torch.Tensor,
         pages: Sequence[Pages],
-        positions: tuple[torch.Tensor, torch.Tensor] | None,
+        positions: Sequence[tuple[torch.Tensor, torch.Tensor] | None],
         mask: torch.Tensor | None,
         mask_first: int,
+        pads: tuple[int, ...] | None,
     ) -> list[torch.Tensor]:
-        """Write a step into the calls: all of it into the first, and each layer's pages. As `Attention.fill`."""
+        """Write a step into the calls: all of it into the first of each kind, and each layer's pages."""
         batch, tokens = hidden.shape[:2]
-        kept = self.layers[0].attention.fill(state, self._calls[0], hidden, pages[0], positions, mask, mask_first)
+        kept = []
+        for kind, i in enumerate(self._first):
+            fill = self.layers[i].attention.fill
+            kept += fill(state, self._calls[i], hidden, pages[i], positions[kind], mask, mask_first, pads)
         for i, held in enumerate(pages):
             if held.length + tokens > held.room or len(held.tables) != batch:
                 held.make_room(batch, tokens)
+            held.pad(pads)
             if self._sequences[i] is not held.sequences:  # made anew where sequences came, went or were cut
-                self._sequences[i] = held.sequences
-                self._calls[i].sequences, self._calls[i].layout = held.sequences, held.layout
+                call, self._sequences[i] = self._calls[i], held.sequences
+                call.sequences, call.layout, call.window = held.sequences, held.layout, held.window
         return kept
+
+
+def norm_weight(weight: torch.Tensor, hidden: int, subject: str) -> torch.Tensor:
+    """The weight of a norm, float [hidden], as C reads it. Raises NativeError for another."""
+    readable_tensor(weight, subject, f"float [{hidden}]", movable=True)
+    if tuple(weight.shape) != (hidden,) or not weight.is_floating_point():
+        found = f"{weight.dtype} {list(weight.shape)}"
+        raise NativeError(f"{subject}: found {found}, expected float [{hidden}].")
+    return as_read(weight, torch.float32)

@@ -42,18 +42,22 @@ class Pages:
     """The pages of B sequences in one layer. Made empty; the first tokens say how many sequences there are.
 
     `room`: up to which length nothing has to be done before tokens are written, where all are as long; 0: ask
-    `make_room`.
+    `make_room`. `window`: tokens that a query sees, itself included; 0 for all. `held_from`: the first token of each
+    sequence that is held.
     """
 
     def __init__(
-        self, kind: str, heads: int, size: int, value_size: int, name: str = "cache", joined: bool = False
-    ) -> None:
+        self, kind: str, heads: int, size: int, value_size: int, name: str = "cache", joined: bool = False,
+        window: int = 0,
+    ) -> None:  # fmt: skip
         """`kind`: one of TYPES. `joined`: a token's value lies behind its key, in one row of a page. Raises
         NativeError for another, or for q8_0 of sizes that are not multiples of 32."""
         if kind not in TYPES:
             raise NativeError(f"{name}: found type {kind!r}, expected one of {', '.join(TYPES)}.")
         self.kind, self.heads, self.size, self.value_size, self.name = kind, heads, size, value_size, name
-        self.joined = joined
+        self.joined, self.window = joined, window
+        self.held_from: list[int] = []
+        self._padded: tuple[int, ...] | None = None
         self._type = quant_type(kind.upper())
         if size % self._type.block or value_size % self._type.block:
             raise NativeError(
@@ -96,7 +100,7 @@ class Pages:
     def make_room(self, batch: int, tokens: int) -> None:
         """Have pages of their own for the next `tokens` tokens of each of `batch` sequences."""
         if not self.tables:
-            self._set([[] for _ in range(batch)], [0] * batch)
+            self._set([[] for _ in range(batch)], [0] * batch, [0] * batch)
         elif len(self.tables) != batch:
             raise NativeError(f"{self.name}: found {batch} sequences, expected the {len(self.tables)} that it holds.")
         if self.length + tokens <= self.room:
@@ -132,9 +136,7 @@ class Pages:
         keys[at] = cast("void *", address)
         values[at] = cast("void *", address and address + self.values_at)
 
-    def _set(
-        self, tables: list[list[Page | None]], lengths: Sequence[int], starts: Sequence[int] | None = None
-    ) -> None:
+    def _set(self, tables: list[list[Page | None]], lengths: Sequence[int], held_from: Sequence[int]) -> None:
         """Take `tables` as they are, with pointers for C made anew."""
         for page in (page for table in tables for page in table if page is not None):
             page.users += 1
@@ -142,11 +144,12 @@ class Pages:
             page.users -= 1
         new = self._state.ffi.new
         self.tables, self.room = [list(table) for table in tables], 0
+        self.held_from, self._padded = list(held_from), None
         self.sequences = new("kt_sequence[]", max(1, len(tables)))
         self._pointers = [None] * len(tables)
         for i, length in enumerate(lengths):
             self._point(i, max(1, len(tables[i])))
-            self.sequences[i].length, self.sequences[i].start = length, starts[i] if starts else 0
+            self.sequences[i].length, self.sequences[i].start = length, held_from[i]
 
     def _point(self, i: int, room: int) -> None:
         """Pointers of sequence `i`, with room for that many pages."""
@@ -161,35 +164,43 @@ class Pages:
 
     # --- going back, sharing, choosing ------------------------------------------------------------------
 
-    def starts(self) -> list[int]:
-        """The first token of each sequence that is still held."""
-        return [self.sequences[i].start for i in range(len(self.tables))]
+    def pad(self, counts: tuple[int, ...] | None) -> None:
+        """From now on the first `counts[i]` tokens of sequence i are seen by none; None: those that are held are."""
+        if counts == self._padded:
+            return
+        self._padded = counts
+        for i, first in enumerate(self.held_from):
+            self.sequences[i].start = max(first, counts[i] if counts else 0)
 
     def cut(self, length: int) -> None:
         """Forget all but the first `length` tokens of each sequence."""
         pages = -(-length // PAGE)
-        self._set([table[:pages] for table in self.tables], [length] * len(self.tables), self.starts())
+        self._set([table[:pages] for table in self.tables], [length] * len(self.tables), self.held_from)
 
     def drop(self, before: int) -> None:
         """Give pages back that hold only tokens before number `before`; none before it is seen from now on."""
         for i, table in enumerate(self.tables):
-            self.sequences[i].start = before
-            for at in range(min(before // PAGE, len(table))):
+            held = self.held_from[i]
+            if before <= held:
+                continue
+            self.held_from[i] = before
+            self.sequences[i].start = max(self.sequences[i].start, before)
+            for at in range(held // PAGE, min(before // PAGE, len(table))):
                 if table[at] is not None:
                     self._replace(i, at, None)
 
     def choose(self, indices: Sequence[int]) -> None:
         """Let the sequences be those that `indices` name, in that order; one may be named again, and shares pages."""
-        starts, lengths = self.starts(), self.lengths
-        self._set([self.tables[i] for i in indices], [lengths[i] for i in indices], [starts[i] for i in indices])
+        held, lengths = self.held_from, self.lengths
+        self._set([self.tables[i] for i in indices], [lengths[i] for i in indices], [held[i] for i in indices])
 
     def clear(self) -> None:
-        self._set([], [])
+        self._set([], [], [])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pages:
         """Another of the same tokens, which shares pages until either writes."""
-        other = Pages(self.kind, self.heads, self.size, self.value_size, self.name, self.joined)
-        other._set(self.tables, self.lengths, self.starts())
+        other = Pages(self.kind, self.heads, self.size, self.value_size, self.name, self.joined, self.window)
+        other._set(self.tables, self.lengths, self.held_from)
         self.room = 0  # its last page is shared now
         return other
 

@@ -156,13 +156,16 @@ class Attention:
         positions: tuple[torch.Tensor, torch.Tensor] | None,
         mask: torch.Tensor | None,
         mask_first: int,
+        pads: tuple[int, ...] | None = None,
     ) -> list[torch.Tensor]:
-        """Write a step into `call`, with room in `pages` for it. Returns what must live until the call is done."""
+        """Write a step into `call`, with room in `pages` for it; `pads`: as `Pages.pad` takes them. Returns what must
+        live until the call is done."""
         cast = state.ffi.cast
         batch, tokens = hidden.shape[:2]
         call.dtype, call.batch, call.tokens = DTYPES[hidden.dtype], batch, tokens
         pages.make_room(batch, tokens)
-        call.sequences, call.layout = pages.sequences, pages.layout
+        pages.pad(pads)
+        call.sequences, call.layout, call.window = pages.sequences, pages.layout, pages.window
         kept = []
         if positions is None:
             call.cos = state.ffi.NULL

@@ -34,6 +34,14 @@ class LinearCall(Protocol):
     def compute(self, x: Tensor) -> Tensor: ...
 
 
+class EmbeddingCall(Protocol):
+    """What `embedding` needs: native.Embedding."""
+
+    hidden: int
+
+    def compute(self, ids: Tensor, dtype: torch.dtype) -> Tensor: ...
+
+
 class ExpertsCall(Protocol):
     """What `experts` needs: native.Experts."""
 
@@ -107,6 +115,14 @@ def _linear(x: Tensor, number: int) -> Tensor:
     return _find(number).compute(x)
 
 
+def _embedding(ids: Tensor, dtype: torch.dtype, number: int) -> Tensor:
+    return _find(number).compute(ids, dtype)
+
+
+def _embedding_shape(ids: Tensor, dtype: torch.dtype, number: int) -> Tensor:
+    return ids.new_empty((*ids.shape, _find(number).hidden), dtype=dtype)
+
+
 def _experts(hidden: Tensor, ids: Tensor, weights: Tensor, number: int) -> Tensor:
     return _find(number).compute(hidden, ids, weights)
 
@@ -170,6 +186,7 @@ def _check_fake(x: Tensor, cols: int, name: str) -> None:
 _library = torch.library.Library("ktransformers", "DEF")  # kept, for the operators end with it
 for _schema, _compute, _shape in (
     ("linear(Tensor x, int number) -> Tensor", _linear, _linear_shape),
+    ("embedding(Tensor ids, ScalarType dtype, int number) -> Tensor", _embedding, _embedding_shape),
     ("experts(Tensor hidden, Tensor ids, Tensor weights, int number) -> Tensor", _experts, _experts_shape),
     ("attention(Tensor hidden, Tensor? cos, Tensor? sin, Tensor? mask, int first, int number, int pages) -> Tensor",
      _attention, _attention_shape),
@@ -183,6 +200,8 @@ for _schema, _compute, _shape in (
 
 linear = torch.ops.ktransformers.linear.default
 """(x [..., K], number) -> [..., N]"""
+embedding = torch.ops.ktransformers.embedding.default
+"""(ids [...], dtype, number) -> [..., H]"""
 experts = torch.ops.ktransformers.experts.default
 """(hidden [T, H], ids [T, K], weights [T, K], number) -> [T, H]"""
 attention = torch.ops.ktransformers.attention.default

@@ -68,6 +68,7 @@ class BaseInjectedModule(nn.Module):
         self.prefill_device = prefill_device
         self.generate_device = prefill_device if generate_device is None else generate_device
         self.devices: Mapping[str, str] = {}  # module name -> device; set by load_weights, for the children
+        self.loads = 0  # how often weights came and went
         object.__setattr__(self, "orig_module", orig_module)  # past nn.Module, which would register a child
         if orig_module is not None:
             self.training = orig_module.training
@@ -109,11 +110,13 @@ class BaseInjectedModule(nn.Module):
 
     def load(self) -> None:
         """Load own parameters and buffers, and those of all children; a child operator loads itself."""
+        self.loads += 1
         load_own_weights(self, self.gguf_loader, self.key, self.devices.get(self.key, self.generate_device))
         load_children(self, self.gguf_loader, self.key, self.devices)
 
     def unload(self) -> None:
         """Give the memory back; `load()` brings the weights in again."""
+        self.loads += 1
         unload_weights(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

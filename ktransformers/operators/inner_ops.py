@@ -141,9 +141,7 @@ class StagedOperator(BaseInjectedModule):
 
     adopts = False
 
-    def hold(
-        self, generate: tuple[type[InnerOperator], Any], prefill: tuple[type[InnerOperator], Any] | None
-    ) -> None:
+    def hold(self, generate: tuple[type[InnerOperator], Any], prefill: tuple[type[InnerOperator], Any] | None) -> None:
         """Make the inner operators, each a (class, device). With `prefill` None or equal, one serves both."""
         first = second = self._make(*generate)
         if prefill is not None and prefill != generate:
@@ -168,9 +166,11 @@ class StagedOperator(BaseInjectedModule):
         if self.active is not self._inner[mode]:
             self.active.unload()
         self.mode = mode
+        self.loads += 1
         self.active.load(w)
 
     def unload(self) -> None:
+        self.loads += 1
         for inner in self._inner.values():
             inner.unload()
         self.mode = InferenceState.UNLOAD

@@ -6,7 +6,6 @@ elsewhere, stays the family's own, and its parts are whatever operators they are
 Letters: B batch, S tokens, H hidden.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +24,6 @@ from ktransformers.operators.moe import ComputedInC
 from ktransformers.operators.paged_attention import PagedAttention
 from ktransformers.operators.paged_cache import PagedLayer
 from ktransformers.operators.routing import may_use_c
-from ktransformers.operators.stack import Stack
 from ktransformers.operators.twin import close, noise, original, remembered, tensors_of, twin
 
 
@@ -110,7 +108,6 @@ class KDecoderLayer(FamilyOperator):
         self.stacking: Stacking | None = None
         self._mlp: tuple[Any, native.Experts | None] = (None, None)
         self._layer: tuple[tuple, native.Layers] | None = None
-        self.place: tuple[Stack, int] | None = None
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
@@ -123,29 +120,15 @@ class KDecoderLayer(FamilyOperator):
 
     def unload(self) -> None:
         super().unload()
-        if self.place is not None:
-            self.place[0].forget()
-        self.stacking, self._layer, self._mlp, self.place = None, None, (None, None), None
+        self.stacking, self._layer, self._mlp = None, None, (None, None)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.place is None:
-            return self._alone(hidden_states, *args, **kwargs)
-        stack, index = self.place
-        if index and stack.passes(index, hidden_states):
-            return hidden_states
-        if index == 0 and not args and (out := stack.forward(hidden_states, kwargs)) is not None:
-            return out
-        out = self._alone(hidden_states, *args, **kwargs)
-        stack.saw(index, hidden_states, out)
-        return out
-
-    def _alone(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """This layer, and no other."""
         found = None if args else self.native_step(hidden_states, kwargs)
         if found is None:
             return super().forward(hidden_states, *args, **kwargs)
         layer, held = found
-        out = layer.forward(hidden_states, [held.pages], *self.attention.step(held, kwargs))
+        positions, mask, first = self.attention.step(held, kwargs)
+        out = layer.forward(hidden_states, [held.pages], [positions], mask, first)
         held.advanced()
         return out
 
@@ -186,15 +169,3 @@ class KDecoderLayer(FamilyOperator):
 
     def extra_repr(self) -> str:
         return "one native call" if self._layer is not None else ""
-
-
-def stack_layers(decoder: nn.Module, layers: Sequence[nn.Module], config: Any) -> Stack | None:
-    """Join the layers of `decoder` into a stack, where all can be in it."""
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    rotary = sum(TRAITS["rotary"](child) for child in decoder.children())
-    if kinds or rotary > 1 or not layers or not all(isinstance(layer, KDecoderLayer) for layer in layers):
-        return None
-    stack = Stack(layers, config)
-    for index, layer in enumerate(layers):
-        layer.place = stack, index
-    return stack

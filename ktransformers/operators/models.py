@@ -1,7 +1,7 @@
 """The decoder stack as an operator: moves what flows between layers to the device of the next layer.
 
-Embedding, layers, masks and caches stay the family's own code; nothing here computes. Layer-wise prefill
-(loading one layer at a time to a GPU for long prompts) is not built.
+Embedding, layers, masks and caches are the family's own code, or all one call where they are native (stack.py); nothing
+here computes. Layer-wise prefill (loading one layer at a time to a GPU for long prompts) is not built.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from ktransformers.loaders import WeightSource
 from ktransformers.models.traits import TRAITS
 from ktransformers.native import torch_ops
 from ktransformers.operators.base_operator import FamilyOperator, to_device
-from ktransformers.operators.layer import stack_layers
+from ktransformers.operators.layer import KDecoderLayer
 from ktransformers.operators.paged_cache import paged_cache
 from ktransformers.operators.stack import Stack
 
@@ -56,7 +56,8 @@ class DecoderModel(FamilyOperator):
     @property
     def device(self) -> torch.device:
         """Where the embedding is, as for any transformers model: there callers put their token ids."""
-        return next(self.parameters()).device
+        table = next((child for child in self.children() if TRAITS["embedding"](child)), None)
+        return next(self.parameters()).device if table is None else table.weight.device
 
     @classmethod
     def check(
@@ -69,24 +70,21 @@ class DecoderModel(FamilyOperator):
         problems = []
         if threshold := kwargs.get("per_layer_prefill_intput_threshold"):
             expected = f"found {threshold}, expected 0"
-            problems.append(
-                f"per_layer_prefill_intput_threshold: layer-wise prefill is not built; {expected}"
-            )
+            problems.append(f"per_layer_prefill_intput_threshold: layer-wise prefill is not built; {expected}")
         last = len(layers) - 1
         for layer in kwargs.get("transfer_map") or {}:
             number = _whole_number(layer)
             if number is None:
                 problems.append(f"transfer_map: {layer!r} is no layer number; expected one such as 30")
             elif not 0 <= number <= last:
-                problems.append(
-                    f"transfer_map: layer {number} does not exist; the model has layers 0 to {last}"
-                )
+                problems.append(f"transfer_map: layer {number} does not exist; the model has layers 0 to {last}")
         return problems
 
     def load(self) -> None:
         super().load()
         self.watch_layers()
-        self._stack = stack_layers(self, list(self.layers), self.orig_module.config)
+        native_layers = all(isinstance(layer, KDecoderLayer) for layer in self.layers)
+        self._stack = Stack(self) if native_layers else None
 
     def unload(self) -> None:
         super().unload()
@@ -126,9 +124,7 @@ class DecoderModel(FamilyOperator):
 
         def move(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             target = device if device is not None else _weights_device(module)
-            return (
-                (args, kwargs) if target is None else (to_device(args, target), self._shared(kwargs, target))
-            )
+            return (args, kwargs) if target is None else (to_device(args, target), self._shared(kwargs, target))
 
         return module.register_forward_pre_hook(move, with_kwargs=True)
 
@@ -159,12 +155,12 @@ class DecoderModel(FamilyOperator):
             )
         if not args and kwargs.get("past_key_values", self) is None and self._keeps_cache(kwargs):
             kwargs["past_key_values"] = paged_cache(self)
-        if self._stack is not None and not torch.compiler.is_compiling():
-            self._stack.begin(kwargs if not args else {"args": args})
+        if self._stack is not None and not args and not torch.compiler.is_compiling():
+            out = self._stack.forward(kwargs)
+            if out is not None:
+                return out
         try:
-            return super().forward(
-                *to_device(args, self.entry_device), **to_device(kwargs, self.entry_device)
-            )
+            return super().forward(*to_device(args, self.entry_device), **to_device(kwargs, self.entry_device))
         finally:
             self._moved.clear()
 

@@ -25,6 +25,8 @@ class PagedLayer(CacheLayerMixin):
     `native.pages.TYPES`, or None for the dtype of what comes first. `joined`: as `Pages` has it."""
 
     is_sliding = False
+    window = 0
+    """Tokens that a token sees, itself included; 0 for all."""
     is_croppable = True
     supports_early_init = False
 
@@ -49,7 +51,8 @@ class PagedLayer(CacheLayerMixin):
         """The pages, made for these sizes at the first call."""
         if self.pages is None:
             self.dtype = dtype
-            self.pages = Pages(self.kind or _KINDS[dtype], heads, size, value_size, joined=self.joined)
+            kind = self.kind or _KINDS[dtype]
+            self.pages = Pages(kind, heads, size, value_size, joined=self.joined, window=self.window)
         return self.pages
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -73,7 +76,7 @@ class PagedLayer(CacheLayerMixin):
     def _gathered(self, first: int | None = None) -> tuple[Tensor, Tensor]:
         if not self.pages.tables:
             return tuple(torch.empty(0, dtype=self.dtype, device="cpu") for _ in range(2))
-        keys, values = self.pages.gathered(max(self.pages.starts(), default=0) if first is None else first)
+        keys, values = self.pages.gathered(max(self.pages.held_from, default=0) if first is None else first)
         return keys.to(self.dtype), values.to(self.dtype)
 
     def first_visible(self) -> int:
@@ -133,7 +136,8 @@ class PagedWindowLayer(PagedLayer):
 
     def __init__(self, sliding_window: int, kind: str | None = None, joined: bool = False) -> None:
         super().__init__(kind, joined)
-        self.sliding_window, self.record_past = sliding_window, False
+        self.sliding_window = self.window = sliding_window
+        self.record_past = False
 
     def activate_past_recording(self) -> None:
         """Keep what the window leaves behind until the next `crop`."""
@@ -158,7 +162,7 @@ class PagedWindowLayer(PagedLayer):
         if tokens_to_remove and self.pages is not None and not self.can_forget(length):
             raise RuntimeError(
                 f"crop: the window of {self.sliding_window} tokens has moved on and holds nothing before token "
-                f"{max(self.pages.starts())}. Call activate_past_recording before the tokens that may be taken back."
+                f"{max(self.pages.held_from)}. Call activate_past_recording before the tokens that may be taken back."
             )
         super().crop(tokens_to_remove)
         if self.pages is not None:
@@ -167,7 +171,7 @@ class PagedWindowLayer(PagedLayer):
     def can_forget(self, length: int) -> bool:
         if not super().can_forget(length):
             return False
-        return max(self.pages.starts(), default=0) <= max(length - self.sliding_window + 1, 0)
+        return max(self.pages.held_from, default=0) <= max(length - self.sliding_window + 1, 0)
 
 
 class PagedCache(Cache):

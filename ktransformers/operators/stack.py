@@ -1,31 +1,28 @@
-"""All layers of a decoder in one native call.
+"""A decoder's whole forward: embedding, angles, and all layers with the norm after them in one native call.
 
-The family's code walks over its layers and calls each. Where the layers from one on are native (layer.py), all see the
-whole context, and nobody looks between them, the first of them computes them all, and the others pass on what they are
-given. What was compared and looked up to know so is watched: a step only asks whether any of it has changed.
+The family's code makes masks and walks over its layers. Where nothing but that happens (decoding.py), every layer is
+native (layer.py) and nobody looks between them, the decoder computes here; else its family's code does, and calls the
+layers one by one. What was looked up to know so is watched: a step only asks whether any of it has changed.
 """
 
-import threading
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ktransformers import native
 from ktransformers.native import torch_ops
+from ktransformers.operators.angles import Angles
 from ktransformers.operators.base_operator import version
 from ktransformers.operators.combining import has_hooks, is_collecting
+from ktransformers.operators.decoding import Decoding, decoding_of
 from ktransformers.operators.paged_cache import PagedCache, PagedLayer
-from ktransformers.operators.routing import may_use_c
 
-if TYPE_CHECKING:
-    from ktransformers.operators.layer import KDecoderLayer
-
-
+_SHOWN = ("output_attentions", "output_hidden_states", "output_router_logits")
+"""What may be asked to be shown from in between."""
 _PLAIN = frozenset({"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache",
-                    "cache_position", "output_attentions", "output_hidden_states", "output_router_logits",
-                    "return_dict", "logits_to_keep"})  # fmt: skip
+                    "cache_position", "return_dict", "logits_to_keep", *_SHOWN})  # fmt: skip
 """Arguments of a decoder's forward that bring nothing in between its layers."""
 
 
@@ -33,96 +30,133 @@ class Watch:
     """Children, hooks and tensors of some modules as they are now."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        below = {id(m): m for module in modules for m in module.modules()}.values()
+        below = list({id(m): m for module in modules for m in module.modules()}.values())
         self._children = [(m._modules, name, child) for m in below for name, child in m._modules.items()]
         tables = [t for m in below for t in (m._forward_hooks, m._forward_pre_hooks)]
         self._hooks = [(table, len(table)) for table in tables]
-        self._modes = [(vars(m), m.training) for m in below]
-        self._tensors = [(t, version(t), t.data_ptr()) for m in below for t in m._parameters.values() if t is not None]
+        self._values = [(vars(m), m.training, vars(m).get("loads", 0)) for m in below]
+        tensors = [(t, n, x) for m in below for t in (m._parameters, m._buffers) for n, x in t.items() if x is not None]
+        self._tensors = [(table, name, x, version(x), x.data_ptr()) for table, name, x in tensors]
 
     def unchanged(self) -> bool:
         return (
             all(table.get(name) is child for table, name, child in self._children)
             and all(len(table) == count for table, count in self._hooks)
-            and all(values["training"] is mode for values, mode in self._modes)
-            and all(version(t) == written and t.data_ptr() == place for t, written, place in self._tensors)
-        )
+            and all(v["training"] is mode and v.get("loads", 0) == loads for v, mode, loads in self._values)
+            and all(t.get(n) is x and version(x) == written and x.data_ptr() == at
+                    for t, n, x, written, at in self._tensors)
+        )  # fmt: skip
 
 
 class Stack:
-    """The layers of one decoder; `layer.stack_layers` tells each its place in it."""
+    """The forward of `decoder`, an operator whose layers are all `KDecoderLayer`."""
 
-    def __init__(self, layers: Sequence["KDecoderLayer"], config: Any) -> None:
-        self.layers, self.config = list(layers), config
-        self._made: dict[torch.dtype, tuple[Watch, native.Layers]] = {}
-        self._walk = threading.local()  # of each thread's forward: what was given to whom, see below
-        self._straight = False
+    def __init__(self, decoder: nn.Module) -> None:
+        self.decoder = decoder
+        self._made: dict[torch.dtype, tuple[Watch, _Made | None]] = {}
 
-    def begin(self, kwargs: Mapping[str, Any]) -> None:
-        """A forward of the decoder begins, with these arguments."""
-        walk = self._walk
-        walk.passed = walk.last = None
-        walk.plain = all(value is None or name in _PLAIN for name, value in kwargs.items())
-
-    def saw(self, index: int, hidden: Tensor, out: Any) -> None:
-        """Layer `index` computed by itself. Once all did, each on what the one before gave and nothing else (vision
-        features may be added in between), the stack may compute them."""
-        walk = self._walk
-        if self._straight or not getattr(walk, "plain", False):
-            return
-        walk.line = index == 0 or getattr(walk, "line", False) and walk.last is hidden
-        walk.last = out
-        if index == len(self.layers) - 1:
-            self._straight, walk.last = walk.line, None
-
-    def passes(self, index: int, hidden: Tensor) -> bool:
-        """Whether layer `index` is given what the stack computed, itself included."""
-        walk = self._walk
-        if getattr(walk, "passed", None) is not hidden or index != walk.next:
-            return False
-        walk.next += 1
-        if walk.next == len(self.layers):
-            walk.passed = None
-        return True
-
-    def forward(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
-        """All layers on `hidden` [B, S, H], for what the first was called with; None where they go one by one."""
-        cache = kwargs.get("past_key_values")
-        if not self._straight or not getattr(self._walk, "plain", False):
-            return None
+    def forward(self, kwargs: Mapping[str, Any]) -> Any:
+        """What the decoder returns for these arguments; None where its family's code has to compute."""
+        cache, config = kwargs.get("past_key_values"), self.decoder.orig_module.config
         if type(cache) is not PagedCache or torch.is_grad_enabled() or is_collecting():
             return None
-        if getattr(self.config, "num_hidden_layers", 0) != len(self.layers) or len(cache.layers) < len(self.layers):
+        if not _is_plain(kwargs, config) or getattr(config, "num_hidden_layers", 0) != len(self.decoder.layers):
             return None
-        held = cache.layers[: len(self.layers)]
-        if any(type(layer) is not PagedLayer for layer in held):  # a window has a mask of its own
+        given = kwargs.get("input_ids")
+        given = kwargs.get("inputs_embeds") if given is None else given
+        if (
+            type(given) is not Tensor
+            or given.device.type != "cpu"
+            or torch_ops.is_traced(given)
+            or self.decoder.training
+        ):
             return None
-        made = self._made.get(hidden.dtype)
-        if made is None or not made[0].unchanged():
-            made = self._make(hidden, kwargs)
-            if made is None:
+        made = self._of(kwargs, given, cache)
+        return None if made is None else made.forward(kwargs, given, cache)
+
+    def _of(self, kwargs: Mapping[str, Any], given: Tensor, cache: PagedCache) -> "_Made | None":
+        """The native call for inputs such as `given`, made when first wanted and again when anything changed."""
+        kept = self._made.get(given.dtype)
+        if kept is None or not kept[0].unchanged():
+            made = self._make(given, cache)
+            kept = self._made[given.dtype] = Watch([self.decoder]), made  # after: a layer makes itself ready at first
+        return kept[1]
+
+    def _make(self, given: Tensor, cache: PagedCache) -> "_Made | None":
+        decoder = self.decoder
+        found = decoding_of(decoder.orig_module)
+        if found is None or has_hooks(decoder._modules[found.norm]) or any(has_hooks(x) for x in decoder.layers):
+            return None
+        dtype = given.dtype
+        if not dtype.is_floating_point:
+            dtype = decoder._modules[found.embedding](given[:1, :1]).dtype
+        like = torch.zeros(1, 1, decoder._modules[found.norm].weight.shape[-1], dtype=dtype, device="cpu")
+        with torch.no_grad():
+            steps = [layer.native_step(like, {"past_key_values": cache}) for layer in decoder.layers]
+        if any(step is None for step in steps):
+            return None
+        return _Made(decoder, found, [step[0].layers[0] for step in steps])
+
+
+class _Made:
+    """The call, and what goes into it."""
+
+    def __init__(self, decoder: nn.Module, found: Decoding, layers: Sequence[native.Layer]) -> None:
+        self.decoder, self.found = decoder, found
+        attentions = [layer.attention for layer in decoder.layers]
+        self._numbers = [attention.layer_idx for attention in attentions]
+        self._attending = [attention.attending for attention in attentions]
+        # Angles of a kind: of one call of a rotary module, or none at all.
+        kinds = [found.kinds[i] if attending.rotates else -1 for i, attending in enumerate(self._attending)]
+        self._kinds = sorted(set(kinds))
+        self._angles = {i: Angles(decoder._modules[name], given) for i, (name, given) in enumerate(found.rotaries)}
+        norm = None
+        if found.rms is not None:
+            eps, shift = found.rms
+            norm = decoder._modules[found.norm].weight.detach().float() + shift, eps
+        self._layers = native.Layers(layers, [self._kinds.index(kind) for kind in kinds], norm)
+
+    def forward(self, kwargs: Mapping[str, Any], given: Tensor, cache: PagedCache) -> Any:
+        held = [cache.layers[number] if number < len(cache.layers) else None for number in self._numbers]
+        for part, attending in zip(held, self._attending, strict=True):
+            if not isinstance(part, PagedLayer) or part.joined != attending.joined:
                 return None
-            self._made[hidden.dtype] = made
-        first = self.layers[0]  # what all are called with; that the rest is as it was, the watch has said
-        if not may_use_c(first, hidden) or torch_ops.is_traced(hidden) or first.attention.pages(hidden, kwargs) is None:
+        past, tokens = held[0].get_seq_length(), given.shape[1]
+        pads = padding(kwargs.get("attention_mask"), past + tokens)
+        where = kwargs.get("position_ids")
+        if pads is None or where is not None and (where.dim() != 2 or where.shape[1] != tokens):
             return None
-        for layer, part in zip(self.layers, held, strict=True):
+        hidden = given if given.dim() == 3 else self.decoder._modules[self.found.embedding](given)
+        hidden = hidden if self.found.factor == 1.0 else hidden * self.found.factor
+        for part, attending in zip(held, self._attending, strict=True):
             if part.pages is None:
-                layer.attention.attending.prepare(part, hidden.dtype)
-        step = first.attention.step(held[0], kwargs)
-        out = made[1].forward(hidden, [part.pages for part in held], *step)
-        self._walk.passed, self._walk.next = (out if len(self.layers) > 1 else None), 1
-        return out
+                attending.prepare(part, hidden.dtype)
+        positions = [None if kind < 0 else self._angles[kind].of(hidden, past, where) for kind in self._kinds]
+        out = self._layers.forward(hidden, [part.pages for part in held], positions, pads=pads or None)
+        for part in held:
+            part.advanced()
+        if self.found.rms is None:
+            out = self.decoder._modules[self.found.norm](out)
+        return self.found.output(last_hidden_state=out, past_key_values=cache)
 
-    def forget(self) -> None:
-        """A layer gave its weights back: each computes by itself until all are loaded again."""
-        self._made.clear()
-        self._straight = False
 
-    def _make(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> tuple[Watch, native.Layers] | None:
-        if any(has_hooks(layer) for layer in self.layers):
-            return None
-        found = [layer.native_step(hidden, kwargs) for layer in self.layers]
-        if any(one is None for one in found) or len({layer.attention.attending.rotates for layer in self.layers}) > 1:
-            return None
-        return Watch(self.layers), native.Layers([one[0].layers[0] for one in found])
+def _is_plain(kwargs: Mapping[str, Any], config: Any) -> bool:
+    """Whether only the last hidden state is wanted, of nothing but tokens."""
+    shown = any(kwargs.get(name, getattr(config, name, False)) for name in _SHOWN)
+    if shown or kwargs.get("return_dict", True) is False or kwargs.get("use_cache", True) is False:
+        return False
+    return all(value is None or name in _PLAIN for name, value in kwargs.items())
+
+
+def padding(mask: Any, length: int) -> tuple[int, ...] | None:
+    """How many tokens on the left are padding, of each sequence, by a mask [B, length] of ones and zeros; () for no
+    mask, None for a mask of another form."""
+    if mask is None:
+        return ()
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] != length or mask.device.type != "cpu":
+        return None
+    seen = mask != 0
+    counts = seen.sum(1)
+    if not bool((seen[:, 1:] >= seen[:, :-1]).all()):
+        return None
+    return tuple((length - counts).tolist())

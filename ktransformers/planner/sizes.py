@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ktransformers.models.traits import TRAITS, is_beside_text, layer_of
+from ktransformers.operators.embedding import KTransformersEmbedding
 from ktransformers.operators.experts import KTransformersExperts
 from ktransformers.operators.hot_experts import gpu_device, ids_of
 from ktransformers.operators.inner_ops import final_name, given, is_cpu
@@ -149,7 +150,12 @@ def _matrix(
     """A module that is no experts: packed where the C library computes it, dense elsewhere."""
     device = str(placed.device) if placed else "cpu"
     type_, held, mapped = DENSE, _dense(own), False
-    if placed is not None and placed.operator is not None and issubclass(placed.operator, KTransformersLinear):
+    operator = placed.operator if placed else None
+    if operator is not None and issubclass(operator, KTransformersEmbedding) and type(module) is nn.Embedding:
+        stored, size = _stored(own, form)
+        if is_cpu(device) and in_c(stored):
+            type_, held, mapped = stored, size, True
+    elif operator is not None and issubclass(operator, KTransformersLinear):
         stored, size = _stored(own, form)
         named = final_name(given(placed.kwargs.get("generate_op")), device)
         packed = named in (None, "KLinearCPUInfer") and is_cpu(device) and in_c(stored)

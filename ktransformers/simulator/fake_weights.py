@@ -189,6 +189,19 @@ class _Linear:
     __call__ = forward
 
 
+class _Embedding:
+    """`native.Embedding`, likewise."""
+
+    def __init__(self, weight: Any, name: str = "embedding") -> None:
+        self.weight, self.name, self.held = weight, name, _held([weight])
+        self.count, self.hidden = weight.shape
+
+    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        if ids.device.type != "cpu" or ids.is_floating_point():
+            raise NativeError(f"{self.name}: found ids of {ids.dtype} on {ids.device}, expected int64 on the cpu.")
+        return torch.empty((*ids.shape, self.hidden), dtype=dtype, device="cpu")
+
+
 class _Experts:
     """`native.Experts`, likewise."""
 
@@ -262,6 +275,7 @@ def stand_ins() -> Iterator[None]:
 
     with (
         swapped(native, "Linear", _Linear),
+        swapped(native, "Embedding", _Embedding),
         swapped(native, "Experts", _Experts),
         swapped(native, "available", lambda: True),
         swapped(native, "nodes", lambda: [1]),

@@ -412,15 +412,17 @@ typedef struct kt_attention kt_attention;
 /* One call on batch x tokens rows of dtype. cos and sin: angles of each token, of `rotary` rotated values; the first
  * rotary / 2 numbers of a row are read; rotary_row and rotary_batch: numbers from a token and a sequence to the next
  * (0: alike). cos NULL: no positions. sequences: one for each of the batch, with room for the new tokens, which get
- * the places from `length` on. mask: NULL for causal; else bytes [batch][tokens][keys from mask_first on], nonzero
- * for what is seen, instead of causality and window; mask_batch 0: one for all. */
+ * the places from `length` on. window: instead of the attention's own, where it is not 0. mask: NULL for causal; else
+ * bytes [batch][tokens][keys from mask_first on], nonzero for what is seen, instead of causality and window; mask_batch
+ * 0: one for all. like: for kt_layers_forward. */
 typedef struct kt_attention_call {
-    int32_t dtype, rotary_dtype;
+    int32_t dtype, rotary_dtype, like;
     int64_t batch, tokens;
     const void *cos, *sin;
     int64_t rotary, rotary_row, rotary_batch;
     kt_sequence *sequences;
     kt_kv_layout layout;
+    int64_t window;
     const uint8_t *mask;
     int64_t mask_batch, mask_row, mask_first;
 } kt_attention_call;
@@ -448,11 +450,20 @@ typedef struct kt_layer kt_layer;
 int kt_layer_create(const kt_layer_desc *desc, kt_layer **layer);
 void kt_layer_destroy(kt_layer *layer);
 
-/* `count` layers one after the other, the sum between them in fp32: hidden, out [batch, tokens, H]; out may be hidden.
- * calls: one a layer; the first says all but each layer's own sequences and layout. Lengths are raised in all layers, or
- * where something fails in none. */
-int kt_layers_forward(int64_t count, const kt_layer *const *layers, const kt_attention_call *calls, kt_pool *pool,
-                      const void *hidden, void *out);
+/* Layers one after the other, and the norm after the last of them (fp32 [H] and its eps) where `norm` is not NULL. calls:
+ * one a layer, with its own sequences, layout and window; all else of a layer's call is that of calls[its like], and like
+ * is at most the layer's own number. */
+typedef struct kt_stack {
+    int64_t count;
+    const kt_layer *const *layers;
+    const kt_attention_call *calls;
+    const float *norm;
+    float eps;
+} kt_stack;
+
+/* hidden, out [batch, tokens, H]; out may be hidden. The sum between the layers is in fp32. Lengths are raised in all
+ * layers, or where something fails in none. */
+int kt_layers_forward(const kt_stack *stack, kt_pool *pool, const void *hidden, void *out);
 
 /* Attention of one sequence's last `queries` of `length` cached tokens. Pages of 64 tokens: keys[p] points to token 64*p
  * of head 0, from where heads are key_head and tokens key_row bytes apart; values likewise, and may be the same memory.
@@ -491,6 +502,9 @@ int kt_attention_core(kt_pool *pool, const kt_attention_args *args);
 
 /* out[rows, cols] = the weight's values in fp32. */
 int kt_dequantize(const kt_weight *w, float *out);
+
+/* Rows `ids` of an embedding table as `dtype`: out [count, cols]. KT_ERR_SHAPE for an id that is no row. */
+int kt_embed(const kt_weight *w, const int64_t *ids, int64_t count, void *out, int dtype);
 
 /* x [rows, cols] of `dtype` to a packed type; out_bytes: exactly what rows, cols and type need. importance: fp32 [cols],
  * how much a squared error in each column counts, or NULL for alike; plain types and Q8_0 have no choice and ignore it.

@@ -270,6 +270,20 @@ static void dequantize_case(void) {
     compare(status, kt_dequantize(&w, (float *)out[1]), out, bytes, KT_F32, "dequantize");
 }
 
+static void embed_case(void) {
+    const kt_weight w = truthful(random_size(), random_size());
+    const int sane = w.rows > 0 && w.cols > 0 && w.rows < 1 << 16 && w.cols < 1 << 16;
+    const int64_t count = chance(20) ? PICK(-1, INT64_MIN, INT64_MAX) : below(9);
+    const int dtype = (int)PICK(0, 1, 2, 0, 1, 2, 3, -1);
+    int64_t ids[9];
+    for (int i = 0; i < 9; i++) ids[i] = sane && !chance(50) ? below(w.rows) : PICK(-1, w.rows, INT64_MIN, INT64_MAX);
+    const size_t bytes = sane && count > 0 && count < 9 ? (size_t)(count * w.cols) * size_of(dtype) : 0;
+    uint8_t *out[2];
+    two_outputs(out, bytes, dtype);
+    int status = kt_embed(&w, ids, count, out[0], dtype);
+    compare(status, kt_embed(&w, ids, count, out[1], dtype), out, bytes, dtype, "embed");
+}
+
 /* Any numbers to any type. Those that cannot be encoded are found after others were written. */
 static void encode_case(void) {
     const struct kt_traits *t = &kt_traits_table[below(KT_FORMATS)];
@@ -444,7 +458,7 @@ static double seconds(void) {
 }
 
 int main(int argc, char **argv) {
-    static void (*const cases[])(void) = {linear_case, linear_case, dequantize_case, encode_case, experts_case,
+    static void (*const cases[])(void) = {linear_case, linear_case, dequantize_case, embed_case, encode_case, experts_case,
                                           experts_case, block_case, block_case, attention_case, attention_case,
                                           layer_case, layer_case, latent_case, latent_case, lies};
     const double limit = argc > 1 ? atof(argv[1]) : 8, begin = seconds();

@@ -143,6 +143,8 @@ static void layer_case(void) {
     c.cos = random_floats(rotary * 50);
     c.sin = chance(20) ? NULL : random_floats(rotary * 50);
     if (!c.cos || rotary * 50 < steps[0] * rotary / 2) c.rotary_row = 0;
+    c.window = chance(3) ? 1 + below(20) : 0;
+    const float *last = chance(2) ? random_floats(hidden) : NULL;
     kt_sequence s[2][MOST];
     for (int i = 0; i < 2 && layer; i++) empty_sequences(&d, &c.layout, batch, steps[0] + steps[1], s[i]);
     for (int step = 0; step < 2 && layer; step++) {
@@ -154,7 +156,9 @@ static void layer_case(void) {
         two_outputs(out, bytes, c.dtype);
         for (int i = 0; i < 2; i++) {
             c.sequences = s[i];
-            status[i] = kt_layers_forward(1, (const kt_layer *const *)&layer, &c, pools[i], x, out[i]);
+            const kt_stack stack = {.count = 1, .layers = (const kt_layer *const *)&layer, .calls = &c, .norm = last,
+                                    .eps = 1e-6f};
+            status[i] = kt_layers_forward(&stack, pools[i], x, out[i]);
         }
         compare(status[0], status[1], out, bytes, c.dtype, "layer");
         check(status[0] || s[0][0].length == s[1][0].length, "length");

@@ -62,7 +62,7 @@ def test_layers_in_one_call_give_what_their_parts_give(tokens, factor):
     hidden, positions, at = hidden_of(2, sum(tokens)), positions_of(PLAIN, 1, sum(tokens)), 0
     for count in tokens:
         piece, place = hidden[:, at : at + count], cut(positions, at, at + count)
-        out = stack.forward(piece, pages, place)
+        out = stack.forward(piece, pages, [place])
         torch.testing.assert_close(out, one_by_one(parts, piece, theirs, place), rtol=1e-4, atol=1e-5)
         at += count
     assert [held.lengths for held in pages] == [[at, at]] * 3
@@ -71,7 +71,7 @@ def test_layers_in_one_call_give_what_their_parts_give(tokens, factor):
 def test_more_tokens_than_a_piece_of_the_second_half():
     parts = [layer(1)]
     hidden, positions = hidden_of(1, 2100), positions_of(PLAIN, 1, 2100)
-    out = native.Layers([parts[0][0]]).forward(hidden, [parts[0][1].pages()], positions)
+    out = native.Layers([parts[0][0]]).forward(hidden, [parts[0][1].pages()], [positions])
     expected = one_by_one(parts, hidden, [parts[0][1].pages()], positions)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
@@ -87,7 +87,7 @@ def test_between_layers_the_sum_is_fp32(dtype):
         x = hidden
         for some in step:
             made = native.Layers([part[0] for part in some])
-            x = made.forward(x, [part[1].pages() for part in some], positions)
+            x = made.forward(x, [part[1].pages() for part in some], [positions])
         assert x.dtype == dtype
         return (x.float() - exact).norm() / exact.norm()
 
@@ -102,7 +102,7 @@ def test_bits_do_not_depend_on_threads():
             native.set_threads(count)
             for tokens in (1, 30):
                 pages = [part[1].pages() for part in parts]
-                found.append(stack.forward(hidden_of(2, tokens), pages, positions_of(PLAIN, 1, tokens)))
+                found.append(stack.forward(hidden_of(2, tokens), pages, [positions_of(PLAIN, 1, tokens)]))
     finally:
         native.set_threads(None)
     assert all(torch.equal(found[i], found[i % 2]) for i in range(6))

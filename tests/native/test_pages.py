@@ -77,7 +77,7 @@ def test_pages_before_a_window_are_given_back():
     before = pages.nbytes
     pages.drop(150)
     assert pages.nbytes == before - 2 * 2 * pages.page_bytes  # two pages of each, 128 tokens
-    assert pages.starts() == [150, 150]
+    assert pages.held_from == [150, 150]
     assert torch.equal(pages.gathered(150)[0], keys[:, :, 150:])
 
 

@@ -158,7 +158,7 @@ static struct kt_attend attend_expanded(const struct kt_piece *p, const struct k
     const struct kt_latent_piece *own = &p->latent;
     return (struct kt_attend){
         .k = p->k, .type = own->type, .heads = heads, .kv_heads = heads, .size = query_size(a),
-        .value_size = a->d.value_size, .scale = a->d.scale, .window = a->d.window,
+        .value_size = a->d.value_size, .scale = a->d.scale, .window = kt_window(p),
         .sinks = a->d.sinks ? a->d.sinks + from : NULL, .q = own->q ? own->q + from * query_size(a) : NULL,
         .q_stride = own->q_stride, .out = p->mixed ? p->mixed + from * a->d.value_size : NULL,
         .out_stride = p->mixed_stride, .sequence = s, .sequences = 1};

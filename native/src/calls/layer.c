@@ -3,7 +3,7 @@
  *   x   = hidden, in fp32 until the last layer is done
  *   for each layer:   x += factor * attention(norm(x))
  *                     x += factor * mlp(norm(x))          routed experts, or one dense MLP
- *   out = x
+ *   out = x, or norm(x)
  *
  * What a layer's second half is given is rounded to the model's dtype, as its matrices expect. Tokens of it go in
  * pieces, for how much memory it takes; a piece is large enough that unpacking weights is repaid. */
@@ -41,6 +41,7 @@ void kt_layer_destroy(kt_layer *layer) { free(layer); }
 
 struct stack {
     const struct kt_kernels *k;
+    const kt_stack *of;
     const struct kt_layer *layer;
     int64_t hidden, tokens;
     int dtype;
@@ -68,8 +69,11 @@ static void load(void *ctx, int32_t job, int thread) {
 static void store(void *ctx, int32_t job, int thread) {
     (void)thread;
     const struct stack *s = ctx;
-    for (int64_t t = (int64_t)job * s->per_job; t < job_end(s, job, s->tokens); t++)
-        kt_store_row(s->k, s->x + t * s->hidden, s->hidden, s->dtype, s->out, t * s->hidden);
+    for (int64_t t = (int64_t)job * s->per_job; t < job_end(s, job, s->tokens); t++) {
+        float *x = s->x + t * s->hidden;
+        if (s->of->norm) kt_rms_norm(x, s->of->norm, s->of->eps, s->hidden, x);
+        kt_store_row(s->k, x, s->hidden, s->dtype, s->out, t * s->hidden);
+    }
 }
 
 static void normalize(void *ctx, int32_t job, int thread) {
@@ -115,16 +119,16 @@ static void layout(struct stack *s, struct kt_arena *arena, int threads) {
     s->room = kt_arena_take(arena, threads * s->hidden, sizeof *s->room);
 }
 
-/* The call of one layer. */
-static kt_attention_call call_of(const kt_attention_call *calls, int64_t i) {
-    kt_attention_call c = calls[0];
-    c.sequences = calls[i].sequences;
-    c.layout = calls[i].layout;
+static kt_attention_call call_of(const kt_stack *of, int64_t i) {
+    const kt_attention_call *own = &of->calls[i];
+    kt_attention_call c = of->calls[own->like];
+    c.sequences = own->sequences;
+    c.layout = own->layout;
+    c.window = own->window;
     return c;
 }
 
-static int run(struct stack *s, kt_pool *pool, int64_t count, const kt_layer *const *layers,
-               const kt_attention_call *calls) {
+static int run(struct stack *s, kt_pool *pool) {
     const int threads = kt_pool_threads(pool);
     struct kt_arena arena = {0};
     layout(s, &arena, threads);
@@ -135,12 +139,12 @@ static int run(struct stack *s, kt_pool *pool, int64_t count, const kt_layer *co
     s->per_job = (int32_t)(1 + 16384 / s->hidden);
     const int32_t jobs = (int32_t)((s->tokens + s->per_job - 1) / s->per_job);
     kt_pool_run(pool, load, s, jobs);
-    for (int64_t i = 0; i < count; i++) {
-        s->layer = layers[i];
-        const kt_layer_desc *d = &layers[i]->d;
+    for (int64_t i = 0; i < s->of->count; i++) {
+        s->layer = s->of->layers[i];
+        const kt_layer_desc *d = &s->layer->d;
         const struct kt_rows in = {.data = s->x, .dtype = KT_F32, .norm = d->attention_norm, .eps = d->attention_eps};
         const struct kt_sum sum = {.data = s->x, .dtype = KT_F32, .add = 1, .factor = d->factor};
-        const kt_attention_call call = call_of(calls, i);
+        const kt_attention_call call = call_of(s->of, i);
         int status = kt_attention_run(d->attention, pool, &call, &in, &sum);
         if (!status) status = second_half(s, pool);
         if (status) return status;
@@ -149,26 +153,35 @@ static int run(struct stack *s, kt_pool *pool, int64_t count, const kt_layer *co
     return KT_OK;
 }
 
-int kt_layers_forward(int64_t count, const kt_layer *const *layers, const kt_attention_call *calls, kt_pool *pool,
-                      const void *hidden, void *out) {
-    if (!layers || !calls || !pool) return KT_ERR_NULL;
-    if (count < 1 || count > MAX_LAYERS) return KT_ERR_SHAPE;
-    for (int64_t i = 0; i < count; i++) {
-        if (!layers[i]) return KT_ERR_NULL;
-        if (layers[i]->hidden != layers[0]->hidden) return KT_ERR_SHAPE;
+/* That layers fit together, and that all their calls are on the same rows. */
+static int check_stack(const kt_stack *of) {
+    if (!of->layers || !of->calls) return KT_ERR_NULL;
+    if (of->count < 1 || of->count > MAX_LAYERS) return KT_ERR_SHAPE;
+    for (int64_t i = 0; i < of->count; i++) {
+        const int32_t like = of->calls[i].like;
+        if (!of->layers[i]) return KT_ERR_NULL;
+        if (of->layers[i]->hidden != of->layers[0]->hidden || like < 0 || like > i) return KT_ERR_SHAPE;
+        const kt_attention_call *c = &of->calls[like], *first = of->calls;
+        if (c->batch != first->batch || c->tokens != first->tokens || c->dtype != first->dtype) return KT_ERR_SHAPE;
     }
-    const int64_t batch = calls->batch, each = calls->tokens;
+    const int64_t batch = of->calls->batch, each = of->calls->tokens;
     if (batch < 0 || each < 0 || batch > 1 << 20 || each > KT_MAX_DIM || batch * each > KT_MAX_DIM) return KT_ERR_SHAPE;
-    if (!kt_dtype_size(calls->dtype)) return KT_ERR_DTYPE;
-    if (!batch || !each) return KT_OK;
+    return kt_dtype_size(of->calls->dtype) ? KT_OK : KT_ERR_DTYPE;
+}
+
+int kt_layers_forward(const kt_stack *of, kt_pool *pool, const void *hidden, void *out) {
+    if (!of || !pool) return KT_ERR_NULL;
+    const int wrong = check_stack(of);
+    if (wrong) return wrong;
+    struct stack s = {.of = of, .hidden = of->layers[0]->hidden, .tokens = of->calls->batch * of->calls->tokens,
+                      .dtype = of->calls->dtype, .in = hidden, .out = out};
+    if (!s.tokens) return KT_OK;
     if (!hidden || !out) return KT_ERR_NULL;
-    struct stack s = {.hidden = layers[0]->hidden, .tokens = batch * each, .dtype = calls->dtype, .in = hidden,
-                      .out = out};
     kt_pool_lock(pool);
     s.k = kt_kernels();
-    const int status = run(&s, pool, count, layers, calls);
-    for (int64_t i = 0; i < count && !status; i++) {
-        const kt_attention_call call = call_of(calls, i);
+    const int status = run(&s, pool);
+    for (int64_t i = 0; i < of->count && !status; i++) {
+        const kt_attention_call call = call_of(of, i);
         kt_sequences_raise(&call);
     }
     kt_pool_unlock(pool);

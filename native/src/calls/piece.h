@@ -71,6 +71,9 @@ void kt_attention_place(struct kt_attention *a);
 /* projection->out = W x (+ bias) of the piece's tokens, those of `nonfinite` in fp32. */
 void kt_project(struct kt_piece *p, kt_pool *pool, const struct kt_projection *projection);
 
+/* Tokens that a query of the call sees, 0 for all. */
+static inline int64_t kt_window(const struct kt_piece *p) { return p->c->window ? p->c->window : p->a->d.window; }
+
 struct kt_angles {
     float cos[KT_MAX_ROTARY], sin[KT_MAX_ROTARY], room[KT_MAX_ROTARY * 2];
 };

@@ -352,7 +352,7 @@ static int run_piece(struct kt_piece *p, kt_pool *pool) {
     p->forms_m = kt_forms_needed(p->k, &a->out, p->tokens, p->c->dtype);
     p->attend = (struct kt_attend){
         .k = p->k, .type = p->c->layout.type, .heads = d->heads, .kv_heads = d->kv_heads, .size = d->size,
-        .value_size = d->value_size, .scale = d->scale, .window = d->window, .sinks = d->sinks,
+        .value_size = d->value_size, .scale = d->scale, .window = kt_window(p), .sinks = d->sinks,
         .q_stride = a->width, .sequences = (int32_t)p->sequences};
     const int status = take_memory(p, pool);
     if (status) return status;
@@ -383,6 +383,7 @@ static int check_layout(const struct kt_attention *a, const kt_kv_layout *l) {
 
 static int check_call(const struct kt_attention *a, const kt_attention_call *c) {
     if (c->batch < 0 || c->batch > 1 << 20 || c->tokens < 0 || c->tokens > KT_MAX_DIM) return KT_ERR_SHAPE;
+    if (c->window < 0) return KT_ERR_SHAPE;
     if (!kt_dtype_size(c->dtype)) return KT_ERR_DTYPE;
     const int status = check_layout(a, &c->layout);
     if (status) return status;

@@ -1,0 +1,167 @@
+"""Decoders: what a family's code does around its layers, recognized by what happens to stand-ins.
+
+The code runs as it is with listeners in the place of embedding, layers, rotary embeddings and norm. Where each is given
+just what the one before gave, and masks are causal or such with the cache's windows, nothing else is in it.
+"""
+
+import copy
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from ktransformers.models.traits import TRAITS
+from ktransformers.operators.attending import epsilon, normed
+from ktransformers.operators.twin import close, noise, original, twin
+
+TOKENS, WINDOW = 6, 3
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """out = norm(layers(factor * embedding(ids), angles)): names of the children."""
+
+    embedding: str
+    factor: float
+    norm: str
+    rms: tuple[float, float] | None
+    """Where the norm divides by the root mean square: its eps, and what is added to its weight. None: any other."""
+    rotaries: tuple[tuple[str, tuple], ...]
+    """Name of a rotary module, and its arguments beside hidden states and positions: (positional, by name)."""
+    kinds: tuple[int, ...]
+    """Of each layer: the number of its rotary call, or -1."""
+    output: type
+    """What the results are returned in."""
+
+
+def decoding_of(decoder: nn.Module) -> Decoding | None:
+    """What the family's `decoder` does, or None where it is anything else."""
+    try:
+        with torch.no_grad():
+            return _recognize(original(decoder))
+    except Exception:  # the family's code may want anything: other arguments, other parts, a device
+        return None
+
+
+class _Listener(nn.Module):
+    """Remembers what it was given and what it gave."""
+
+    def __init__(self, inner: Callable[..., Any], like: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["inner"], self.__dict__["like"] = inner, original(like)
+        self.heard: list[tuple[tuple, dict, Any]] = []
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        gave = self.inner(*args, **kwargs)
+        self.heard.append((args, kwargs, gave))
+        return gave
+
+    def __getattr__(self, name: str) -> Any:
+        """Families ask layers for their kind."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["like"], name)
+
+    @property
+    def once(self) -> tuple[tuple, dict, Any]:
+        (heard,) = self.heard
+        return heard
+
+
+def _recognize(decoder: nn.Module) -> Decoding | None:
+    children = {name: original(child) for name, child in decoder._modules.items() if child is not None}
+    (embedding,) = (name for name, child in children.items() if TRAITS["embedding"](child))
+    (norm,) = (name for name, child in children.items() if TRAITS["norm"](child))
+    rotaries = [name for name, child in children.items() if TRAITS["rotary"](child)]
+    x = noise(1, TOKENS, children[norm].weight.shape[-1], seed=5)
+    last = twin(children[norm], torch.float32)
+    parts = {embedding: _Listener(lambda ids: x, children[embedding]), norm: _Listener(last, last)}
+    parts |= {name: _Listener(children[name], children[name]) for name in rotaries}
+    layers = [_Listener(lambda x, *args, _i=i, **kwargs: torch.tanh(x.roll(1, -1) * (1 + _i / 7)), layer)
+              for i, layer in enumerate(children["layers"])]  # fmt: skip
+    made = twin(decoder, torch.float32, {**parts, "layers": nn.ModuleList(layers)})
+    made.config = _small(decoder.config)
+    out = made(input_ids=torch.zeros(1, TOKENS, dtype=torch.int64, device="cpu"), use_cache=False)
+    given = [layer.once for layer in layers]
+    factor = _factor(x, given[0][0][0])
+    chained = all(after[0][0] is before[2] for before, after in itertools.pairwise(given))
+    args, _, result = parts[norm].once
+    ends = args[0] is given[-1][2] and out.last_hidden_state is result and _nothing_else(out)
+    if factor is None or not chained or not ends or not _masks_are_known(made.config, [call[1] for call in given]):
+        return None
+    turning = [(name, *heard) for name in rotaries for heard in parts[name].heard]
+    if not all(_by_position(args, kwargs) for _, args, kwargs, _ in turning):
+        return None
+    kinds = tuple(_kind(call[1].get("position_embeddings"), turning) for call in given)
+    return Decoding(
+        embedding, factor, norm, _rms(last, args[0], result),
+        tuple((name, (args[2:], tuple((k, v) for k, v in kwargs.items() if k != "position_ids")))
+              for name, args, kwargs, _ in turning),
+        kinds, type(out),
+    )  # fmt: skip
+
+
+def _small(config: Any) -> Any:
+    """The config with windows that a few tokens fill, and masks that are always made."""
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"
+    for name in ("sliding_window", "attention_chunk_size"):
+        if isinstance(getattr(config, name, None), int):
+            setattr(config, name, WINDOW)
+    return config
+
+
+def _factor(x: Tensor, given: Tensor) -> float | None:
+    """given = factor * x."""
+    factor = round(float((given * x).sum() / x.square().sum()), 6)
+    return (1.0 if given is x else factor) if given.shape == x.shape and close(given, x * factor) else None
+
+
+def _nothing_else(out: Any) -> bool:
+    return all(value is None for name, value in out.items() if name not in ("last_hidden_state", "past_key_values"))
+
+
+def _masks_are_known(config: Any, given: list[dict[str, Any]]) -> bool:
+    """Whether each layer sees what its layer of a cache lets it see."""
+    behind = torch.arange(TOKENS)[:, None] - torch.arange(TOKENS)[None]
+    cached = DynamicCache(config=config.get_text_config(decoder=True)).layers
+    for number, kwargs in enumerate(given):
+        mask = kwargs.get("attention_mask")
+        if not isinstance(mask, Tensor):
+            return False
+        layer = cached[number] if number < len(cached) else None
+        window = WINDOW if getattr(layer, "is_sliding", False) else TOKENS
+        if not torch.equal(
+            mask[0, 0].bool() if mask.dtype == torch.bool else mask[0, 0] == 0, (behind >= 0) & (behind < window)
+        ):
+            return False
+    return True
+
+
+def _by_position(args: tuple, kwargs: dict) -> bool:
+    """Whether a rotary module was called with hidden states and the numbers of all tokens."""
+    where = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+    return where.dim() == 2 and torch.equal(where[0].cpu(), torch.arange(TOKENS))
+
+
+def _kind(positions: Any, turning: list[tuple]) -> int:
+    """Which rotary call gave `positions`. Raises ValueError for none of them."""
+    if positions is None:
+        return -1
+    for number, (*_, gave) in enumerate(turning):
+        same = gave is positions
+        if not same and isinstance(gave, tuple) and isinstance(positions, tuple):
+            same = all(a is b for a, b in zip(gave, positions, strict=True))
+        if same:
+            return number
+    raise ValueError("angles from elsewhere")
+
+
+def _rms(norm: nn.Module, x: Tensor, result: Tensor) -> tuple[float, float] | None:
+    eps = epsilon(norm)
+    return next(((eps, s) for s in (0.0, 1.0) if close(normed(x, norm.weight + s, eps), result)), None)

@@ -1,0 +1,78 @@
+"""Embedding tables: the checkpoint's own bytes on the CPU, of which a token reads one row.
+
+A dense table in bf16 is often the largest thing in memory that is not an expert, and nothing is computed with it. On
+another device, for a family's own kind of embedding, and where a format is not computed in C, the table is dense.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ktransformers import native
+from ktransformers.models.traits import TRAITS
+from ktransformers.operators.base_operator import FamilyOperator
+from ktransformers.operators.inner_ops import dtype_problem, is_cpu, stored_problem
+
+
+class PackedWeight:
+    """What a packed table shows as its weight [V, H]: what families ask before they look rows up, and no numbers."""
+
+    def __init__(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+        self.name, self.shape, self.dtype, self.device = name, torch.Size(shape), dtype, torch.device("cpu")
+        self.requires_grad = False
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"{self.name}: rows are read from packed bytes and there is no dense weight, so it has no {name!r}; leave "
+            "this module out of the rules to have one"
+        )
+
+
+class KTransformersEmbedding(FamilyOperator):
+    """ids [...] -> [..., H] in the model's dtype."""
+
+    replaces = "an embedding table"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.dtype = self.orig_module.weight.dtype
+        self.table: native.Embedding | None = None
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        return TRAITS["embedding"](module)
+
+    def packs(self) -> bool:
+        """Whether the table stays as it is stored."""
+        weights, name = self.gguf_loader, f"{self.key}.weight"
+        if type(self.orig_module) is not nn.Embedding or self.orig_module.max_norm is not None:
+            return False
+        if not is_cpu(self.generate_device) or not weights.has(name) or not weights.can_pack(name):
+            return False
+        return native.available() and not dtype_problem(self.dtype, "") and not stored_problem(weights, [name], "")
+
+    def load(self) -> None:
+        if not self.packs():
+            super().load()
+            return
+        self.loads += 1
+        self.table = native.Embedding(self.gguf_loader.packed(f"{self.key}.weight"), self.key)
+        self._parameters.pop("weight", None)
+
+    def unload(self) -> None:
+        super().unload()
+        self.table = None
+
+    def __getattr__(self, name: str) -> Any:
+        """Called for what is not found: `weight` while the table is packed."""
+        if name == "weight" and self.__dict__.get("table") is not None:
+            return PackedWeight(self.key, (self.num_embeddings, self.embedding_dim), self.dtype)
+        return super().__getattr__(name)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) if self.table is None else self.table.forward(ids.cpu(), self.dtype)
+
+    def extra_repr(self) -> str:
+        sizes = f"{self.num_embeddings}, {self.embedding_dim}"
+        return sizes if self.table is None else f"{sizes}, {self.table.weight.type.name}"
