@@ -70,10 +70,11 @@ def generate(
     cache = cache or PrefixCache()
     timing = timing if timing is not None else Timing()
     choose = Chooser(sampling, model, ids, max_new_tokens, tokenizer)
+    device = model.device  # found by a walk over modules
 
     start = time.perf_counter()
     timing.reused_tokens = cache.reuse(ids)
-    token = choose(_prefill(model, ids, cache, chunk_size))
+    token = choose(_prefill(model, ids, cache, chunk_size, device))
     cache.record()
     timing.prefill_tokens = len(ids) - timing.reused_tokens
     timing.prefill_seconds = time.perf_counter() - start
@@ -85,26 +86,28 @@ def generate(
         if count == max_new_tokens or choose.ended():
             return
         start = time.perf_counter()
-        token = choose(_forward(model, [token], cache))
+        token = choose(_forward(model, [token], cache, device))
         timing.decode_tokens += 1
         timing.decode_seconds += time.perf_counter() - start
 
 
-def _prefill(model: nn.Module, ids: Sequence[int], cache: PrefixCache, chunk_size: int) -> torch.Tensor:
+def _prefill(
+    model: nn.Module, ids: Sequence[int], cache: PrefixCache, chunk_size: int, device: torch.device
+) -> torch.Tensor:
     """Run the part of `ids` that the cache lacks, in chunks; returns the logits [vocab] after the last token."""
     logits = None
     later = 1 if getattr(model.config, "model_type", None) in ONE_BY_ONE else chunk_size
     while len(cache.ids) < len(ids):
         begin = len(cache.ids)
-        logits = _forward(model, ids[begin : begin + (later if begin else chunk_size)], cache)
+        logits = _forward(model, ids[begin : begin + (later if begin else chunk_size)], cache, device)
     return logits
 
 
 @torch.inference_mode()
-def _forward(model: nn.Module, ids: Sequence[int], cache: PrefixCache) -> torch.Tensor:
-    """One forward pass over `ids` [T] that extends the cache; returns float32 logits [vocab] of the last position."""
-    input_ids = torch.tensor([list(ids)], device=model.device)
+def _forward(model: nn.Module, ids: Sequence[int], cache: PrefixCache, device: torch.device) -> torch.Tensor:
+    """One forward pass over `ids` [T] that extends the cache; returns the logits [vocab] of the last position."""
+    input_ids = torch.tensor([list(ids)], device=device)
     with cache.extending(ids):
         output = model(input_ids=input_ids, past_key_values=cache.cache, use_cache=True, logits_to_keep=1)
         cache.cache = output.past_key_values
-    return output.logits[0, -1].float()
+    return output.logits[0, -1]

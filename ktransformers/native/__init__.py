@@ -7,6 +7,7 @@ released inside every C call, and calls from several threads on the one pool wai
 Letters: T tokens, H hidden, I intermediate, E experts, K experts per token.
 """
 
+from ktransformers.native.argmax import argmax
 from ktransformers.native.attention import attend
 from ktransformers.native.block import Block
 from ktransformers.native.checks import MAX_THREADS
@@ -61,6 +62,7 @@ __all__ = [
     "Pool",
     "Queue",
     "Router",
+    "argmax",
     "attend",
     "available",
     "bench_peak",

@@ -5,6 +5,8 @@ native (layer.py) and nobody looks between them, the decoder computes here; else
 layers one by one. What was looked up to know so is watched: a step only asks whether any of it has changed.
 """
 
+import itertools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +16,6 @@ from torch import Tensor, nn
 from ktransformers import native
 from ktransformers.native import torch_ops
 from ktransformers.operators.angles import Angles
-from ktransformers.operators.base_operator import version
 from ktransformers.operators.combining import has_hooks, is_collecting
 from ktransformers.operators.decoding import Decoding, decoding_of
 from ktransformers.operators.paged_cache import PagedCache, PagedLayer
@@ -25,27 +26,43 @@ _PLAIN = frozenset({"input_ids", "inputs_embeds", "attention_mask", "position_id
                     "cache_position", "return_dict", "logits_to_keep", *_SHOWN})  # fmt: skip
 """Arguments of a decoder's forward that bring nothing in between its layers."""
 
+_VALUES, _MODE = operator.methodcaller("values"), operator.itemgetter("training")
+_LOADS, _VERSION = operator.itemgetter("loads"), operator.attrgetter("_version")
+
 
 class Watch:
-    """Children, hooks and tensors of some modules as they are now."""
+    """Children, hooks and tensors of some modules as they are now. Asked at every step: each line of `unchanged` is one
+    pass in C over lists made beforehand."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         below = list({id(m): m for module in modules for m in module.modules()}.values())
-        self._children = [(m._modules, name, child) for m in below for name, child in m._modules.items()]
-        tables = [t for m in below for t in (m._forward_hooks, m._forward_pre_hooks)]
-        self._hooks = [(table, len(table)) for table in tables]
-        self._values = [(vars(m), m.training, vars(m).get("loads", 0)) for m in below]
-        tensors = [(t, n, x) for m in below for t in (m._parameters, m._buffers) for n, x in t.items() if x is not None]
-        self._tensors = [(table, name, x, version(x), x.data_ptr()) for table, name, x in tensors]
+        self._tables = [t for m in below for t in (m._modules, m._parameters, m._buffers) if t]
+        self._held = self._values()
+        self._hooks = [t for m in below for t in (m._forward_hooks, m._forward_pre_hooks)]
+        self._hooked = sum(map(len, self._hooks))
+        self._settings = [vars(m) for m in below]
+        self._modes = list(map(_MODE, self._settings))
+        self._operators = [values for values in self._settings if "loads" in values]
+        self._loads = list(map(_LOADS, self._operators))
+        self._tensors = [value for value in self._held if isinstance(value, Tensor)]
+        self._places = list(map(Tensor.data_ptr, self._tensors))
+        self._written = [tensor for tensor in self._tensors if not tensor.is_inference()]  # others do not say
+        self._versions = list(map(_VERSION, self._written))
+
+    def _values(self) -> list[Any]:
+        return list(itertools.chain.from_iterable(map(_VALUES, self._tables)))
 
     def unchanged(self) -> bool:
+        now = self._values()
         return (
-            all(table.get(name) is child for table, name, child in self._children)
-            and all(len(table) == count for table, count in self._hooks)
-            and all(v["training"] is mode and v.get("loads", 0) == loads for v, mode, loads in self._values)
-            and all(t.get(n) is x and version(x) == written and x.data_ptr() == at
-                    for t, n, x, written, at in self._tensors)
-        )  # fmt: skip
+            len(now) == len(self._held)
+            and all(map(operator.is_, now, self._held))
+            and sum(map(len, self._hooks)) == self._hooked
+            and list(map(_MODE, self._settings)) == self._modes
+            and list(map(_LOADS, self._operators)) == self._loads
+            and list(map(Tensor.data_ptr, self._tensors)) == self._places
+            and list(map(_VERSION, self._written)) == self._versions
+        )
 
 
 class Stack:

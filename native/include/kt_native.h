@@ -503,6 +503,9 @@ int kt_attention_core(kt_pool *pool, const kt_attention_args *args);
 /* out[rows, cols] = the weight's values in fp32. */
 int kt_dequantize(const kt_weight *w, float *out);
 
+/* The place of the largest of x[count] of dtype, the first of several; of a NaN, where there is one. */
+int kt_argmax(const void *x, int dtype, int64_t count, int64_t *at);
+
 /* Rows `ids` of an embedding table as `dtype`: out [count, cols]. KT_ERR_SHAPE for an id that is no row. */
 int kt_embed(const kt_weight *w, const int64_t *ids, int64_t count, void *out, int dtype);
 

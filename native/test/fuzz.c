@@ -270,6 +270,15 @@ static void dequantize_case(void) {
     compare(status, kt_dequantize(&w, (float *)out[1]), out, bytes, KT_F32, "dequantize");
 }
 
+static void argmax_case(void) {
+    const int64_t count = chance(20) ? PICK(0, -1, INT64_MAX) : 1 + below(5000);
+    const int dtype = (int)PICK(0, 1, 2, 0, 1, 2, 3, -1), sane = count > 0 && count < 6000;
+    const void *x = chance(30) ? NULL : random_input(dtype, sane ? count : 0);
+    int64_t at = -1;
+    if (kt_argmax(x, dtype, count, &at) == KT_OK) check(at >= 0 && at < count, "argmax");
+    else check(at == -1, "argmax of nothing");
+}
+
 static void embed_case(void) {
     const kt_weight w = truthful(random_size(), random_size());
     const int sane = w.rows > 0 && w.cols > 0 && w.rows < 1 << 16 && w.cols < 1 << 16;
@@ -458,8 +467,8 @@ static double seconds(void) {
 }
 
 int main(int argc, char **argv) {
-    static void (*const cases[])(void) = {linear_case, linear_case, dequantize_case, embed_case, encode_case, experts_case,
-                                          experts_case, block_case, block_case, attention_case, attention_case,
+    static void (*const cases[])(void) = {linear_case, linear_case, dequantize_case, argmax_case, embed_case, encode_case,
+                                          experts_case, experts_case, block_case, block_case, attention_case, attention_case,
                                           layer_case, layer_case, latent_case, latent_case, lies};
     const double limit = argc > 1 ? atof(argv[1]) : 8, begin = seconds();
     uint64_t seed = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;

@@ -1,11 +1,13 @@
 """Every field of a GenerationConfig means what it means to `model.generate`, or is in a table with the reason."""
 
+import copy
+
 import pytest
 import torch
 from transformers import GenerationConfig, TopKLogitsWarper
 
 from ktransformers.engine.generate import generate
-from ktransformers.engine.sampling import UNHONOURED, WITHOUT_EFFECT, Chooser, Sampling
+from ktransformers.engine.sampling import UNHONOURED, WITHOUT_EFFECT, Chooser, OnCandidates, Sampling
 from ktransformers.errors import KTransformersError
 from tests.tiny import tiny_model
 
@@ -97,6 +99,34 @@ def test_a_prompt_of_one_token_is_followed_by_the_forced_one(model):
 def test_an_unset_top_k_is_that_of_transformers(model):
     chosen = Chooser(Sampling(GenerationConfig(do_sample=True)), model, PROMPT, 5).processors
     assert [type(one) for one in chosen] == [TopKLogitsWarper] and chosen[0].top_k == 50
+
+
+@pytest.mark.parametrize("last", [{}, {"top_p": 0.7}, {"min_p": 0.1}, {"typical_p": 0.8}, {"epsilon_cutoff": 0.02},
+                                  {"eta_cutoff": 0.3}, {"top_p": 0.9, "renormalize_logits": True}])  # fmt: skip
+def test_what_follows_top_k_is_computed_on_what_it_leaves(model, last):
+    """The scores of transformers' own processors; ties at the k-th place included, but for top-p, which leaves it to an
+    unstable sort which of them stay."""
+    config = GenerationConfig(do_sample=True, temperature=0.7, top_k=9, repetition_penalty=1.3, **last)
+    made = Chooser(Sampling(config), model, PROMPT, 5).processors
+    assert any(isinstance(one, OnCandidates) for one in made) == bool(last)
+    sampling = copy.deepcopy(Sampling(config).config)
+    theirs_made = model._get_logits_processor(sampling, input_ids_seq_length=len(PROMPT), device="cpu")
+    ids = torch.tensor([PROMPT])
+    for seed in range(5):
+        scores = torch.randn(1, 128, generator=torch.Generator().manual_seed(seed)) * 3
+        if "top_p" not in last:
+            scores[0, scores[0].topk(11).indices[7:]] = scores[0].topk(8).values[-1]
+        found, expected = made(ids, scores.clone()), theirs_made(ids, scores.clone())
+        assert torch.equal(found.isinf(), expected.isinf())
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_greedy_takes_the_first_of_the_largest(model, dtype):
+    choose = Chooser(Sampling(), model, PROMPT, 5)
+    for seed in range(20):
+        logits = torch.randn(3000, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        assert choose(logits) == int((logits == logits.max()).nonzero()[0, 0])
 
 
 @pytest.mark.parametrize("zero", [0, 0.0])
