@@ -9,6 +9,7 @@ values, T tokens, D and V sizes of a key and a value.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,9 +42,9 @@ class Page:
 class Pages:
     """The pages of B sequences in one layer. Made empty; the first tokens say how many sequences there are.
 
-    `room`: up to which length nothing has to be done before tokens are written, where all are as long; 0: ask
-    `make_room`. `window`: tokens that a query sees, itself included; 0 for all. `held_from`: the first token of each
-    sequence that is held.
+    `room`: up to which length of the first sequence nothing has to be done before tokens are written; 0: ask
+    `make_room`. `ragged`: whether sequences are of different lengths. `window`: tokens that a query sees, itself
+    included; 0 for all. `held_from`: the first token of each sequence that is held.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Pages:
             "type": TYPES[kind], "key_row": key_row, "value_row": value_row,
             "key_head": PAGE * key_row, "value_head": PAGE * value_row,
         })[0]  # fmt: skip
-        self.room = 0
+        self.room, self.ragged = 0, False
         self.tables: list[list[Page | None]] = []
         self.sequences: Any = self._state.ffi.NULL
         self._pointers: list[tuple[Any, Any]] = []
@@ -87,7 +88,7 @@ class Pages:
 
     @property
     def length(self) -> int:
-        """Tokens of each sequence, where all have as many."""
+        """Tokens of the first sequence: of each, where they are not ragged."""
         return self.sequences[0].length if self.tables else 0
 
     @property
@@ -112,8 +113,8 @@ class Pages:
                 self._replace(i, at, Page(table[at].data.clone()))
             if length + tokens > len(table) * PAGE:
                 self._extend(i, -(-(length + tokens) // PAGE))
-        if len(set(self.lengths)) == 1:
-            self.room = min(len(table) for table in self.tables) * PAGE
+        spare = (len(table) * PAGE - n for table, n in zip(self.tables, self.lengths, strict=True))
+        self.room = self.length + min(spare)  # all grow by as much
 
     def _extend(self, i: int, count: int) -> None:
         table = self.tables[i]
@@ -144,7 +145,7 @@ class Pages:
             page.users -= 1
         new = self._state.ffi.new
         self.tables, self.room = [list(table) for table in tables], 0
-        self.held_from, self._padded = list(held_from), None
+        self.held_from, self._padded, self.ragged = list(held_from), None, len(set(lengths)) > 1
         self.sequences = new("kt_sequence[]", max(1, len(tables)))
         self._pointers = [None] * len(tables)
         for i, length in enumerate(lengths):
@@ -194,6 +195,22 @@ class Pages:
         held, lengths = self.held_from, self.lengths
         self._set([self.tables[i] for i in indices], [lengths[i] for i in indices], [held[i] for i in indices])
 
+    @classmethod
+    def together(cls, others: Sequence[Pages]) -> Pages:
+        """The sequences of all `others`, of any lengths; whoever writes to a page that they share takes a copy first.
+        Raises NativeError where they keep tokens in different ways."""
+        kinds = {(o.kind, o.heads, o.size, o.value_size, o.joined, o.window) for o in others}
+        if len(kinds) != 1:
+            raise NativeError(f"cache: found {len(kinds)} kinds of pages, expected those of one layer.")
+        first = others[0]
+        made = cls(first.kind, first.heads, first.size, first.value_size, first.name, first.joined, first.window)
+        parts = [[(table, n, held) for table, n, held in zip(o.tables, o.lengths, o.held_from, strict=True)]
+                 for o in others]  # fmt: skip
+        made._set(*(list(column) for column in zip(*itertools.chain.from_iterable(parts), strict=True)))
+        for other in others:
+            other.room = 0  # its last page is shared now
+        return made
+
     def clear(self) -> None:
         self._set([], [], [])
 
@@ -225,7 +242,10 @@ class Pages:
             self.sequences[i].length = length + tokens
 
     def gathered(self, first: int = 0) -> tuple[Tensor, Tensor]:
-        """Keys [B, C, T, D] and values [B, C, T, V] of the tokens from number `first` on: copies, float32 of q8_0."""
+        """Keys [B, C, T, D] and values [B, C, T, V] of the tokens from number `first` on: copies, float32 of q8_0.
+        Raises NativeError where they are ragged."""
+        if self.ragged:
+            raise NativeError(f"{self.name}: found sequences of {self.lengths} tokens, expected the same of each.")
         pages = range(first // PAGE, -(-self.length // PAGE))
         begin, end = first - pages.start * PAGE, self.length - pages.start * PAGE
         both = []

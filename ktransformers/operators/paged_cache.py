@@ -6,7 +6,7 @@ that knows pages never asks for that. Going back, choosing beams and copying mov
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -87,7 +87,18 @@ class PagedLayer(CacheLayerMixin):
         """After tokens were appended."""
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        self.refuse_ragged()
         return self.get_seq_length() + query_length, 0
+
+    def refuse_ragged(self) -> None:
+        """Raises UnsupportedError where sequences have different lengths, of which transformers' code knows nothing."""
+        if self.pages is not None and self.pages.ragged:
+            least, most = min(self.pages.lengths), max(self.pages.lengths)
+            raise UnsupportedError(
+                f"cache: found sequences of {least} to {most} tokens in one batch; only a model whose layers are all "
+                "native takes them, with position_ids and without a mask. Give sequences of one length, padded on the "
+                "left, or one at a time."
+            )
 
     def get_seq_length(self) -> int:
         return 0 if self.pages is None else self.pages.length
@@ -148,9 +159,11 @@ class PagedWindowLayer(PagedLayer):
 
     def advanced(self) -> None:
         if not self.record_past:
-            self.pages.drop(self.first_visible())
+            shortest = min(self.pages.lengths) if self.pages.ragged else self.pages.length
+            self.pages.drop(max(shortest - self.sliding_window + 1, 0))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        self.refuse_ragged()
         first = self.first_visible()
         return self.get_seq_length() - first + query_length, first
 
@@ -184,6 +197,19 @@ class PagedCache(Cache):
     def nbytes(self) -> int:
         """Bytes of all pages."""
         return sum(layer.pages.nbytes for layer in self.layers if isinstance(layer, PagedLayer) and layer.pages)
+
+    @classmethod
+    def together(cls, caches: Sequence["PagedCache"]) -> "PagedCache":
+        """One cache of the sequences of all `caches`, of any lengths, to decode them as a batch. They share pages until
+        somebody writes. Raises UnsupportedError for layers that are not pages, or are empty."""
+        made = []
+        for layers in zip(*(cache.layers for cache in caches), strict=True):
+            if not all(isinstance(layer, PagedLayer) and layer.pages is not None for layer in layers):
+                raise UnsupportedError("cache: found layers without pages, expected caches that native layers filled.")
+            layer = copy.copy(layers[0])
+            layer.pages = Pages.together([each.pages for each in layers])
+            made.append(layer)
+        return cls(made)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PagedCache":
         """Another of the same tokens; the two share pages until one of them writes."""

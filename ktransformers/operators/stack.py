@@ -143,6 +143,8 @@ class _Made:
         where = kwargs.get("position_ids")
         if pads is None or where is not None and (where.dim() != 2 or where.shape[1] != tokens):
             return None
+        if held[0].pages is not None and held[0].pages.ragged and (where is None or pads):
+            return None
         hidden = given if given.dim() == 3 else self.decoder._modules[self.found.embedding](given)
         hidden = hidden if self.found.factor == 1.0 else hidden * self.found.factor
         for part, attending in zip(held, self._attending, strict=True):

@@ -103,6 +103,31 @@ def test_left_padded_batches(pair):
 
 
 @torch.no_grad()
+def test_sequences_of_different_lengths_decode_together(pair, calls):
+    """As each alone, to the bit but for products of other shapes."""
+    _, model = pair
+    if model.config.model_type == "qwen3_next":
+        pytest.skip("delta nets are not native")
+    prompts, caches, alone = [random_ids(1, n, seed=n) for n in (3, 64, 41, 70)], [], []
+    more = random_ids(4, 5, seed=9)
+    for i, prompt in enumerate(prompts):
+        caches.append(paged_cache(model))
+        model(prompt, past_key_values=caches[-1])
+        fresh = copy.deepcopy(caches[-1])
+        alone.append(torch.cat([model(more[i : i + 1, j : j + 1], past_key_values=fresh).logits for j in range(5)], 1))
+    cache = PagedCache.together(caches)
+    calls.clear()
+    where = torch.tensor([[prompt.shape[1]] for prompt in prompts])
+    found = [model(more[:, j : j + 1], past_key_values=cache, position_ids=where + j).logits for j in range(5)]
+    assert relative_error(torch.cat(found, 1), torch.cat(alone)) < 1e-5 and set(calls) == {len(model.model.layers)}
+    assert [c.get_seq_length() for c in caches] == [3, 64, 41, 70] and cache.layers[0].pages.lengths == [8, 69, 46, 75]
+    with pytest.raises(UnsupportedError, match="found sequences of 8 to 75 tokens in one batch"):
+        model(more[:, :1], past_key_values=cache)
+    with pytest.raises(NativeError, match="found sequences of"):
+        _ = cache.layers[0].keys
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
 def test_a_cache_of_transformers_is_used_as_it_is(pair, kind, calls):
     reference, model = plain_pair(pair)
