@@ -19,6 +19,7 @@ SYNTHETIC = dict(
     intermediate_size=6144, moe_intermediate_size=768, num_experts=64, num_experts_per_tok=8, norm_topk_prob=True,
     tie_word_embeddings=False, dtype="bfloat16",
 )  # fmt: skip
+LATENT = ("num_attention_heads", "qk_nope_head_dim", "v_head_dim", "kv_lora_rank")
 
 
 def write_synthetic(
@@ -50,6 +51,11 @@ def write_synthetic(
             pieces = [(f"blk.{layer}.ffn_{which}_exps.weight", (shape[0], shape[1] // 2, shape[2])) for which in ("gate", "up")]
         elif name.endswith("experts.down_proj"):
             pieces = [(f"blk.{layer}.ffn_down_exps.weight", shape)]
+        elif name.endswith("kv_b_proj.weight"):  # in two parts, as llama.cpp wants them; rows of 128 are no K-quants
+            heads, nope, value, lora = (getattr(config, n) for n in LATENT)
+            for part, size in (("k", (heads, lora, nope)), ("v", (heads, value, lora))):
+                add_random(writer, f"blk.{layer}.attn_{part}_b.weight", size, "BF16" if mix == "BF16" else "Q8_0")
+            continue
         else:
             pieces = [(gguf_names.gguf_name(family, config.num_hidden_layers, name), shape)]
         for stored, size in pieces:

@@ -1,9 +1,10 @@
 """Whole models beside llama.cpp, from the same GGUF: `make bench-whole`.
 
-Prefill and decode of models with the layer sizes of Qwen3-30B-A3B and DeepSeek-V2-Lite, eight layers of random weights.
-Each engine is a process of its own with the file open; they take turns in short slices, the other one stopped, and the
-read bandwidth is probed before each pair. Ratios are taken inside a pair; shared machines change from minute to minute,
-so quote ratios and shares. The share is (bytes that a token must read) / time / bandwidth, of weights alone.
+Prefill, decode and batches of models with the layer sizes of Qwen3-30B-A3B and DeepSeek-V2-Lite, eight layers of random
+weights, or all 48 of the former with an eighth of its experts. Each engine is a process of its own with the file open;
+they take turns in short slices, the other one stopped, and the read bandwidth is probed before each pair. Ratios are
+taken inside a pair; shared machines change from minute to minute, so quote ratios and shares. The share is (bytes that a
+token must read) / time / bandwidth, of weights alone.
 """
 
 import argparse
@@ -29,9 +30,13 @@ DEEPSEEK = dict(
     v_head_dim=128, norm_topk_prob=False, scoring_func="softmax", topk_method="greedy", n_group=1, topk_group=1,
     tie_word_embeddings=False, dtype="bfloat16",
 )  # fmt: skip
-MODELS = {"qwen3moe-8L": ("qwen3_moe", SYNTHETIC, "MoE"), "deepseek2-8L": ("deepseek_v2", DEEPSEEK, "MLA")}
-OURS_ALONE = ("deepseek2-8L",)  # kv_b in one piece, as older files have it, which today's llama.cpp refuses
+DEEP = dict(SYNTHETIC, num_hidden_layers=48, num_experts=16)  # all layers of Qwen3-30B-A3B, an eighth of its experts
+MODELS = {
+    "qwen3moe-8L": ("qwen3_moe", SYNTHETIC, "MoE"), "deepseek2-8L": ("deepseek_v2", DEEPSEEK, "MLA"),
+    "qwen3moe-48L": ("qwen3_moe", DEEP, "MoE"),
+}  # fmt: skip
 TOKENS = 8  # a slice of decoding
+BATCH_DEPTH = 128  # tokens that the first sequence of a batch begins with
 CAPTION = (
     "tokens/s, medians over slices, and the spread (10 to 90 %) of the ratio ours / llama.cpp inside a pair of slices; "
     "share: of the read bandwidth probed around it, weights alone. llama.cpp: flash attention as named, its own repacking on."
@@ -97,22 +102,21 @@ def touched_bytes(path: pathlib.Path, config: dict) -> float:
     return total
 
 
-def measure(engines: list[Engine], prompts: list[int], depths: list[int], slices: int, touched: float) -> list[dict]:
-    """A row for each prompt length and each depth."""
-    rows = []
-    for work, sizes in (("prefill", prompts), ("decode", depths)):
-        for size in sizes:
-            for engine in engines:
-                engine.ask(op=work, tokens=size, count=1)  # at that depth, and warm
-            pairs = []
-            for _ in range(slices):
-                pair = {"bandwidth": bandwidth()}
-                for engine in engines:
-                    times = engine.ask(op=work, tokens=size, count=1 if work == "prefill" else TOKENS)
-                    pair[engine.name] = (size if work == "prefill" else 1) / statistics.median(times)
-                pairs.append(pair)
-            rows.append(_row(work, size, engines, pairs, touched))
-    return rows
+def measure(engines: list[Engine], work: str, size: int, slices: int, touched: float) -> dict:
+    """A row: `size` is the length of a prompt, the depth of decoding, or the sequences of a batch."""
+    request = {"op": work, "tokens": size}
+    if work == "batch":
+        request = {"op": work, "sequences": size, "tokens": BATCH_DEPTH}
+    for engine in engines:
+        engine.ask(**request, count=1)  # at that depth, and warm
+    pairs = []
+    for _ in range(slices):
+        pair = {"bandwidth": bandwidth()}
+        for engine in engines:
+            times = engine.ask(**request, count=1 if work == "prefill" else TOKENS)
+            pair[engine.name] = (1 if work == "decode" else size) / statistics.median(times)
+        pairs.append(pair)
+    return _row(work, size, engines, pairs, touched)
 
 
 def _row(work: str, size: int, engines: list[Engine], pairs: list[dict], touched: float) -> dict:
@@ -136,25 +140,30 @@ def main() -> None:
     parser.add_argument("--types", default="Q4_K_M,Q8_0,BF16")
     parser.add_argument("--prompts", default="512,4096")
     parser.add_argument("--depths", default="128,1024,8192")
+    parser.add_argument("--batches", default="1,2,4,8,16", help=f"sequences from about {BATCH_DEPTH} tokens on")
+    parser.add_argument("--cache", default="bf16", choices=("bf16", "f16", "q8_0"), help="of both; llama.cpp's bf16 is its f16")
     parser.add_argument("--slices", type=int, default=7, help="pairs of slices a row")
     parser.add_argument("--flash", type=int, default=1, choices=(0, 1), help="llama.cpp's flash attention")
     parser.add_argument("--llama", help="an interpreter that imports llama_cpp; default: made in .venv-peers; none: ours alone")
     parser.add_argument("--json", type=pathlib.Path)
     options = parser.parse_args()
     llama = options.llama or environment.llama_python()
-    prompts, depths = ([int(n) for n in text.split(",") if n] for text in (options.prompts, options.depths))
+    sizes_of = {"prefill": options.prompts, "decode": options.depths, "batch": options.batches}
+    wanted = [(work, int(size)) for work, text in sizes_of.items() for size in text.split(",") if size]
     results = []
     for name in options.models.split(","):
         family, sizes, rule = MODELS[name]
         for kind in options.types.split(","):
             with tempfile.TemporaryDirectory() as folder:
                 path = write_synthetic(pathlib.Path(folder), family, sizes, kind, tokenizer=True)
-                longest = max([*prompts, *depths])
-                engines = [Engine("ours", sys.executable, [folder, str(path), rule])]
-                if llama != "none" and name not in OURS_ALONE:
-                    engines.append(Engine("llama", llama, [str(path), str(options.flash), str(longest)]))
+                longest = max(size * (2 * BATCH_DEPTH if work == "batch" else 1) for work, size in wanted)
+                engines = [Engine("ours", sys.executable, [folder, str(path), rule, options.cache])]
+                if llama != "none":
+                    cache = "f16" if options.cache == "bf16" else options.cache
+                    engines.append(Engine("llama", llama, [str(path), str(options.flash), str(longest), cache]))
                 try:
-                    rows = measure(engines, prompts, depths, options.slices, touched_bytes(path, sizes))
+                    touched = touched_bytes(path, sizes)
+                    rows = [measure(engines, work, size, options.slices, touched) for work, size in wanted]
                 finally:
                     for engine in engines:
                         engine.close()

@@ -1,8 +1,10 @@
-"""Plots of what `make bench-peers` (or `make bench`) wrote as JSON: `python -m tests.bench.plot FILE... [--out FOLDER]`.
+"""Plots of what `make bench-peers`, `bench` or `bench-whole` wrote as JSON: `python -m tests.bench.plot FILE... [--out FOLDER]`.
 
 NAME-roofline.png: achieved against limit. Every cell has limits measured in its own seconds, so the axes are relative to them: x is
 the operations a call does for each byte it reads, 1 where bandwidth and multiplier take equally long; y is the speed as a
 share of the multiplier's peak. NAME-ratios.png: the fastest peer's time over ours, by type, shape and tokens.
+NAME-whole.png, of whole models: tokens/s of both engines over the length of a prompt, the depth of decoding and the sequences
+of a batch.
 matplotlib is no dependency of the project: where it is missing, .venv-peers gets it.
 """
 
@@ -49,7 +51,9 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
     try:
         rows = json.loads(path.read_text())["rows"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SystemExit(f"{path}: {error!r}; expected the --json file of bench_peers or bench_native.") from None
+        raise SystemExit(f"{path}: {error!r}; expected the --json file of bench_peers, bench_native or bench_whole.") from None
+    if rows and "work" in rows[0]:
+        return rows
     out = []
     for row in rows:
         row.setdefault("peer", "ours")
@@ -129,6 +133,36 @@ def ratios(rows: list[dict[str, Any]], title: str, out: pathlib.Path) -> bool:
     return True
 
 
+WORKS = {"prefill": "tokens of the prompt", "decode": "tokens in the cache", "batch": "sequences"}
+
+
+def whole(rows: list[dict[str, Any]], title: str, out: pathlib.Path) -> None:
+    """A line of panels for each model and type: a panel for each kind of work, tokens/s of both engines in it."""
+    import matplotlib.pyplot as plt
+
+    cases = list(dict.fromkeys((row["model"], row["type"]) for row in rows))
+    works = [work for work in WORKS if any(row["work"] == work for row in rows)]
+    size = (3.4 * len(works), 2.4 * len(cases))
+    figure, panels = plt.subplots(len(cases), len(works), figsize=size, squeeze=False)
+    for line, (model, kind) in zip(panels, cases, strict=True):
+        for axis, work in zip(line, works, strict=True):
+            some = [row for row in rows if (row["model"], row["type"], row["work"]) == (model, kind, work)]
+            for engine, color in (("ours", "tab:blue"), ("llama", "tab:gray")):
+                points = [(row["tokens"], row[engine]) for row in some if row.get(engine)]
+                if points:
+                    axis.plot(*zip(*points, strict=True), "o-", color=color, label={"llama": "llama.cpp"}.get(engine, engine))
+            axis.set_xscale("log", base=2)
+            axis.set_ylim(bottom=0)
+            axis.set_title(f"{model} {kind}, {work}", fontsize=7)
+            axis.set_xlabel(WORKS[work], fontsize=7)
+            axis.set_ylabel("tokens/s", fontsize=7)
+            axis.tick_params(labelsize=6)
+            axis.legend(fontsize=6)
+    figure.suptitle(title, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(out, dpi=DPI)
+
+
 def with_matplotlib() -> None:
     """Go on in an interpreter that has matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
@@ -144,7 +178,7 @@ def with_matplotlib() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="+", type=pathlib.Path, help="JSON of bench_peers or bench_native")
+    parser.add_argument("files", nargs="+", type=pathlib.Path, help="JSON of bench_peers, bench_native or bench_whole")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent, help="folder of the PNGs")
     options = parser.parse_args()
     with_matplotlib()
@@ -154,6 +188,11 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     for path in options.files:
         rows = read(path)
+        if "work" in rows[0]:
+            target = options.out / f"{path.stem}-whole.png"
+            whole(rows, path.stem, target)
+            print(target)
+            continue
         isas = ", ".join(dict.fromkeys(r.get("isa", "") for r in rows))
         target = options.out / f"{path.stem}-roofline.png"
         roofline(rows, isas, target)

@@ -1,4 +1,5 @@
-"""llama.cpp's side of bench_whole.py, by llama-cpp-python's low-level API: GGUF FLASH(0|1) CONTEXT, then lines of JSON."""
+"""llama.cpp's side of bench_whole.py, by llama-cpp-python's low-level API: GGUF FLASH(0|1) CONTEXT CACHE, then
+lines of JSON."""
 
 import ctypes
 import os
@@ -8,7 +9,8 @@ import llama_cpp.llama_cpp as api
 
 from tests.bench.whole_engine import CHUNK, Engine, serve
 
-SPARE = 1024
+SPARE, SEQUENCES = 1024, 16
+CACHES = {"f16": 1, "bf16": 30, "q8_0": 8}  # ggml_type
 
 
 @api.llama_log_callback
@@ -17,7 +19,7 @@ def _quiet(level, text, data):
 
 
 class Llama(Engine):
-    def __init__(self, path: str, flash: str, context: str) -> None:
+    def __init__(self, path: str, flash: str, context: str, cache: str = "f16") -> None:
         api.llama_log_set(_quiet, ctypes.c_void_p(0))
         api.llama_backend_init()
         model = api.llama_model_default_params()
@@ -28,7 +30,9 @@ class Llama(Engine):
         params = api.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = int(context) + SPARE, CHUNK, CHUNK
         params.n_threads = params.n_threads_batch = int(os.environ.get("KT_THREADS") or len(os.sched_getaffinity(0)))
-        params.flash_attn_type, params.no_perf = int(flash), True
+        params.flash_attn_type, params.no_perf, params.n_seq_max = int(flash), True, SEQUENCES
+        params.kv_unified = True
+        params.type_k = params.type_v = CACHES[cache]
         self.context = api.llama_init_from_model(self.model, params)
         self.cache = api.llama_get_memory(self.context)
         self.vocabulary = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self.model))
@@ -49,6 +53,31 @@ class Llama(Engine):
         self.cached += len(ids)
 
 
+    def begin_batch(self, prompts: list[list[int]]) -> None:
+        self.begin()
+        self.lengths = [0] * len(prompts)
+        for i, prompt in enumerate(prompts):
+            self._decode([(i, token) for token in prompt])
+
+    def batch_step(self, ids: list[int]) -> None:
+        self._decode(list(enumerate(ids)))
+
+    def _decode(self, tokens: list[tuple[int, int]]) -> None:
+        """Tokens with the numbers of their sequences; logits of each sequence's last."""
+        batch = api.llama_batch_init(len(tokens), 0, 1)
+        batch.n_tokens = len(tokens)
+        for i, (sequence, token) in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, self.lengths[sequence], 1
+            batch.seq_id[i][0] = sequence
+            batch.logits[i] = i + 1 == len(tokens) or tokens[i + 1][0] != sequence
+            self.lengths[sequence] += 1
+        failed = api.llama_decode(self.context, batch)
+        api.llama_batch_free(batch)
+        if failed:
+            raise SystemExit("llama_decode failed")
+        api.llama_synchronize(self.context)
+
+
 if __name__ == "__main__":
-    serve(Llama(*sys.argv[1:4]))
+    serve(Llama(*sys.argv[1:5]))
     os._exit(0)
