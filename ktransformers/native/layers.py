@@ -74,6 +74,7 @@ class Layers:
         positions: tuple[torch.Tensor, torch.Tensor] | None = None,
         mask: torch.Tensor | None = None,
         mask_first: int = 0,
+        q_factor: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """hidden [B, S, H] through all of them: what follows is as `Attention.forward` takes it, with pages for each
         layer."""
@@ -86,7 +87,7 @@ class Layers:
         out = torch.empty_like(hidden)
         cast = state.ffi.cast
         with self._lock:  # the calls are made once, and written to at every step
-            kept = self._fill(state, hidden, pages, positions, mask, mask_first)
+            kept = self._fill(state, hidden, pages, positions, mask, mask_first, q_factor)
             status = state.lib.kt_layers_forward(
                 len(self.layers), self._handles, self._calls, pool, cast("void *", hidden.data_ptr()),
                 cast("void *", out.data_ptr()),
@@ -103,10 +104,12 @@ class Layers:
         positions: tuple[torch.Tensor, torch.Tensor] | None,
         mask: torch.Tensor | None,
         mask_first: int,
+        q_factor: torch.Tensor | None,
     ) -> list[torch.Tensor]:
         """Write a step into the calls: all of it into the first, and each layer's pages. As `Attention.fill`."""
         batch, tokens = hidden.shape[:2]
-        kept = self.layers[0].attention.fill(state, self._calls[0], hidden, pages[0], positions, mask, mask_first)
+        first = self.layers[0].attention
+        kept = first.fill(state, self._calls[0], hidden, pages[0], positions, mask, mask_first, q_factor)
         for i, held in enumerate(pages):
             if held.length + tokens > held.room or len(held.tables) != batch:
                 held.make_room(batch, tokens)

@@ -7,7 +7,7 @@ position, V value size.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -19,13 +19,15 @@ from ktransformers.native import LatentAttention
 from ktransformers.native.latent_attention import LatentShape
 from ktransformers.operators.attending import (
     HIDDEN,
+    Cache,
+    all_same,
     epsilon,
     inputs,
     normed,
+    own_factors,
     random_linear,
     random_norm,
     run_small,
-    same,
     shrink_tensors,
     shrunk,
     turned,
@@ -56,6 +58,14 @@ class Latents:
     gate: str | None = None
     sinks: str | None = None
     joined: ClassVar[bool] = True
+    takes: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def step_of(self) -> tuple[Any, ...]:
+        return self.rotates, self.shape.angles
+
+    def q_factor(self, held: PagedLayer, tokens: int, kwargs: Mapping[str, Any]) -> None:
+        """None: no family's latents have any."""
 
     def apply(
         self, module: nn.Module, hidden: Tensor, positions: tuple[Tensor, Tensor], mask: Tensor
@@ -156,17 +166,6 @@ def _shape(module: nn.Module) -> LatentShape | None:
     return LatentShape(heads, latent, plain, rotary, value, scale=1.0)
 
 
-class _Cache:
-    """Keeps what the family's code caches."""
-
-    def __init__(self) -> None:
-        self.kept: list[tuple[Tensor, Tensor]] = []
-
-    def update(self, latent: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.kept.append((latent, key))
-        return latent, key
-
-
 @remembered
 def _recognize(module: nn.Module, shape: LatentShape) -> Latents | None:
     small = _small_copy(module, shape)
@@ -176,15 +175,14 @@ def _recognize(module: nn.Module, shape: LatentShape) -> Latents | None:
     once = cos[..., : shape.rotary // 2], sin[..., : shape.rotary // 2]
     with torch.random.fork_rng(devices=[]):
         for given, positions, angles in (((cos, sin), (cos, sin), "twice"), (torch.complex(*once), once, "once")):
-            cache = _Cache()
+            cache = Cache()
             try:
                 with torch.device("cpu"):
                     out = run_small(small, hidden, given, mask, cache, _FAR)
-                ((latent, key),) = cache.kept
             except Exception:  # positions of another form, or a cache
                 continue
             for candidate in _candidates(small, shape, angles):
-                if all(map(same, candidate.apply(small, hidden, positions, mask), (out, latent, key))):
+                if all_same(candidate.apply(small, hidden, positions, mask), (out, *cache.kept)):
                     return candidate
     return None
 
@@ -197,8 +195,7 @@ def _candidates(small: nn.Module, shape: LatentShape, angles: str) -> Iterator[L
         gates = ("heads",) if getattr(small, gate).out_features == _HEADS else ("elements",)
     scales = dict.fromkeys((float(getattr(small, "scaling", 0) or 0), (shape.plain + shape.rotary) ** -0.5))
     scales.pop(0.0, None)
-    own = (v for n, v in vars(small).items() if isinstance(v, float) and n not in ("scaling", "attention_dropout"))
-    factors = tuple(dict.fromkeys((1.0, *own)))
+    factors = own_factors(small)
     q_norm = getattr(small, "q_a_layernorm", None)
     eps = {"q_eps": epsilon(q_norm) if q_norm is not None else 0.0, "kv_eps": epsilon(small.kv_a_layernorm)}
     turns = [(True, kind) for kind in ("halves", "neighbours", "parted")] + [(False, "halves")]

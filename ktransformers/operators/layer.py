@@ -145,7 +145,7 @@ class KDecoderLayer(FamilyOperator):
         if found is None:
             return super().forward(hidden_states, *args, **kwargs)
         layer, held = found
-        out = layer.forward(hidden_states, [held.pages], *self.attention.step(held, kwargs))
+        out = layer.forward(hidden_states, [held.pages], *self.attention.step(held, hidden_states, kwargs))
         held.advanced()
         return out
 

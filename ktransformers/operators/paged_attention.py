@@ -28,12 +28,19 @@ class Recognized(Protocol):
     """Whether positions are turned into keys and queries at all."""
     joined: bool
     """Whether a token's key and value lie in one row of the cache."""
+    takes: frozenset[str | None]
+    """Arguments of forward besides those that all take."""
+    step_of: tuple[Any, ...]
+    """What of a step is the module's own: modules alike in this may share one."""
 
     def native(self, operator: nn.Module) -> Attention | None:
         """The native call on the operator's loaded weights; None where they are not all on the CPU."""
 
     def prepare(self, held: PagedLayer, dtype: torch.dtype) -> None:
         """Give `held` its pages if it has none."""
+
+    def q_factor(self, held: PagedLayer, tokens: int, kwargs: Mapping[str, Any]) -> Tensor | None:
+        """What the queries of `tokens` more tokens are multiplied by, [B or 1, S]; None for nothing."""
 
 
 _CHANGE_NOTHING = frozenset({"use_cache", "output_attentions", "output_hidden_states", "cache_position", "position_ids",
@@ -88,7 +95,7 @@ class PagedAttention(FamilyOperator):
         held = None if args else self.pages(hidden_states, kwargs)
         if held is None:
             return self.otherwise(hidden_states, *args, **kwargs)
-        step = self.step(held, kwargs)
+        step = self.step(held, hidden_states, kwargs)
         out = self.native.forward(hidden_states, held.pages, *step)
         held.advanced()
         return out, None
@@ -111,16 +118,17 @@ class PagedAttention(FamilyOperator):
         return held
 
     def step(
-        self, held: PagedLayer, kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None, int]:
-        """Positions, mask and its first token, as `native.Attention.forward` takes them."""
+        self, held: PagedLayer, hidden: Tensor, kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None, int, Tensor | None]:
+        """Positions, mask and its first token, and factors of queries, as `native.Attention.forward` takes them."""
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.dtype != torch.bool:
             mask = mask == 0
         positions = kwargs.get("position_embeddings") if self.attending.rotates else None
         if isinstance(positions, Tensor):  # complex factors
             positions = positions.real, positions.imag
-        return positions, mask, held.first_visible() if mask is not None else 0
+        factor = self.attending.q_factor(held, hidden.shape[1], kwargs)
+        return positions, mask, held.first_visible() if mask is not None else 0, factor
 
     def _is_plain(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> bool:
         """Whether nothing is asked for that only the other code does."""
@@ -138,9 +146,9 @@ class PagedAttention(FamilyOperator):
         if kwargs.get("output_attentions", getattr(self.orig_module.config, "output_attentions", False)):
             return False
         mask = kwargs.get("attention_mask")
-        if mask is not None and not _only_hides(mask, hidden.shape[1]):
+        if mask is not None and not (_only_hides(mask, hidden.shape[1]) and _looks_back(mask)):
             return False
-        return all(name in _KNOWN or value is None for name, value in kwargs.items())
+        return all(name in _KNOWN or value is None or name in self.attending.takes for name, value in kwargs.items())
 
     def _version(self) -> int:
         return sum(version(tensor) for tensor in self._tensors)
@@ -157,3 +165,18 @@ def _only_hides(mask: Any, queries: int) -> bool:
         return True
     lowest = torch.finfo(mask.dtype).min if mask.is_floating_point() else None
     return lowest is not None and bool(((mask == 0) | (mask <= lowest)).all())
+
+
+def _looks_back(mask: Tensor) -> bool:
+    """Whether no query of a mask [B or 1, 1, S, T] sees a key after it. Of few queries C sees to that itself: all their
+    keys are in the cache before any of them is computed."""
+    queries = mask.shape[2]
+    if queries <= _FEW:
+        return True
+    ahead = mask[..., -queries:]
+    ahead = ahead if ahead.dtype == torch.bool else ahead == 0
+    return not bool(ahead.triu(1).any())
+
+
+_FEW = 256
+"""Queries of a sequence that C never parts."""

@@ -109,7 +109,7 @@ class Stack:
         for layer, part in zip(self.layers, held, strict=True):
             if part.pages is None:
                 layer.attention.attending.prepare(part, hidden.dtype)
-        step = first.attention.step(held[0], kwargs)
+        step = first.attention.step(held[0], hidden, kwargs)
         out = made[1].forward(hidden, [part.pages for part in held], *step)
         self._walk.passed, self._walk.next = (out if len(self.layers) > 1 else None), 1
         return out
@@ -123,6 +123,6 @@ class Stack:
         if any(has_hooks(layer) for layer in self.layers):
             return None
         found = [layer.native_step(hidden, kwargs) for layer in self.layers]
-        if any(one is None for one in found) or len({layer.attention.attending.rotates for layer in self.layers}) > 1:
+        if any(one is None for one in found) or len({layer.attention.attending.step_of for layer in self.layers}) > 1:
             return None
         return Watch(self.layers), native.Layers([one[0].layers[0] for one in found])

@@ -65,7 +65,7 @@ class Case:
             shape, self.shape.pairs != "none", ("q_norm", "k_norm") if self.norms else None,
             sinks=None if self.sinks is None else "sinks", gate="gate_proj",
         )  # fmt: skip
-        return formula.apply(module, hidden.double(), tuple(p.double() for p in positions), mask.double())
+        return formula.apply(module, hidden.double(), tuple(p.double() for p in positions), mask.double())[0]
 
     def pages(self, kind="f32"):
         return Pages(kind, self.shape.kv_heads, self.shape.size, self.shape.value_size)
