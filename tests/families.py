@@ -159,8 +159,6 @@ BLOCK_NOT_IN_C = ROUTER_NOT_IN_C | {
 """Families whose blocks of experts are not one call to C -> why. All others' are."""
 
 ATTENTION_NOT_NATIVE = {
-    "axk2": "a sparse index", "deepseek_v32": "a sparse index", "dots3_note": "a sparse index",
-    "dots3_note_text": "a sparse index", "glm_moe_dsa": "a sparse index", "hy_v4": "a sparse index",
     "deepseek_v4": "compressed context", "inkling2_text": "convolutions of keys and values",
     "inkling_text": "convolutions of keys and values", "qwen4_exp": "compressed blocks",
     "qwen4_exp_text": "compressed blocks", "zaya": "convolutions",

@@ -54,6 +54,8 @@ class Attending:
     given_factor: str | None = None
     growth: "Growth | None" = None
     joined: ClassVar[bool] = False
+    narrow: ClassVar[None] = None
+    tells: ClassVar[bool] = False
 
     def apply(
         self, module: nn.Module, hidden: Tensor, positions: Positions, mask: Tensor, factor: Tensor | None = None
@@ -148,7 +150,10 @@ class Attending:
         """Arguments of forward besides those that all take; of those shared by layers it neither reads nor adds any."""
         return frozenset({self.given_factor, _SHARED})
 
-    def q_factor(self, held: PagedLayer, tokens: int, kwargs: Mapping[str, Any]) -> Tensor | None:
+    def chosen(self, *args: Any) -> None:
+        """None: no family's grouped queries have an index that is understood here."""
+
+    def query_factor(self, held: PagedLayer, tokens: int, kwargs: Mapping[str, Any]) -> Tensor | None:
         """What the queries of `tokens` more tokens are multiplied by, [B or 1, S]; None for nothing."""
         if self.growth is not None:
             return self.growth.at(held.get_seq_length(), tokens)[None]
@@ -452,9 +457,10 @@ def inputs(width: int) -> tuple[Tensor, Positions, Tensor]:
 
 def run_small(
     small: nn.Module, hidden: Tensor, positions: Any, mask: Tensor, cache: Any = None, stride: int = 1,
-    more: Mapping[str, Any] | None = None,
-) -> Tensor:  # fmt: skip
-    """The family's own forward, with what it asks for by name. Tokens are `stride` positions apart."""
+    more: Mapping[str, Any] | None = None, whole: bool = False,
+) -> Any:  # fmt: skip
+    """The family's own forward, with what it asks for by name. Tokens are `stride` positions apart. [1, S, H], or all
+    that it gives, with `whole`."""
     given: Mapping[str, Any] = {
         **(more or {}),
         "position_embeddings": positions, "attention_mask": mask, "past_key_values": cache,
@@ -462,4 +468,4 @@ def run_small(
     }  # fmt: skip
     names = inspect.signature(type(small).forward).parameters
     out = type(small).forward(small, hidden, **{name: value for name, value in given.items() if name in names})
-    return out[0] if isinstance(out, tuple) else out
+    return out[0] if isinstance(out, tuple) and not whole else out

@@ -162,6 +162,8 @@ class KDecoderLayer(FamilyOperator):
         attention, mlp = self.attention, children[self.stacking.mlp]
         if not isinstance(attention, PagedAttention) or is_observed(self, self.stacking.children):
             return None
+        if attention.attending is not None and attention.attending.narrow:  # an index sees what the first norm gives
+            return None
         pages = attention.pages(hidden, kwargs)
         second = self._second(mlp, hidden.dtype) if pages is not None else None
         if second is None:
