@@ -27,7 +27,7 @@ class LatentShape:
     """What an attention module computes on latents, besides its matrices; see kt_latent_desc in kt_native.h.
 
     Letters: A `heads`, L `latent` rank, N `plain` and R `rotary` sizes of the parts of a query without and with a
-    position, V `value_size`. `angles` as in `Shape`.
+    position, V `value_size`. `angles` as in `Shape`. With the gate "in_q" each head's rows of q end in V of its gate.
     """
 
     heads: int
@@ -76,8 +76,8 @@ class LatentAttention(Attention):
         self._floats(state, desc, (norms or {}).get("kv"), shape.latent, "kv norm", "kv_norm")
         self._floats(state, desc, (norms or {}).get("key"), shape.rotary, "key norm", "key_norm")
         self._floats(state, desc, sinks, shape.heads, "sinks", "sinks")
-        sizes, rest = ("heads", "latent", "plain", "rotary", "value_size"), ("scale", "q_eps", "kv_eps", "key_eps", "window")
-        for field in (*sizes, *rest):
+        sizes = ("heads", "latent", "plain", "rotary", "value_size", "window")
+        for field in (*sizes, "scale", "q_eps", "kv_eps", "key_eps"):
             setattr(desc, field, getattr(shape, field))
         desc.gate, desc.gate_by, desc.rotary_pairs = GATES[shape.gate], GATE_BY[shape.gate_by], PAIRS[shape.pairs]
         out = state.ffi.new("kt_attention **")

@@ -125,7 +125,7 @@ class Attention:
             positions: cos and sin, [B or 1, S, R] each, or R/2 with angles "once". None: no positions.
             mask: bool [B or 1, 1, S, T], true for the keys `mask_first` .. `mask_first` + T that a query sees; None is
                 causal, within the window.
-            q_factor: float [B or 1, S] that each token's queries are multiplied by; None is 1. Of grouped queries alone.
+            q_factor: float [B or 1, S] that each token's queries are multiplied by; None is 1. Not of latents.
         """
         if isinstance(hidden, torch.Tensor) and torch_ops.is_watched(hidden):
             cos, sin = positions or (None, None)

@@ -191,7 +191,8 @@ experts = torch.ops.ktransformers.experts.default
 """(hidden [T, H], ids [T, K], weights [T, K], number) -> [T, H]"""
 attention = torch.ops.ktransformers.attention.default
 """(hidden [B, S, H], cos and sin [B or 1, S, R] or None, mask or None, its first token, number, number of the pages,
-factors of queries [B or 1, S] or None) -> [B, S, H]. It appends to the pages: not a pure function, so a graph that runs it twice appends twice."""
+factors of queries [B or 1, S] or None) -> [B, S, H]. It appends to the pages: not a pure function, so a graph that runs
+it twice appends twice."""
 router = torch.ops.ktransformers.router.default
 """(hidden [T, H], number) -> (ids [T, K], weights [T, K], logits [T, E])"""
 moe = torch.ops.ktransformers.moe.default

@@ -27,7 +27,9 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 _OUT = ("o_proj", "out_proj")
 _NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"), ("query_layernorm", "key_layernorm"),
           ("qk_norm", "qk_norm"))  # fmt: skip
-_VALUE_NORM, _GATE_BIAS, _Q_FACTOR = "v_norm", "gate_bias", "attention_scaling"
+_VALUE_NORM, _GATE_BIAS = "v_norm", "gate_bias"
+_Q_FACTOR, _SHARED = "attention_scaling", "shared_kv_states"
+"""Arguments of forward: what queries are multiplied by; keys and values that layers hand to others."""
 _GATES = ("gate_proj", "g_proj")
 HIDDEN, TOKENS = 16, 6
 Positions = tuple[Tensor, Tensor]
@@ -60,8 +62,8 @@ class Attending:
     def apply(
         self, module: nn.Module, hidden: Tensor, positions: Positions, mask: Tensor, factor: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden [B, S, H], cos and sin [B, S, R] each, mask [1, 1, S, S] added to scores, factor [B or 1, S] of queries
-        -> [B, S, H], and the keys and values that are cached, [B, C, S, D] and [B, C, S, V]; in torch."""
+        """hidden [B, S, H], cos and sin [B, S, R] each, mask [1, 1, S, S] added to scores, factor [B or 1, S] of
+        queries -> [B, S, H], and the keys and values that are cached, [B, C, S, D] and [B, C, S, V]; in torch."""
         s = self.shape
         q, k = module.q_proj(hidden), module.k_proj(hidden)
         v = k if module.v_proj is None else module.v_proj(hidden)
@@ -111,7 +113,7 @@ class Attending:
         return normed(x, self._weight(norm, self.shape.size), self.shape.eps)
 
     def native(self, operator: nn.Module) -> Attention | None:
-        keys_again = operator._modules["v_proj"] is None
+        keys_again = operator.v_proj is None
         parts = {"q": "q_proj", "k": "k_proj", "v": "k_proj" if keys_again else "v_proj", "o": self.out}
         if self.gate is not None:
             parts["g"] = self.gate
@@ -153,7 +155,7 @@ class Attending:
     def chosen(self, *args: Any) -> None:
         """None: no family's grouped queries have an index that is understood here."""
 
-    def query_factor(self, held: PagedLayer, tokens: int, kwargs: Mapping[str, Any]) -> Tensor | None:
+    def query_factor(self, held: "PagedLayer | Cache", tokens: int, kwargs: Mapping[str, Any]) -> Tensor | None:
         """What the queries of `tokens` more tokens are multiplied by, [B or 1, S]; None for nothing."""
         if self.growth is not None:
             return self.growth.at(held.get_seq_length(), tokens)[None]
@@ -227,7 +229,7 @@ class _Sizes:
 def _sizes(module: nn.Module) -> _Sizes | None:
     """Told from the projections and the head size; None where they do not fit together."""
     names = [*PROJECTIONS, _out_of(module)]
-    if "v_proj" in module._modules and module.v_proj is None:  # keys are the values
+    if getattr(module, "v_proj", 0) is None:  # keys are the values
         names[2] = "k_proj"
     linears = [getattr(module, name, None) for name in names]
     if any(linear is None or not hasattr(linear, "in_features") for linear in linears):
@@ -274,15 +276,10 @@ def _recognize(module: nn.Module, sizes: _Sizes) -> Attending | None:
                 if more.get(_SHARED):  # it hands its keys on to other layers
                     return None
                 for candidate in _candidates(small, sizes, group, angles, width < sizes.size):
-                    factor = more[_Q_FACTOR][:, 0, :, 0] if candidate.given_factor else None
-                    if candidate.growth is not None:
-                        factor = candidate.growth.at(cached, TOKENS)[None]
+                    factor = candidate.query_factor(cache, TOKENS, more)
                     if _agrees(candidate, (out, *cache.kept), small, hidden, read, mask, factor):
                         return candidate
     return None
-
-
-_SHARED = "shared_kv_states"
 
 
 def _more_of(small: nn.Module) -> dict[str, Any]:

@@ -37,15 +37,17 @@ from ktransformers.operators.attending import (
     turned,
 )
 from ktransformers.operators.linear import packed_dense, packed_of
+from ktransformers.operators.paged_attention import CHOSEN
 from ktransformers.operators.paged_cache import PagedIndexedLayer, PagedLayer
 from ktransformers.operators.twin import remembered
 from ktransformers.quants.blocks import Packed
 
 _QUERIES = ("q_proj", "q_b_proj", "q_gate_proj")
+_OF_LATENTS = ("q_b_proj", "q_gate_proj", "kv_b_proj")
 _LINEARS = (*_QUERIES, "q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 _KEY_NORM = "k_rope_only_layernorm"
 _NORMS = ("q_a_layernorm", "kv_a_layernorm", _KEY_NORM)
-_INDEX, _CHOSEN = "indexer", "prev_topk_indices"
+_INDEX = "indexer"
 _GATES = ("g_proj", "gate_proj")
 _READ = ("F32", "F16", "BF16", "Q8_0")
 """Types of kv_b that C makes keys and values with."""
@@ -58,9 +60,9 @@ class Latents:
     """One attention in numbers. `rotates`: it has positions at all. `q_factor`, `kv_factor`: what queries and latents
     are multiplied by. `queries`, `key_norm`, `gate` and `sinks` name the parts of the module that hold them.
 
-    `narrow`: "index" where the module has an index of its own, "chosen" where it is given what another chose, and hands
-    that on; `index_factor`: what the latents of queries are multiplied by for the index. `tells`: it gives back what was
-    chosen."""
+    `narrow`: "index" where the module has an index of its own, "chosen" where it is given what another chose;
+    `index_factor`: what the latents of queries are multiplied by for the index; `tells`: it gives back what was chosen.
+    """
 
     shape: LatentShape
     rotates: bool = True
@@ -74,7 +76,7 @@ class Latents:
     index_factor: float = 1.0
     tells: bool = False
     joined: ClassVar[bool] = True
-    takes: ClassVar[frozenset[str]] = frozenset({_CHOSEN})
+    takes: ClassVar[frozenset[str]] = frozenset({CHOSEN})
 
     @property
     def step_of(self) -> tuple[Any, ...]:
@@ -150,7 +152,7 @@ class Latents:
         if self.narrow is None:
             return None
         if self.narrow == "chosen":
-            return kwargs[_CHOSEN]
+            return kwargs[CHOSEN]
         if isinstance(held, PagedIndexedLayer):
             held.align()
         latents = operator.q_a_layernorm(operator.q_a_proj(hidden)) * self.index_factor
@@ -236,7 +238,7 @@ def _narrowing(small: nn.Module, chooses: _Chooses, out: Any, *given: Any) -> di
     `out`: what the small module gave; `given`: hidden, positions, mask and cache that it was given."""
     tells = isinstance(out, tuple) and len(out) == 3 and out[2] is chooses.keys
     if small._modules.get(_INDEX) is None:
-        takes = _CHOSEN in inspect.signature(type(small).forward).parameters
+        takes = CHOSEN in inspect.signature(type(small).forward).parameters
         return {"narrow": "chosen", "tells": tells} if takes else {}
     hidden, positions, mask, cache = given
     if len(chooses.given) != 5 or chooses.given[2] is not positions or chooses.given[4] is not cache:
@@ -262,7 +264,7 @@ def _recognize(module: nn.Module, shape: LatentShape) -> Latents | None:
                 small._modules[_INDEX] = chooses
             try:
                 with torch.device("cpu"):
-                    out = run_small(small, hidden, given, mask, cache, _FAR, {_CHOSEN: chooses.keys}, whole=True)
+                    out = run_small(small, hidden, given, mask, cache, _FAR, {CHOSEN: chooses.keys}, whole=True)
             except Exception:  # positions of another form, or a cache
                 continue
             narrowing = _narrowing(small, chooses, out, hidden, given, mask, cache)
@@ -306,7 +308,7 @@ def _small_copy(module: nn.Module, shape: LatentShape) -> nn.Module | None:
     small.num_key_value_groups = 1
     for name, child in module.named_children():
         if (name in _LINEARS or name in _GATES) and hasattr(child, "out_features"):
-            if name in ("q_b_proj", "q_gate_proj", "kv_b_proj") and getattr(child, "bias", None) is not None:  # nobody has one
+            if name in _OF_LATENTS and getattr(child, "bias", None) is not None:  # nobody has one
                 return None
             small._modules[name] = random_linear(child, *_small_size(name, child, shape), random)
         elif name in _NORMS and list(child._parameters) == ["weight"]:
@@ -323,4 +325,4 @@ def _small_size(name: str, linear: nn.Module, shape: LatentShape) -> tuple[int, 
         return out, HIDDEN
     if name == "o_proj":
         return HIDDEN, into // shape.heads * _HEADS
-    return out // shape.heads * _HEADS, into if name in ("q_b_proj", "q_gate_proj", "kv_b_proj") else HIDDEN
+    return out // shape.heads * _HEADS, into if name in _OF_LATENTS else HIDDEN

@@ -20,7 +20,7 @@ CACHE_LAYERS = {
     f"transformers.cache_utils.{name}"
     for name in ("DynamicLayer", "DynamicSlidingWindowLayer", "StaticLayer", "StaticSlidingWindowLayer",
                  "QuantoQuantizedLayer", "HQQQuantizedLayer", "Fp8QuantizedLayer")
-} | {f"ktransformers.operators.paged_cache.{name}" for name in ("PagedLayer", "PagedWindowLayer", "PagedIndexedLayer")}  # fmt: skip
+} | {f"ktransformers.operators.paged_cache.{name}" for name in ("PagedLayer", "PagedWindowLayer")}  # fmt: skip
 """Layers of a cache that are known, by full name. `update` of each takes and returns [B, heads, tokens,
 size] and returns every token so far in order, or a buffer of fixed length with a mask for what it does not hold yet.
 Whoever writes another such layer adds its name."""

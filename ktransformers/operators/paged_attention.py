@@ -53,6 +53,8 @@ class Recognized(Protocol):
 _CHANGE_NOTHING = frozenset({"use_cache", "output_attentions", "output_hidden_states", "cache_position", "position_ids",
                              "output_router_logits", "logits_to_keep", "return_dict"})  # fmt: skip
 """Arguments of an attention's forward that change no number where attentions are not asked for."""
+CHOSEN = "prev_topk_indices"
+"""The argument that says which keys the index of a layer before chose."""
 _KNOWN = _CHANGE_NOTHING | {"attention_mask", "position_embeddings", "past_key_values"}
 
 
@@ -116,7 +118,7 @@ class PagedAttention(FamilyOperator):
             return None  # a tracer cannot follow what pages there are
         cache = kwargs.get("past_key_values")
         joined, narrow = self.attending.joined, self.attending.narrow
-        if narrow and (kwargs.get("attention_mask") is None or narrow == "chosen" and kwargs.get("prev_topk_indices") is None):
+        if narrow and kwargs.get("attention_mask") is None or narrow == "chosen" and kwargs.get(CHOSEN) is None:
             return None
         if cache is None:
             held = PagedLayer(joined=joined)
