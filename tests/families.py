@@ -159,15 +159,9 @@ BLOCK_NOT_IN_C = ROUTER_NOT_IN_C | {
 """Families whose blocks of experts are not one call to C -> why. All others' are."""
 
 ATTENTION_NOT_NATIVE = {
-    "axk2": "a sparse index", "deepseek_v32": "a sparse index", "dots3_note": "a sparse index",
-    "dots3_note_text": "a sparse index", "glm_moe_dsa": "a sparse index", "hy_v4": "a sparse index",
-    "beam": "queries scaled by their position", "cohere2_moe": "angles of neighbours",
-    "deepseek_v4": "compressed context", "gemma4": "a norm of values, layers that share keys",
-    "gemma4_text": "a norm of values, layers that share keys", "inkling2_text": "convolutions of keys and values",
-    "inkling_text": "convolutions of keys and values", "laguna": "a softplus gate",
-    "lfm2_moe": "projections of other names", "llama4": "complex angles, chunks",
-    "llama4_text": "complex angles, chunks", "mimo_v2_flash": "heads and sinks that differ by layer",
-    "qwen4_exp": "compressed blocks", "qwen4_exp_text": "compressed blocks", "zaya": "convolutions",
+    "deepseek_v4": "compressed context", "inkling2_text": "convolutions of keys and values",
+    "inkling_text": "convolutions of keys and values", "qwen4_exp": "compressed blocks",
+    "qwen4_exp_text": "compressed blocks", "zaya": "convolutions",
 }  # fmt: skip
 """Families none of whose attention is a native call on the CPU -> why. Of all others, all softmax attention is."""
 

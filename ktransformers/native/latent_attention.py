@@ -10,7 +10,7 @@ import torch
 
 from ktransformers.native import torch_ops
 from ktransformers.native.library import loaded
-from ktransformers.native.self_attention import GATES, PAIRS, PARTS, Attention
+from ktransformers.native.self_attention import GATE_BY, GATES, PAIRS, PARTS, Attention
 from ktransformers.native.weights import fill_weight
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class LatentShape:
     """What an attention module computes on latents, besides its matrices; see kt_latent_desc in kt_native.h.
 
     Letters: A `heads`, L `latent` rank, N `plain` and R `rotary` sizes of the parts of a query without and with a
-    position, V `value_size`. `angles` as in `Shape`.
+    position, V `value_size`. `angles` as in `Shape`. With the gate "in_q" each head's rows of q end in V of its gate.
     """
 
     heads: int
@@ -38,9 +38,11 @@ class LatentShape:
     scale: float
     q_eps: float = 0.0
     kv_eps: float = 0.0
+    key_eps: float = 0.0
     pairs: str = "halves"
     angles: str = "twice"
     gate: str | None = None
+    gate_by: str = "sigmoid"
     window: int = 0
 
 
@@ -57,7 +59,8 @@ class LatentAttention(Attention):
         name: str = "attention",
     ) -> None:
         """`weights` by WEIGHTS (q_a and g only where there are such), `biases` float [N] likewise, of q only without
-        q_a; `norms` of "q" (with q_a) and "kv", `sinks` float [A]. Raises UnsupportedError, NativeError."""
+        q_a; `norms` of "q" (with q_a), "kv" and perhaps "key", `sinks` float [A]. Raises UnsupportedError,
+        NativeError."""
         state = loaded()
         self.name, self.shape, self.hidden, self._keep = name, shape, 0, []
         desc = state.ffi.new("kt_latent_desc *")
@@ -71,10 +74,12 @@ class LatentAttention(Attention):
         rank = weights["q_a"].shape[0] if "q_a" in weights else 0
         self._floats(state, desc, (norms or {}).get("q"), rank, "q norm", "q_norm")
         self._floats(state, desc, (norms or {}).get("kv"), shape.latent, "kv norm", "kv_norm")
+        self._floats(state, desc, (norms or {}).get("key"), shape.rotary, "key norm", "key_norm")
         self._floats(state, desc, sinks, shape.heads, "sinks", "sinks")
-        for field in ("heads", "latent", "plain", "rotary", "value_size", "scale", "q_eps", "kv_eps", "window"):
+        sizes = ("heads", "latent", "plain", "rotary", "value_size", "window")
+        for field in (*sizes, "scale", "q_eps", "kv_eps", "key_eps"):
             setattr(desc, field, getattr(shape, field))
-        desc.gate, desc.rotary_pairs = GATES[shape.gate], PAIRS[shape.pairs]
+        desc.gate, desc.gate_by, desc.rotary_pairs = GATES[shape.gate], GATE_BY[shape.gate_by], PAIRS[shape.pairs]
         out = state.ffi.new("kt_attention **")
         state.check(state.lib.kt_latent_attention_create(desc, out), name)
         self.handle = state.ffi.gc(out[0], state.lib.kt_attention_destroy)

@@ -86,6 +86,7 @@ class Layers:
         mask: torch.Tensor | None = None,
         mask_first: int = 0,
         pads: tuple[int, ...] | None = None,
+        q_factors: Sequence[torch.Tensor | None] | None = None,
     ) -> torch.Tensor:
         """hidden [B, S, H] through all of them, with pages for each layer and positions for each kind of layer: what
         follows is as `Attention.forward` takes it. `pads`: how many tokens on the left of each are padding."""
@@ -100,7 +101,7 @@ class Layers:
         out = torch.empty_like(hidden)
         cast = state.ffi.cast
         with self._lock:  # the calls are made once, and written to at every step
-            kept = self._fill(state, hidden, pages, positions, mask, mask_first, pads)
+            kept = self._fill(state, hidden, pages, positions, mask, mask_first, pads, q_factors)
             status = state.lib.kt_layers_forward(
                 self._stack, pool, cast("void *", hidden.data_ptr()), cast("void *", out.data_ptr())
             )
@@ -117,13 +118,14 @@ class Layers:
         mask: torch.Tensor | None,
         mask_first: int,
         pads: tuple[int, ...] | None,
+        q_factors: Sequence[torch.Tensor | None] | None,
     ) -> list[torch.Tensor]:
         """Write a step into the calls: all of it into the first of each kind, and each layer's pages."""
         batch, tokens = hidden.shape[:2]
         kept = []
         for kind, i in enumerate(self._first):
-            fill = self.layers[i].attention.fill
-            kept += fill(state, self._calls[i], hidden, pages[i], positions[kind], mask, mask_first, pads)
+            fill, factor = self.layers[i].attention.fill, q_factors[kind] if q_factors else None
+            kept += fill(state, self._calls[i], hidden, pages[i], positions[kind], mask, mask_first, factor, pads)
         for i, held in enumerate(pages):
             if held.length + tokens > held.room or len(held.tables) != batch:
                 held.make_room(batch, tokens)

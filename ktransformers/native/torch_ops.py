@@ -77,7 +77,9 @@ class AttentionCall(Protocol):
     name: str
     hidden: int
 
-    def compute(self, hidden: Tensor, pages: Any, positions: Any, mask: Tensor | None, mask_first: int) -> Tensor: ...
+    def compute(
+        self, hidden: Tensor, pages: Any, positions: Any, mask: Tensor | None, mask_first: int, q_factor: Tensor | None
+    ) -> Tensor: ...
 
 
 _named: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
@@ -128,15 +130,17 @@ def _experts(hidden: Tensor, ids: Tensor, weights: Tensor, number: int) -> Tenso
 
 
 def _attention(
-    hidden: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, first: int, number: int, pages: int
-) -> Tensor:
+    hidden: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, first: int, number: int, pages: int,
+    q_factor: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     positions = None if cos is None or sin is None else (cos, sin)
-    return _find(number).compute(hidden, _find(pages), positions, mask, first)
+    return _find(number).compute(hidden, _find(pages), positions, mask, first, q_factor)
 
 
 def _attention_shape(
-    hidden: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, first: int, number: int, pages: int
-) -> Tensor:
+    hidden: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, first: int, number: int, pages: int,
+    q_factor: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     call = _find(number)
     _check_fake(hidden, call.hidden, call.name)
     return hidden.new_empty(hidden.shape)
@@ -188,8 +192,8 @@ for _schema, _compute, _shape in (
     ("linear(Tensor x, int number) -> Tensor", _linear, _linear_shape),
     ("embedding(Tensor ids, ScalarType dtype, int number) -> Tensor", _embedding, _embedding_shape),
     ("experts(Tensor hidden, Tensor ids, Tensor weights, int number) -> Tensor", _experts, _experts_shape),
-    ("attention(Tensor hidden, Tensor? cos, Tensor? sin, Tensor? mask, int first, int number, int pages) -> Tensor",
-     _attention, _attention_shape),
+    ("attention(Tensor hidden, Tensor? cos, Tensor? sin, Tensor? mask, int first, int number, int pages, "
+     "Tensor? q_factor=None) -> Tensor", _attention, _attention_shape),
     ("router(Tensor hidden, int number) -> (Tensor, Tensor, Tensor)", _router, _router_shape),
     ("moe(Tensor hidden, int number) -> Tensor", _moe, _moe_shape),
 ):
@@ -205,8 +209,9 @@ embedding = torch.ops.ktransformers.embedding.default
 experts = torch.ops.ktransformers.experts.default
 """(hidden [T, H], ids [T, K], weights [T, K], number) -> [T, H]"""
 attention = torch.ops.ktransformers.attention.default
-"""(hidden [B, S, H], cos and sin [B or 1, S, R] or None, mask or None, its first token, number, number of the pages) ->
-[B, S, H]. It appends to the pages: not a pure function, so a graph that runs it twice appends twice."""
+"""(hidden [B, S, H], cos and sin [B or 1, S, R] or None, mask or None, its first token, number, number of the pages,
+factors of queries [B or 1, S] or None) -> [B, S, H]. It appends to the pages: not a pure function, so a graph that runs
+it twice appends twice."""
 router = torch.ops.ktransformers.router.default
 """(hidden [T, H], number) -> (ids [T, K], weights [T, K], logits [T, E])"""
 moe = torch.ops.ktransformers.moe.default

@@ -9,7 +9,7 @@ Letters: B batch, S tokens, H hidden, A heads of queries on C heads of keys and 
 import copy
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -23,17 +23,25 @@ from ktransformers.operators.linear import packed_of
 from ktransformers.operators.paged_cache import PagedLayer
 from ktransformers.operators.twin import generator, original, remembered
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-_NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"), ("query_layernorm", "key_layernorm"))
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+_OUT = ("o_proj", "out_proj")
+_NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"), ("query_layernorm", "key_layernorm"),
+          ("qk_norm", "qk_norm"))  # fmt: skip
+_VALUE_NORM, _GATE_BIAS = "v_norm", "gate_bias"
+_Q_FACTOR, _SHARED = "attention_scaling", "shared_kv_states"
+"""Arguments of forward: what queries are multiplied by; keys and values that layers hand to others."""
 _GATES = ("gate_proj", "g_proj")
 HIDDEN, TOKENS = 16, 6
+Positions = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Attending:
     """One attention in numbers. `norm_plus_one`: the norms scale by 1 + weight. `rotates`: it has positions at all.
 
-    `norms`, `sinks` and `gate` name the parts of the module that hold them.
+    `out`, `norms`, `value_norm`, `sinks`, `gate` and `gate_bias`, of each head, name the parts of the module that hold
+    them; `given_factor` names an argument of its forward, [B or 1, 1, S, 1], that queries are multiplied by. `growth`:
+    how queries grow with the number of their token in the cache, of none where it is None.
     """
 
     shape: Shape
@@ -42,12 +50,23 @@ class Attending:
     norm_plus_one: bool = False
     sinks: str | None = None
     gate: str | None = None
+    out: str = "o_proj"
+    value_norm: str | None = None
+    gate_bias: str | None = None
+    given_factor: str | None = None
+    growth: "Growth | None" = None
     joined: ClassVar[bool] = False
+    narrow: ClassVar[None] = None
+    tells: ClassVar[bool] = False
 
-    def apply(self, module: nn.Module, hidden: Tensor, positions: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-        """hidden [B, S, H], cos and sin [B, S, R] each, mask [1, 1, S, S] added to scores -> [B, S, H]; in torch."""
+    def apply(
+        self, module: nn.Module, hidden: Tensor, positions: Positions, mask: Tensor, factor: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden [B, S, H], cos and sin [B, S, R] each, mask [1, 1, S, S] added to scores, factor [B or 1, S] of
+        queries -> [B, S, H], and the keys and values that are cached, [B, C, S, D] and [B, C, S, V]; in torch."""
         s = self.shape
-        q, k, v = (getattr(module, name)(hidden) for name in PROJECTIONS[:3])
+        q, k = module.q_proj(hidden), module.k_proj(hidden)
+        v = k if module.v_proj is None else module.v_proj(hidden)
         gate = None
         if s.gate == "in_q":
             q, gate = q.view(*q.shape[:2], s.heads, 2 * s.size).chunk(2, -1)
@@ -55,8 +74,15 @@ class Attending:
         elif s.gate is not None:
             gate = getattr(module, self.gate)(hidden)
             gate = gate if s.gate == "elements" else gate.repeat_interleave(s.value_size, -1)
-        q, k = self._placed(module, q, positions, 0), self._placed(module, k, positions, 1)
+            if self.gate_bias is not None:
+                gate = gate + getattr(module, self.gate_bias).repeat_interleave(s.value_size)
         v = self._clipped(v).view(*v.shape[:2], -1, s.value_size).transpose(1, 2)
+        if self.value_norm is not None:
+            v = normed(v, self._weight(getattr(module, self.value_norm), s.value_size), s.eps)
+        v = v * (s.value_factor or 1.0)
+        q, k = self._placed(module, q, positions, 0), self._placed(module, k, positions, 1)
+        if factor is not None:
+            q = q * factor[:, None, :, None]
         shared = s.heads // s.kv_heads
         scores = q @ k.repeat_interleave(shared, 1).transpose(2, 3) * s.scale + mask
         if self.sinks is not None:
@@ -65,9 +91,9 @@ class Attending:
         else:
             probs = scores.softmax(-1)
         out = (probs @ v.repeat_interleave(shared, 1)).transpose(1, 2).flatten(2)
-        return module.o_proj(out if gate is None else out * gate.sigmoid())
+        return getattr(module, self.out)(out if gate is None else out * GATES_BY[s.gate_by](gate)), k, v
 
-    def _placed(self, module: nn.Module, x: Tensor, positions: tuple[Tensor, Tensor], which: int) -> Tensor:
+    def _placed(self, module: nn.Module, x: Tensor, positions: Positions, which: int) -> Tensor:
         """Queries (0) or keys (1) [B, S, heads * D], normed and turned: [B, heads, S, D]."""
         s = self.shape
         norm = getattr(module, self.norms[which]) if self.norms else None
@@ -84,31 +110,85 @@ class Attending:
         return x.clamp(-self.shape.clip, self.shape.clip) if self.shape.clip else x
 
     def _normed(self, x: Tensor, norm: nn.Module) -> Tensor:
-        return normed(x, self.norm_weight(norm), self.shape.eps)
+        return normed(x, self._weight(norm, self.shape.size), self.shape.eps)
 
     def native(self, operator: nn.Module) -> Attention | None:
-        parts = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
+        keys_again = operator.v_proj is None
+        parts = {"q": "q_proj", "k": "k_proj", "v": "k_proj" if keys_again else "v_proj", "o": self.out}
         if self.gate is not None:
             parts["g"] = self.gate
         linears = {part: packed_of(operator._modules[name]) for part, name in parts.items()}
         if any(linear is None for linear in linears.values()):
             return None
-        norms = {}
+        biases = {part: bias for part, (_, bias) in linears.items()}
+        if self.gate_bias is not None:
+            biases["g"] = self._bias_of_gates(operator, biases["g"])
+        s, norms = self.shape, {}
         if self.norms is not None:
-            norms = {p: self.norm_weight(operator._modules[n]) for p, n in zip("qk", self.norms, strict=True)}
+            norms = {p: self._weight(operator._modules[n], s.size) for p, n in zip("qk", self.norms, strict=True)}
+        if self.value_norm is not None:
+            norms["v"] = self._weight(operator._modules[self.value_norm], s.value_size)
         sinks = None if self.sinks is None else operator._parameters[self.sinks]
-        shape = self.shape if self.rotates else replace(self.shape, pairs="none")
         return Attention(
-            {part: weight for part, (weight, _) in linears.items()}, shape,
-            {part: bias for part, (_, bias) in linears.items()}, norms, sinks, operator.key,
+            {part: weight for part, (weight, _) in linears.items()}, s if self.rotates else replace(s, pairs="none"),
+            biases, norms, sinks, operator.key,
         )  # fmt: skip
+
+    def _bias_of_gates(self, operator: nn.Module, bias: Tensor | None) -> Tensor:
+        heads = operator._parameters[self.gate_bias].detach().float()
+        each = heads if self.shape.gate == "heads" else heads.repeat_interleave(self.shape.value_size)
+        return each if bias is None else each + bias
 
     def prepare(self, held: PagedLayer, dtype: torch.dtype) -> None:
         held.prepare(self.shape.kv_heads, self.shape.size, self.shape.value_size, dtype)
 
-    def norm_weight(self, norm: nn.Module) -> Tensor:
+    @property
+    def step_of(self) -> tuple[Any, ...]:
+        """What of a step is the module's own: modules alike in this may share one."""
+        return self.rotates, self.shape.angles, self.given_factor, self.growth
+
+    @property
+    def takes(self) -> frozenset[str | None]:
+        """Arguments of forward besides those that all take; of those shared by layers it neither reads nor adds any."""
+        return frozenset({self.given_factor, _SHARED})
+
+    @property
+    def plain(self) -> bool:
+        """Whether it takes and gives no more than positions, a mask and a cache."""
+        return self.given_factor is None
+
+    def chosen(self, *args: Any) -> None:
+        """None: no family's grouped queries have an index that is understood here."""
+
+    def query_factor(self, held: "PagedLayer | Cache", tokens: int, kwargs: Mapping[str, Any]) -> Tensor | None:
+        """What the queries of `tokens` more tokens are multiplied by, [B or 1, S]; None for nothing."""
+        if self.growth is not None:
+            return self.growth.at(held.get_seq_length(), tokens)[None]
+        given = None if self.given_factor is None else kwargs.get(self.given_factor)
+        return None if given is None else given[:, 0, :, 0]
+
+    def _weight(self, norm: nn.Module, width: int) -> Tensor:
         """What the norm multiplies by, in fp32."""
-        return norm.weight.float() + (1.0 if self.norm_plus_one else 0.0)
+        weight = getattr(norm, "weight", None)
+        if weight is None:
+            return torch.ones(width, dtype=torch.float32, device="cpu")
+        return weight.float() + (1.0 if self.norm_plus_one else 0.0)
+
+
+@dataclass(frozen=True)
+class Growth:
+    """1 + slope * log(1 + floor((1 + token) / step)): queries of the tokens of a long context (Llama-4)."""
+
+    slope: float
+    step: float
+
+    def at(self, first: int, tokens: int) -> Tensor:
+        """[S], of `tokens` tokens from number `first` on."""
+        places = torch.arange(first, first + tokens, dtype=torch.float32, device="cpu")
+        return torch.log1p(torch.floor((places + 1.0) / self.step)) * self.slope + 1.0
+
+
+GATES_BY: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "softplus": nn.functional.softplus}
 
 
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -116,10 +196,12 @@ def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
-def turned(x: Tensor, positions: tuple[Tensor, Tensor], shape: Shape) -> Tensor:
+def turned(x: Tensor, positions: Positions, shape: Shape) -> Tensor:
     """The first values of x [B, heads, S, D] turned by cos and sin [B, S, R], or [B, S, R/2] with angles "once"."""
+    if shape.angles == "beside":
+        positions = positions[0][..., ::2], positions[1][..., ::2]
     cos, sin = (p.unsqueeze(1) for p in positions)
-    half = cos.shape[-1] if shape.angles == "once" else cos.shape[-1] // 2
+    half = cos.shape[-1] // 2 if shape.angles == "twice" else cos.shape[-1]
     cos, sin = cos[..., :half], sin[..., :half]
     part, rest = x[..., : 2 * half], x[..., 2 * half :]
     a, b = (part[..., :half], part[..., half:]) if shape.pairs == "halves" else (part[..., 0::2], part[..., 1::2])
@@ -151,7 +233,10 @@ class _Sizes:
 
 def _sizes(module: nn.Module) -> _Sizes | None:
     """Told from the projections and the head size; None where they do not fit together."""
-    linears = [getattr(module, name, None) for name in PROJECTIONS]
+    names = [*PROJECTIONS, _out_of(module)]
+    if getattr(module, "v_proj", 0) is None:  # keys are the values
+        names[2] = "k_proj"
+    linears = [getattr(module, name, None) for name in names]
     if any(linear is None or not hasattr(linear, "in_features") for linear in linears):
         return None
     q, k, v, o = linears
@@ -171,60 +256,126 @@ def _sizes(module: nn.Module) -> _Sizes | None:
     return _Sizes(heads, kv_heads, size, value_size, gated, wide)
 
 
+def _out_of(module: nn.Module) -> str:
+    return next((name for name in _OUT if name in module._modules), _OUT[0])
+
+
 @remembered
 def _recognize(module: nn.Module, sizes: _Sizes) -> Attending | None:
     group = sizes.heads // sizes.kv_heads
     small = _small_copy(module, sizes, group)
     if small is None:
         return None
+    growth = _growth_of(small)
+    cached = int(3 * growth.step) - TOKENS // 2 if growth else 0  # the trial's tokens are on both sides of a step
     with torch.random.fork_rng(devices=[]):
         for width in (sizes.size, sizes.size // 2):
             hidden, positions, mask = inputs(width)
-            try:
-                with torch.device("cpu"):
-                    expected = run_small(small, hidden, positions, mask)
-            except Exception:  # this width is none that the family's code takes
-                continue
-            for candidate in _candidates(small, sizes, group, width):
-                if _agrees(candidate, expected, small, hidden, positions, mask):
-                    return candidate
+            for angles, given, read in _forms(positions):
+                cache, more = Cache(cached), _more_of(small)
+                try:
+                    with torch.device("cpu"):
+                        out = run_small(small, hidden, given, mask, cache, more=more)
+                except Exception:  # neither this width nor this form is one that the family's code takes
+                    continue
+                if more.get(_SHARED):  # it hands its keys on to other layers
+                    return None
+                for candidate in _candidates(small, sizes, group, angles, width < sizes.size):
+                    factor = candidate.query_factor(cache, TOKENS, more)
+                    if _agrees(candidate, (out, *cache.kept), small, hidden, read, mask, factor):
+                        return candidate
     return None
 
 
-def _agrees(candidate: Attending, expected: Tensor, small: nn.Module, *given: Any) -> bool:
+def _more_of(small: nn.Module) -> dict[str, Any]:
+    """What a family's forward may ask for besides what all are given."""
+    names = inspect.signature(type(small).forward).parameters
+    more = {_SHARED: {}, _Q_FACTOR: torch.linspace(0.5, 2.0, TOKENS, device="cpu")[None, None, :, None]}
+    return {name: value for name, value in more.items() if name in names}
+
+
+def _forms(positions: Positions) -> Iterator[tuple[str, Any, Positions]]:
+    """The forms in which families hand positions to attention: how angles lie, what is given, and as cos and sin."""
+    half = positions[0].shape[-1] // 2
+    cos, sin = (p[..., :half] for p in positions)
+    yield "twice", positions, positions
+    beside = cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1)
+    yield "beside", beside, beside
+    yield "once", torch.complex(cos, sin), (cos, sin)
+
+
+class Cache:
+    """Keeps what the family's code caches. `length`: of tokens before."""
+
+    def __init__(self, length: int = 0) -> None:
+        self.kept: tuple[Tensor, ...] = ()
+        self.length = length
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Positions:
+        self.kept = (*self.kept, keys, values)
+        return keys, values
+
+    def get_seq_length(self, *args: Any) -> int:
+        return self.length
+
+
+def _growth_of(module: nn.Module) -> Growth | None:
+    slope, step = getattr(module, "attn_scale", None), getattr(module, "floor_scale", None)
+    return Growth(float(slope), float(step)) if slope and step else None
+
+
+def _agrees(candidate: Attending, expected: tuple[Tensor, ...], small: nn.Module, *given: Any) -> bool:
     try:
-        return same(candidate.apply(small, *given), expected)
+        return all_same(candidate.apply(small, *given), expected)
     except RuntimeError:  # shapes of another candidate
         return False
+
+
+def all_same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
+    return len(found) == len(expected) and all(map(same, found, expected))
 
 
 def same(found: Tensor, expected: Tensor) -> bool:
     return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def _candidates(small: nn.Module, sizes: _Sizes, group: int, width: int) -> Iterator[Attending]:
+def _candidates(small: nn.Module, sizes: _Sizes, group: int, angles: str, partly: bool) -> Iterator[Attending]:
     norms = next((pair for pair in _NORMS if all(getattr(small, n, None) is not None for n in pair)), None)
+    value_norm = _VALUE_NORM if getattr(small, _VALUE_NORM, None) is not None else None
     sinks = next((n for n in ("sinks", "sink") if isinstance(getattr(small, n, None), Tensor)), None)
     gate = next((n for n in _GATES if is_linear(getattr(small, n, None))), None)
     gates = ["in_q"] if sizes.gated else ["elements", "heads"] if gate else [None]
-    eps = epsilon(getattr(small, norms[0])) if norms else 0.0
+    by = GATES_BY if gates != [None] else ("sigmoid",)
+    with_norm = norms or (value_norm, value_norm)
+    eps = epsilon(getattr(small, with_norm[0])) if with_norm[0] else 0.0
     whole = norms is not None and sizes.norm_whole
     clip = float(getattr(small.config, "clip_qkv", None) or 0.0)
     scales = dict.fromkeys((float(getattr(small, "scaling", 0) or 0), sizes.size**-0.5, 1.0))
     scales.pop(0.0, None)
-    pairs = ("halves", "neighbours", "parted")
+    turns = [(True, kind) for kind in ("halves", "neighbours", "parted")] + [(False, "halves")]
     after, plus = ((False, True), (False, True)) if norms else ((False,), (False,))
-    angles = ("twice", "once") if width < sizes.size else ("twice",)
-    for rotates, kind, once, last, one, gating, scale in itertools.product(
-        (True, False), pairs, angles, after, plus, gates, scales
+    forms = (angles, "once") if partly and angles == "twice" else (angles,)
+    growths = dict.fromkeys((None, _growth_of(small)))
+    for (rotates, kind), form, last, one, how, through, scale, factor, growth in itertools.product(
+        turns, forms, after, plus, gates, by, scales, own_factors(small), growths
     ):
-        if last and whole or not rotates and kind != "halves":
+        if last and whole:
             continue
         shape = Shape(
             group, 1, sizes.size, sizes.value_size, scale, eps, norm_whole=whole, norm_last=last, pairs=kind,
-            angles=once, gate=gating, clip=clip,
+            angles=form, gate=how, gate_by=through, clip=clip, value_factor=0.0 if factor == 1.0 else factor,
         )  # fmt: skip
-        yield Attending(shape, rotates, norms, one, sinks, gate)
+        yield Attending(
+            shape, rotates, norms, one, sinks, gate, _out_of(small), value_norm,
+            _GATE_BIAS if isinstance(getattr(small, _GATE_BIAS, None), Tensor) else None,
+            _Q_FACTOR if _Q_FACTOR in inspect.signature(type(small).forward).parameters else None, growth,
+        )  # fmt: skip
+
+
+def own_factors(module: nn.Module) -> tuple[float, ...]:
+    """1, and each number of the module's own that something may be multiplied by."""
+    known = ("scaling", "attention_dropout", "attn_scale", "floor_scale")
+    return tuple(dict.fromkeys((1.0, *(v for n, v in vars(module).items() if isinstance(v, float) and n not in known))))
 
 
 def epsilon(norm: nn.Module) -> float:
@@ -237,14 +388,17 @@ def _small_copy(module: nn.Module, sizes: _Sizes, group: int) -> nn.Module | Non
     small, random = shrunk(module, {"num_heads": group, "num_attention_heads": group, "num_key_value_heads": 1})
     rows = {"q_proj": group * sizes.size * (2 if sizes.gated else 1), "k_proj": sizes.size, "v_proj": sizes.value_size}
     for name, child in module.named_children():
-        if name in PROJECTIONS or name in _GATES:
-            out = rows.get(name, HIDDEN if name == "o_proj" else child.out_features // sizes.kv_heads)
-            into = group * sizes.value_size if name == "o_proj" else HIDDEN
+        if name in PROJECTIONS or name in _GATES or name == _out_of(module):
+            out = rows.get(name, HIDDEN if name in _OUT else child.out_features // sizes.kv_heads)
+            into = group * sizes.value_size if name in _OUT else HIDDEN
             small._modules[name] = random_linear(child, out, into, random)
-        elif any(name in pair for pair in _NORMS) and list(child._parameters) == ["weight"]:
+        elif not any(name in pair for pair in (*_NORMS, [_VALUE_NORM])):
+            return None
+        elif list(child._parameters) == ["weight"]:
             heads = (group if name.startswith("q") else 1) if child.weight.numel() != sizes.size else 1
-            small._modules[name] = random_norm(child, sizes.size * heads, random)
-        else:
+            width = child.weight.numel() if name == _VALUE_NORM else sizes.size * heads
+            small._modules[name] = random_norm(child, width, random)
+        elif list(child._parameters):
             return None
     return small if shrink_tensors(small, sizes.heads, group, random) else None
 
@@ -294,7 +448,7 @@ def shrink_tensors(small: nn.Module, heads: int, few: int, random: torch.Generat
     return all(buffer is None for buffer in small._buffers.values())
 
 
-def inputs(width: int) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+def inputs(width: int) -> tuple[Tensor, Positions, Tensor]:
     generator = torch.Generator("cpu").manual_seed(1)
     hidden = torch.randn(1, TOKENS, HIDDEN, generator=generator, device="cpu", dtype=torch.float32)
     angles = torch.rand(1, TOKENS, width // 2, generator=generator, device="cpu", dtype=torch.float32) * 6
@@ -304,13 +458,16 @@ def inputs(width: int) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
 
 
 def run_small(
-    small: nn.Module, hidden: Tensor, positions: Any, mask: Tensor, cache: Any = None, stride: int = 1
-) -> Tensor:
-    """The family's own forward, with what it asks for by name. Tokens are `stride` positions apart."""
+    small: nn.Module, hidden: Tensor, positions: Any, mask: Tensor, cache: Any = None, stride: int = 1,
+    more: Mapping[str, Any] | None = None, whole: bool = False,
+) -> Any:  # fmt: skip
+    """The family's own forward, with what it asks for by name. Tokens are `stride` positions apart. [1, S, H], or all
+    that it gives, with `whole`."""
     given: Mapping[str, Any] = {
+        **(more or {}),
         "position_embeddings": positions, "attention_mask": mask, "past_key_values": cache,
         "position_ids": torch.arange(TOKENS, device="cpu")[None] * stride,
     }  # fmt: skip
     names = inspect.signature(type(small).forward).parameters
     out = type(small).forward(small, hidden, **{name: value for name, value in given.items() if name in names})
-    return out[0] if isinstance(out, tuple) else out
+    return out[0] if isinstance(out, tuple) and not whole else out

@@ -127,8 +127,8 @@ class KDecoderLayer(FamilyOperator):
         if found is None:
             return super().forward(hidden_states, *args, **kwargs)
         layer, held = found
-        positions, mask, first = self.attention.step(held, kwargs)
-        out = layer.forward(hidden_states, [held.pages], [positions], mask, first)
+        positions, mask, first, factor = self.attention.step(held, hidden_states, kwargs)
+        out = layer.forward(hidden_states, [held.pages], [positions], mask, first, q_factors=[factor])
         held.advanced()
         return out
 
@@ -144,6 +144,8 @@ class KDecoderLayer(FamilyOperator):
         children = self._modules
         attention, mlp = self.attention, children[self.stacking.mlp]
         if not isinstance(attention, PagedAttention) or is_observed(self, self.stacking.children):
+            return None
+        if attention.attending is not None and attention.attending.narrow:  # an index sees what the first norm gives
             return None
         pages = attention.pages(hidden, kwargs)
         second = self._second(mlp, hidden.dtype) if pages is not None else None

@@ -18,7 +18,7 @@ from ktransformers import native
 from ktransformers.native import Attention, torch_ops
 from ktransformers.operators.base_operator import FamilyOperator, version
 from ktransformers.operators.combining import has_hooks
-from ktransformers.operators.paged_cache import PagedCache, PagedLayer
+from ktransformers.operators.paged_cache import PagedCache, PagedIndexedLayer, PagedLayer
 
 
 class Recognized(Protocol):
@@ -28,6 +28,16 @@ class Recognized(Protocol):
     """Whether positions are turned into keys and queries at all."""
     joined: bool
     """Whether a token's key and value lie in one row of the cache."""
+    narrow: str | None
+    """What chooses the keys that a query sees, and needs more than positions and a mask for it."""
+    tells: bool
+    """Whether forward gives back what was chosen, too."""
+    takes: frozenset[str | None]
+    """Arguments of forward besides those that all take."""
+    plain: bool
+    """Whether it takes and gives no more than positions, a mask and a cache."""
+    step_of: tuple[Any, ...]
+    """What of a step is the module's own: modules alike in this may share one."""
 
     def native(self, operator: nn.Module) -> Attention | None:
         """The native call on the operator's loaded weights; None where they are not all on the CPU."""
@@ -35,10 +45,18 @@ class Recognized(Protocol):
     def prepare(self, held: PagedLayer, dtype: torch.dtype) -> None:
         """Give `held` its pages if it has none."""
 
+    def chosen(self, operator: nn.Module, held: PagedLayer, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
+        """Numbers of the keys that the queries of `hidden` see, [B, S, K], where `narrow` says so."""
+
+    def query_factor(self, held: PagedLayer, tokens: int, kwargs: Mapping[str, Any]) -> Tensor | None:
+        """What the queries of `tokens` more tokens are multiplied by, [B or 1, S]; None for nothing."""
+
 
 _CHANGE_NOTHING = frozenset({"use_cache", "output_attentions", "output_hidden_states", "cache_position", "position_ids",
                              "output_router_logits", "logits_to_keep", "return_dict"})  # fmt: skip
 """Arguments of an attention's forward that change no number where attentions are not asked for."""
+CHOSEN = "prev_topk_indices"
+"""The argument that says which keys the index of a layer before chose."""
 _KNOWN = _CHANGE_NOTHING | {"attention_mask", "position_embeddings", "past_key_values"}
 
 
@@ -88,10 +106,12 @@ class PagedAttention(FamilyOperator):
         held = None if args else self.pages(hidden_states, kwargs)
         if held is None:
             return self.otherwise(hidden_states, *args, **kwargs)
-        step = self.step(held, kwargs)
-        out = self.native.forward(hidden_states, held.pages, *step)
+        chosen = self.attending.chosen(self, held, hidden_states, kwargs)
+        positions, mask, *rest = self.step(held, hidden_states, kwargs)
+        mask = mask if chosen is None else _narrowed(mask, chosen)
+        out = self.native.forward(hidden_states, held.pages, positions, mask, *rest)
         held.advanced()
-        return out, None
+        return (out, None, chosen) if self.attending.tells else (out, None)
 
     def pages(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> PagedLayer | None:
         """This layer's part of the cache, ready for a native call with these arguments of `forward`; a passing one
@@ -99,28 +119,33 @@ class PagedAttention(FamilyOperator):
         if self.native is None or torch_ops.is_traced(hidden) or not self._is_plain(hidden, kwargs):
             return None  # a tracer cannot follow what pages there are
         cache = kwargs.get("past_key_values")
-        joined = self.attending.joined
+        joined, narrow = self.attending.joined, self.attending.narrow
+        if narrow and kwargs.get("attention_mask") is None or narrow == "chosen" and kwargs.get(CHOSEN) is None:
+            return None
         if cache is None:
             held = PagedLayer(joined=joined)
         else:
             held = cache.layers[self.layer_idx] if type(cache) is PagedCache else None
         if not isinstance(held, PagedLayer) or held.joined != joined:
             return None
+        if narrow == "index" and cache is not None and not isinstance(held, PagedIndexedLayer):
+            return None
         if held.pages is None:
             self.attending.prepare(held, hidden.dtype)
         return held
 
     def step(
-        self, held: PagedLayer, kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None, int]:
-        """Positions, mask and its first token, as `native.Attention.forward` takes them."""
+        self, held: PagedLayer, hidden: Tensor, kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None, int, Tensor | None]:
+        """Positions, mask and its first token, and factors of queries, as `native.Attention.forward` takes them."""
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.dtype != torch.bool:
             mask = mask == 0
         positions = kwargs.get("position_embeddings") if self.attending.rotates else None
         if isinstance(positions, Tensor):  # complex factors
             positions = positions.real, positions.imag
-        return positions, mask, held.first_visible() if mask is not None else 0
+        factor = self.attending.query_factor(held, hidden.shape[1], kwargs)
+        return positions, mask, held.first_visible() if mask is not None else 0, factor
 
     def _is_plain(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> bool:
         """Whether nothing is asked for that only the other code does."""
@@ -138,9 +163,9 @@ class PagedAttention(FamilyOperator):
         if kwargs.get("output_attentions", getattr(self.orig_module.config, "output_attentions", False)):
             return False
         mask = kwargs.get("attention_mask")
-        if mask is not None and not _only_hides(mask, hidden.shape[1]):
+        if mask is not None and not (_only_hides(mask, hidden.shape[1]) and _looks_back(mask)):
             return False
-        return all(name in _KNOWN or value is None for name, value in kwargs.items())
+        return all(name in _KNOWN or value is None or name in self.attending.takes for name, value in kwargs.items())
 
     def _version(self) -> int:
         return sum(version(tensor) for tensor in self._tensors)
@@ -157,3 +182,28 @@ def _only_hides(mask: Any, queries: int) -> bool:
         return True
     lowest = torch.finfo(mask.dtype).min if mask.is_floating_point() else None
     return lowest is not None and bool(((mask == 0) | (mask <= lowest)).all())
+
+
+def _narrowed(mask: Tensor, chosen: Tensor) -> Tensor:
+    """A bool mask [B or 1, 1, S, T] without the keys whose numbers are not in `chosen` [B, S, K]."""
+    batch, queries, count = chosen.shape
+    keys = mask.shape[-1]
+    if count >= keys:  # all
+        return mask
+    seen = torch.zeros(batch, queries, keys, dtype=torch.bool, device="cpu").scatter_(-1, chosen.long(), True)
+    return mask & seen.unsqueeze(1)
+
+
+def _looks_back(mask: Tensor) -> bool:
+    """Whether no query of a mask [B or 1, 1, S, T] sees a key after it. Of few queries C sees to that itself: all their
+    keys are in the cache before any of them is computed."""
+    queries = mask.shape[2]
+    if queries <= _FEW:
+        return True
+    ahead = mask[..., -queries:]
+    ahead = ahead if ahead.dtype == torch.bool else ahead == 0
+    return not bool(ahead.triu(1).any())
+
+
+_FEW = 256
+"""Queries of a sequence that C never parts."""

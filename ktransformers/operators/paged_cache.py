@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from ktransformers.errors import UnsupportedError
 from ktransformers.native.pages import TYPES, Pages
@@ -187,6 +187,55 @@ class PagedWindowLayer(PagedLayer):
         return max(self.pages.held_from, default=0) <= max(length - self.sliding_window + 1, 0)
 
 
+class PagedIndexedLayer(PagedLayer):
+    """The same with a key [B, T, I] of each token besides, for an index over keys, as DynamicIndexedLayer has it."""
+
+    def __init__(self, kind: str | None = None, joined: bool = False) -> None:
+        super().__init__(kind, joined)
+        self._index: Tensor | None = None  # [B, room, I], its length doubled where it has to grow
+        self._indexed = 0
+
+    @property
+    def indexer_keys(self) -> Tensor | None:
+        """[B, T, I]; None before the first token."""
+        return None if self._index is None else self._index[:, : self._indexed]
+
+    def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
+        """[B, S, I], appended -> [B, T, I]."""
+        after = self._indexed + indexer_key_states.shape[1]
+        if self._index is None or after > self._index.shape[1]:
+            batch, _, width = indexer_key_states.shape
+            grown = indexer_key_states.new_empty(batch, max(after, 2 * self._indexed), width)
+            if self._index is not None:
+                grown[:, : self._indexed] = self.indexer_keys
+            self._index = grown
+        self._index[:, self._indexed : after] = indexer_key_states
+        self._indexed = after
+        return self.indexer_keys
+
+    def align(self) -> None:
+        """Forget keys of tokens that are not in the pages: a step that failed leaves some."""
+        self._indexed = min(self._indexed, self.get_seq_length())
+
+    def reset(self) -> None:
+        super().reset()
+        self._index, self._indexed = None, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        self.align()
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self._index is not None:
+            self._index = self._index.repeat_interleave(repeats, 0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        if self._index is not None:
+            self._index = self._index[indices.to(self._index.device)]
+
+
 class PagedCache(Cache):
     """A cache with a `PagedLayer` wherever an operator computes on pages."""
 
@@ -195,8 +244,10 @@ class PagedCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all pages."""
-        return sum(layer.pages.nbytes for layer in self.layers if isinstance(layer, PagedLayer) and layer.pages)
+        """Bytes of all pages, and of keys for indices."""
+        held = [layer for layer in self.layers if isinstance(layer, PagedLayer) and layer.pages]
+        keys = [layer.indexer_keys for layer in held if isinstance(layer, PagedIndexedLayer)]
+        return sum(layer.pages.nbytes for layer in held) + sum(key.nbytes for key in keys if key is not None)
 
     @classmethod
     def together(cls, caches: Sequence["PagedCache"]) -> "PagedCache":
@@ -237,6 +288,8 @@ def paged_cache(model: nn.Module, kind: str | None = None) -> PagedCache | None:
             layers[number] = PagedWindowLayer(layer.sliding_window, kind, one_row)
         elif type(layer) is DynamicLayer:
             layers[number] = PagedLayer(kind, one_row)
+        elif type(layer) is DynamicIndexedLayer:
+            layers[number] = PagedIndexedLayer(kind, one_row)
     return PagedCache(layers)
 
 

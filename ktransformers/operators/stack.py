@@ -110,7 +110,7 @@ class Stack:
         like = torch.zeros(1, 1, decoder._modules[found.norm].weight.shape[-1], dtype=dtype, device="cpu")
         with torch.no_grad():
             steps = [layer.native_step(like, {"past_key_values": cache}) for layer in decoder.layers]
-        if any(step is None for step in steps):
+        if any(s is None for s in steps) or not all(layer.attention.attending.plain for layer in decoder.layers):
             return None
         return _Made(decoder, found, [step[0].layers[0] for step in steps])
 
@@ -123,15 +123,17 @@ class _Made:
         attentions = [layer.attention for layer in decoder.layers]
         self._numbers = [attention.layer_idx for attention in attentions]
         self._attending = [attention.attending for attention in attentions]
-        # Angles of a kind: of one call of a rotary module, or none at all.
-        kinds = [found.kinds[i] if attending.rotates else -1 for i, attending in enumerate(self._attending)]
-        self._kinds = sorted(set(kinds))
+        # Layers of a kind share angles and factors: of one call of a rotary module, or none at all.
+        kinds = [(found.kinds[i] if attending.rotates else -1, attending.step_of)
+                 for i, attending in enumerate(self._attending)]  # fmt: skip
+        each = list(dict.fromkeys(kinds))
+        self._of_kind = [(kind[0], kinds.index(kind)) for kind in each]
         self._angles = {i: Angles(decoder._modules[name], given) for i, (name, given) in enumerate(found.rotaries)}
         norm = None
         if found.rms is not None:
             eps, shift = found.rms
             norm = decoder._modules[found.norm].weight.detach().float() + shift, eps
-        self._layers = native.Layers(layers, [self._kinds.index(kind) for kind in kinds], norm)
+        self._layers = native.Layers(layers, [each.index(kind) for kind in kinds], norm)
 
     def forward(self, kwargs: Mapping[str, Any], given: Tensor, cache: PagedCache) -> Any:
         held = [cache.layers[number] if number < len(cache.layers) else None for number in self._numbers]
@@ -150,8 +152,12 @@ class _Made:
         for part, attending in zip(held, self._attending, strict=True):
             if part.pages is None:
                 attending.prepare(part, hidden.dtype)
-        positions = [None if kind < 0 else self._angles[kind].of(hidden, past, where) for kind in self._kinds]
-        out = self._layers.forward(hidden, [part.pages for part in held], positions, pads=pads or None)
+        positions, factors = [], []
+        for rotary, i in self._of_kind:
+            positions.append(None if rotary < 0 else self._angles[rotary].of(hidden, past, where))
+            factors.append(self._attending[i].query_factor(held[i], tokens, kwargs))
+        pages = [part.pages for part in held]
+        out = self._layers.forward(hidden, pages, positions, pads=pads or None, q_factors=factors)
         for part in held:
             part.advanced()
         if self.found.rms is None:

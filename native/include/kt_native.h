@@ -363,9 +363,10 @@ typedef struct kt_sequence {
 
 typedef enum kt_part { KT_Q = 0, KT_K = 1, KT_V = 2, KT_G = 3, KT_O = 4 } kt_part;
 
-/* What the heads' sum is multiplied by, through a sigmoid: nothing; the second half of each head's rows of q; a value
+/* What the heads' sum is multiplied by, through a kt_gate_by: nothing; the second half of each head's rows of q; a value
  * each from the matrix g; one a head from it. */
 typedef enum kt_gate { KT_GATE_NONE = 0, KT_GATE_IN_Q = 1, KT_GATE_ELEMENTS = 2, KT_GATE_HEADS = 3 } kt_gate;
+typedef enum kt_gate_by { KT_GATE_SIGMOID = 0, KT_GATE_SOFTPLUS = 1 /* log(1 + e^x) */ } kt_gate_by;
 
 /* Rotary positions (Su et al. 2021) of the first values of a head: which two turn together, and where they lie after. */
 typedef enum kt_pairs {
@@ -380,30 +381,31 @@ typedef enum kt_pairs {
  * each head, or with norm_whole of all heads at once [A*D] and [C*D]; NULL for none; norm_last: after the rotation.
  * scale multiplies scores. window: tokens that a query sees, itself included, 0 for all. sinks: fp32 [A], logits that
  * take part in the softmax and have no value. clip: q, k, v are cut to -clip .. clip after norms of all heads at once,
- * before any of each; 0 for not. Biases,
+ * before any of each; 0 for not. v_norm: fp32 [V] or NULL, of each head of v; value_factor multiplies v, 0 for not. Biases,
  * norms and sinks stay the caller's. */
 typedef struct kt_attention_desc {
     kt_weight q, k, v, g, o;
     const float *bias[5];
-    const float *q_norm, *k_norm, *sinks;
-    int32_t norm_whole, norm_last, gate, rotary_pairs;
-    float eps, scale, clip;
+    const float *q_norm, *k_norm, *v_norm, *sinks;
+    int32_t norm_whole, norm_last, gate, gate_by, rotary_pairs;
+    float eps, scale, clip, value_factor;
     int64_t heads, kv_heads, size, value_size, window;
 } kt_attention_desc;
 
 /* Multi-head latent attention (DeepSeek-V2). A heads, L size of a latent, N and R (rotary) sizes of a query's parts
  * without and with a position, V value_size. q [A*(N+R), H], or with q_a [Q, H] (q_a.data not NULL) [A*(N+R), Q] of its
- * normed results; kv_a [L+R, H]; kv_b [A*(N+V), L], of type F32, F16, BF16 or Q8_0: for each head N rows that make keys of
+ * normed results, or [A*(N+R), 2*Q] of these and then the results themselves; with KT_GATE_IN_Q each head has V rows more
+ * in q; kv_a [L+R, H]; kv_b [A*(N+V), L], of type F32, F16, BF16 or Q8_0: for each head N rows that make keys of
  * latents, then V that make values; o [H, A*V]; g [A*V or A, H] with such a gate. L is a multiple of 16. bias: fp32 by
- * kt_part or NULL, of KT_Q (of q_a, where there is one), KT_K (kv_a), KT_G, KT_O. q_norm [Q] and kv_norm [L]: fp32. All
- * stay the caller's. The cache keeps a row [L + R] a token, of one head: its latent, normed, and its key, turned; the
+ * kt_part or NULL, of KT_Q (of q_a, where there is one), KT_K (kv_a), KT_G, KT_O. q_norm [Q] and kv_norm [L]: fp32, and
+ * key_norm [R] or NULL, of the part of a key that turns, before it does. All stay the caller's. The cache keeps a row [L + R] a token, of one head: its latent, normed, and its key, turned; the
  * layout's key_row and `keys` of a sequence say where, and `values` is not read. */
 typedef struct kt_latent_desc {
     kt_weight q_a, q, kv_a, kv_b, g, o;
     const float *bias[5];
-    const float *q_norm, *kv_norm, *sinks;
-    float q_eps, kv_eps, scale;
-    int32_t gate, rotary_pairs;
+    const float *q_norm, *kv_norm, *key_norm, *sinks;
+    float q_eps, kv_eps, key_eps, scale;
+    int32_t gate, gate_by, rotary_pairs;
     int64_t heads, latent, plain, rotary, value_size, window;
 } kt_latent_desc;
 
@@ -412,9 +414,10 @@ typedef struct kt_attention kt_attention;
 /* One call on batch x tokens rows of dtype. cos and sin: angles of each token, of `rotary` rotated values; the first
  * rotary / 2 numbers of a row are read; rotary_row and rotary_batch: numbers from a token and a sequence to the next
  * (0: alike). cos NULL: no positions. sequences: one for each of the batch, with room for the new tokens, which get
- * the places from `length` on. window: instead of the attention's own, where it is not 0. mask: NULL for causal; else
- * bytes [batch][tokens][keys from mask_first on], nonzero for what is seen, instead of causality and window; mask_batch
- * 0: one for all. like: for kt_layers_forward. */
+ * the places from `length` on. q_factor: fp32 [batch][tokens] that queries are multiplied by after norms and rotation, or
+ * NULL; q_factor_batch: numbers from a sequence to the next (0: alike); of grouped queries alone. window: instead of the
+ * attention's own, where it is not 0. mask: NULL for causal; else bytes [batch][tokens][keys from mask_first on], nonzero
+ * for what is seen, instead of causality and window; mask_batch 0: one for all. like: for kt_layers_forward. */
 typedef struct kt_attention_call {
     int32_t dtype, rotary_dtype, like;
     int64_t batch, tokens;
@@ -425,6 +428,8 @@ typedef struct kt_attention_call {
     int64_t window;
     const uint8_t *mask;
     int64_t mask_batch, mask_row, mask_first;
+    const float *q_factor;
+    int64_t q_factor_batch;
 } kt_attention_call;
 
 int kt_attention_create(const kt_attention_desc *desc, kt_attention **attention);

@@ -92,11 +92,14 @@ static kt_attention_desc random_module(int64_t hidden) {
     d.norm_last = !d.norm_whole && chance(2);
     if (chance(2)) d.q_norm = random_floats(d.heads * d.size);
     if (chance(2)) d.k_norm = random_floats(d.heads * d.size);
+    if (chance(3)) d.v_norm = random_floats(d.value_size);
     if (chance(3)) d.sinks = random_floats(d.heads);
     for (int i = 0; i < 5; i++)
         if (chance(3)) d.bias[i] = random_floats(2 * d.heads * (d.size + d.value_size) + hidden);
     d.eps = 1e-6f;
     d.clip = chance(4) ? 1.0f : 0.0f;
+    d.value_factor = chance(3) ? 0.7f : 0.0f;
+    d.gate_by = (int32_t)below(2);
     d.rotary_pairs = (int32_t)below(4);
     return d;
 }
@@ -145,6 +148,8 @@ static void layer_case(void) {
     if (!c.cos || rotary * 50 < steps[0] * rotary / 2) c.rotary_row = 0;
     c.window = chance(3) ? 1 + below(20) : 0;
     const float *last = chance(2) ? random_floats(hidden) : NULL;
+    c.q_factor_batch = chance(2) ? steps[0] : 0;
+    if (chance(3)) c.q_factor = random_floats(c.q_factor_batch ? batch * steps[0] : steps[0]);
     kt_sequence s[2][MOST];
     for (int i = 0; i < 2 && layer; i++) empty_sequences(&d, &c.layout, batch, steps[0] + steps[1], s[i]);
     for (int step = 0; step < 2 && layer; step++) {
@@ -186,19 +191,23 @@ static kt_weight latent_weight(int64_t rows, int64_t cols) {
 }
 
 static void latent_module(kt_latent_desc *d, int64_t hidden) {
-    const int64_t rank = chance(2) ? random_size() : 0, queries = d->heads * (d->plain + d->rotary);
+    const int64_t rank = chance(2) ? random_size() : 0;
+    d->gate = (int32_t)below(4);
+    d->gate_by = (int32_t)below(2);
+    const int64_t gated = d->gate == KT_GATE_IN_Q ? d->value_size : 0;
+    const int64_t queries = d->heads * (d->plain + d->rotary + gated);
     if (rank) {
         d->q_a = valid(rank, hidden);
         d->q_norm = random_floats(rank);
     }
-    d->q = valid(queries, rank ? rank : hidden);
+    d->q = valid(queries, rank ? rank * (1 + below(2)) : hidden);
     d->kv_a = valid(d->latent + d->rotary, hidden);
     d->kv_b = latent_weight(d->heads * (d->plain + d->value_size), d->latent);
     d->o = valid(hidden, d->heads * d->value_size);
-    d->gate = (int32_t)PICK(KT_GATE_NONE, KT_GATE_ELEMENTS, KT_GATE_HEADS);
-    if (d->gate != KT_GATE_NONE)
+    if (d->gate > KT_GATE_IN_Q)
         d->g = valid(d->heads * (d->gate == KT_GATE_HEADS ? 1 : d->value_size), hidden);
     d->kv_norm = random_floats(d->latent);
+    if (chance(3)) d->key_norm = random_floats(d->rotary);
     if (chance(2)) d->bias[KT_Q] = random_floats(rank ? rank : queries);
     if (chance(2)) d->bias[KT_K] = random_floats(d->latent + d->rotary);
     if (chance(2)) d->bias[KT_O] = random_floats(hidden);

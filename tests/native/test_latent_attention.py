@@ -29,18 +29,20 @@ def _restore():
     native.set_exact(False)
 
 
-def module(shape=SHAPE, rank=RANK, kv_b="f32", bias=False, sinks=False, seed=0):
-    """(native call, weights in float64)."""
+def module(shape=SHAPE, rank=RANK, kv_b="f32", bias=False, sinks=False, seed=0, key_norm=False, raw=False):
+    """(native call, weights in float64). `raw`: queries are made of their latents before the norm, too."""
     generator = torch.Generator().manual_seed(seed)
+    size = shape.plain + shape.rotary + (shape.value_size if shape.gate == "in_q" else 0)
     rows = {
-        "q": (shape.heads * (shape.plain + shape.rotary), rank or HIDDEN),
+        "q": (shape.heads * size, (rank or HIDDEN) * (2 if raw else 1)),
         "kv_a": (shape.latent + shape.rotary, HIDDEN),
         "kv_b": (shape.heads * (shape.plain + shape.value_size), shape.latent),
         "o": (HIDDEN, shape.heads * shape.value_size),
     }
     if rank:
         rows["q_a"] = (rank, HIDDEN)
-    if shape.gate:
+    own_gate = shape.gate in ("heads", "elements")
+    if own_gate:
         rows["g"] = (shape.heads * (shape.value_size if shape.gate == "elements" else 1), HIDDEN)
     w = {name: torch.randn(size, generator=generator) * size[1] ** -0.5 for name, size in rows.items()}
     packed = {name: packed_dense(weight) for name, weight in w.items()}
@@ -51,11 +53,13 @@ def module(shape=SHAPE, rank=RANK, kv_b="f32", bias=False, sinks=False, seed=0):
     elif kv_b != "f32":
         w["kv_b"] = w["kv_b"].to({"bf16": torch.bfloat16, "f16": torch.float16}[kv_b])
         packed["kv_b"] = packed_dense(w["kv_b"])
-    names = ("q_a" if rank else "q", "kv_a", "o", *(("g",) if shape.gate else ()))
+    names = ("q_a" if rank else "q", "kv_a", "o", *(("g",) if own_gate else ()))
     biases = {name: torch.randn(rows[name][0], generator=generator) for name in names} if bias else {}
     norms = {"kv": torch.rand(shape.latent, generator=generator) + 0.5}
     if rank:
         norms["q"] = torch.rand(rank, generator=generator) + 0.5
+    if key_norm:
+        norms["key"] = torch.rand(shape.rotary, generator=generator) + 0.5
     sinks = torch.randn(shape.heads, generator=generator) if sinks else None
     call = native.LatentAttention(packed, shape, biases, norms, sinks)
     numbers = {f"{k}_bias": v for k, v in biases.items()} | {f"{k}_norm": v for k, v in norms.items()}
@@ -82,12 +86,17 @@ def truth(w, shape, hidden, positions, seen):
     def norm(x, weight, eps):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
-    q = linear("q", norm(linear("q_a", x), w["q_norm"], shape.q_eps) if "q_a" in w else x)
-    q = q.view(*x.shape[:2], shape.heads, -1).transpose(1, 2)
+    into = x
+    if "q_a" in w:
+        raw = linear("q_a", x)
+        into = torch.cat([norm(raw, w["q_norm"], shape.q_eps), raw], -1)[..., : w["q"].shape[1]]
+    q = linear("q", into).view(*x.shape[:2], shape.heads, -1).transpose(1, 2)
+    q, gate = q[..., : shape.plain + shape.rotary], q[..., shape.plain + shape.rotary :]
     latent, key = linear("kv_a", x).split([shape.latent, shape.rotary], -1)
     latent = norm(latent, w["kv_norm"], shape.kv_eps)
     both = (latent @ w["kv_b"].T).view(*x.shape[:2], shape.heads, -1).transpose(1, 2)
     keys, values = both.split([shape.plain, shape.value_size], -1)
+    key = norm(key, w["key_norm"], shape.key_eps) if "key_norm" in w else key
     q, turned = q.split([shape.plain, shape.rotary], -1)
     scores = q @ keys.transpose(2, 3)
     scores = scores + turn(turned, cos, sin, shape.pairs) @ turn(key[:, None], cos, sin, shape.pairs).transpose(2, 3)
@@ -96,8 +105,9 @@ def truth(w, shape, hidden, positions, seen):
         scores = torch.cat([scores, w["sinks"].view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
     out = (scores.softmax(-1)[..., : x.shape[1]].nan_to_num() @ values).transpose(1, 2).flatten(2)
     if shape.gate:
-        gate = linear("g", x).sigmoid()
-        out = out * (gate if shape.gate == "elements" else gate.repeat_interleave(shape.value_size, -1))
+        gate = gate.transpose(1, 2).flatten(2) if shape.gate == "in_q" else linear("g", x)
+        gate = gate.sigmoid() if shape.gate_by == "sigmoid" else torch.nn.functional.softplus(gate)
+        out = out * (gate.repeat_interleave(shape.value_size, -1) if shape.gate == "heads" else gate)
     return linear("o", out)
 
 
@@ -154,6 +164,23 @@ def test_rotary_forms_gates_biases_and_sinks(pairs, gate, rank):
     hidden, positions, seen = case(1, 80)
     expected = truth(w, shape, hidden, positions, seen)
     assert_close(in_pieces(call, pages_for(), hidden, positions, [70, 1, 2, 7]), expected)
+
+
+@pytest.mark.parametrize("gate", ["heads", "elements", "in_q"])
+@pytest.mark.parametrize(("rank", "raw"), [(0, False), (RANK, False), (RANK, True)])
+def test_gates_in_queries_norms_of_keys_and_latents_as_they_were(gate, rank, raw):
+    shape = replace(SHAPE, pairs="parted", gate=gate, gate_by="softplus" if raw else "sigmoid", key_eps=1e-3)
+    call, w = module(shape, rank, key_norm=True, raw=raw)
+    hidden, positions, seen = case(2, 80)
+    expected = truth(w, shape, hidden, positions, seen)
+    assert_close(in_pieces(call, pages_for(), hidden, positions, [70, 1, 2, 7]), expected)
+
+
+def test_factors_of_queries_are_refused():
+    call, _ = module()
+    hidden, positions, _ = case(1, 3)
+    with pytest.raises(NativeError, match="size"):
+        call.forward(hidden, pages_for(), positions, q_factor=torch.ones(1, 3))
 
 
 def test_no_positions_at_all():

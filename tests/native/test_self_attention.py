@@ -10,7 +10,7 @@ from torch import nn
 from ktransformers import native
 from ktransformers.errors import NativeError
 from ktransformers.native.pages import Pages
-from ktransformers.native.self_attention import PARTS, Shape
+from ktransformers.native.self_attention import GATE_BY, GATES, PAIRS, PARTS, Shape
 from ktransformers.operators.attending import Attending
 from tests.native.blocks import random_weight, values
 
@@ -35,7 +35,7 @@ class Dense(nn.Module):
 class Case:
     """An attention with random weights, in C and as numbers."""
 
-    def __init__(self, shape=PLAIN, fmt="F32", norms=False, biases=False, sinks=False, seed=0):
+    def __init__(self, shape=PLAIN, fmt="F32", norms=False, biases=False, sinks=False, seed=0, value_norm=False):
         r, g = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
         q_rows = shape.heads * shape.size * (2 if shape.gate == "in_q" else 1)
         rows = {"q": q_rows, "k": shape.kv_heads * shape.size, "v": shape.kv_heads * shape.value_size, "o": HIDDEN}
@@ -47,11 +47,13 @@ class Case:
         self.biases = {p: torch.randn(n, generator=g) for p, n in rows.items()} if biases else {}
         widths = [shape.size * (n if shape.norm_whole else 1) for n in (shape.heads, shape.kv_heads)]
         self.norms = {p: torch.rand(n, generator=g) + 0.5 for p, n in zip("qk", widths, strict=True)} if norms else {}
+        if value_norm:
+            self.norms["v"] = torch.rand(shape.value_size, generator=g) + 0.5
         self.sinks = torch.randn(shape.heads, generator=g) if sinks else None
         self.made = native.Attention(self.weights, shape, self.biases, self.norms, self.sinks, name="attention")
 
-    def numbers(self, hidden, positions, mask):
-        """What the module gives in float64; mask [1 or B, 1, S, S] is added to scores."""
+    def numbers(self, hidden, positions, mask, factor=None):
+        """What the module gives in float64; mask [1 or B, 1, S, S] is added to scores, factor [1 or B, S] of queries."""
         module = nn.Module()
         names = dict(zip("qkvog", ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj"), strict=True))
         for part, weight in self.weights.items():
@@ -62,10 +64,11 @@ class Case:
         module.sinks = None if self.sinks is None else self.sinks.double()
         shape = self.shape if self.shape.pairs != "none" else dataclasses.replace(self.shape, pairs="halves")
         formula = Attending(
-            shape, self.shape.pairs != "none", ("q_norm", "k_norm") if self.norms else None,
+            shape, self.shape.pairs != "none", ("q_norm", "k_norm") if "q" in self.norms else None,
             sinks=None if self.sinks is None else "sinks", gate="gate_proj",
+            value_norm="v_norm" if "v" in self.norms else None,
         )  # fmt: skip
-        return formula.apply(module, hidden.double(), tuple(p.double() for p in positions), mask.double())
+        return formula.apply(module, hidden.double(), tuple(p.double() for p in positions), mask.double(), factor)[0]
 
     def pages(self, kind="f32"):
         return Pages(kind, self.shape.kv_heads, self.shape.size, self.shape.value_size)
@@ -74,7 +77,8 @@ class Case:
 def positions_of(shape, batch, tokens, width=None, seed=3):
     half = (width or shape.size) // 2
     angles = torch.rand(batch, tokens, half, generator=torch.Generator().manual_seed(seed)) * 6
-    angles = angles if shape.angles == "once" else torch.cat((angles, angles), -1)
+    if shape.angles != "once":
+        angles = angles.repeat_interleave(2, -1) if shape.angles == "beside" else torch.cat((angles, angles), -1)
     return angles.cos(), angles.sin()
 
 
@@ -100,6 +104,10 @@ KINDS = {
     "neighbours": dict(pairs="neighbours"),
     "parted": dict(pairs="parted"),
     "angles once": dict(angles="once"),
+    "angles beside": dict(angles="beside", pairs="neighbours"),
+    "values times a factor": dict(value_factor=0.7),
+    "softplus in q": dict(gate="in_q", gate_by="softplus"),
+    "softplus by head": dict(gate="heads", gate_by="softplus"),
     "one head of keys": dict(kv_heads=1),
     "each its own": dict(kv_heads=6),
     "values of another size": dict(value_size=16),
@@ -126,6 +134,19 @@ def test_norms_of_all_heads_and_after_positions(more):
     hidden, positions = hidden_of(2, 5), positions_of(case.shape, 2, 5)
     out = case.made.forward(hidden, case.pages(), positions)
     assert error(out, case.numbers(hidden, positions, causal(5))) < 1e-5
+
+
+@pytest.mark.parametrize("more", [dict(), dict(value_size=20, value_factor=0.3), dict(norm_last=True)])
+def test_norms_of_values_and_factors_of_queries(more):
+    case = Case(dataclasses.replace(PLAIN, **more), norms=True, sinks=True, value_norm=True)
+    hidden, positions = hidden_of(2, 7), positions_of(case.shape, 1, 7)
+    for factor in (torch.rand(1, 7) + 0.5, torch.rand(2, 7) + 0.5):
+        expected = case.numbers(hidden, tuple(p.expand(2, -1, -1) for p in positions), causal(7), factor.double())
+        pages, found = case.pages(), []
+        for begin, end in ((0, 5), (5, 6), (6, 7)):
+            part = cut(positions, begin, end)
+            found.append(case.made.forward(hidden[:, begin:end], pages, part, q_factor=factor[:, begin:end]))
+        assert error(torch.cat(found, 1), expected) < 1e-5
 
 
 @pytest.mark.parametrize("width", [8, 16])
@@ -238,6 +259,8 @@ def test_what_does_not_fit_is_said():
         case.made.forward(hidden_of(1, 2), case.pages(), None, torch.ones(1, 1, 2, 3, dtype=torch.bool))
     with pytest.raises(NativeError, match="found positions"):
         case.made.forward(hidden_of(1, 2), case.pages(), positions_of(PLAIN, 1, 3))
+    with pytest.raises(NativeError, match="found factors"):
+        case.made.forward(hidden_of(1, 2), case.pages(), q_factor=torch.ones(1, 3))
     pages = case.pages()
     case.made.forward(hidden_of(2, 1), pages, positions_of(PLAIN, 1, 1))
     with pytest.raises(NativeError, match="found 1 sequences, expected the 2"):
@@ -252,3 +275,5 @@ def test_what_does_not_fit_is_said():
 def test_names_are_the_headers():
     lib = native.library.loaded().lib
     assert [getattr(lib, f"KT_{name.upper()}") for name in PARTS] == list(range(5))
+    for prefix, names in (("GATE", GATES), ("GATE", GATE_BY), ("PAIRS", PAIRS)):
+        assert {name: getattr(lib, f"KT_{prefix}_{(name or 'none').upper()}") for name in names} == names

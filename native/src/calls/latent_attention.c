@@ -51,16 +51,21 @@ static int check_sizes(const struct kt_latent_desc *d) {
     return d->latent % KT_TILE || d->rotary % 2 || d->window < 0 ? KT_ERR_SHAPE : KT_OK;
 }
 
+static int has_gate_matrix(const kt_latent_desc *d) {
+    return d->gate == KT_GATE_ELEMENTS || d->gate == KT_GATE_HEADS;
+}
+
 static int check_matrices(const struct kt_attention *a, const kt_latent_desc *d) {
     const struct kt_latent *l = a->latent;
     const struct kt_matrix *q = l->q_b.rows ? &l->q_b : &a->part[KT_Q];
     const int64_t hidden = a->part[KT_Q].cols, mixed = d->heads * d->value_size;
-    if (q->rows != d->heads * (d->plain + d->rotary)) return KT_ERR_SHAPE;
-    if (l->q_b.rows && l->q_b.cols != a->part[KT_Q].rows) return KT_ERR_SHAPE;
+    const int64_t gated = d->gate == KT_GATE_IN_Q ? d->value_size : 0, rank = a->part[KT_Q].rows;
+    if (q->rows != d->heads * (d->plain + d->rotary + gated)) return KT_ERR_SHAPE;
+    if (l->q_b.rows && l->q_b.cols != rank && l->q_b.cols != 2 * rank) return KT_ERR_SHAPE;
     if (a->part[KT_K].rows != d->latent + d->rotary || a->part[KT_K].cols != hidden) return KT_ERR_SHAPE;
     if (l->kv_b.rows != d->heads * (d->plain + d->value_size) || l->kv_b.cols != d->latent) return KT_ERR_SHAPE;
     if (a->out.rows != hidden || a->out.cols != mixed) return KT_ERR_SHAPE;
-    if (d->gate == KT_GATE_NONE) return KT_OK;
+    if (!has_gate_matrix(d)) return KT_OK;
     const int64_t gates = d->gate == KT_GATE_HEADS ? d->heads : mixed;
     return a->part[KT_G].rows != gates || a->part[KT_G].cols != hidden ? KT_ERR_SHAPE : KT_OK;
 }
@@ -71,7 +76,7 @@ static int fill(struct kt_attention *a, const kt_latent_desc *d) {
     int status = kt_matrix_check(two ? &d->q_a : &d->q, &a->part[KT_Q]);
     if (!status && two) status = kt_matrix_check(&d->q, &l->q_b);
     if (!status) status = kt_matrix_check(&d->kv_a, &a->part[KT_K]);
-    if (!status && d->gate != KT_GATE_NONE) status = kt_matrix_check(&d->g, &a->part[KT_G]);
+    if (!status && has_gate_matrix(d)) status = kt_matrix_check(&d->g, &a->part[KT_G]);
     if (!status) status = kt_matrix_check(&d->kv_b, &l->kv_b);
     if (!status) status = kt_matrix_check(&d->o, &a->out);
     if (!status) status = check_matrices(a, d);
@@ -85,8 +90,8 @@ int kt_latent_attention_create(const kt_latent_desc *desc, kt_attention **attent
     if (!attention) return KT_ERR_NULL;
     *attention = NULL;
     if (!desc) return KT_ERR_NULL;
-    if (desc->gate != KT_GATE_NONE && desc->gate != KT_GATE_ELEMENTS && desc->gate != KT_GATE_HEADS)
-        return KT_ERR_ACTIVATION;
+    if (desc->gate < KT_GATE_NONE || desc->gate > KT_GATE_HEADS) return KT_ERR_ACTIVATION;
+    if (desc->gate_by < KT_GATE_SIGMOID || desc->gate_by > KT_GATE_SOFTPLUS) return KT_ERR_ACTIVATION;
     int status = check_sizes(desc);
     if (status) return status;
     struct kt_attention *a = calloc(1, sizeof *a);
@@ -103,13 +108,15 @@ int kt_latent_attention_create(const kt_latent_desc *desc, kt_attention **attent
     struct kt_latent *l = a->latent;
     l->q_norm = desc->q_norm;
     l->kv_norm = desc->kv_norm;
+    l->key_norm = desc->key_norm;
     l->q_eps = desc->q_eps;
     l->kv_eps = desc->kv_eps;
+    l->key_eps = desc->key_eps;
     l->latent = desc->latent;
     l->plain = desc->plain;
     l->rotary = desc->rotary;
-    a->d = (kt_attention_desc){.sinks = desc->sinks, .gate = desc->gate, .rotary_pairs = desc->rotary_pairs,
-                               .scale = desc->scale, .heads = desc->heads, .kv_heads = 1, .size = kt_latent_row(a),
+    a->d = (kt_attention_desc){.sinks = desc->sinks, .gate = desc->gate, .gate_by = desc->gate_by,
+                               .rotary_pairs = desc->rotary_pairs, .scale = desc->scale, .heads = desc->heads, .kv_heads = 1, .size = kt_latent_row(a),
                                .value_size = desc->value_size, .window = desc->window};
     memcpy(a->d.bias, desc->bias, sizeof a->d.bias);
     kt_attention_place(a);
@@ -246,9 +253,24 @@ static void prepare_qa(void *ctx, int32_t job, int thread) {
     struct kt_piece *p = ctx;
     const struct kt_latent *l = p->a->latent;
     struct kt_acts *qa = &p->latent.qa;
+    const int64_t rank = p->a->part[KT_Q].rows;
     for (int64_t t = (int64_t)job * p->per_job; t < job_end(p, job); t++) {
-        kt_rms_norm(p->r + t * p->a->width, l->q_norm, l->q_eps, qa->cols, qa->f + t * qa->stride);
+        const float *r = p->r + t * p->a->width;
+        float *to = qa->f + t * qa->stride;
+        kt_rms_norm(r, l->q_norm, l->q_eps, rank, to);
+        if (qa->cols > rank) memcpy(to + rank, r, (size_t)rank * sizeof *r);
         p->nonfinite[t] = !kt_acts_derive(p->k, qa, t, p->latent.forms_qa);
+    }
+}
+
+/* Each head's queries and then its gate: the queries move together at the front. */
+static void part_gates(const struct kt_piece *p, float *q, float *gates) {
+    const struct kt_attention *a = p->a;
+    const int64_t size = query_size(a), value = a->d.value_size;
+    for (int64_t h = 0; h < a->d.heads; h++) {
+        const float *head = q + h * (size + value);
+        memcpy(gates + h * value, head + size, (size_t)value * sizeof *q);
+        memmove(q + h * size, head, (size_t)size * sizeof *q);
     }
 }
 
@@ -262,6 +284,7 @@ static void finish(void *ctx, int32_t job, int thread) {
     struct kt_angles at;
     for (int64_t t = (int64_t)job * p->per_job; t < job_end(p, job); t++) {
         float *q = own->q + t * own->q_stride + l->plain, *row = p->r + t * a->width + a->first[KT_K];
+        if (a->d.gate == KT_GATE_IN_Q) part_gates(p, q - l->plain, p->m.f + t * p->m.stride);
         kt_load_angles(p, t, &at);
         for (int64_t h = 0; h < a->d.heads; h++, q += query_size(a)) {
             kt_turn(p, q, &at);
@@ -270,6 +293,7 @@ static void finish(void *ctx, int32_t job, int thread) {
             memcpy(query + l->latent, q, (size_t)l->rotary * sizeof *q);
         }
         kt_rms_norm(row, l->kv_norm, l->kv_eps, l->latent, row);
+        if (l->key_norm) kt_rms_norm(row + l->latent, l->key_norm, l->key_eps, l->rotary, row + l->latent);
         kt_turn(p, row + l->latent, &at);
         const kt_sequence *s = &p->c->sequences[p->sequence + t / p->each];
         const int64_t pos = s->length + p->token + t % p->each;

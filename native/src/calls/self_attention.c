@@ -2,7 +2,7 @@
  *
  *   for each token:             x      = hidden[t], normed where a norm comes with it, in the forms the matrices want
  *   for each matrix, 128 rows:  r      = W_q @ x, W_k @ x, W_v @ x                one job set for the three
- *   for each token and head:    q, k   = norm, rotary positions; k and v go to their places in the cache
+ *   for each token and head:    q, k   = norm, rotary positions, factors; k and v go to their places in the cache
  *   for each piece of context:  mixed  = softmax(q . k) v                         attention/attend.c
  *   for each token:             mixed  times its gate, in the forms that W_o wants
  *   for W_o, 128 rows:          out    = W_o @ mixed (+ what out held)
@@ -49,6 +49,7 @@ int kt_attention_create(const kt_attention_desc *desc, kt_attention **attention)
     *attention = NULL;
     if (!desc) return KT_ERR_NULL;
     if (desc->gate < KT_GATE_NONE || desc->gate > KT_GATE_HEADS) return KT_ERR_ACTIVATION;
+    if (desc->gate_by < KT_GATE_SIGMOID || desc->gate_by > KT_GATE_SOFTPLUS) return KT_ERR_ACTIVATION;
     if (desc->rotary_pairs < KT_PAIRS_HALVES || desc->rotary_pairs > KT_PAIRS_NONE) return KT_ERR_SHAPE;
     struct kt_attention *a = calloc(1, sizeof *a);
     if (!a) return KT_ERR_MEMORY;
@@ -163,6 +164,15 @@ static void finish_head(const struct kt_piece *p, const float *norm, float *x, s
     if (norm && d->norm_last) kt_rms_norm(x, norm, d->eps, d->size, x);
 }
 
+static void scale_by(float *x, int64_t n, float factor) {
+    for (int64_t i = 0; i < n; i++) x[i] *= factor;
+}
+
+static float q_factor(const struct kt_piece *p, int64_t t) {
+    const kt_attention_call *c = p->c;
+    return c->q_factor[(p->sequence + t / p->each) * c->q_factor_batch + p->token + t % p->each];
+}
+
 /* Norms and positions of a token's queries and keys; keys and values to the cache. */
 static void finish(void *ctx, int32_t job, int thread) {
     (void)thread;
@@ -190,6 +200,10 @@ static void finish(void *ctx, int32_t job, int thread) {
             clip(v, d->kv_heads * d->value_size, d->clip);
         }
         for (int64_t h = 0; h < d->heads; h++) finish_head(p, d->q_norm, q + h * d->size, &at);
+        if (p->c->q_factor) scale_by(q, d->heads * d->size, q_factor(p, t));
+        for (int64_t h = 0; h < d->kv_heads && d->v_norm; h++)
+            kt_rms_norm(v + h * d->value_size, d->v_norm, d->eps, d->value_size, v + h * d->value_size);
+        if (d->value_factor != 0.0f) scale_by(v, d->kv_heads * d->value_size, d->value_factor);
         const kt_sequence *s = &p->c->sequences[p->sequence + t / p->each];
         const int64_t pos = s->length + p->token + t % p->each, row = pos % KT_PAGE;
         for (int64_t h = 0; h < d->kv_heads; h++) {
@@ -202,7 +216,10 @@ static void finish(void *ctx, int32_t job, int thread) {
     }
 }
 
-static float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+static float opened(float x, int by) {
+    if (by == KT_GATE_SOFTPLUS) return x > 20.0f ? x : log1pf(expf(x)); /* the same to a float from there on */
+    return 1.0f / (1.0f + expf(-x));
+}
 
 /* What attention gave, gated, in the forms that the last matrix wants. */
 static void prepare_m(void *ctx, int32_t job, int thread) {
@@ -217,7 +234,7 @@ static void prepare_m(void *ctx, int32_t job, int thread) {
         if (d->gate == KT_GATE_NONE) memcpy(m, mixed, (size_t)n * sizeof *m);
         else
             for (int64_t i = 0; i < n; i++)
-                m[i] = mixed[i] * sigmoid(g[d->gate == KT_GATE_HEADS ? i / d->value_size : i]);
+                m[i] = mixed[i] * opened(g[d->gate == KT_GATE_HEADS ? i / d->value_size : i], d->gate_by);
         p->nonfinite[t] = !kt_acts_derive(p->k, &p->m, t, p->forms_m);
     }
 }
@@ -392,6 +409,7 @@ static int check_call(const struct kt_attention *a, const kt_attention_call *c) 
         if (c->rotary < 2 || c->rotary % 2 || c->rotary / 2 > KT_MAX_ROTARY) return KT_ERR_SHAPE;
         if (c->rotary > (a->latent ? a->latent->rotary : a->d.size)) return KT_ERR_SHAPE;
     }
+    if (c->q_factor && a->latent) return KT_ERR_SHAPE;
     return c->batch && c->tokens && !c->sequences ? KT_ERR_NULL : KT_OK;
 }
 

@@ -10,8 +10,8 @@ enum { KT_MAX_ROTARY = 1024 /* angles of a token */, KT_PARTS = 4 /* matrices th
 struct kt_latent {
     struct kt_matrix q_b, kv_b; /* q_b has no rows where part[KT_Q] gives queries itself */
     int type;                   /* of kv_b, as caches count types */
-    const float *q_norm, *kv_norm;
-    float q_eps, kv_eps;
+    const float *q_norm, *kv_norm, *key_norm;
+    float q_eps, kv_eps, key_eps;
     int64_t latent, plain, rotary; /* sizes: of a latent, and of a query's parts without positions and with them */
 };
 
