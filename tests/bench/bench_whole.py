@@ -36,6 +36,7 @@ MODELS = {
     "qwen3moe-48L": ("qwen3_moe", DEEP, "MoE"),
 }  # fmt: skip
 TOKENS = 8  # a slice of decoding
+ENV = {"ours": {"OMP_WAIT_POLICY": "passive"}}  # as `kt` sets it; llama.cpp computes on OpenMP's threads, which shall spin
 BATCH_DEPTH = 128  # tokens that the first sequence of a batch begins with
 CAPTION = (
     "tokens/s, medians over slices, and the spread (10 to 90 %) of the ratio ours / llama.cpp inside a pair of slices; "
@@ -48,10 +49,11 @@ class Engine:
 
     def __init__(self, name: str, python: str, arguments: list[str]) -> None:
         self.name = name
+        inherited = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
         script = pathlib.Path(__file__).with_name(f"whole_{name}.py")
         self.process = subprocess.Popen(
             [python, str(script), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            cwd=environment.ROOT, env=dict(os.environ, PYTHONPATH=str(environment.ROOT), OMP_WAIT_POLICY="passive"),
+            cwd=environment.ROOT, env={**inherited, "PYTHONPATH": str(environment.ROOT), **ENV.get(name, {})},
         )  # fmt: skip
 
     def ask(self, **request: Any) -> Any:
