@@ -12,6 +12,8 @@ from ktransformers.engine.cache import PrefixCache
 from ktransformers.engine.sampling import Chooser, Sampling
 from ktransformers.errors import KTransformersError
 from ktransformers.models import ONE_BY_ONE
+from ktransformers.native import Decode
+from ktransformers.operators.stack import decode_of
 
 
 @dataclass
@@ -79,6 +81,7 @@ def generate(
     timing.prefill_tokens = len(ids) - timing.reused_tokens
     timing.prefill_seconds = time.perf_counter() - start
 
+    decode = _recorded(model, cache)
     for count in range(1, max_new_tokens + 1):
         if token in sampling.stop_ids:
             return
@@ -86,7 +89,7 @@ def generate(
         if count == max_new_tokens or choose.ended():
             return
         start = time.perf_counter()
-        token = choose(_forward(model, [token], cache, device))
+        token = choose(_next(decode, token, cache) if decode else _forward(model, [token], cache, device))
         timing.decode_tokens += 1
         timing.decode_seconds += time.perf_counter() - start
 
@@ -101,6 +104,17 @@ def _prefill(
         begin = len(cache.ids)
         logits = _forward(model, ids[begin : begin + (later if begin else chunk_size)], cache, device)
     return logits
+
+
+@torch.inference_mode()
+def _recorded(model: nn.Module, cache: PrefixCache) -> Decode | None:
+    return decode_of(model, cache.cache)
+
+
+def _next(decode: Decode, token: int, cache: PrefixCache) -> torch.Tensor:
+    """As `_forward` of one token, past the family's code. Its result is written to again by the next call."""
+    with cache.extending([token]):
+        return decode(token)
 
 
 @torch.inference_mode()

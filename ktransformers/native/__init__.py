@@ -11,6 +11,7 @@ from ktransformers.native.argmax import argmax
 from ktransformers.native.attention import attend
 from ktransformers.native.block import Block
 from ktransformers.native.checks import MAX_THREADS
+from ktransformers.native.decode import Decode
 from ktransformers.native.embedding import Embedding
 from ktransformers.native.encode import encode, encoded_types
 from ktransformers.native.experts import ACTIVATIONS, Experts, Glu
@@ -51,6 +52,7 @@ __all__ = [
     "Attention",
     "Block",
     "Choice",
+    "Decode",
     "Embedding",
     "Experts",
     "Glu",

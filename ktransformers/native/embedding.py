@@ -24,8 +24,8 @@ class Embedding:
         state = loaded()
         self.name, self.weight = name, weight
         self._keep: list[Any] = []
-        self._w = state.ffi.new("kt_weight *")
-        self.count, self.hidden = fill_weight(state, weight, f"{name} (weight)", self._keep, self._w)
+        self.packed = state.ffi.new("kt_weight *")
+        self.count, self.hidden = fill_weight(state, weight, f"{name} (weight)", self._keep, self.packed)
         self.number = torch_ops.name_it(self)
 
     def forward(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -45,7 +45,7 @@ class Embedding:
         out = torch.empty((*ids.shape, self.hidden), dtype=dtype, device="cpu")
         cast = state.ffi.cast
         status = state.lib.kt_embed(
-            self._w, cast("int64_t *", ids.data_ptr()), ids.numel(), cast("void *", out.data_ptr()), DTYPES[dtype]
+            self.packed, cast("int64_t *", ids.data_ptr()), ids.numel(), cast("void *", out.data_ptr()), DTYPES[dtype]
         )
         if status == state.lib.KT_ERR_SHAPE and ids.numel():
             low, high = int(ids.min()), int(ids.max())

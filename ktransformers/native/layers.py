@@ -51,7 +51,8 @@ class Layer:
 
 
 class Layers:
-    """Several layers as one call, and perhaps the norm after them."""
+    """Several layers as one call, and perhaps the norm after them. `calls` and `first`, the layer that each kind of
+    positions is written to, are for who fills the calls himself."""
 
     def __init__(
         self,
@@ -65,16 +66,17 @@ class Layers:
             raise NativeError("layers: found none, expected at least one.")
         state = loaded()
         self.layers, self.hidden, self.name = list(layers), layers[0].hidden, layers[0].name
-        kinds = list(kinds or [0] * len(layers))
-        self._first = [kinds.index(kind) for kind in range(max(kinds) + 1)]  # layer of each kind
+        self.kinds = kinds = list(kinds or [0] * len(layers))
+        self.norm = norm
+        self.first = [kinds.index(kind) for kind in range(max(kinds) + 1)]  # layer of each kind
         self._handles = state.ffi.new("kt_layer *[]", [layer.handle for layer in layers])
-        self._calls = state.ffi.new("kt_attention_call[]", len(layers))
+        self.calls = state.ffi.new("kt_attention_call[]", len(layers))
         for i, kind in enumerate(kinds):
-            self._calls[i].like = self._first[kind]
-        self._stack = state.ffi.new("kt_stack *", {"count": len(layers), "layers": self._handles, "calls": self._calls})
+            self.calls[i].like = self.first[kind]
+        self.stack = state.ffi.new("kt_stack *", {"count": len(layers), "layers": self._handles, "calls": self.calls})
         if norm is not None:
             self._norm = norm_weight(norm[0], self.hidden, f"{self.name} (last norm)")
-            self._stack.norm, self._stack.eps = state.ffi.cast("float *", self._norm.data_ptr()), norm[1]
+            self.stack.norm, self.stack.eps = state.ffi.cast("float *", self._norm.data_ptr()), norm[1]
         self._sequences: list[Any] = [None] * len(layers)
         self._lock = threading.Lock()
 
@@ -92,46 +94,47 @@ class Layers:
         follows is as `Attention.forward` takes it. `pads`: how many tokens on the left of each are padding."""
         state, pool = pooled()
         hidden = checked_input(hidden, self.hidden, self.name)
-        if hidden.dim() != 3 or len(pages) != len(self.layers) or len(positions) != len(self._first):
+        if hidden.dim() != 3 or len(pages) != len(self.layers) or len(positions) != len(self.first):
             found = f"hidden {list(hidden.shape)}, pages of {len(pages)} layers and {len(positions)} kinds of positions"
-            expected = f"[B, S, {self.hidden}], {len(self.layers)} and {len(self._first)}"
+            expected = f"[B, S, {self.hidden}], {len(self.layers)} and {len(self.first)}"
             raise NativeError(f"{self.name}: found {found}, expected {expected}.")
         if pads is not None and len(pads) != hidden.shape[0]:
             raise NativeError(f"{self.name}: found pads of {len(pads)} sequences, expected {hidden.shape[0]}.")
         out = torch.empty_like(hidden)
         cast = state.ffi.cast
         with self._lock:  # the calls are made once, and written to at every step
-            kept = self._fill(state, hidden, pages, positions, mask, mask_first, pads, q_factors)
+            kept = self.fill(state, hidden, pages, positions, mask, mask_first, pads, q_factors)
             status = state.lib.kt_layers_forward(
-                self._stack, pool, cast("void *", hidden.data_ptr()), cast("void *", out.data_ptr())
+                self.stack, pool, cast("void *", hidden.data_ptr()), cast("void *", out.data_ptr())
             )
         state.check(status, self.name)
         del kept
         return out
 
-    def _fill(
+    def fill(
         self,
         state: State,
         hidden: torch.Tensor,
         pages: Sequence[Pages],
         positions: Sequence[tuple[torch.Tensor, torch.Tensor] | None],
-        mask: torch.Tensor | None,
-        mask_first: int,
-        pads: tuple[int, ...] | None,
-        q_factors: Sequence[torch.Tensor | None] | None,
+        mask: torch.Tensor | None = None,
+        mask_first: int = 0,
+        pads: tuple[int, ...] | None = None,
+        q_factors: Sequence[torch.Tensor | None] | None = None,
     ) -> list[torch.Tensor]:
-        """Write a step into the calls: all of it into the first of each kind, and each layer's pages."""
+        """Write a step into the calls: all of it into the first of each kind, and each layer's pages. Returns what must
+        live until the call is done."""
         batch, tokens = hidden.shape[:2]
         kept = []
-        for kind, i in enumerate(self._first):
+        for kind, i in enumerate(self.first):
             fill, factor = self.layers[i].attention.fill, q_factors[kind] if q_factors else None
-            kept += fill(state, self._calls[i], hidden, pages[i], positions[kind], mask, mask_first, factor, pads)
+            kept += fill(state, self.calls[i], hidden, pages[i], positions[kind], mask, mask_first, factor, pads)
         for i, held in enumerate(pages):
             if held.length + tokens > held.room or len(held.tables) != batch:
                 held.make_room(batch, tokens)
             held.pad(pads)
             if self._sequences[i] is not held.sequences:  # made anew where sequences came, went or were cut
-                call, self._sequences[i] = self._calls[i], held.sequences
+                call, self._sequences[i] = self.calls[i], held.sequences
                 call.sequences, call.layout, call.window = held.sequences, held.layout, held.window
         return kept
 

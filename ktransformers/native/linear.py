@@ -24,8 +24,8 @@ class Linear:
         state = loaded()
         self.name, self.weight = name, weight
         self._keep: list[Any] = []
-        self._w = state.ffi.new("kt_weight *")
-        self.out_features, self.in_features = fill_weight(state, weight, f"{name} (weight)", self._keep, self._w)
+        self.packed = state.ffi.new("kt_weight *")
+        self.out_features, self.in_features = fill_weight(state, weight, f"{name} (weight)", self._keep, self.packed)
         self.bias = None
         if bias is not None:
             expected = f"float [{self.out_features}]"
@@ -49,7 +49,7 @@ class Linear:
         cast = state.ffi.cast
         bias = state.ffi.NULL if self.bias is None else cast("float *", self.bias.data_ptr())
         status = state.lib.kt_linear(
-            pool, self._w, bias, cast("void *", x.data_ptr()), DTYPES[x.dtype],
+            pool, self.packed, bias, cast("void *", x.data_ptr()), DTYPES[x.dtype],
             x.numel() // self.in_features, cast("void *", out.data_ptr()),
         )  # fmt: skip
         state.check(status, self.name)

@@ -181,7 +181,7 @@ class Attention:
         if positions is None:
             call.cos = state.ffi.NULL
         else:
-            cos, sin = (self._angles(x, batch, tokens) for x in positions)
+            cos, sin = (self.angles(x, batch, tokens) for x in positions)
             kept += [cos, sin]
             call.cos, call.sin = cast("void *", cos.data_ptr()), cast("void *", sin.data_ptr())
             call.rotary_dtype, call.rotary_row = DTYPES[cos.dtype], cos.shape[-1]
@@ -210,7 +210,8 @@ class Attention:
             raise NativeError(f"{self.name}: found factors of {found}, expected float [{batch} or 1, {tokens}].")
         return as_read(x, torch.float32)
 
-    def _angles(self, x: torch.Tensor, batch: int, tokens: int) -> torch.Tensor:
+    def angles(self, x: torch.Tensor, batch: int, tokens: int) -> torch.Tensor:
+        """cos or sin [B or 1, S, ..] as C reads them."""
         if x.dim() != 3 or x.shape[0] not in (1, batch) or x.shape[1] != tokens or x.dtype not in DTYPES:
             found = f"{x.dtype} {list(x.shape)}"
             raise NativeError(f"{self.name}: found positions of {found}, expected float [{batch} or 1, {tokens}, R].")

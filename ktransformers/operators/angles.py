@@ -18,23 +18,23 @@ class Angles:
 
     def __init__(self, module: nn.Module, more: tuple[tuple, tuple]) -> None:
         self.module, self.more, self.named = module, more[0], dict(more[1])
-        self._fixed = is_fixed(original(module))
+        self.fixed = is_fixed(original(module))
         self._tables: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
 
     def of(self, hidden: Tensor, past: int, where: Tensor | None) -> tuple[Tensor, Tensor]:
         """[1 or B, S, R] each for tokens at `where` [1 or B, S], or for the S of `hidden` after `past` others."""
         tokens = hidden.shape[1]
         if where is None:
-            if not self._fixed:
+            if not self.fixed:
                 return self._computed(hidden, torch.arange(past, past + tokens, device="cpu")[None])
-            return tuple(table[:, past : past + tokens] for table in self._table(hidden, past + tokens))
+            return tuple(table[:, past : past + tokens] for table in self.table(hidden, past + tokens))
         first, last = (int(x) for x in where.aminmax())
-        if not self._fixed or first < 0:
+        if not self.fixed or first < 0:
             return self._computed(hidden, where)
-        return tuple(table[0][where] for table in self._table(hidden, last + 1))
+        return tuple(table[0][where] for table in self.table(hidden, last + 1))
 
-    def _table(self, hidden: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-        """[1, at least `rows`, R] each."""
+    def table(self, hidden: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """[1, at least `rows`, R] each of the first positions, in the dtype of `hidden`; of `fixed` kinds only."""
         table = self._tables.get(hidden.dtype)
         if table is None or table[0].shape[1] < rows:
             count = max(_LEAST, 1 << (rows - 1).bit_length())

@@ -47,6 +47,30 @@ def decoding_of(decoder: nn.Module) -> Decoding | None:
         return None
 
 
+def head_of(model: nn.Module, decoder: nn.Module) -> nn.Module | None:
+    """The child of a causal LM that makes logits of what its `decoder` gives, where that is all the model does."""
+    try:
+        with torch.no_grad():
+            return _head(model, decoder)
+    except Exception:  # as above
+        return None
+
+
+def _head(model: nn.Module, decoder: nn.Module) -> nn.Module | None:
+    (name,) = (n for n, child in model._modules.items() if child is decoder)
+    (head,) = (n for n, child in model._modules.items() if child is not None and child is not decoder)
+    found = decoding_of(decoder)
+    x = noise(1, TOKENS, original(model._modules[head]).in_features, seed=6)
+    given = found.output(last_hidden_state=x)
+    parts = {name: _Listener(lambda **kwargs: given, decoder)}
+    parts[head] = _Listener(lambda x: x[..., :5] * 2, model._modules[head])
+    made = twin(model, torch.float32, parts)
+    ids = torch.zeros(1, TOKENS, dtype=torch.int64, device="cpu")
+    out = made(input_ids=ids, use_cache=True, logits_to_keep=1)
+    args, _, logits = parts[head].once
+    return model._modules[head] if torch.equal(args[0], x[:, -1:]) and out.logits is logits else None
+
+
 class _Listener(nn.Module):
     """Remembers what it was given and what it gave."""
 

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from ktransformers import native
 from ktransformers.models.traits import TRAITS
 from ktransformers.operators.base_operator import FamilyOperator
+from ktransformers.operators.combining import has_hooks
 from ktransformers.operators.inner_ops import dtype_problem, is_cpu, stored_problem
+from ktransformers.operators.linear import packed_dense
+from ktransformers.operators.twin import original
 
 
 class PackedWeight:
@@ -76,3 +79,14 @@ class KTransformersEmbedding(FamilyOperator):
     def extra_repr(self) -> str:
         sizes = f"{self.num_embeddings}, {self.embedding_dim}"
         return sizes if self.table is None else f"{sizes}, {self.table.weight.type.name}"
+
+
+def table_of(embedding: nn.Module) -> tuple[native.Embedding, torch.dtype] | None:
+    """The rows of an embedding as the C library reads them, without a copy, and the dtype that it gives; None for one
+    that does more, is watched, or is elsewhere."""
+    if has_hooks(embedding) or type(original(embedding)) is not nn.Embedding or embedding.training:
+        return None
+    if isinstance(embedding, KTransformersEmbedding) and embedding.table is not None:
+        return embedding.table, embedding.dtype
+    packed = packed_dense(embedding.weight) if embedding.max_norm is None else None
+    return None if packed is None else (native.Embedding(packed), embedding.weight.dtype)

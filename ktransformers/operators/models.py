@@ -50,7 +50,7 @@ class DecoderModel(FamilyOperator):
         self.per_layer_prefill_intput_threshold = per_layer_prefill_intput_threshold
         self.transfer_map = {int(layer): device for layer, device in (transfer_map or {}).items()}
         self._hooks: list[Any] = []
-        self._stack: Stack | None = None
+        self.stack: Stack | None = None
         self._moved: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
 
     @property
@@ -84,11 +84,11 @@ class DecoderModel(FamilyOperator):
         super().load()
         self.watch_layers()
         native_layers = all(isinstance(layer, KDecoderLayer) for layer in self.layers)
-        self._stack = Stack(self) if native_layers else None
+        self.stack = Stack(self) if native_layers else None
 
     def unload(self) -> None:
         super().unload()
-        self._stack = None
+        self.stack = None
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -155,8 +155,8 @@ class DecoderModel(FamilyOperator):
             )
         if not args and kwargs.get("past_key_values", self) is None and self._keeps_cache(kwargs):
             kwargs["past_key_values"] = paged_cache(self)
-        if self._stack is not None and not args and not torch.compiler.is_compiling():
-            out = self._stack.forward(kwargs)
+        if self.stack is not None and not args and not torch.compiler.is_compiling():
+            out = self.stack.forward(kwargs)
             if out is not None:
                 return out
         try:

@@ -17,8 +17,11 @@ from ktransformers import native
 from ktransformers.native import torch_ops
 from ktransformers.operators.angles import Angles
 from ktransformers.operators.combining import has_hooks, is_collecting
-from ktransformers.operators.decoding import Decoding, decoding_of
+from ktransformers.operators.decoding import Decoding, decoding_of, head_of
+from ktransformers.operators.embedding import table_of
+from ktransformers.operators.linear import packed_of
 from ktransformers.operators.paged_cache import PagedCache, PagedLayer
+from ktransformers.quants.blocks import Packed
 
 _SHOWN = ("output_attentions", "output_hidden_states", "output_router_logits")
 """What may be asked to be shown from in between."""
@@ -39,7 +42,7 @@ class Watch:
         self._tables = [t for m in below for t in (m._modules, m._parameters, m._buffers) if t]
         self._held = self._values()
         self._hooks = [t for m in below for t in (m._forward_hooks, m._forward_pre_hooks)]
-        self._hooked = sum(map(len, self._hooks))
+        self._hooked = list(map(len, self._hooks))
         self._settings = [vars(m) for m in below]
         self._modes = list(map(_MODE, self._settings))
         self._operators = [values for values in self._settings if "loads" in values]
@@ -57,7 +60,7 @@ class Watch:
         return (
             len(now) == len(self._held)
             and all(map(operator.is_, now, self._held))
-            and sum(map(len, self._hooks)) == self._hooked
+            and list(map(len, self._hooks)) == self._hooked
             and list(map(_MODE, self._settings)) == self._modes
             and list(map(_LOADS, self._operators)) == self._loads
             and list(map(Tensor.data_ptr, self._tensors)) == self._places
@@ -88,10 +91,15 @@ class Stack:
             or self.decoder.training
         ):
             return None
-        made = self._of(kwargs, given, cache)
+        made = self._of(given, cache)
         return None if made is None else made.forward(kwargs, given, cache)
 
-    def _of(self, kwargs: Mapping[str, Any], given: Tensor, cache: PagedCache) -> "_Made | None":
+    def ready(self, cache: PagedCache) -> "_Made | None":
+        """The native call on ids of tokens, where the decoder computes by it just now."""
+        ids = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
+        return None if self.decoder.training or is_collecting() else self._of(ids, cache)
+
+    def _of(self, given: Tensor, cache: PagedCache) -> "_Made | None":
         """The native call for inputs such as `given`, made when first wanted and again when anything changed."""
         kept = self._made.get(given.dtype)
         if kept is None or not kept[0].unchanged():
@@ -136,10 +144,9 @@ class _Made:
         self._layers = native.Layers(layers, [each.index(kind) for kind in kinds], norm)
 
     def forward(self, kwargs: Mapping[str, Any], given: Tensor, cache: PagedCache) -> Any:
-        held = [cache.layers[number] if number < len(cache.layers) else None for number in self._numbers]
-        for part, attending in zip(held, self._attending, strict=True):
-            if not isinstance(part, PagedLayer) or part.joined != attending.joined:
-                return None
+        held = self.held(cache)
+        if held is None:
+            return None
         past, tokens = held[0].get_seq_length(), given.shape[1]
         pads = padding(kwargs.get("attention_mask"), past + tokens)
         where = kwargs.get("position_ids")
@@ -147,22 +154,74 @@ class _Made:
             return None
         if held[0].pages is not None and held[0].pages.ragged and (where is None or pads):
             return None
-        hidden = given if given.dim() == 3 else self.decoder._modules[self.found.embedding](given)
-        hidden = hidden if self.found.factor == 1.0 else hidden * self.found.factor
+        hidden = given if given.dim() == 3 else self.embedded(given)
+        out = self.run(hidden * self.found.factor if self.found.factor != 1.0 else hidden, held, where, pads or None)
+        return self.found.output(last_hidden_state=out, past_key_values=cache)
+
+    def held(self, cache: PagedCache) -> list[PagedLayer] | None:
+        """The parts of the cache that the layers compute on; None where they are of another kind."""
+        held = [cache.layers[number] if number < len(cache.layers) else None for number in self._numbers]
+        for part, attending in zip(held, self._attending, strict=True):
+            if not isinstance(part, PagedLayer) or part.joined != attending.joined:
+                return None
+        return held
+
+    def decode(self, cache: PagedCache, head: tuple[Packed, Tensor | None] | None) -> native.Decode | None:
+        """The calls of a step recorded; None where part of it is not native, or depends on more than the position."""
+        held, table = self.held(cache), table_of(self.decoder._modules[self.found.embedding])
+        if not held or held[0].pages is None or len(held[0].pages.tables) != 1 or head is None or table is None:
+            return None
+        if self._layers.norm is None:
+            return None
+        angles = [None if rotary < 0 else self._angles[rotary] for rotary, _ in self._of_kind]
+        factors = [self._attending[i].query_factor(held[i], 1, {}) for _, i in self._of_kind]
+        if any(factor is not None for factor in factors) or not all(each is None or each.fixed for each in angles):
+            return None
+        embedding, dtype = table
+        like = torch.empty(1, 1, embedding.hidden, dtype=dtype, device="cpu")
+
+        def tables(rows: int) -> list[tuple[Tensor, Tensor] | None]:
+            for part in held:
+                part.advanced()
+            return [None if each is None else each.table(like, rows) for each in angles]
+
+        layers = native.Layers(self._layers.layers, self._layers.kinds, self._layers.norm)
+        pages = [part.pages for part in held]
+        return native.Decode(embedding, layers, native.Linear(*head), pages, tables, dtype, self.found.factor)
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        return self.decoder._modules[self.found.embedding](ids)
+
+    def run(
+        self, hidden: Tensor, held: Sequence[PagedLayer], where: Tensor | None, pads: tuple[int, ...] | None
+    ) -> Tensor:
+        """hidden [B, S, H], what the first layer is given -> [B, S, H], normed; `where`: positions, `pads`: padding."""
         for part, attending in zip(held, self._attending, strict=True):
             if part.pages is None:
                 attending.prepare(part, hidden.dtype)
-        positions, factors = [], []
+        past, positions, factors = held[0].get_seq_length(), [], []
         for rotary, i in self._of_kind:
             positions.append(None if rotary < 0 else self._angles[rotary].of(hidden, past, where))
-            factors.append(self._attending[i].query_factor(held[i], tokens, kwargs))
+            factors.append(self._attending[i].query_factor(held[i], hidden.shape[1], {}))
         pages = [part.pages for part in held]
-        out = self._layers.forward(hidden, pages, positions, pads=pads or None, q_factors=factors)
+        out = self._layers.forward(hidden, pages, positions, pads=pads, q_factors=factors)
         for part in held:
             part.advanced()
-        if self.found.rms is None:
-            out = self.decoder._modules[self.found.norm](out)
-        return self.found.output(last_hidden_state=out, past_key_values=cache)
+        return out if self.found.rms is not None else self.decoder._modules[self.found.norm](out)
+
+
+def decode_of(model: nn.Module, cache: Any) -> native.Decode | None:
+    """What computes the next tokens of the one sequence in `cache`, past the family's code; None where that has to.
+
+    Whether the model is as it was is looked up here, not at every token.
+    """
+    decoder = next((child for child in model.children() if isinstance(getattr(child, "stack", None), Stack)), None)
+    if decoder is None or type(cache) is not PagedCache or torch.is_grad_enabled() or has_hooks(model):
+        return None
+    made, head = decoder.stack.ready(cache), head_of(model, decoder)
+    if made is None or head is None or has_hooks(decoder) or has_hooks(head):
+        return None
+    return made.decode(cache, packed_of(head))
 
 
 def _is_plain(kwargs: Mapping[str, Any], config: Any) -> bool:

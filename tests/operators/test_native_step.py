@@ -14,6 +14,7 @@ from ktransformers.native.layers import Layers
 from ktransformers.operators.layer import KDecoderLayer
 from ktransformers.operators.paged_attention import PagedAttention
 from ktransformers.operators.paged_cache import PagedCache, PagedWindowLayer, paged_cache
+from ktransformers.operators.stack import decode_of
 from tests import families
 from tests.tiny import meta_model, random_ids, randomize, relative_error, save
 
@@ -100,6 +101,63 @@ def test_left_padded_batches(pair):
     together = model.generate(ids, **options)
     if model.config.model_type != "qwen3_next":  # its delta nets see the padding in transformers, too
         assert all(torch.equal(row[0, -10:], together[i, -10:]) for i, row in enumerate(rows))
+
+
+@torch.no_grad()
+def test_a_recorded_step_gives_the_logits_of_the_model(pair):
+    """Over the ends of pages and of windows, and after somebody else changed the cache."""
+    reference, model = pair
+    if model.config.model_type == "qwen3_next":
+        assert decode_of(model, paged_cache(model)) is None
+        pytest.skip("delta nets are not native")
+    ids = random_ids(1, 150)
+    cache = paged_cache(model)
+    for layer in cache.layers:
+        if isinstance(layer, PagedWindowLayer):
+            layer.activate_past_recording()
+    model(ids[:, :20], past_key_values=cache)
+    decode = decode_of(model, cache)
+    found = torch.stack([decode(int(token)).clone() for token in ids[0, 20:140]])
+    expected = reference(ids).logits[0]
+    assert relative_error(found, expected[20:140]) < 1e-4
+    cache.crop(-70)
+    assert relative_error(decode(int(ids[0, 70])), expected[70]) < 1e-4
+    model(ids[:, 71:90], past_key_values=cache)
+    assert relative_error(decode(int(ids[0, 90])), expected[90]) < 1e-4 and cache.get_seq_length() == 91
+
+
+@torch.no_grad()
+def test_what_a_recorded_step_would_pass_by_is_not_recorded(pair):
+    _, model = plain_pair(pair)
+    cache, two = paged_cache(model), paged_cache(model)
+    assert decode_of(model, cache) is None and decode_of(model, DynamicCache()) is None  # nothing in them
+    model(random_ids(1, 5), past_key_values=cache)
+    model(random_ids(2, 5), past_key_values=two)
+    assert decode_of(model, two) is None and decode_of(model, cache) is not None
+    for module in (model, model.model, model.model.embed_tokens, model.model.layers[1].mlp, model.model.norm, model.lm_head):
+        hook = module.register_forward_hook(lambda *_: None)
+        assert decode_of(model, cache) is None, type(module)
+        hook.remove()
+    model.train()
+    assert decode_of(model, cache) is None
+    model.eval()
+    head, model.lm_head = model.lm_head, nn.Sequential(model.lm_head)
+    assert decode_of(model, cache) is None
+    model.lm_head = head
+    assert decode_of(model, cache) is not None
+    with torch.enable_grad():
+        assert decode_of(model, cache) is None
+
+
+@torch.no_grad()
+def test_a_head_that_does_more_is_not_recorded(tmp_path):
+    """Granite divides its logits."""
+    reference = randomize(AutoModelForCausalLM.from_config(families.config_of("granitemoe")).eval())
+    model = optimize_and_load(meta_model(families.config_of("granitemoe")), "Default", save(reference, tmp_path),
+                              devices={"cuda": "cpu"}, progress=False)  # fmt: skip
+    cache = paged_cache(model)
+    model(random_ids(1, 5), past_key_values=cache)
+    assert decode_of(model, cache) is None
 
 
 @torch.no_grad()
