@@ -36,6 +36,7 @@ def write_synthetic(
     from ktransformers.gguf_files.config import add_config
     from ktransformers.gguf_files.write import choose_type
     from ktransformers.loaders import gguf_names
+    from ktransformers.quants.blocks import quant_type
 
     config = AutoConfig.for_model(model_type, **sizes)
     config.save_pretrained(folder)
@@ -54,7 +55,7 @@ def write_synthetic(
         elif name.endswith("kv_b_proj.weight"):  # in two parts, as llama.cpp wants them; rows of 128 are no K-quants
             heads, nope, value, lora = (getattr(config, n) for n in LATENT)
             for part, size in (("k", (heads, lora, nope)), ("v", (heads, value, lora))):
-                add_random(writer, f"blk.{layer}.attn_{part}_b.weight", size, "BF16" if mix == "BF16" else "Q8_0")
+                add_random(writer, f"blk.{layer}.attn_{part}_b.weight", size, quant_type("BF16" if mix == "BF16" else "Q8_0"))
             continue
         else:
             pieces = [(gguf_names.gguf_name(family, config.num_hidden_layers, name), shape)]
