@@ -12,6 +12,7 @@ from ktransformers.engine.cache import PrefixCache
 from ktransformers.engine.sampling import Chooser, Sampling
 from ktransformers.errors import KTransformersError
 from ktransformers.models import ONE_BY_ONE
+from ktransformers.operators.paged_cache import paged_cache
 
 
 @dataclass
@@ -104,6 +105,8 @@ def _prefill(model: nn.Module, ids: Sequence[int], cache: PrefixCache, chunk_siz
 def _forward(model: nn.Module, ids: Sequence[int], cache: PrefixCache) -> torch.Tensor:
     """One forward pass over `ids` [T] that extends the cache; returns float32 logits [vocab] of the last position."""
     input_ids = torch.tensor([list(ids)], device=model.device)
+    if cache.cache is None:  # a rule file may leave the model, which would make one, to transformers
+        cache.cache = paged_cache(model)
     with cache.extending(ids):
         output = model(input_ids=input_ids, past_key_values=cache.cache, use_cache=True, logits_to_keep=1)
         cache.cache = output.past_key_values

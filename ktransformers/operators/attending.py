@@ -20,7 +20,6 @@ from ktransformers.models.traits import is_linear
 from ktransformers.native import Attention
 from ktransformers.native.self_attention import Shape
 from ktransformers.operators.linear import packed_of
-from ktransformers.operators.paged_cache import PagedLayer
 from ktransformers.operators.twin import generator, original, remembered
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -103,8 +102,9 @@ class Attending:
             {part: bias for part, (_, bias) in linears.items()}, norms, sinks, operator.key,
         )  # fmt: skip
 
-    def prepare(self, held: PagedLayer, dtype: torch.dtype) -> None:
-        held.prepare(self.shape.kv_heads, self.shape.size, self.shape.value_size, dtype)
+    @property
+    def kept(self) -> tuple[int, int, int]:
+        return self.shape.kv_heads, self.shape.size, self.shape.value_size
 
     def norm_weight(self, norm: nn.Module) -> Tensor:
         """What the norm multiplies by, in fp32."""

@@ -31,7 +31,6 @@ from ktransformers.operators.attending import (
     turned,
 )
 from ktransformers.operators.linear import packed_dense, packed_of
-from ktransformers.operators.paged_cache import PagedLayer
 from ktransformers.operators.twin import remembered
 from ktransformers.quants.blocks import Packed
 
@@ -108,8 +107,9 @@ class Latents:
             None if self.sinks is None else operator._parameters[self.sinks], operator.key,
         )  # fmt: skip
 
-    def prepare(self, held: PagedLayer, dtype: torch.dtype) -> None:
-        held.prepare(1, self.shape.latent, self.shape.rotary, dtype)
+    @property
+    def kept(self) -> tuple[int, int, int]:
+        return 1, self.shape.latent, self.shape.rotary
 
 
 def _kv_b(operator: nn.Module) -> Packed | None:

@@ -28,13 +28,11 @@ class Recognized(Protocol):
     """Whether positions are turned into keys and queries at all."""
     joined: bool
     """Whether a token's key and value lie in one row of the cache."""
+    kept: tuple[int, int, int]
+    """What the cache keeps of a token: heads, and the sizes of their keys and values."""
 
     def native(self, operator: nn.Module) -> Attention | None:
         """The native call on the operator's loaded weights; None where they are not all on the CPU."""
-
-    def prepare(self, held: PagedLayer, dtype: torch.dtype) -> None:
-        """Give `held` its pages if it has none."""
-
 
 _CHANGE_NOTHING = frozenset({"use_cache", "output_attentions", "output_hidden_states", "cache_position", "position_ids",
                              "output_router_logits", "logits_to_keep", "return_dict"})  # fmt: skip
@@ -52,6 +50,7 @@ class PagedAttention(FamilyOperator):
         super().__init__(*args, **kwargs)
         self.native: Attention | None = None
         self.attending: Recognized | None = None
+        self.cache_kind: str | None = None  # of pages that `paged_cache` makes for this layer; None: the model's dtype
         self._parts: dict[str, nn.Module | None] = {}
         self._tensors: list[Tensor] = []
         self._versions = 0
@@ -107,7 +106,7 @@ class PagedAttention(FamilyOperator):
         if not isinstance(held, PagedLayer) or held.joined != joined:
             return None
         if held.pages is None:
-            self.attending.prepare(held, hidden.dtype)
+            held.prepare(*self.attending.kept, hidden.dtype)
         return held
 
     def step(

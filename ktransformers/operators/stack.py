@@ -108,7 +108,7 @@ class Stack:
             return None
         for layer, part in zip(self.layers, held, strict=True):
             if part.pages is None:
-                layer.attention.attending.prepare(part, hidden.dtype)
+                part.prepare(*layer.attention.attending.kept, hidden.dtype)
         step = first.attention.step(held[0], kwargs)
         out = made[1].forward(hidden, [part.pages for part in held], *step)
         self._walk.passed, self._walk.next = (out if len(self.layers) > 1 else None), 1
