@@ -118,6 +118,12 @@ static int scale_importance(const float *given, int64_t cols, float *out) {
     return KT_OK;
 }
 
+static int all_one(const float *importance, int64_t cols) {
+    for (int64_t i = 0; i < cols; i++)
+        if (importance[i] != 1.0f) return 0;
+    return 1;
+}
+
 static int check_sizes(const struct encode *e, int64_t rows, size_t bytes) {
     if (rows < 0 || rows > KT_MAX_DIM || e->cols < 1 || e->cols > KT_MAX_DIM) return KT_ERR_SHAPE;
     const struct kt_traits *t = &kt_traits_table[e->format];
@@ -133,6 +139,7 @@ static int run(struct encode *e, kt_pool *pool, const float *importance) {
     e->importance = importance ? e->stage + stage : NULL;
     const int status = importance ? scale_importance(importance, e->cols, e->stage + stage) : KT_OK;
     if (status) return status;
+    if (importance && all_one(e->importance, e->cols)) e->importance = NULL; /* the search is quicker without */
     e->job = JOB;
     while (e->total / e->job >= MAX_JOBS) e->job *= 2;
     kt_pool_run(pool, run_job, e, (int32_t)((e->total + e->job - 1) / e->job));
