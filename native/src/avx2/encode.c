@@ -1,6 +1,11 @@
 /* Encoding (encode.h) in vectors of 32 bytes. */
+#ifndef KT_ISA
+#define KT_ISA avx2
+#endif
 #include <immintrin.h>
 #include <stdint.h>
+
+#include "transpose4.h"
 
 #define V_BYTES 32
 typedef float v_f __attribute__((vector_size(V_BYTES)));
@@ -17,7 +22,13 @@ static inline v_s v_scaled(v_s a, v_s b) { return (v_s)_mm256_mulhrs_epi16((__m2
 static inline v_s v_least(v_s a, v_s b) { return (v_s)_mm256_min_epi16((__m256i)a, (__m256i)b); }
 static inline v_s v_most(v_s a, v_s b) { return (v_s)_mm256_max_epi16((__m256i)a, (__m256i)b); }
 static inline v_s v_above(v_s a, v_s b) { return (v_s)_mm256_subs_epu16((__m256i)a, (__m256i)b); }
-static inline v_i v_pairs(v_s a, v_s b) { return (v_i)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+static inline v_i v_add_pairs(v_i sum, v_s a, v_s b) {
+#ifdef __AVXVNNI__
+    return (v_i)_mm256_dpwssd_avx_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
+#else
+    return sum + (v_i)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#endif
+}
 
 /* Bytes of a table by indices 0 .. 31. A shuffle takes 16 of them, and gives 0 where an index has its highest bit. */
 static inline v_s v_lookup(const uint8_t *table, v_s index) {
@@ -28,18 +39,6 @@ static inline v_s v_lookup(const uint8_t *table, v_s index) {
                                 _mm256_shuffle_epi8(high, _mm256_sub_epi8(i, _mm256_set1_epi8(16))));
 }
 
-/* 4x4 numbers of 32 bits, rows becoming columns; `from` and `to` are 4 bytes each from row to row. */
-static inline void transpose4(const void *in, int from, void *out, int to) {
-    const float *p = in;
-    float *q = out;
-    __m128 a = _mm_loadu_ps(p), b = _mm_loadu_ps(p + from), c = _mm_loadu_ps(p + 2 * from), d = _mm_loadu_ps(p + 3 * from);
-    _MM_TRANSPOSE4_PS(a, b, c, d);
-    _mm_storeu_ps(q, a);
-    _mm_storeu_ps(q + to, b);
-    _mm_storeu_ps(q + 2 * to, c);
-    _mm_storeu_ps(q + 3 * to, d);
-}
-
 #include "../templates/encode.h"
 
-void kt_fill_encode_avx2(struct kt_kernels *k) { fill_encode(k); }
+void KT_JOIN(kt_fill_encode_, KT_ISA)(struct kt_kernels *k) { fill_encode(k); }

@@ -23,9 +23,9 @@ static inline v_s v_scaled(v_s a, v_s b) {
 static inline v_s v_least(v_s a, v_s b) { return ((a < b) & a) | (~(a < b) & b); }
 static inline v_s v_most(v_s a, v_s b) { return ((a > b) & a) | (~(a > b) & b); }
 static inline v_s v_above(v_s a, v_s b) { return (a > b) & (a - b); } /* neither negative */
-static inline v_i v_pairs(v_s a, v_s b) { /* sums of two neighbouring products */
+static inline v_i v_add_pairs(v_i sum, v_s a, v_s b) { /* products, two neighbours to a sum */
     const v_i x = (v_i)a, y = (v_i)b;
-    return (x >> 16) * (y >> 16) + ((x << 16) >> 16) * ((y << 16) >> 16);
+    return sum + (x >> 16) * (y >> 16) + ((x << 16) >> 16) * ((y << 16) >> 16);
 }
 
 /* Bytes of a table by indices 0 .. 31. */

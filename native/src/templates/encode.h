@@ -13,8 +13,12 @@
  * integers next to its own s/d; then d is fitted to all codes and integers at once, and the groups try again. The best
  * round stays. Every error counted is that of numbers that can be decoded.
  *
- * Before this header a file defines V_BYTES, v_min(a, b) (a < b ? a : b), v_max(a, b) (a > b ? a : b) and
- * v_if_less(p, q, a, b) (p < q ? a : b). */
+ * Where no importances are given the search is done in whole numbers of 16 bits, twice as many in a vector: their sums
+ * are exact, so that their order is free. The last codes, the ones that are written, are those of the floats.
+ *
+ * Before this header a file defines V_BYTES; v_min(a, b) (a < b ? a : b), v_max(a, b) (a > b ? a : b) and
+ * v_if_less(p, q, a, b) (p < q ? a : b); for int16 v_least, v_most, v_above (a - b, not below 0), v_scaled, v_add_pairs
+ * and v_lookup, which portable/encode.c explains; and transpose4. */
 #ifndef KT_ENCODE_IMPL_H
 #define KT_ENCODE_IMPL_H
 
@@ -161,8 +165,8 @@ INLINE void quantize_groups(struct groups *g, int c, int n, v_f base, v_f range,
 
 enum { IQ4_PARTS = 8 }; /* of a step of IQ4's values, so that thresholds between them are whole */
 
-/* For each 64 parts from -1024 on, which hold at most one threshold: the value at their begin, plus 128, and the last part
- * that has it. */
+/* For each 64 parts from -1024 on, which hold at most one threshold: the value at their begin, plus 128, and the last
+ * part that has it. */
 static const uint8_t iq4_from[32] = {1, 1, 24, 24, 24, 45, 45, 63, 63, 79, 79, 93, 93, 106, 106, 118,
                                      129, 141, 141, 153, 166, 166, 181, 181, 197, 197, 217, 217, 217, 241, 241, 241};
 static const uint8_t iq4_until[32] = {64, 36, 64, 64, 20, 64, 48, 64, 56, 64, 48, 64, 28, 64, 0, 28,
@@ -178,11 +182,10 @@ INLINE v_s nearest16(v_s t, struct rule r) {
 INLINE void linear_sums16(const struct groups *g, int c, int n, struct rule r, v_f factor, v_f *qx, v_f *qq) {
     const v_s times = factor16(factor * load(g->coarse_unit + c) * (r.iq4 ? 32768.0f * IQ4_PARTS : 32768.0f));
     v_i a = {0}, b = {0};
-#pragma GCC unroll 8
     for (int j = 0; j < n / 2; j++) {
         const v_s q = nearest16(v_scaled(load16(g->coarse[j] + 2 * c), times), r);
-        a += v_pairs(q, load16(g->fine[j] + 2 * c));
-        b += v_pairs(q, q);
+        a = v_add_pairs(a, q, load16(g->fine[j] + 2 * c));
+        b = v_add_pairs(b, q, q);
     }
     *qx = as_float(a) * load(g->fine_unit + c);
     *qq = as_float(b);
@@ -217,7 +220,7 @@ INLINE v_f linear_search(struct groups *g, int c, int n, int weighted, struct ru
     const v_f unit = inverse(extreme);
     if (!weighted) quantize_groups(g, c, n, all(0.0f), most, r.coarse);
     v_f best_qx = {0}, best_qq = all(1.0f);
-    for (int i = 0; i < starts && !weighted; i++) { /* gains are compared as fractions: a division takes as long as a few weights */
+    for (int i = 0; i < starts && !weighted; i++) { /* gains as fractions: a division takes as long as some weights */
         v_f qx, qq;
         linear_sums(g, c, n, weighted, r, unit * reach[i], &qx, &qq);
         const v_f ours = best_qx * best_qx * qq, theirs = qx * qx * EQUAL * best_qq;
@@ -346,6 +349,8 @@ INLINE v_f affine_gain(const struct affine *a, v_f s, v_f m) {
     return 2.0f * (s * a->qx - m * a->x) - (s * s * a->qq - 2.0f * (s * m) * a->q + m * m * a->w);
 }
 
+INLINE int affine_coarse(float top) { return top > 7.0f ? 5 : 6; } /* as a rule's coarse */
+
 /* Codes of x + m are those of coarse - below, which is no less than 0. */
 INLINE void affine_sums16(const struct groups *g, int c, int n, float top, v_f factor, v_f m,
                           struct affine *a) {
@@ -354,14 +359,14 @@ INLINE void affine_sums16(const struct groups *g, int c, int n, float top, v_f f
     const v_s times = factor16(factor * load(g->coarse_unit + c) * 32768.0f);
     v_i qx = {0}, qq = {0};
     v_s q1 = {0};
-#pragma GCC unroll 8
     for (int j = 0; j < n / 2; j++) {
-        const v_s q = v_least(v_scaled(v_above(load16(g->coarse[j] + 2 * c), below), times), all16((int)top));
+        const v_s more = v_above(load16(g->coarse[j] + 2 * c), below);
+        const v_s q = v_least(v_scaled(more, times), all16((int)top));
         q1 += q;
-        qq += v_pairs(q, q);
-        qx += v_pairs(q, load16(g->fine[j] + 2 * c));
+        qq = v_add_pairs(qq, q, q);
+        qx = v_add_pairs(qx, q, load16(g->fine[j] + 2 * c));
     }
-    a->q = as_float(v_pairs(q1, all16(1)));
+    a->q = as_float(v_add_pairs((v_i){0}, q1, all16(1)));
     a->qq = as_float(qq);
     a->qx = as_float(qx) * load(g->fine_unit + c) + base * a->q;
 }
@@ -421,8 +426,9 @@ INLINE void affine_search(struct groups *g, int c, int n, int weighted, float to
         a->w += w;
     }
     *best_s = *best_m = all(0.0f);
-    if (!weighted) quantize_groups(g, c, n, low - MARGIN * (high - low), (1.0f + MARGIN) * (high - low), top > 7.0f ? 5 : 6);
-    const v_f per_range = inverse(high - low), each = inverse(a->w);
+    const v_f range = high - low;
+    if (!weighted) quantize_groups(g, c, n, low - MARGIN * range, (1.0f + MARGIN) * range, affine_coarse(top));
+    const v_f per_range = inverse(range), each = inverse(a->w);
     v_f most_above = {0}, most_below = all(1.0f);
     struct affine best = *a;
     best.q = best.qq = best.qx = all(0.0f);
@@ -532,7 +538,7 @@ INLINE void affine_super(struct groups *g, int n, int weighted, float top, float
     }
     for (int c = 0; !weighted && c < GROUPS; c += LANES) { /* a whole minimum may lie lower by one dmin */
         const v_f more = load(now.dmin + c), range = 32767.0f * load(g->fine_unit + c);
-        quantize_groups(g, c, n, load(g->base + c) - more, range + more, top > 7.0f ? 5 : 6);
+        quantize_groups(g, c, n, load(g->base + c) - more, range + more, affine_coarse(top));
     }
     for (int round = 0; round < rounds; round++) {
         for (int c = 0; c < GROUPS; c += LANES)
