@@ -14,8 +14,6 @@ enum {
     MAX_JOBS = 1 << 24
 };
 
-#define SMALLEST 0x1p-40f /* below it a weight is zero: 2^-24 is the least that any block holds */
-
 struct encode {
     const struct kt_kernels *k;
     int format, dtype;
@@ -90,11 +88,7 @@ static void encode_some(struct encode *e, int64_t first, int64_t n, float *stage
     if (t->id == KT_TYPE_F32) memcpy(out, stage, (size_t)n * 4);
     else if (t->id == KT_TYPE_F16) e->k->to_f16(stage, n, (uint16_t *)out);
     else if (t->id == KT_TYPE_BF16) e->k->to_bf16(stage, n, (uint16_t *)out);
-    else {
-        for (int64_t i = 0; t->id != KT_TYPE_Q8_0 && i < n; i++)
-            stage[i] = fabsf(stage[i]) < SMALLEST ? 0.0f : stage[i];
-        e->k->encode[e->format](stage, importances(e, first, n, stage + STAGE), n / t->block, out);
-    }
+    else e->k->encode[e->format](stage, importances(e, first, n, stage + STAGE), n / t->block, out);
 }
 
 static void run_job(void *ctx, int32_t job, int thread) {

@@ -31,6 +31,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define EQUAL 0.999999f /* what is no better than that is rounding: the earlier start stays */
+#define SMALLEST 0x1p-40f /* below it a weight is zero: 2^-24 is the least that any block holds */
 #define MARGIN 0.125f     /* how far minima may lie below the least weight, in widths of a group */
 #define ROUND 12582912.0f /* 1.5 * 2^23: adding and subtracting it rounds to the nearest integer, ties to even */
 
@@ -119,6 +120,11 @@ INLINE void gather(const float *x, const float *w, int count, int n, struct grou
     }
     side_by_side(x, n, g->x);
     if (w) side_by_side(w, n, g->w);
+    for (int j = 0; j < n; j++)
+        for (int c = 0; c < GROUPS; c += LANES) {
+            const v_f v = load(g->x[j] + c);
+            store(g->x[j] + c, v_if_less(size_of(v), all(SMALLEST), all(0.0f), v));
+        }
 }
 
 /* The bytes that make up codes: 4 of a group in a lane. words[n / 4][GROUPS] to codes[GROUPS][n]. */
@@ -270,6 +276,10 @@ struct found {
     float gain[GROUPS];                                        /* of a super-block, at its first group */
 };
 
+/* Whether units that were just fitted are those of before: then every later round would find the same once more, if it
+ * tries as many numbers. So no block depends on what its neighbours in the batch still need. */
+INLINE int settled(const float *before, const float *units) { return !memcmp(before, units, GROUPS * sizeof *units); }
+
 /* The sums of each group that fit d and dmin: see affine_units. */
 struct parts {
     float gain[GROUPS], aa[GROUPS], ab[GROUPS], bb[GROUPS], ax[GROUPS], bx[GROUPS];
@@ -329,6 +339,8 @@ INLINE void linear_super(const struct groups *g, int n, int weighted, struct rul
         for (int i = at; i < at + per; i++) now.d[i] = as_half(widest / -top);
     }
     for (int round = 0; round < rounds; round++) {
+        float d0[GROUPS];
+        memcpy(d0, now.d, sizeof d0);
         linear_round(g, n, weighted, r, top, round ? 1 : around, scales, &now, &p);
         for (int at = 0; at < GROUPS; at += per) {
             keep_better(&now, &p, at, per, round, best);
@@ -336,6 +348,7 @@ INLINE void linear_super(const struct groups *g, int n, int weighted, struct rul
             const float d = as_half(aa > 0.0f ? ax / aa : 0.0f);
             for (int i = at; i < at + per; i++) now.d[i] = d;
         }
+        if ((round || around == 1) && settled(d0, now.d)) return;
     }
 }
 
@@ -541,12 +554,16 @@ INLINE void affine_super(struct groups *g, int n, int weighted, float top, float
         quantize_groups(g, c, n, load(g->base + c) - more, range + more, affine_coarse(top));
     }
     for (int round = 0; round < rounds; round++) {
+        float d0[GROUPS], dmin0[GROUPS];
+        memcpy(d0, now.d, sizeof d0);
+        memcpy(dmin0, now.dmin, sizeof dmin0);
         for (int c = 0; c < GROUPS; c += LANES)
             affine_round(g, c, n, weighted, top, most, round ? 1 : around, scales, mins, &a[c / LANES], &now, &p);
         for (int at = 0; at < GROUPS; at += per) {
             keep_better(&now, &p, at, per, round, best);
             affine_units(&p, at, per, &now);
         }
+        if ((round || around == 1) && settled(d0, now.d) && settled(dmin0, now.dmin)) return;
     }
 }
 
