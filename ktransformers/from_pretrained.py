@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ktransformers.errors import DeviceError, RuleError, UnsupportedError, WeightError
 from ktransformers.loaders import checkpoint_dtype, open_weights
+from ktransformers.operators.paged_cache import check_kind
 from ktransformers.optimize import optimize_and_load
 from ktransformers.rules.plan import RulesLike, load_rules
 
@@ -39,6 +40,8 @@ class KTConfig(QuantizationConfigMixin):
         default_device: of modules that no rule names; None is the device of `device_map`, else ``cuda:0`` where there
             is a GPU, else ``cpu``.
         devices: renames devices in the rules: ``{"cuda": "cpu"}`` runs a GPU's rules on a machine without one.
+        cache: how keys and values are kept where attention is computed on the CPU: "f32", "f16", "bf16" or "q8_0";
+            None is the model's dtype.
         progress: show a progress bar on standard error while loading, when that is a terminal.
 
     Of the arguments of `from_pretrained`, `dtype` is the type of what is computed unpacked, and `device_map` may name
@@ -48,6 +51,7 @@ class KTConfig(QuantizationConfigMixin):
 
     Raises:
         RuleError: no rules, or rules that cannot be read.
+        UnsupportedError: a type of cache that there is not.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class KTConfig(QuantizationConfigMixin):
         *,
         default_device: str | None = None,
         devices: Mapping[str, str] | None = None,
+        cache: str | None = None,
         progress: bool = True,
         quant_method: str = "kt",
     ) -> None:
@@ -65,11 +70,13 @@ class KTConfig(QuantizationConfigMixin):
                 "KTConfig: no rule given. Pass rule=<path of a YAML file, name of a packaged one, or list of rules>."
             )
         load_rules(rule)
+        check_kind(cache)
         self.quant_method = quant_method
         self.rule = str(rule) if isinstance(rule, Path) else rule
         self.weights = str(weights) if isinstance(weights, Path) else weights
         self.default_device = default_device
         self.devices = devices
+        self.cache = cache
         self.progress = progress
 
 
@@ -139,7 +146,7 @@ class KTQuantizer(HfQuantizer):
         given = self.quantization_config
         optimize_and_load(
             model, given.rule, weights, default_device=given.default_device or self._default_device,
-            devices=given.devices, progress=given.progress,
+            devices=given.devices, cache=given.cache, progress=given.progress,
         )  # fmt: skip
         if generation_config is not None:
             model.generation_config = generation_config  # from_pretrained's argument wins over the folder

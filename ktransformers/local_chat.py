@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from ktransformers.cli import published_flags
-from ktransformers.cli.common import DevicesOption, OneCommand, before_torch
+from ktransformers.cli.common import CacheOption, DevicesOption, OneCommand, before_torch
 
 
 def _option(name: str, help: str, **more: Any) -> Any:
@@ -45,6 +45,7 @@ def main(
     ] = None,
     cpu_infer: Annotated[int, _option("cpu_infer", "CPU threads; 0: all cores this process may use.")] = 0,
     chunk_size: Annotated[int, _option("chunk_size", "Prompt tokens per forward pass.", min=1)] = 8192,
+    cache: CacheOption = "",
     prompt_file: Annotated[str, _option("prompt_file", "Answer the text of this file, then exit.")] = "",
     devices: DevicesOption = [],  # noqa: B006  (typer wants a list)
     greedy: Annotated[bool, typer.Option("--greedy", help="Greedy decoding.")] = False,
@@ -61,7 +62,7 @@ def main(
         Options(
             model_path=model_path, weights=gguf_path, rule=optimize_config_path, devices=tuple(devices),
             threads=cpu_infer, prompt_file=prompt_file, max_new_tokens=max_new_tokens, chunk_size=chunk_size,
-            greedy=greedy, force_think=force_think, as_json=as_json,
+            cache=cache, greedy=greedy, force_think=force_think, as_json=as_json,
         )
     )  # fmt: skip
 

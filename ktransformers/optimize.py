@@ -35,6 +35,7 @@ def optimize_and_load(
     *,
     default_device: str | None = None,
     devices: Mapping[str, str] | None = None,
+    cache: str | None = None,
     progress: bool = True,
 ) -> nn.Module:
     """Replace the modules that `rule` names by operators, then load every weight from the published checkpoint.
@@ -47,6 +48,8 @@ def optimize_and_load(
             that the model's config was read from.
         default_device: of modules that no rule names; None is ``cuda:0`` where there is a GPU, else ``cpu``.
         devices: renames devices in the rules: ``{"cuda": "cpu"}`` runs a GPU's rules on a machine without one.
+        cache: how keys and values are kept where attention is computed on the CPU: "f32", "f16", "bf16" or "q8_0";
+            None is the model's dtype.
         progress: show a progress bar on standard error while loading, when that is a terminal.
 
     Returns:
@@ -57,7 +60,7 @@ def optimize_and_load(
         WeightError: a damaged checkpoint, or tensors that are missing, unused or of the wrong shape.
         UnsupportedError: a valid checkpoint or operator that this version does not compute.
     """
-    return _optimize_and_load(model, rule, weights, None, default_device, devices, progress)
+    return _optimize_and_load(model, rule, weights, None, default_device, devices, cache, progress)
 
 
 def optimize_and_load_gguf(
@@ -70,17 +73,18 @@ def optimize_and_load_gguf(
     devices: Mapping[str, str] | None = None,
 ) -> nn.Module:
     """`optimize_and_load` under upstream's name and argument order. `gguf_path` may be safetensors too."""
-    return _optimize_and_load(module, rule_file, gguf_path, model_config, default_device, devices, True)
+    return _optimize_and_load(module, rule_file, gguf_path, model_config, default_device, devices, None, True)
 
 
-def _optimize_and_load(model, rule, weights, config, default_device, devices, progress) -> nn.Module:
+def _optimize_and_load(model, rule, weights, config, default_device, devices, cache, progress) -> nn.Module:
     checks.check_arguments(model, default_device, devices)
+    paged_cache.check_kind(cache)
     config = config or model.config
     with torch.device("cpu"):  # a caller may still be inside `with torch.device("meta")`
-        return _run(model, rule, weights, config, default_device, devices, progress)
+        return _run(model, rule, weights, config, default_device, devices, cache, progress)
 
 
-def _run(model, rule, weights, config, default_device, devices, progress) -> nn.Module:
+def _run(model, rule, weights, config, default_device, devices, cache, progress) -> nn.Module:
     replacements = plan(model, rule, default_device=default_device, devices=devices)
     files = open_weights(weights if weights is not None else checks.checkpoint_of(config))
     try:
@@ -104,7 +108,7 @@ def _run(model, rule, weights, config, default_device, devices, progress) -> nn.
     finish.refuse_saving(model, source, named)
     if any(placed.device == "cpu" for placed in replacements.values()):
         cpu_attention.use(model)
-        paged_cache.use(model)
+    paged_cache.use(model, cache)
     return model.eval()
 
 

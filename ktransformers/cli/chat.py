@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ktransformers.cli import published_flags
-from ktransformers.cli.common import DevicesOption, complete_rule
+from ktransformers.cli.common import CacheOption, DevicesOption, complete_rule
 
 Command = published_flags.command_class(
     {"model": "", "weights": "--weights", "rule": "--rule", "threads": "--threads", "devices": "--devices",
@@ -45,6 +45,7 @@ def chat(
     chunk_size: Annotated[
         int, typer.Option("--chunk-size", "--chunk_size", min=1, help="Prompt tokens per forward pass.")
     ] = 8192,
+    cache: CacheOption = "",
     prompt_file: Annotated[
         Path | None, typer.Option("--prompt-file", "--prompt_file", help="Answer the text of this file, then exit.")
     ] = None,
@@ -62,6 +63,6 @@ def chat(
         Options(
             model_path=model, weights=weights, rule=rule, devices=tuple(devices), threads=threads,
             prompt_file="" if prompt_file is None else str(prompt_file), max_new_tokens=max_new_tokens,
-            chunk_size=chunk_size, greedy=greedy, force_think=force_think, as_json=as_json,
+            chunk_size=chunk_size, cache=cache, greedy=greedy, force_think=force_think, as_json=as_json,
         )
     )  # fmt: skip

@@ -26,6 +26,9 @@ from ktransformers.paths import write_whole
 
 T = TypeVar("T")
 
+CACHES = ("f32", "f16", "bf16", "q8_0")
+"""Types of a cache, those of `native.pages`, which completion does without."""
+
 WIDTH = 100
 """Columns of what is not read on a terminal, which has a width of its own."""
 
@@ -328,5 +331,12 @@ DevicesOption = Annotated[
     ),
 ]
 """Read by `renamed_devices`."""
+CacheOption = Annotated[
+    str,
+    typer.Option(
+        "--cache", metavar="TYPE", autocompletion=lambda incomplete: _starting(incomplete, CACHES),
+        help="How keys and values are kept, f32, f16, bf16, or q8_0 (53 % of bf16); default: the model's dtype.",
+    ),
+]  # fmt: skip
 ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

@@ -46,6 +46,7 @@ class Options:
     prompt_file: str = ""
     max_new_tokens: int | None = None
     chunk_size: int = 8192
+    cache: str = ""
     greedy: bool = False
     force_think: bool = False
     as_json: bool = False
@@ -64,7 +65,7 @@ def talk(options: Options) -> None:
 
         model, tokenizer = load(
             options.model_path, options.weights, options.rule,
-            devices=devices, progress=not options.as_json, notify=note, on_step=on_step,
+            devices=devices, cache=options.cache, progress=not options.as_json, notify=note, on_step=on_step,
         )  # fmt: skip
         chat = Chat(model, tokenizer, options)
     try:

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ktransformers.cli.common import (
+    CacheOption,
     ForceOption,
     FormatOption,
     JsonOption,
@@ -41,6 +42,7 @@ class PlanOptions:
     ram: Annotated[str, typer.Option("--ram", help="384GiB or 384GiB@200GB/s; default: this machine's.")] = ""
     cores: Annotated[int, typer.Option("--cores", min=0, help="CPU cores of the machine of --ram; 0: assumed.")] = 0
     context: Annotated[int, typer.Option("--context", min=1, help="Tokens the cache must hold.")] = 8192
+    cache: CacheOption = ""
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences at a time.")] = 1
     chunk_size: Annotated[int, typer.Option("--chunk-size", min=1, help="Prompt tokens per forward pass.")] = 8192
     strategy: Annotated[
@@ -61,7 +63,7 @@ class PlanOptions:
 
         seen = RoutingProfile.read(self.profile) if self.profile else None
         strategy = self.strategy or ("frequency" if seen else "uniform")
-        return Request(self.context, self.batch, self.chunk_size, strategy, seen)
+        return Request(self.context, self.batch, self.chunk_size, strategy, seen, self.cache or None)
 
 
 @taking(PlanOptions)
@@ -112,6 +114,7 @@ def as_data(found: "Plan", output: str = "") -> dict[str, Any]:
     return {
         "model": found.model, "model_type": found.family, "format": found.format, "parameters": found.parameters,
         "active_parameters": found.active, "context": found.request.context, "batch": found.request.batch,
+        "cache": found.request.cache,
         "fits": found.fits, "problems": found.problems, "changes": found.changes, "notes": found.notes,
         "hardware": machine, "memory": memory, "layers": found.placement.spans(),
         "gpu_experts": sum(map(len, found.placement.gpu_experts.values())),
@@ -148,7 +151,8 @@ def _memory(found: "Plan") -> Table:
     from ktransformers.machine.units import format_bytes
 
     sequences = f", {found.request.batch} sequences" if found.request.batch > 1 else ""
-    title = f"Memory, context of {found.request.context} tokens{sequences}"
+    kind = f" in {found.request.cache}" if found.request.cache else ""
+    title = f"Memory, context of {found.request.context} tokens{kind}{sequences}"
     table = Table(title=title, title_justify="left")
     for column in ("device", "contents", "weights", "cache", "work", "total", "capacity"):
         table.add_column(column, justify="left" if column in ("device", "contents") else "right", overflow="fold")

@@ -49,6 +49,7 @@ FLAGS: Mapping[str, Flag] = {
     "force_think": Flag(switch=True, becomes="force_think"),
     "device": Flag(becomes="devices"),
     "use_cuda_graph": Flag(switch=True, instead="has no effect: no CUDA graph is captured. Leave it out"),
+    "cache_q4": Flag(instead="is not built. Leave it out, or use --cache q8_0", refused=True),
     "mode": Flag(instead="has no effect: long prompts need no mode, --chunk-size bounds their memory. Leave it out"),
     "tp": _PLANNED,
     "tensor_parallel_size": _PLANNED,
@@ -63,7 +64,7 @@ FLAGS: Mapping[str, Flag] = {
     **dict.fromkeys(("temperature", "top_p", "top_k"), _SAMPLING),
     **dict.fromkeys(
         ("host", "port", "web", "api_key", "architectures", "backend_type", "cache_lens", "max_batch_size",
-         "model_name", "served_model_name", "cache_q4", "page_size", "mem_fraction_static"), _SERVER,
+         "model_name", "served_model_name", "page_size", "mem_fraction_static"), _SERVER,
     ),
 }  # fmt: skip
 """Name with underscores -> what becomes of the flag."""

@@ -13,6 +13,7 @@ from ktransformers.engine.sampling import Chooser, Sampling
 from ktransformers.errors import KTransformersError
 from ktransformers.models import ONE_BY_ONE
 from ktransformers.native import Decode
+from ktransformers.operators.paged_cache import paged_cache
 from ktransformers.operators.stack import decode_of
 
 
@@ -121,6 +122,8 @@ def _next(decode: Decode, token: int, cache: PrefixCache) -> torch.Tensor:
 def _forward(model: nn.Module, ids: Sequence[int], cache: PrefixCache, device: torch.device) -> torch.Tensor:
     """One forward pass over `ids` [T] that extends the cache; returns the logits [vocab] of the last position."""
     input_ids = torch.tensor([list(ids)], device=device)
+    if cache.cache is None:  # a rule file may leave the model, which would make one, to transformers
+        cache.cache = paged_cache(model)
     with cache.extending(ids):
         output = model(input_ids=input_ids, past_key_values=cache.cache, use_cache=True, logits_to_keep=1)
         cache.cache = output.past_key_values

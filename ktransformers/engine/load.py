@@ -25,6 +25,7 @@ def load(
     rule: str = "",
     *,
     devices: Mapping[str, str] | None = None,
+    cache: str = "",
     needs_template: bool = True,
     progress: bool = False,
     notify: Callable[[str], None] = _silent,
@@ -38,6 +39,7 @@ def load(
         weights: a .gguf (the first of a split set), a .safetensors or a folder; "" is `model_path`.
         rule: a rule file, or the name of a packaged one; "" is the one of the model's family.
         devices: renames devices of the rules, such as ``{"cuda": "cpu"}``.
+        cache: how keys and values are kept, "f32", "f16", "bf16" or "q8_0"; "" is the model's dtype.
         needs_template: refuse a tokenizer without a chat template.
         progress: show a bar while the weights are read, where standard error is a terminal.
         notify: called once for each warning, with its text.
@@ -50,9 +52,11 @@ def load(
     from transformers.utils import logging
 
     from ktransformers.models import DEFAULT_RULES
+    from ktransformers.operators.paged_cache import check_kind
     from ktransformers.optimize import optimize_and_load
 
     logging.set_verbosity_error()
+    check_kind(cache or None)
     model_path, weights = _paths(model_path, weights)
     on_step(f"reading config and tokenizer of {model_path}")
     config, tokenizer = read_config_and_tokenizer(model_path, needs_template)
@@ -61,7 +65,8 @@ def load(
     rule = rule or DEFAULT_RULES.get(config.model_type, "Default")
     on_step(f"loading {weights} by rule {rule}")
     with _notices(notify):
-        return optimize_and_load(model, rule, weights, devices=devices, progress=progress), tokenizer
+        loaded = optimize_and_load(model, rule, weights, devices=devices, cache=cache or None, progress=progress)
+    return loaded, tokenizer
 
 
 def _paths(model_path: str, weights: str) -> tuple[str, str]:

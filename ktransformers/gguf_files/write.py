@@ -164,13 +164,20 @@ def _expert_pieces(weights: ModelWeights, family, name: str, layer: str, which: 
 
         def parts(number: int = number, kind: str = kind) -> Iterator[Tensor]:
             if not weights.experts_problem(prefix):
-                yield from (matrix.dequantize().unsqueeze(0) for matrix in getattr(weights.experts(prefix), kind))
+                for matrix in getattr(weights.experts(prefix), kind):
+                    yield matrix.dequantize(_floats(matrix)).unsqueeze(0)
                 return
             for matrix in weights.tensor(name):  # [columns, rows]: there are no rows to use as they are
                 whole = matrix.T[number :: len(kinds)] if family.interleaved else matrix.T.chunk(len(kinds))[number]
                 yield whole.contiguous().unsqueeze(0)
 
         yield f"blk.{layer}.ffn_{kind}_exps.weight", (count, rows // len(kinds), columns), parts
+
+
+def _floats(matrix: Any) -> torch.dtype:
+    """What the numbers of a stored matrix are read as: halves as they are, half of fp32's bytes."""
+    stored = getattr(getattr(matrix, "type", None), "torch_dtype", None)
+    return stored if stored in (torch.bfloat16, torch.float16) else torch.float32
 
 
 # --- writing ----------------------------------------------------------------------------------------------

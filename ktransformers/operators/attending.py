@@ -139,8 +139,9 @@ class Attending:
         each = heads if self.shape.gate == "heads" else heads.repeat_interleave(self.shape.value_size)
         return each if bias is None else each + bias
 
-    def prepare(self, held: PagedLayer, dtype: torch.dtype) -> None:
-        held.prepare(self.shape.kv_heads, self.shape.size, self.shape.value_size, dtype)
+    @property
+    def kept(self) -> tuple[int, int, int]:
+        return self.shape.kv_heads, self.shape.size, self.shape.value_size
 
     @property
     def step_of(self) -> tuple[Any, ...]:

@@ -149,8 +149,9 @@ class Latents:
             None if self.sinks is None else operator._parameters[self.sinks], operator.key,
         )  # fmt: skip
 
-    def prepare(self, held: PagedLayer, dtype: torch.dtype) -> None:
-        held.prepare(1, self.shape.latent, self.shape.rotary, dtype)
+    @property
+    def kept(self) -> tuple[int, int, int]:
+        return 1, self.shape.latent, self.shape.rotary
 
     def chosen(self, operator: nn.Module, held: PagedLayer, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
         """Numbers of the keys that the queries of `hidden` [B, S, H] see, [B, S, K]; None where no index says so."""

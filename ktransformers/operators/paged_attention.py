@@ -38,12 +38,11 @@ class Recognized(Protocol):
     """Whether it takes and gives no more than positions, a mask and a cache."""
     step_of: tuple[Any, ...]
     """What of a step is the module's own: modules alike in this may share one."""
+    kept: tuple[int, int, int]
+    """What the cache keeps of a token: heads, and the sizes of their keys and values."""
 
     def native(self, operator: nn.Module) -> Attention | None:
         """The native call on the operator's loaded weights; None where they are not all on the CPU."""
-
-    def prepare(self, held: PagedLayer, dtype: torch.dtype) -> None:
-        """Give `held` its pages if it has none."""
 
     def chosen(self, operator: nn.Module, held: PagedLayer, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
         """Numbers of the keys that the queries of `hidden` see, [B, S, K], where `narrow` says so."""
@@ -70,6 +69,7 @@ class PagedAttention(FamilyOperator):
         super().__init__(*args, **kwargs)
         self.native: Attention | None = None
         self.attending: Recognized | None = None
+        self.cache_kind: str | None = None  # of pages that `paged_cache` makes for this layer; None: the model's dtype
         self._parts: dict[str, nn.Module | None] = {}
         self._tensors: list[Tensor] = []
         self._versions = 0
@@ -131,7 +131,7 @@ class PagedAttention(FamilyOperator):
         if narrow == "index" and cache is not None and not isinstance(held, PagedIndexedLayer):
             return None
         if held.pages is None:
-            self.attending.prepare(held, hidden.dtype)
+            held.prepare(*self.attending.kept, hidden.dtype)
         return held
 
     def step(

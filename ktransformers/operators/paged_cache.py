@@ -6,6 +6,7 @@ that knows pages never asks for that. Going back, choosing beams and copying mov
 """
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -272,35 +273,50 @@ class PagedCache(Cache):
 def paged_cache(model: nn.Module, kind: str | None = None) -> PagedCache | None:
     """A fresh cache for `model`, or None where no operator of it computes on pages.
 
-    `kind`: how pages keep keys and values: "f32", "f16", "bf16" or "q8_0"; None is the model's dtype.
+    `kind`: how pages keep keys and values: "f32", "f16", "bf16" or "q8_0"; None is what `use` was told, else the
+    model's dtype. Raises UnsupportedError for another.
     """
-    if kind is not None and kind not in TYPES:
-        raise UnsupportedError(f"cache: found type {kind!r}, expected one of {', '.join(TYPES)}.")
-    joined = dict(_paged_layers(model))
+    check_kind(kind)
+    paged = {module.layer_idx: module for module in _paged_layers(model)}
     # By the name of the class, as transformers tells who brings a cache of its own (MiniMax, the first one).
     family = type(getattr(model, "orig_module", None) or model)
-    if not joined or not GenerationMixin._supports_default_dynamic_cache.__func__(family):
+    if not paged or not GenerationMixin._supports_default_dynamic_cache.__func__(family):
         return None
     layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
-    for number, one_row in joined.items():
+    for number, module in paged.items():
         layer = layers[number] if number < len(layers) else None
+        how = kind or module.cache_kind, module.attending.joined
         if type(layer) is DynamicSlidingWindowLayer:
-            layers[number] = PagedWindowLayer(layer.sliding_window, kind, one_row)
+            layers[number] = PagedWindowLayer(layer.sliding_window, *how)
         elif type(layer) is DynamicLayer:
-            layers[number] = PagedLayer(kind, one_row)
+            layers[number] = PagedLayer(*how)
         elif type(layer) is DynamicIndexedLayer:
-            layers[number] = PagedIndexedLayer(kind, one_row)
+            layers[number] = PagedIndexedLayer(*how)
     return PagedCache(layers)
 
 
-def _paged_layers(model: nn.Module) -> Iterator[tuple[int, bool]]:
-    """Number of each layer that computes on pages, and whether these are joined."""
-    found = (module for module in model.modules() if getattr(module, "computes_on_pages", False))
-    return ((module.layer_idx, module.attending.joined) for module in found)
+def check_kind(kind: str | None) -> None:
+    """Raise UnsupportedError where pages cannot keep `kind`; None, the model's dtype, they can."""
+    if kind is not None and kind not in TYPES:
+        raise UnsupportedError(
+            f"cache: found type {kind!r}, expected one of {', '.join(TYPES)}. Choose one, or leave it out for the "
+            "model's dtype."
+        )
 
 
-def use(model: nn.Module) -> None:
-    """Let `model.generate` make a `PagedCache` where it would make a DynamicCache."""
+def _paged_layers(model: nn.Module) -> Iterator[Any]:
+    """The attention of each layer that computes on pages."""
+    return (module for module in model.modules() if getattr(module, "computes_on_pages", False))
+
+
+def use(model: nn.Module, kind: str | None = None) -> None:
+    """Let `model.generate` make a `PagedCache` where it would make a DynamicCache; `kind`: as `paged_cache` has it.
+
+    Warns where layers do not compute on pages, as their cache does not take `kind`. Raises NativeError for a kind
+    that the model's heads do not fill in whole blocks.
+    """
+    if kind is not None:
+        _choose(model, kind)
     original = getattr(model, "_prepare_cache_for_generation", None)
     if original is None or next(_paged_layers(model), None) is None:
         return
@@ -314,3 +330,25 @@ def use(model: nn.Module) -> None:
         return original(generation_config, model_kwargs, *args, **kwargs)
 
     model._prepare_cache_for_generation = prepare
+
+
+def _choose(model: nn.Module, kind: str) -> None:
+    """Have `paged_cache` keep keys and values of `model` as `kind`."""
+    check_kind(kind)
+    paged = list(_paged_layers(model))
+    for module in paged:
+        PagedLayer(kind).prepare(*module.attending.kept, torch.float32)  # raises what it would later
+        module.cache_kind = kind
+    layers, kept = model.config.get_text_config(decoder=True).num_hidden_layers, _takes(model, kind)
+    if kept < layers:
+        warnings.warn(
+            f"cache: {layers - kept} of {layers} layers do not compute on pages of the CPU, so their cache stays as "
+            f"transformers makes it and not {kind}",
+            stacklevel=3,
+        )
+
+
+def _takes(model: nn.Module, kind: str) -> int:
+    """How many layers of a fresh cache keep keys and values as `kind`."""
+    cache = paged_cache(model)
+    return sum(isinstance(layer, PagedLayer) and layer.kind == kind for layer in cache.layers) if cache else 0

@@ -198,7 +198,7 @@ class _Made:
         """hidden [B, S, H], what the first layer is given -> [B, S, H], normed; `where`: positions, `pads`: padding."""
         for part, attending in zip(held, self._attending, strict=True):
             if part.pages is None:
-                attending.prepare(part, hidden.dtype)
+                part.prepare(*attending.kept, hidden.dtype)
         past, positions, factors = held[0].get_seq_length(), [], []
         for rotary, i in self._of_kind:
             positions.append(None if rotary < 0 else self._angles[rotary].of(hidden, past, where))

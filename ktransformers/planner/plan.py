@@ -20,6 +20,7 @@ from ktransformers.machine.units import GIB, format_bytes
 from ktransformers.models import DEFAULT_RULES
 from ktransformers.models.traits import TRAITS
 from ktransformers.operators.inner_ops import is_cpu
+from ktransformers.operators.paged_cache import check_kind
 from ktransformers.planner import formats, masks, sizes, speed
 from ktransformers.planner import probes as torch_probes
 from ktransformers.planner.placement import (
@@ -48,13 +49,17 @@ PROMPT = 1024
 
 @dataclass(frozen=True)
 class Request:
-    """What a plan is for: `context` tokens for each of `batch` sequences, prompts computed `chunk` tokens at a time."""
+    """What a plan is for: `context` tokens for each of `batch` sequences, prompts computed `chunk` tokens at a time.
+
+    `cache`: how pages keep keys and values, one of `native.pages.TYPES`; None is the model's dtype.
+    """
 
     context: int = 8192
     batch: int = 1
     chunk: int = 8192
     strategy: str = "uniform"
     profile: RoutingProfile | None = None
+    cache: str | None = None
 
 
 @dataclass
@@ -141,7 +146,8 @@ class Planner:
         return found
 
     def _check(self, request: Request) -> None:
-        """Raise KTransformersError for a strategy or a profile that is not for this model, whatever the machine."""
+        """Raise KTransformersError for a strategy, a profile or a type of cache that is not for this model."""
+        check_kind(request.cache)
         routed = {i: layer.experts for i, layer in enumerate(self._layers(request)[0]) if layer.experts}
         masks.gpu_experts(request.strategy, list(routed), max(routed.values(), default=0), 0, request.profile)
 
@@ -162,7 +168,8 @@ class Planner:
         content = rule_content(self.base, placement, self._score_chunk(request) if rooms else None)
         plan = self._planned(content, len(rooms))
         parts = sizes.parts(self.model, plan, form, _hits(request.profile))
-        return self._answer(hardware, request, form, probes, placement, content, parts)
+        caches = sizes.caches(self.model, request.cache, plan) if request.cache else self.caches
+        return self._answer(hardware, request, form, probes, placement, content, parts, caches)
 
     def _planned(self, content: dict[str, Any], gpus: int) -> Mapping[str, Replacement]:
         key = repr((content, gpus))
@@ -210,14 +217,14 @@ class Planner:
 
     def _answer(
         self, hardware: Hardware, request: Request, form: formats.Format, probes: torch_probes.Probes,
-        placement: Placement, content: dict[str, Any], parts: list[sizes.Part],
+        placement: Placement, content: dict[str, Any], parts: list[sizes.Part], caches: list[sizes.Cache],
     ) -> Plan:  # fmt: skip
         where = dict(enumerate(placement.layers))
-        memory = self._memory(hardware, request, placement, parts)
+        memory = self._memory(hardware, request, placement, parts, caches)
 
         def predict(tokens: int, context: int) -> speed.Pass:
             return speed.forward(
-                parts, self.caches, where, hardware, probes, tokens, context, request.batch, self.hidden
+                parts, caches, where, hardware, probes, tokens, context, request.batch, self.hidden
             )
 
         prompt = max(1, min(PROMPT, request.context - 1))
@@ -233,6 +240,11 @@ class Planner:
             rule_text(content, header), notes=list(hardware.assumptions),
         )  # fmt: skip
         found.problems = _problems(memory)
+        if request.cache and (kept := sum(cache.kind is not None for cache in caches)) < self.layers:
+            found.notes.append(
+                f"Cache: {kept} of {self.layers} layers keep {request.cache}; the others, which do not compute on "
+                "pages of the CPU, keep the model's dtype."
+            )
         return found
 
     def _active(self, parts: list[sizes.Part]) -> int:
@@ -246,8 +258,9 @@ class Planner:
         return rest + sum(weights * k // count for weights, count, k in experts.values() if count)
 
     def _memory(
-        self, hardware: Hardware, request: Request, placement: Placement, parts: list[sizes.Part]
-    ) -> dict[str, Memory]:
+        self, hardware: Hardware, request: Request, placement: Placement, parts: list[sizes.Part],
+        caches: list[sizes.Cache],
+    ) -> dict[str, Memory]:  # fmt: skip
         tokens = min(request.chunk, request.context) * request.batch
         memory = {"cpu": Memory(hardware.cpu.available, work=BASE_RAM)}
         for i, gpu in enumerate(hardware.gpus):
@@ -256,7 +269,7 @@ class Planner:
             device = memory["cpu" if is_cpu(part.device) else part.device]
             device.weights += part.held
             device.mapped += part.held if part.mapped else 0
-        for cache in self.caches:
+        for cache in caches:
             device = placement.layers[cache.layer] if cache.layer < len(placement.layers) else "cpu"
             memory[device].cache += cache.nbytes(request.context, request.batch)
         memory["cpu"].work += sizes.work_bytes(self.model, tokens, dense="cpu" in placement.layers)

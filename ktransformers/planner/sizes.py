@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ktransformers.models.traits import TRAITS, is_beside_text, layer_of
+from ktransformers.native.pages import PAGE, Pages
 from ktransformers.operators.embedding import KTransformersEmbedding
 from ktransformers.operators.experts import KTransformersExperts
 from ktransformers.operators.hot_experts import gpu_device, ids_of
@@ -64,7 +65,8 @@ class Cache:
     """What a layer's cache takes for one sequence: bytes per token, bytes whatever the length, and its longest length.
 
     `heads`, `kv_heads` and `head_dim` say what attention does with it; 0 heads for a state that is no attention. For
-    latents `head_dim` is theirs, and `expanded` a head's when they are expanded to keys.
+    latents `head_dim` is theirs, and `expanded` a head's when they are expanded to keys. `kind`: of pages, where
+    one was chosen and the layer takes it.
     """
 
     layer: int
@@ -75,6 +77,7 @@ class Cache:
     kv_heads: int = 0
     head_dim: int = 0
     expanded: int = 0
+    kind: str | None = None
 
     def tokens(self, context: int) -> int:
         """How many of `context` tokens are kept."""
@@ -245,8 +248,12 @@ def _untied(
 # --- cache ------------------------------------------------------------------------------------------------
 
 
-def caches(model: nn.Module) -> list[Cache]:
-    """What every layer caches, in order, by the modules that make it."""
+def caches(model: nn.Module, kind: str | None = None, plan: Mapping[str, Replacement] | None = None) -> list[Cache]:
+    """What every layer caches, in order, by the modules that make it.
+
+    `kind`: how pages keep keys and values, None for the model's dtype; `plan` then says which layers compute on pages.
+    Raises NativeError where their heads do not fill whole blocks of `kind`.
+    """
     config = model.config.get_text_config(decoder=True)
     size = (getattr(model, "dtype", None) or torch.float32).itemsize
     found: dict[int, Cache] = {}
@@ -256,7 +263,8 @@ def caches(model: nn.Module) -> list[Cache]:
             continue
         cache = _cache(layer, module, config, size)
         if cache is not None:
-            found[layer] = cache
+            kept = None if kind is None else _on_pages(name, module, plan or {})
+            found[layer] = cache if kept is None else replace(cache, per_token=_row_bytes(kind, *kept), kind=kind)
     return [found[layer] for layer in sorted(found)]
 
 
@@ -283,6 +291,20 @@ def _cache(layer: int, module: nn.Module, config: Any, size: int) -> Cache | Non
     if hasattr(module, "conv1d") and hasattr(module, "A_log"):
         return Cache(layer, 0, _state(module, config, size))
     return None
+
+
+def _on_pages(name: str, module: nn.Module, plan: Mapping[str, Replacement]) -> tuple[int, int, int] | None:
+    """Heads, and sizes of key and value, of what a module will keep in pages; None where it computes otherwise."""
+    placed = plan.get(name)
+    if placed is None or not is_cpu(placed.device):
+        return None
+    found = (recognize(module) for recognize in getattr(placed.operator, "kinds", ()))
+    return next((attending.kept for attending in found if attending is not None), None)
+
+
+def _row_bytes(kind: str, heads: int, size: int, value_size: int) -> int:
+    """Bytes of a token in a layer's pages."""
+    return Pages(kind, heads, size, value_size).page_bytes // PAGE
 
 
 def _state(module: nn.Module, config: Any, size: int) -> int:

@@ -45,9 +45,9 @@ def test_a_published_command_line_runs(options, program):
 @pytest.mark.parametrize("program", ["local_chat", "chat"])
 def test_own_flags_are_left_alone(options, program):
     spelled = {"local_chat": ["--model-path", "M", "--optimize-config-path", "R"], "chat": ["M", "--rule", "R"]}[program]
-    found, notices = options(program, *spelled, "--max-new-tokens", "7", "--force-think", "--devices", "cuda=cpu")
+    found, notices = options(program, *spelled, "--max-new-tokens", "7", "--force-think", "--devices", "cuda=cpu", "--cache", "q8_0")
     assert found == conversation.Options(
-        model_path="M", rule="R", max_new_tokens=7, force_think=True, devices=("cuda=cpu",)
+        model_path="M", rule="R", max_new_tokens=7, force_think=True, devices=("cuda=cpu",), cache="q8_0"
     )  # fmt: skip
     assert notices == ""
 

@@ -14,6 +14,7 @@ from ktransformers.errors import KTransformersError, UnsupportedError, WeightErr
 from ktransformers.gguf_files import write as program
 from ktransformers.gguf_files.write import choose_type, quantize_folder
 from ktransformers.loaders import bind, open_weights
+from ktransformers.native import encode
 from ktransformers.quants.blocks import QUANT_TYPES, dequantize
 from ktransformers.quants.encode import quantize
 from tests.loaders import small_files
@@ -459,3 +460,20 @@ def test_a_field_of_the_wrong_type_in_the_config(folder, tmp_path):
     (tmp_path / "src" / "config.json").write_text(json.dumps(config))
     text = fails_and_leaves_nothing(tmp_path / "src", tmp_path / "m.gguf", "config.json: cannot be used")
     assert "'hidden_size' expected int, got str" in text and len(text.splitlines()) == 1
+
+
+def test_halves_are_encoded_as_they_are(tmp_path, monkeypatch):
+    """Experts too: bf16 is not made fp32 on the way, and the same numbers in fp32 give the same tensors."""
+    seen = []
+    monkeypatch.setattr(program, "encode", lambda x, *rest: seen.append((x.dtype, x.dim())) or encode(x, *rest))
+    model, tensors = small_files.model("qwen3_moe").bfloat16(), []
+    for dtype in (torch.bfloat16, torch.float32):
+        folder, out = tmp_path / str(dtype), tmp_path / f"{dtype}.gguf"
+        model.to(dtype).save_pretrained(folder)
+        quantize_folder(folder, out, "Q8_0")
+        assert {found for found, dims in seen if dims > 1} == {dtype}
+        tensors.append({tensor.name: tensor for tensor in gguf.GGUFReader(out).tensors})
+        seen.clear()
+    half, whole = tensors
+    assert all(np.array_equal(half[name].data, whole[name].data) for name in whole if half[name].tensor_type == whole[name].tensor_type)
+    assert any("exps" in name and half[name].tensor_type == whole[name].tensor_type for name in whole)

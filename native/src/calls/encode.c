@@ -14,8 +14,6 @@ enum {
     MAX_JOBS = 1 << 24
 };
 
-#define SMALLEST 0x1p-40f /* below it a weight is zero: 2^-24 is the least that any block holds */
-
 struct encode {
     const struct kt_kernels *k;
     int format, dtype;
@@ -90,11 +88,7 @@ static void encode_some(struct encode *e, int64_t first, int64_t n, float *stage
     if (t->id == KT_TYPE_F32) memcpy(out, stage, (size_t)n * 4);
     else if (t->id == KT_TYPE_F16) e->k->to_f16(stage, n, (uint16_t *)out);
     else if (t->id == KT_TYPE_BF16) e->k->to_bf16(stage, n, (uint16_t *)out);
-    else {
-        for (int64_t i = 0; t->id != KT_TYPE_Q8_0 && i < n; i++)
-            stage[i] = fabsf(stage[i]) < SMALLEST ? 0.0f : stage[i];
-        e->k->encode[e->format](stage, importances(e, first, n, stage + STAGE), n / t->block, out);
-    }
+    else e->k->encode[e->format](stage, importances(e, first, n, stage + STAGE), n / t->block, out);
 }
 
 static void run_job(void *ctx, int32_t job, int thread) {
@@ -118,6 +112,12 @@ static int scale_importance(const float *given, int64_t cols, float *out) {
     return KT_OK;
 }
 
+static int all_one(const float *importance, int64_t cols) {
+    for (int64_t i = 0; i < cols; i++)
+        if (importance[i] != 1.0f) return 0;
+    return 1;
+}
+
 static int check_sizes(const struct encode *e, int64_t rows, size_t bytes) {
     if (rows < 0 || rows > KT_MAX_DIM || e->cols < 1 || e->cols > KT_MAX_DIM) return KT_ERR_SHAPE;
     const struct kt_traits *t = &kt_traits_table[e->format];
@@ -133,6 +133,7 @@ static int run(struct encode *e, kt_pool *pool, const float *importance) {
     e->importance = importance ? e->stage + stage : NULL;
     const int status = importance ? scale_importance(importance, e->cols, e->stage + stage) : KT_OK;
     if (status) return status;
+    if (importance && all_one(e->importance, e->cols)) e->importance = NULL; /* the search is quicker without */
     e->job = JOB;
     while (e->total / e->job >= MAX_JOBS) e->job *= 2;
     kt_pool_run(pool, run_job, e, (int32_t)((e->total + e->job - 1) / e->job));

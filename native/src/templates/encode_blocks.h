@@ -216,24 +216,24 @@ static const struct start start_q5_k[] = {
         if (w) encode_super(x, w, blocks, out, s, 1);                                                      \
         else encode_super(x, NULL, blocks, out, s, 0);                                                     \
     }
-#define LINEAR(name, per, lowest, highest, iq, tops, from, refit, round, wide)                             \
-    SUPER(name, .group = per, .rule = {lowest, highest, iq}, .top = tops, .reach = from,                   \
+#define LINEAR(name, per, lowest, highest, iq, lost, tops, from, refit, round, wide)                             \
+    SUPER(name, .group = per, .rule = {lowest, highest, iq, lost}, .top = tops, .reach = from,                   \
           .starts = COUNT(from), .refits = refit, .rounds = round, .around = wide)
 #define AFFINE(name, per, tops, largest, from, refit, round, wide)                                         \
     SUPER(name, .group = per, .affine = 1, .top = tops, .most = largest, .start = from,                    \
           .starts = COUNT(from), .refits = refit, .rounds = round, .around = wide)
-#define NIBBLES(name, low, high, iq4, reach)                                                                     \
+#define NIBBLES(name, low, high, iq4, lost, reach)                                                                     \
     static void encode_##name(const float *x, const float *w, int64_t blocks, uint8_t *out) {                    \
-        const struct rule r = {low, high, iq4};                                                                  \
+        const struct rule r = {low, high, iq4, lost};                                                                  \
         if (w) encode_nibbles(x, w, blocks, out, r, reach, COUNT(reach), 1);                                     \
         else encode_nibbles(x, NULL, blocks, out, r, reach, COUNT(reach), 0);                                    \
     }
 
-NIBBLES(q4_0, -8.0f, 7.0f, 0, reach_q4_0)
-NIBBLES(iq4_nl, 0, 0, 1, reach_iq4)
-LINEAR(q3_k, 16, -4.0f, 3.0f, 0, 32.0f, reach_q3_k, 2, 3, 2)
-LINEAR(q6_k, 16, -32.0f, 31.0f, 0, 128.0f, reach_q6_k, 1, 2, 2)
-LINEAR(iq4_xs, 32, 0, 0, 1, 32.0f, reach_iq4, 1, 2, 1)
+NIBBLES(q4_0, -8.0f, 7.0f, 0, 6, reach_q4_0)
+NIBBLES(iq4_nl, 0, 0, 1, 4, reach_iq4)
+LINEAR(q3_k, 16, -4.0f, 3.0f, 0, 6, 32.0f, reach_q3_k, 2, 3, 2)
+LINEAR(q6_k, 16, -32.0f, 31.0f, 0, 5, 128.0f, reach_q6_k, 1, 2, 2)
+LINEAR(iq4_xs, 32, 0, 0, 1, 4, 32.0f, reach_iq4, 1, 2, 1)
 AFFINE(q2_k, 16, 3.0f, 15.0f, start_q2_k, 2, 3, 1)
 AFFINE(q4_k, 32, 15.0f, 63.0f, start_q4_k, 1, 3, 2)
 AFFINE(q5_k, 32, 31.0f, 63.0f, start_q5_k, 1, 3, 2)

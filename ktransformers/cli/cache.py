@@ -1,0 +1,115 @@
+"""`kt cache`: what keeping keys and values in fewer bits does to a model's predictions. Measured by the engine."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ktransformers.cli.common import CACHES, DevicesOption, JsonOption, complete_rule, err, note, renamed_devices, show
+from ktransformers.errors import KTransformersError
+from ktransformers.paths import existing_path
+
+if TYPE_CHECKING:
+    from ktransformers.engine.compare_caches import CacheEffect
+
+TOKENS = 512
+"""Tokens that are compared where no flag says how many."""
+
+
+def cache(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A model folder or a .gguf; default: the small embedded model.")
+    ] = "",
+    types: Annotated[
+        list[str], typer.Option("--type", "-t", metavar="TYPE", help="f32, f16, bf16 or q8_0; may be repeated.")
+    ] = ["q8_0"],  # noqa: B006  (typer wants a list)
+    text: Annotated[
+        Path | None, typer.Option("--text", help="A text to predict; default: one that the model writes, seed 0.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", min=2, help=f"Tokens of it; default: {TOKENS}, or what there is.")
+    ] = None,
+    chunk_size: Annotated[int, typer.Option("--chunk-size", min=1, help="Tokens per forward pass.")] = 64,
+    weights: Annotated[
+        str, typer.Option("--weights", "-w", help="A .gguf, a .safetensors or a folder; default: MODEL's own.")
+    ] = "",
+    rule: Annotated[
+        str,
+        typer.Option("--rule", "-r", autocompletion=complete_rule, help="Rule file, or its name; default: by family."),
+    ] = "",
+    devices: DevicesOption = [],  # noqa: B006  (typer wants a list)
+    as_json: JsonOption = False,
+) -> None:
+    """Compare types of the KV cache: memory, and how far a model's predictions move from those with its own dtype."""
+    if wrong := [kind for kind in types if kind not in CACHES]:
+        raise KTransformersError(f"--type {wrong[0]!r}: expected one of {', '.join(CACHES)}.")
+    words = None if text is None else _read(text)
+
+    from ktransformers.engine.compare_caches import compare
+    from ktransformers.engine.load import load
+
+    loaded, tokenizer = load(
+        model, weights, rule,
+        devices=renamed_devices(devices), needs_template=False, progress=not as_json, notify=note,
+    )  # fmt: skip
+    ids = _ids(loaded, tokenizer, words, tokens)
+    with _progress(len(ids) * (len(set(types)) + 1)) as advance:
+        found = compare(loaded, ids, types, chunk_size, advance)
+    data = {"tokens": len(ids), "chunk_size": chunk_size, "text": None if text is None else str(text), "types": found}
+    show(data, as_json, lambda: _rendered(found, len(ids)))
+
+
+def _read(path: Path) -> str:
+    there = existing_path(path, "--text") or path
+    try:
+        return there.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error  # without the path once more
+        raise KTransformersError(f"--text {path}: cannot be read: {reason}. Check the path.") from error
+
+
+def _ids(model: Any, tokenizer: Any, words: str | None, tokens: int | None) -> list[int]:
+    """The tokens to predict. Raises KTransformersError where there are fewer than asked for."""
+    from ktransformers.configs import text_config
+    from ktransformers.engine.compare_caches import own_text
+
+    context = getattr(text_config(model.config), "max_position_embeddings", None) or TOKENS
+    if (tokens or 0) > context:
+        raise KTransformersError(f"--tokens {tokens}: the model takes {context}. Give a smaller number.")
+    count = tokens or min(TOKENS, context)
+    if words is None:
+        starts = (tokenizer.bos_token_id, tokenizer.eos_token_id, 0)
+        return own_text(model, next(token for token in starts if token is not None), count)
+    ids = tokenizer.encode(words)
+    needed = tokens or 2
+    if len(ids) < needed:
+        raise KTransformersError(f"--text: found {len(ids)} tokens, expected at least {needed}. Give a longer text.")
+    return ids[:count]
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar of tokens on a terminal; call the value with how many more are done."""
+    from rich.progress import Progress
+
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
+        bar = progress.add_task("tokens", total=total)
+        yield lambda count: progress.advance(bar, count)
+
+
+def _rendered(found: list["CacheEffect"], tokens: int) -> Iterator[Any]:
+    from rich.table import Table
+
+    table = Table(title=f"Cache types, {tokens} tokens", title_justify="left")
+    table.add_column("type")
+    for column in ("bytes per token", "mean KL, nats", "max KL, nats", "same top token", "perplexity"):
+        table.add_column(column, justify="right")
+    own = found[0]
+    for one in found:
+        size = f"{one.bytes_per_token:,} ({one.bytes_per_token / own.bytes_per_token:.0%})"
+        moved = ("-", "-", "-") if one is own else (f"{one.kl_mean:.2g}", f"{one.kl_max:.2g}", f"{one.same_top:.1%}")
+        table.add_row(one.type, size, *moved, f"{one.perplexity:.4f}")
+    yield table
+    yield f"KL: how far the next token's probabilities move from those with the model's own dtype, {own.type}."
