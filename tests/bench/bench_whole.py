@@ -37,6 +37,7 @@ MODELS = {
 }  # fmt: skip
 TOKENS = 8  # a slice of decoding
 ENV = {"ours": {"OMP_WAIT_POLICY": "passive"}}  # as `kt` sets it; llama.cpp computes on OpenMP's threads, which shall spin
+LONG = 4096  # tokens from which three slices have to do
 BATCH_DEPTH = 128  # tokens that the first sequence of a batch begins with
 CAPTION = (
     "tokens/s, medians over slices, and the spread (10 to 90 %) of the ratio ours / llama.cpp inside a pair of slices; "
@@ -165,7 +166,11 @@ def main() -> None:
                     engines.append(Engine("llama", llama, [str(path), str(options.flash), str(longest), cache]))
                 try:
                     touched = touched_bytes(path, sizes)
-                    rows = [measure(engines, work, size, options.slices, touched) for work, size in wanted]
+                    rows = []
+                    for work, size in wanted:
+                        slices = min(3, options.slices) if size >= LONG else options.slices
+                        rows.append(measure(engines, work, size, slices, touched))
+                        print(name, kind, json.dumps(rows[-1]), file=sys.stderr, flush=True)
                 finally:
                     for engine in engines:
                         engine.close()
