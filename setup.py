@@ -49,8 +49,14 @@ ISA_FLAGS = {  # by processor: native/src/<name>/*.c; dispatch.c says what each 
 }
 ALIASES = {"amd64": "x86_64", "arm64": "aarch64"}
 
-BUILDS = {"host": "what this machine can run", "all": "every instruction set that the compiler knows"}
+BUILDS = {
+    "host": "what this machine can run",
+    "all": "every instruction set that the compiler knows",
+    "sources": "what this machine can run, without sets that are the sources of another with other flags",
+}
 """What KT_BUILD may say. Unset: all for a wheel, which travels; host for a checkout, where it saves minutes."""
+FLAGS_ALONE = {"avx_vnni", "avx512_vnni", "avx512_vbmi"}
+"""Sets of files that include those of another."""
 IN_A_CHECKOUT = {"build_clib", "build_ext", "editable_wheel", "develop"}
 """Commands of setuptools whose result stays on this machine."""
 
@@ -95,7 +101,9 @@ def isas(machine: str, compiler: list[str] | None = None, build: str = "all") ->
         return {}
     features = {name: macros(compiler, flags) - plain for name, flags in ISA_FLAGS.get(machine, {}).items()}
     known = {name: flags for name, flags in ISA_FLAGS.get(machine, {}).items() if features[name]}
-    host = macros(compiler, ["-march=native"]) if build == "host" else set()
+    if build == "sources":
+        known = {name: flags for name, flags in known.items() if name not in FLAGS_ALONE}
+    host = set() if build == "all" else macros(compiler, ["-march=native"])
     return {name: flags for name, flags in known.items() if not host or features[name] <= host}
 
 

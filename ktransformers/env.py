@@ -47,8 +47,8 @@ def _integer(name: str, default: int | None, low: int, high: int) -> int | None:
 def build() -> str | None:
     """KT_BUILD, or None where setup.py, which is what reads it, chooses."""
     value = os.environ.get("KT_BUILD", "").strip()
-    if value and value not in ("host", "all"):
-        raise KTransformersError(f"KT_BUILD={value!r}: expected host or all. Unset KT_BUILD or correct it.")
+    if value and value not in ("host", "all", "sources"):
+        raise KTransformersError(f"KT_BUILD={value!r}: expected host, all or sources. Unset KT_BUILD or correct it.")
     return value or None
 
 

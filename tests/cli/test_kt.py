@@ -337,7 +337,7 @@ BAD_VALUES = [
     ("KT_PIN", "2", "from 0 to 1"),
     ("KT_HUGE_PAGES", "on", "from 0 to 1"),
     ("KT_NUMA", "all", "lists of CPUs"),
-    ("KT_BUILD", "fast", "expected host or all"),
+    ("KT_BUILD", "fast", "expected host, all or sources"),
     ("KT_RULE_MODULES", "yaml,no_such_mod.sub", "'no_such_mod.sub' cannot be imported (looked in"),
     ("KT_RULE_MODULES", ".", "'.' cannot be imported"),
     ("KT_THREAD", "3", "did you mean 'KT_THREADS'?"),
