@@ -84,12 +84,9 @@ class Stack:
             return None
         given = kwargs.get("input_ids")
         given = kwargs.get("inputs_embeds") if given is None else given
-        if (
-            type(given) is not Tensor
-            or given.device.type != "cpu"
-            or torch_ops.is_traced(given)
-            or self.decoder.training
-        ):
+        if type(given) is not Tensor or given.device.type != "cpu" or self.decoder.training:
+            return None
+        if torch_ops.is_traced(given) or given.requires_grad:
             return None
         made = self._of(given, cache)
         return None if made is None else made.forward(kwargs, given, cache)
@@ -153,6 +150,8 @@ class _Made:
         if pads is None or where is not None and (where.dim() != 2 or where.shape[1] != tokens):
             return None
         if held[0].pages is not None and held[0].pages.ragged and (where is None or pads):
+            return None
+        if given.dim() == 3 and self.found.factor != 1.0:  # was it multiplied already? the family's code knows
             return None
         hidden = given if given.dim() == 3 else self.embedded(given)
         out = self.run(hidden * self.found.factor if self.found.factor != 1.0 else hidden, held, where, pads or None)
