@@ -59,6 +59,12 @@ OTHER = Share(0.70, 0.55, measured=False)
 FEW = 0.45
 """Of the multiplier's peak that a matrix with fewer than sixteen tokens reaches in the C library."""
 
+TILES = {"int8": 0.058, "bf16": 0.21}
+"""Of the peak of AMX's tile products, for many tokens: a panel is unpacked while none is multiplied, so the times of
+reading and of multiplying add up. Measured 2026-11-30 on two cores of an Intel Xeon with AMX, Q4_K, Q8_0 and BF16."""
+TILES_FROM = 5
+"""Tokens of a matrix from which tiles are used."""
+
 
 def read_share(type_: str) -> float:
     """Which share of the read bandwidth a matrix of this type is read with, for one token."""

@@ -14,7 +14,7 @@ from itertools import pairwise
 from ktransformers.machine.hardware import Hardware
 from ktransformers.operators.inner_ops import is_cpu
 from ktransformers.planner.probes import Probes
-from ktransformers.planner.shares import FEW, peak_share, read_share
+from ktransformers.planner.shares import FEW, TILES, TILES_FROM, peak_share, read_share
 from ktransformers.planner.sizes import DENSE, Cache, Part
 
 BF16_TYPES = frozenset({"BF16", "F8_E4M3", DENSE})
@@ -126,13 +126,19 @@ def _part(part: Part, hardware: Hardware, many: int) -> float:
     reading = many_read / (cpu.read_bandwidth * read_share(part.type))
     if part.type == DENSE and part.kind != "experts" and ops:
         reading += DENSE_CALL
-    return max(reading, ops / _cpu_rate(part, hardware, many)) if ops else reading
-
-
-def _cpu_rate(part: Part, hardware: Hardware, many: int) -> float:
-    """Operations per second that the CPU reaches on a part with `many` tokens."""
-    cpu = hardware.cpu
+    if not ops:
+        return reading
     per_matrix = many * part.chosen * part.share / part.experts if part.kind == "experts" and part.experts else many
+    if cpu.isa.startswith("amx") and part.type not in F32_TYPES | {DENSE}:
+        kind = "bf16" if part.type in BF16_TYPES else "int8"
+        peak = cpu.bf16_ops if kind == "bf16" else cpu.int8_ops
+        return reading + (ops / (peak * TILES[kind]) if per_matrix >= TILES_FROM else 0.0)
+    return max(reading, ops / _cpu_rate(part, hardware, per_matrix))
+
+
+def _cpu_rate(part: Part, hardware: Hardware, per_matrix: float) -> float:
+    """Operations per second that the CPU reaches on a part with so many tokens for each of its matrices."""
+    cpu = hardware.cpu
     share = peak_share(part.type) if per_matrix >= 16 else FEW
     peak = cpu.bf16_ops if part.type in BF16_TYPES else cpu.fp32_ops if part.type in F32_TYPES else cpu.int8_ops
     peak = peak or cpu.fp32_ops
