@@ -2,7 +2,7 @@
 
 Default: AddressSanitizer and UndefinedBehaviorSanitizer; all kernels on all instruction sets of this machine
 (sanitize.c), then random calls for a few seconds (fuzz.c).
---threads: ThreadSanitizer; the pool and the queue (races.c, and the part of sanitize.c about the pool).
+--threads: ThreadSanitizer; the pool and the queue (races.c, and the part of sanitize.c about the pool), and random calls.
 Warnings are errors here, and only here: a user's newer compiler must not fail to build for a new warning.
 Needs nothing but a C compiler; flags come from the one table in setup.py.
 """
@@ -19,7 +19,7 @@ CHECKS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 RACES = ["-fsanitize=thread"]
 
 
-PROGRAMS = {False: (["sanitize"], ["fuzz", "8"]), True: (["races"], ["sanitize", "pool"])}
+PROGRAMS = {False: (["sanitize"], ["fuzz", "8"]), True: (["races"], ["sanitize", "pool"], ["fuzz", "10"])}
 """What to run, with arguments: native/test/<first>.c; races or not."""
 
 

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from ktransformers import native
+from ktransformers.models.traits import TRAITS
 from ktransformers.native import torch_ops
-from ktransformers.operators.angles import Angles
+from ktransformers.operators.angles import Angles, is_fixed
 from ktransformers.operators.combining import has_hooks, is_collecting
 from ktransformers.operators.decoding import Decoding, decoding_of, head_of
 from ktransformers.operators.embedding import table_of
 from ktransformers.operators.linear import packed_of
 from ktransformers.operators.paged_cache import PagedCache, PagedLayer
+from ktransformers.operators.twin import original
 from ktransformers.quants.blocks import Packed
 
 _SHOWN = ("output_attentions", "output_hidden_states", "output_router_logits")
@@ -37,9 +39,11 @@ class Watch:
     """Children, hooks and tensors of some modules as they are now. Asked at every step: each line of `unchanged` is one
     pass in C over lists made beforehand."""
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        below = list({id(m): m for module in modules for m in module.modules()}.values())
-        self._tables = [t for m in below for t in (m._modules, m._parameters, m._buffers) if t]
+    def __init__(self, module: nn.Module, but: Sequence[nn.Module] = ()) -> None:
+        """`module` and all below it, `but` the tensors of those that write to them as they compute."""
+        below, moving = list(module.modules()), set(map(id, but))
+        self._tables = [m._modules for m in below if m._modules]
+        self._tables += [t for m in below if id(m) not in moving for t in (m._parameters, m._buffers) if t]
         self._held = self._values()
         self._hooks = [t for m in below for t in (m._forward_hooks, m._forward_pre_hooks)]
         self._hooked = list(map(len, self._hooks))
@@ -101,7 +105,10 @@ class Stack:
         kept = self._made.get(given.dtype)
         if kept is None or not kept[0].unchanged():
             made = self._make(given, cache)
-            kept = self._made[given.dtype] = Watch([self.decoder]), made  # after: a layer makes itself ready at first
+            rotaries = (child for child in self.decoder.children() if TRAITS["rotary"](child))
+            moving = [each for each in rotaries if not is_fixed(original(each))]
+            kept = Watch(self.decoder, moving), made  # after: a layer makes itself ready at first
+            self._made[given.dtype] = kept
         return kept[1]
 
     def _make(self, given: Tensor, cache: PagedCache) -> "_Made | None":

@@ -14,7 +14,7 @@ from ktransformers.native.layers import Layers
 from ktransformers.operators.layer import KDecoderLayer
 from ktransformers.operators.paged_attention import PagedAttention
 from ktransformers.operators.paged_cache import PagedCache, PagedWindowLayer, paged_cache
-from ktransformers.operators.stack import decode_of
+from ktransformers.operators.stack import Stack, decode_of
 from tests import families
 from tests.tiny import meta_model, random_ids, randomize, relative_error, save
 
@@ -101,6 +101,29 @@ def test_left_padded_batches(pair):
     together = model.generate(ids, **options)
     if model.config.model_type != "qwen3_next":  # its delta nets see the padding in transformers, too
         assert all(torch.equal(row[0, -10:], together[i, -10:]) for i, row in enumerate(rows))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rope", [
+    {"rope_type": "dynamic", "factor": 2.0}, {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32},
+    {"rope_type": "longrope", "long_factor": [1.5] * 8, "short_factor": [1.1] * 8, "factor": 2.0,
+     "original_max_position_embeddings": 32},
+])  # fmt: skip
+def test_angles_beyond_the_context_of_training(rope, tmp_path, monkeypatch):
+    """Also of kinds that compute them anew for each length; then nothing else is looked up again."""
+    config = families.config_of("qwen3_moe")
+    config.max_position_embeddings, config.rope_parameters = 32, {"rope_theta": 1e4, **rope}
+    reference = randomize(AutoModelForCausalLM.from_config(config).eval())
+    model = optimize_and_load(meta_model(config), "Default", save(reference, tmp_path), devices={"cuda": "cpu"},
+                              progress=False)  # fmt: skip
+    made, original = [], Stack._make
+    monkeypatch.setattr(Stack, "_make", lambda self, *given: made.append(1) or original(self, *given))
+    ids, ours, theirs = random_ids(1, 60), paged_cache(model), DynamicCache(config=config)
+    for begin, end in [(0, 20), *((i, i + 1) for i in range(20, 60))]:
+        found = model(ids[:, begin:end], past_key_values=ours).logits
+        expected = reference(ids[:, begin:end], past_key_values=theirs).logits
+        assert relative_error(found, expected) < 1e-4
+    assert len(made) == 1
 
 
 @torch.no_grad()
