@@ -226,7 +226,10 @@ def is_observed(block: nn.Module, names: list[str]) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether hooks of `module` would run, past those that transformers leaves in place and does not ask for now."""
+    """Whether a call of `module` would run more than its class's forward: hooks, past those that transformers leaves in
+    place and does not ask for now, or a forward of its own, such as accelerate gives it."""
+    if "forward" in vars(module):
+        return True
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     return bool(hooks) and (
         is_collecting() or any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in hooks)

@@ -32,6 +32,7 @@ _PLAIN = frozenset({"input_ids", "inputs_embeds", "attention_mask", "position_id
 """Arguments of a decoder's forward that bring nothing in between its layers."""
 
 _VALUES, _MODE = operator.methodcaller("values"), operator.itemgetter("training")
+_FORWARD = operator.methodcaller("get", "forward")
 _LOADS, _VERSION = operator.itemgetter("loads"), operator.attrgetter("_version")
 
 
@@ -49,6 +50,7 @@ class Watch:
         self._hooked = list(map(len, self._hooks))
         self._settings = [vars(m) for m in below]
         self._modes = list(map(_MODE, self._settings))
+        self._forwards = list(map(_FORWARD, self._settings))
         self._operators = [values for values in self._settings if "loads" in values]
         self._loads = list(map(_LOADS, self._operators))
         self._tensors = [value for value in self._held if isinstance(value, Tensor)]
@@ -66,6 +68,7 @@ class Watch:
             and all(map(operator.is_, now, self._held))
             and list(map(len, self._hooks)) == self._hooked
             and list(map(_MODE, self._settings)) == self._modes
+            and all(map(operator.is_, map(_FORWARD, self._settings), self._forwards))
             and list(map(_LOADS, self._operators)) == self._loads
             and list(map(Tensor.data_ptr, self._tensors)) == self._places
             and list(map(_VERSION, self._written)) == self._versions

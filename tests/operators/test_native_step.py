@@ -161,6 +161,10 @@ def test_what_a_recorded_step_would_pass_by_is_not_recorded(pair):
         hook = module.register_forward_hook(lambda *_: None)
         assert decode_of(model, cache) is None, type(module)
         hook.remove()
+    for module in (model.model.layers[0], model.model.layers[1].self_attn, model.model.layers[1].mlp.experts):
+        module.forward = module.forward
+        assert decode_of(model, cache) is None, type(module)
+        del module.forward
     model.train()
     assert decode_of(model, cache) is None
     model.eval()
@@ -348,6 +352,22 @@ def test_a_projection_that_was_replaced_is_used(pair):
     changed = model(ids).logits
     attention.o_proj = original
     assert relative_error(changed, before) > 1e-3 and relative_error(model(ids).logits, before) < 1e-5
+
+
+@torch.no_grad()
+def test_a_forward_of_its_own_is_called(pair, calls):
+    """As accelerate gives it to modules."""
+    _, model = plain_pair(pair)
+    ids = random_ids(1, 6)
+    before = model(ids).logits
+    for module in (model.model.layers[1], model.model.layers[1].self_attn, model.model.layers[0].mlp):
+        seen, original = [], module.forward
+        module.forward = lambda *args, o=original, s=seen, **kwargs: (s.append(1), o(*args, **kwargs))[1]
+        assert relative_error(model(ids).logits, before) < 1e-5 and len(seen) == 1, type(module)
+        del module.forward
+    calls.clear()
+    model(ids)
+    assert calls == [len(model.model.layers)]
 
 
 @torch.no_grad()
