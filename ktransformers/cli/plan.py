@@ -183,7 +183,7 @@ def _speed(found: "Plan") -> Table:
         (f"decode at context {found.prefill.tokens}", found.decode),
         (f"decode at context {max(found.prefill.tokens, found.request.context - 1)}", found.decode_full),
     ]
-    for name, one in rows:
+    for name, one in dict(rows).items():  # a short context is filled by the prompt
         order = sorted(one.seconds.items(), key=lambda item: -item[1])
         second = [f"{what} on {device} ({100 * part / one.total:.0f} %)" for (device, what), part in order[1:2]]
         table.add_row(name, _rate(one.rate), one.bottleneck, *second)

@@ -51,6 +51,7 @@ class Decode:
         self._bias = state.ffi.NULL if head.bias is None else state.ffi.cast("float *", head.bias.data_ptr())
         self._past, self._left = -1, 0  # tokens before this one, and how many more there is room for
         self._kept: Any = None
+        self._known: list[tuple[Pages, Any, int]] = []
         self._angles: list[tuple[Any, int, int, int]] = []  # a call, where its cos and sin are, bytes of a row
 
     def _address(self, tensor: torch.Tensor) -> Any:
@@ -59,13 +60,14 @@ class Decode:
     def __call__(self, token: int) -> torch.Tensor:
         """The number of the token -> logits [V], in memory that the next call writes to again."""
         lib, check = self._state.lib, self._state.check
-        if not self._left or self._past != self._pages[0].length:
+        if not self._left or self._past != self._pages[0].length or not self._is_there():
             self._renew()
         for call, cos, sin, row in self._angles:
             call.cos = self._state.ffi.cast("void *", cos + row * self._past)
             call.sin = self._state.ffi.cast("void *", sin + row * self._past)
         self._id[0] = token
-        check(lib.kt_embed(self._embedding.packed, self._id, 1, self._hidden_at, self._dtype), self._embedding.name)
+        if lib.kt_embed(self._embedding.packed, self._id, 1, self._hidden_at, self._dtype):
+            raise NativeError(f"decode: found token {token}, expected one from 0 to {self._embedding.count - 1}.")
         if self._factor != 1.0:
             self._hidden *= self._factor
         check(lib.kt_layers_forward(self._layers.stack, self._pool, self._hidden_at, self._out_at), self._layers.name)
@@ -73,6 +75,10 @@ class Decode:
         logits_of = self._pool, self._head.packed, self._bias, self._out_at, self._dtype, 1, self._logits_at
         check(lib.kt_linear(*logits_of), self._head.name)
         return self._logits
+
+    def _is_there(self) -> bool:
+        """Whether C still knows where all pages are, and none was shared since."""
+        return all(pages.sequences is at and pages.room == room for pages, at, room in self._known)
 
     def _renew(self) -> None:
         """Have room for another token, and say so to C; done again when a page is full."""
@@ -88,4 +94,4 @@ class Decode:
                 self._angles.append((self._layers.calls[i], *(part.data_ptr() for part in whole), row))
                 self._left = min(self._left, whole[0].shape[1] - past)
                 kept += whole
-        self._kept = kept
+        self._kept, self._known = kept, [(pages, pages.sequences, pages.room) for pages in self._pages]

@@ -173,10 +173,11 @@ class Pages:
         for i, first in enumerate(self.held_from):
             self.sequences[i].start = max(first, counts[i] if counts else 0)
 
-    def cut(self, length: int) -> None:
-        """Forget all but the first `length` tokens of each sequence."""
-        pages = -(-length // PAGE)
-        self._set([table[:pages] for table in self.tables], [length] * len(self.tables), self.held_from)
+    def cut(self, lengths: int | Sequence[int]) -> None:
+        """Forget all but the first so many tokens of each sequence, the same of all or each its own."""
+        lengths = [lengths] * len(self.tables) if isinstance(lengths, int) else list(lengths)
+        kept = [table[: -(-length // PAGE)] for table, length in zip(self.tables, lengths, strict=True)]
+        self._set(kept, lengths, self.held_from)
 
     def drop(self, before: int) -> None:
         """Give pages back that hold only tokens before number `before`; none before it is seen from now on."""

@@ -10,7 +10,7 @@ from ktransformers.operators.twin import original
 
 _FIXED = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
 """Kinds of rotary embeddings whose frequencies do not depend on the length of the context."""
-_LEAST = 1024  # rows
+_LEAST, _MOST = 1024, 1 << 17  # rows; beyond that somebody numbers tokens as he likes
 
 
 class Angles:
@@ -29,9 +29,9 @@ class Angles:
                 return self._computed(hidden, torch.arange(past, past + tokens, device="cpu")[None])
             return tuple(table[:, past : past + tokens] for table in self.table(hidden, past + tokens))
         first, last = (int(x) for x in where.aminmax())
-        if not self.fixed or first < 0:
+        if not self.fixed or first < 0 or last >= max(_MOST, past + tokens):
             return self._computed(hidden, where)
-        return tuple(table[0][where] for table in self.table(hidden, last + 1))
+        return tuple(table[0][where.long()] for table in self.table(hidden, last + 1))
 
     def table(self, hidden: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         """[1, at least `rows`, R] each of the first positions, in the dtype of `hidden`; of `fixed` kinds only."""

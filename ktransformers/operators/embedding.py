@@ -73,8 +73,13 @@ class KTransformersEmbedding(FamilyOperator):
             return PackedWeight(self.key, (self.num_embeddings, self.embedding_dim), self.dtype)
         return super().__getattr__(name)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return super().forward(ids) if self.table is None else self.table.forward(ids.cpu(), self.dtype)
+    def forward(self, input: Tensor) -> Tensor:  # torch's name
+        return super().forward(input) if self.table is None else self.table.forward(input.cpu(), self.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        """`.to(dtype)` and kin: rows come in that dtype."""
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
+        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         sizes = f"{self.num_embeddings}, {self.embedding_dim}"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ktransformers import native
 from ktransformers.operators.base_operator import BaseInjectedModule
 from ktransformers.operators.gating import Gating, probes
-from ktransformers.operators.inner_ops import is_cpu
+from ktransformers.operators.inner_ops import StagedOperator, is_cpu
 from ktransformers.operators.linear import KLinearCPUInfer, KTransformersLinear
 from ktransformers.operators.routing import packed_weight
 from ktransformers.operators.twin import close, remembered, twin
@@ -17,7 +17,9 @@ from ktransformers.quants.blocks import Packed
 
 def experts_in_c(experts: nn.Module) -> native.Experts | None:
     """The C experts of a `KTransformersExperts` that computes nothing besides; None for any other module."""
-    inner = getattr(experts, "active", None)
+    if not isinstance(experts, StagedOperator):  # a wrapper may have its attributes, too
+        return None
+    inner = experts.active
     found = getattr(inner, "experts", None)
     if not isinstance(found, native.Experts) or not getattr(inner, "cpu_only", False):
         return None

@@ -108,6 +108,7 @@ class KDecoderLayer(FamilyOperator):
         self.stacking: Stacking | None = None
         self._mlp: tuple[Any, native.Experts | None] = (None, None)
         self._layer: tuple[tuple, native.Layers] | None = None
+        self._norms: list[int] = []
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
@@ -117,6 +118,7 @@ class KDecoderLayer(FamilyOperator):
         super().load()
         played = is_in_torch_dispatch_mode()  # a simulation: there are no weights to compute with
         self.stacking = stacking_of(self.orig_module) if native.available() and not played else None
+        self._norms = self._own_norms()
 
     def unload(self) -> None:
         super().unload()
@@ -132,6 +134,10 @@ class KDecoderLayer(FamilyOperator):
         held.advanced()
         return out
 
+    def _own_norms(self) -> list[int]:
+        names = [] if self.stacking is None else [self.stacking.attention_norm, self.stacking.mlp_norm]
+        return [id(self._modules[name]) for name in names]
+
     @property
     def attention(self) -> nn.Module:
         """The attention among its children."""
@@ -143,6 +149,8 @@ class KDecoderLayer(FamilyOperator):
             return None
         children = self._modules
         attention, mlp = self.attention, children[self.stacking.mlp]
+        if self._own_norms() != self._norms:  # others since: nobody knows what they compute
+            return None
         if not isinstance(attention, PagedAttention) or is_observed(self, self.stacking.children):
             return None
         if attention.attending is not None and attention.attending.narrow:  # an index sees what the first norm gives

@@ -130,8 +130,7 @@ class PagedAttention(FamilyOperator):
             return None
         if narrow == "index" and cache is not None and not isinstance(held, PagedIndexedLayer):
             return None
-        if held.pages is None:
-            held.prepare(*self.attending.kept, hidden.dtype)
+        held.prepare(*self.attending.kept, hidden.dtype)
         return held
 
     def step(

@@ -49,11 +49,17 @@ class PagedLayer(CacheLayerMixin):
         return self._gathered()[1] if self.is_initialized else None
 
     def prepare(self, heads: int, size: int, value_size: int, dtype: torch.dtype) -> Pages:
-        """The pages, made for these sizes at the first call."""
+        """The pages, made for these sizes at the first call. Raises UnsupportedError where they have others."""
         if self.pages is None:
             self.dtype = dtype
             kind = self.kind or _KINDS[dtype]
             self.pages = Pages(kind, heads, size, value_size, joined=self.joined, window=self.window)
+        held, wanted = (self.pages.heads, self.pages.size, self.pages.value_size), (heads, size, value_size)
+        if held != wanted:
+            found, expected = ("{} heads of {} and {} values".format(*sizes) for sizes in (held, wanted))
+            raise UnsupportedError(
+                f"cache: found {found}, expected {expected}. It was filled by another model; give each its own."
+            )
         return self.pages
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -122,7 +128,7 @@ class PagedLayer(CacheLayerMixin):
         if tokens_to_remove > 0:
             raise ValueError(f"crop: found {tokens_to_remove}, expected minus the number of tokens to remove.")
         if tokens_to_remove and self.pages is not None:
-            self.pages.cut(max(0, self.pages.length + tokens_to_remove))
+            self.pages.cut([max(0, length + tokens_to_remove) for length in self.pages.lengths])
 
     def can_forget(self, length: int) -> bool:
         """Whether `crop` leaves the layer as if it had seen only the first `length` tokens."""

@@ -335,7 +335,8 @@ class RouterInC:
     ) -> tuple[Recognized, native.Router] | None:
         """`recognized(router)` and the router in C; None where there is none, or its weights are not on the CPU."""
         made = self._made.get(dtype)
-        if made is None or not all(_at(place) == pointer for place, pointer in made[2]) or made[3] is not argument:
+        same = made is not None and made[3] is argument and made[4] is router
+        if not same or not all(_at(place) == pointer for place, pointer in made[2]):
             self._made[dtype] = made = self._make(router, dtype, argument)
         return None if made is None else made[:2]
 
@@ -354,7 +355,7 @@ class RouterInC:
         weight = parts.pop("weight")
         weight = packed(weight) if isinstance(weight, Tensor) else weight
         made = native.Router(weight, found.choice, **parts, name=getattr(router, "key", type(router).__name__))
-        return found, made, [(place, _at(place)) for place in places], argument
+        return found, made, [(place, _at(place)) for place in places], argument, router
 
 
 def _locate(module: nn.Module, name: str) -> tuple[Any, tuple | None]:

@@ -22,6 +22,7 @@ from ktransformers.operators.decoding import Decoding, decoding_of, head_of
 from ktransformers.operators.embedding import table_of
 from ktransformers.operators.linear import packed_of
 from ktransformers.operators.paged_cache import PagedCache, PagedLayer
+from ktransformers.operators.routing import FLOATS
 from ktransformers.operators.twin import original
 from ktransformers.quants.blocks import Packed
 
@@ -89,11 +90,13 @@ class Stack:
             return None
         if not _is_plain(kwargs, config) or getattr(config, "num_hidden_layers", 0) != len(self.decoder.layers):
             return None
-        given = kwargs.get("input_ids")
-        given = kwargs.get("inputs_embeds") if given is None else given
+        given, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        if (given is None) == (embeds is None):  # the family's code says what is wrong
+            return None
+        given = embeds if given is None else given
         if type(given) is not Tensor or given.device.type != "cpu" or self.decoder.training:
             return None
-        if torch_ops.is_traced(given) or given.requires_grad:
+        if torch_ops.is_traced(given) or given.requires_grad or not _has_form(given):
             return None
         made = self._of(given, cache)
         return None if made is None else made.forward(kwargs, given, cache)
@@ -154,13 +157,15 @@ class _Made:
         held = self.held(cache)
         if held is None:
             return None
-        past, tokens = held[0].get_seq_length(), given.shape[1]
-        pads = padding(kwargs.get("attention_mask"), past + tokens)
+        past, (batch, tokens) = held[0].get_seq_length(), given.shape[:2]
+        pads = padding(kwargs.get("attention_mask"), batch, past + tokens)
         where = kwargs.get("position_ids")
-        if pads is None or where is not None and (where.dim() != 2 or where.shape[1] != tokens):
+        if pads is None or where is not None and not _are_positions(where, batch, tokens):
             return None
-        if held[0].pages is not None and held[0].pages.ragged and (where is None or pads):
-            return None
+        if held[0].pages is not None and held[0].pages.ragged:
+            lengths = torch.tensor(held[0].pages.lengths, device="cpu")[:, None]
+            if pads or where is None or not torch.equal(where, lengths + torch.arange(tokens, device="cpu")):
+                return None
         if given.dim() == 3 and self.found.factor != 1.0:  # was it multiplied already? the family's code knows
             return None
         hidden = given if given.dim() == 3 else self.embedded(given)
@@ -178,7 +183,9 @@ class _Made:
     def decode(self, cache: PagedCache, head: tuple[Packed, Tensor | None] | None) -> native.Decode | None:
         """The calls of a step recorded; None where part of it is not native, or depends on more than the position."""
         held, table = self.held(cache), table_of(self.decoder._modules[self.found.embedding])
-        if not held or held[0].pages is None or len(held[0].pages.tables) != 1 or head is None or table is None:
+        if not held or any(part.pages is None for part in held) or head is None or table is None:
+            return None
+        if len(held[0].pages.tables) != 1:
             return None
         if self._layers.norm is None:
             return None
@@ -195,7 +202,7 @@ class _Made:
             return [None if each is None else each.table(like, rows) for each in angles]
 
         layers = native.Layers(self._layers.layers, self._layers.kinds, self._layers.norm)
-        pages = [part.pages for part in held]
+        pages = [part.prepare(*attending.kept, dtype) for part, attending in zip(held, self._attending, strict=True)]
         return native.Decode(embedding, layers, native.Linear(*head), pages, tables, dtype, self.found.factor)
 
     def embedded(self, ids: Tensor) -> Tensor:
@@ -206,8 +213,7 @@ class _Made:
     ) -> Tensor:
         """hidden [B, S, H], what the first layer is given -> [B, S, H], normed; `where`: positions, `pads`: padding."""
         for part, attending in zip(held, self._attending, strict=True):
-            if part.pages is None:
-                part.prepare(*attending.kept, hidden.dtype)
+            part.prepare(*attending.kept, hidden.dtype)
         past, positions, factors = held[0].get_seq_length(), [], []
         for rotary, i in self._of_kind:
             positions.append(None if rotary < 0 else self._angles[rotary].of(hidden, past, where))
@@ -241,12 +247,24 @@ def _is_plain(kwargs: Mapping[str, Any], config: Any) -> bool:
     return all(value is None or name in _PLAIN for name, value in kwargs.items())
 
 
-def padding(mask: Any, length: int) -> tuple[int, ...] | None:
-    """How many tokens on the left are padding, of each sequence, by a mask [B, length] of ones and zeros; () for no
+def _has_form(given: Tensor) -> bool:
+    """Whether these are ids [B, S] or hidden states [B, S, H], at least one of them."""
+    known = given.dim() == 3 and given.dtype in FLOATS if given.is_floating_point() else given.dim() == 2
+    return known and given.numel() > 0
+
+
+def _are_positions(where: Any, batch: int, tokens: int) -> bool:
+    if not isinstance(where, Tensor) or where.device.type != "cpu" or where.dtype not in (torch.int64, torch.int32):
+        return False
+    return where.dim() == 2 and where.shape[0] in (1, batch) and where.shape[1] == tokens
+
+
+def padding(mask: Any, batch: int, length: int) -> tuple[int, ...] | None:
+    """How many tokens on the left are padding, of each sequence, by a mask [batch, length] of ones and zeros; () for no
     mask, None for a mask of another form."""
     if mask is None:
         return ()
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] != length or mask.device.type != "cpu":
+    if not isinstance(mask, Tensor) or tuple(mask.shape) != (batch, length) or mask.device.type != "cpu":
         return None
     seen = mask != 0
     counts = seen.sum(1)
