@@ -8,7 +8,7 @@
  *   for W_out, 128 rows:            out  = W_out @ y
  *
  * The rule is that of Yang et al. 2024, "Gated Delta Networks: Improving Mamba2 with Delta Rule". S [K, V] is one value
- * head's memory. Its columns know nothing of each other, so some of them at once stay in registers and the cache.
+ * head's memory; it is read from main memory once and stays in the cache for the second pass over it.
  * Letters: G key heads, A value heads, R = A / G, K and V their sizes. */
 #include <math.h>
 #include <stdlib.h>
@@ -19,7 +19,6 @@
 enum {
     PIECE = 1024, /* sequences at once: bounds the scratch memory */
     INPUTS = 4,
-    COLUMNS = 32, /* of a state at once */
     ROOM = 1024,  /* values of the convolution at once */
     MAX_WIDTH = 64,
     MAX_HEADS = 1 << 16,
@@ -127,6 +126,8 @@ struct step {
     int64_t y_stride;
 };
 
+static const kt_glu silu = {.activation = KT_SILU, .limit = INFINITY};
+
 static float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 static float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); } /* the same to a float from there on */
 
@@ -154,10 +155,10 @@ static void some_channels(const struct step *s, int64_t sequence, int64_t channe
     kt_store_row(s->p.k, room, count * W, s->c->conv_dtype, s->c->conv, at);
     kt_load_row(s->p.k, s->c->conv, s->c->conv_dtype, at, count * W, room);
     for (int64_t i = 0; i < count; i++) {
-        float sum = d->conv_bias ? d->conv_bias[channel + i] : 0.0f;
-        for (int64_t j = 0; j < W; j++) sum += room[i * W + j] * weight[i * W + j];
-        x[i] = sum * sigmoid(sum);
+        x[i] = d->conv_bias ? d->conv_bias[channel + i] : 0.0f;
+        for (int64_t j = 0; j < W; j++) x[i] += room[i * W + j] * weight[i * W + j];
     }
+    s->p.k->activate(&silu, NULL, x, count);
 }
 
 static void convolve(const struct step *s, int64_t sequence, int64_t channel, int64_t n, float *x) {
@@ -185,36 +186,41 @@ static void mix(void *ctx, int32_t job, int thread) {
     to_length(k, K, n->d.l2_eps, 1.0f);
 }
 
-/* What one value head's memory meets in a step. */
+/* What one value head's memory [K, V] meets in a step: what k finds in it is corrected towards v, and q reads. */
 struct meeting {
     const float *q, *k;
+    float *v; /* becomes the correction */
     int64_t key_size, value_size;
     float decay, beta;
 };
 
-/* Some columns of a state: what k finds is corrected towards v, and q reads. Inlined, for `n` known to the compiler. */
-static inline void columns(const struct meeting *m, float *state, const float *v, float *out, int64_t n) {
-    float found[COLUMNS] = {0}, sum[COLUMNS] = {0};
-    for (int64_t i = 0; i < m->key_size; i++) {
-        const float *row = state + i * m->value_size, k = m->k[i];
-        for (int64_t j = 0; j < n; j++) found[j] += row[j] * k;
+/* y += sum of k[i] * row i */
+static void find(const struct meeting *m, const float *restrict state, float *restrict y) {
+    for (int64_t i = 0; i < m->key_size; i++, state += m->value_size) {
+        const float k = m->k[i];
+        for (int64_t j = 0; j < m->value_size; j++) y[j] += state[j] * k;
     }
-    for (int64_t j = 0; j < n; j++) found[j] = (v[j] - m->decay * found[j]) * m->beta;
-    for (int64_t i = 0; i < m->key_size; i++) {
-        float *row = state + i * m->value_size;
-        const float k = m->k[i], q = m->q[i];
-        for (int64_t j = 0; j < n; j++) {
-            row[j] = row[j] * m->decay + k * found[j];
-            sum[j] += row[j] * q;
-        }
-    }
-    for (int64_t j = 0; j < n; j++) out[j] = sum[j];
 }
 
-static void remember(const struct meeting *m, float *state, const float *v, float *out) {
-    int64_t j = 0;
-    for (; j + COLUMNS <= m->value_size; j += COLUMNS) columns(m, state + j, v + j, out + j, COLUMNS);
-    if (j < m->value_size) columns(m, state + j, v + j, out + j, m->value_size - j);
+/* Each row decays and takes its part of the correction; y += sum of q[i] * row i */
+static void correct(const struct meeting *m, float *restrict state, const float *restrict v, float *restrict y) {
+    const float decay = m->decay;
+    for (int64_t i = 0; i < m->key_size; i++, state += m->value_size) {
+        const float k = m->k[i], q = m->q[i];
+        for (int64_t j = 0; j < m->value_size; j++) {
+            state[j] = state[j] * decay + k * v[j];
+            y[j] += state[j] * q;
+        }
+    }
+}
+
+static void remember(const struct meeting *m, float *state, float *y) {
+    const size_t bytes = (size_t)m->value_size * sizeof *y;
+    memset(y, 0, bytes);
+    find(m, state, y);
+    for (int64_t j = 0; j < m->value_size; j++) m->v[j] = (m->v[j] - m->decay * y[j]) * m->beta;
+    memset(y, 0, bytes);
+    correct(m, state, m->v, y);
 }
 
 /* A job is a value head of a sequence. */
@@ -225,16 +231,17 @@ static void recur(void *ctx, int32_t job, int thread) {
     const kt_delta_net_desc *d = &n->d;
     const int64_t K = d->key_size, V = d->value_size, t = job / d->value_heads, h = job % d->value_heads;
     const int64_t g = h / n->shared, r = h % n->shared;
-    const float *row = s->p.r + t * n->width, *z = row + n->z.first + g * n->z.step + r * V;
+    float *row = s->p.r + t * n->width;
+    const float *z = row + n->z.first + g * n->z.step + r * V;
     const float a = row[n->a.first + g * n->a.step + r], b = row[n->b.first + g * n->b.step + r];
     const struct meeting m = {
-        .q = row + n->q.first + g * n->q.step, .k = row + n->k.first + g * n->k.step, .key_size = K, .value_size = V,
+        .q = row + n->q.first + g * n->q.step, .k = row + n->k.first + g * n->k.step,
+        .v = row + n->v.first + g * n->v.step + r * V, .key_size = K, .value_size = V,
         .decay = expf(-d->rate[h] * softplus(a + d->dt_bias[h])), .beta = sigmoid(b)};
     float *y = s->p.m.f + t * s->p.m.stride + h * V;
-    float *state = s->c->state + ((s->from + t) * d->value_heads + h) * K * V;
-    remember(&m, state, row + n->v.first + g * n->v.step + r * V, y);
+    remember(&m, s->c->state + ((s->from + t) * d->value_heads + h) * K * V, y);
     kt_rms_norm(y, d->norm, d->norm_eps, V, y);
-    for (int64_t i = 0; i < V; i++) y[i] *= z[i] * sigmoid(z[i]);
+    s->p.k->activate(&silu, z, y, V);
 }
 
 static void derive(void *ctx, int32_t job, int thread) {
