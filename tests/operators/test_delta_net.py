@@ -17,15 +17,17 @@ from tests.tiny import meta_model, random_ids, randomize, relative_error, save
 pytestmark = pytest.mark.skipif(not native.available(), reason="C library not built")
 
 TYPES = ("qwen3_next", "qwen3_5_moe_text")
+RULES = ("Default", "MoE")  # matrices of torch, and as they lie in the checkpoint
 
 
-@pytest.fixture(scope="module", params=TYPES)
+@pytest.fixture(scope="module", params=[(family, rules) for family in TYPES for rules in RULES], ids="-".join)
 def pair(request, tmp_path_factory):
     """transformers' own model and ours, of the same random weights."""
+    family, rules = request.param
     torch.manual_seed(0)
-    reference = randomize(AutoModelForCausalLM.from_config(families.config_of(request.param)).eval())
-    folder = save(reference, tmp_path_factory.mktemp(request.param))
-    model = optimize_and_load(meta_model(families.config_of(request.param)), "Default", folder,
+    reference = randomize(AutoModelForCausalLM.from_config(families.config_of(family)).eval())
+    folder = save(reference, tmp_path_factory.mktemp(family))
+    model = optimize_and_load(meta_model(families.config_of(family)), rules, folder,
                               devices={"cuda": "cpu"}, progress=False)  # fmt: skip
     return reference, model
 
