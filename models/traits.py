@@ -59,6 +59,12 @@ def _is_attention(module: nn.Module) -> bool:
     return hasattr(module, "o_proj") and (hasattr(module, "k_proj") or _is_mla(module))
 
 
+def _is_delta_net(module: nn.Module) -> bool:
+    """A gated delta net with one convolution; state space models (Mamba-2) have another input projection."""
+    named = all(hasattr(module, name) for name in ("conv1d", "A_log", "dt_bias", "norm", "out_proj"))
+    return named and (hasattr(module, "in_proj_qkvz") or hasattr(module, "in_proj_qkv"))
+
+
 def _is_layer(module: nn.Module) -> bool:
     """One layer of a decoder."""
     named = type(module).__name__.endswith("DecoderLayer")
@@ -84,6 +90,7 @@ TRAITS: dict[str, Callable[[nn.Module], bool]] = {
     "mla": _is_mla,
     "attention": _is_attention,
     "self_attention": lambda module: _is_attention(module) or type(module).__name__.endswith("Attention"),
+    "delta_net": _is_delta_net,
     "linear": is_linear,
     "layer": _is_layer,
     "decoder": _is_decoder,

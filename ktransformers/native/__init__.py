@@ -12,6 +12,7 @@ from ktransformers.native.attention import attend
 from ktransformers.native.block import Block
 from ktransformers.native.checks import MAX_THREADS
 from ktransformers.native.decode import Decode
+from ktransformers.native.delta_net import DeltaNet
 from ktransformers.native.embedding import Embedding
 from ktransformers.native.encode import encode, encoded_types
 from ktransformers.native.experts import ACTIVATIONS, Experts, Glu
@@ -53,6 +54,7 @@ __all__ = [
     "Block",
     "Choice",
     "Decode",
+    "DeltaNet",
     "Embedding",
     "Experts",
     "Glu",

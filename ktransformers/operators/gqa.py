@@ -10,7 +10,7 @@ from torch import nn
 
 from ktransformers.models.traits import TRAITS
 from ktransformers.operators import attending, attending_latents
-from ktransformers.operators.base_operator import FamilyOperator
+from ktransformers.operators.delta_net import KGatedDeltaNet
 from ktransformers.operators.paged_attention import PagedAttention
 
 
@@ -66,11 +66,5 @@ class KSmallthinkerAttention(GQAttention):
     """`GQAttention`, under the name of SmallThinker's rule files."""
 
 
-class KQwen3NextGatedDeltaNet(FamilyOperator):
-    """Qwen3-Next's linear attention with its convolution and recurrent state: hidden [B, S, H] -> [B, S, H]."""
-
-    replaces = "a gated delta net (conv1d, A_log and dt_bias)"
-
-    @classmethod
-    def fits(cls, module: nn.Module) -> bool:
-        return all(hasattr(module, name) for name in ("conv1d", "A_log", "dt_bias"))
+class KQwen3NextGatedDeltaNet(KGatedDeltaNet):
+    """`KGatedDeltaNet`, under the name of Qwen3-Next's rule files."""

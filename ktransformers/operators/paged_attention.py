@@ -51,12 +51,12 @@ class Recognized(Protocol):
         """What the queries of `tokens` more tokens are multiplied by, [B or 1, S]; None for nothing."""
 
 
-_CHANGE_NOTHING = frozenset({"use_cache", "output_attentions", "output_hidden_states", "cache_position", "position_ids",
+CHANGE_NOTHING = frozenset({"use_cache", "output_attentions", "output_hidden_states", "cache_position", "position_ids",
                              "output_router_logits", "logits_to_keep", "return_dict"})  # fmt: skip
 """Arguments of an attention's forward that change no number where attentions are not asked for."""
 CHOSEN = "prev_topk_indices"
 """The argument that says which keys the index of a layer before chose."""
-_KNOWN = _CHANGE_NOTHING | {"attention_mask", "position_embeddings", "past_key_values"}
+_KNOWN = CHANGE_NOTHING | {"attention_mask", "position_embeddings", "past_key_values"}
 
 
 class PagedAttention(FamilyOperator):

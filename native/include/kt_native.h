@@ -439,6 +439,44 @@ void kt_attention_destroy(kt_attention *attention);
 /* hidden, out [batch, tokens, H]; out may be hidden. Fills the cache; when all went well, raises the sequences' length. */
 int kt_attention_forward(const kt_attention *attention, kt_pool *pool, const kt_attention_call *call,
                          const void *hidden, void *out);
+
+/* A gated delta net (Yang et al. 2024), for the step of one new token a sequence. G key heads of size K, A value heads
+ * of size V, R = A / G of these on each key head; channels are q [G*K], k [G*K], v [A*V], and each is convolved with its
+ * own last `width` values. inputs: KT_DELTA_SPLIT: qkv [2*G*K + A*V, H], z [A*V, H], b [A, H], a [A, H];
+ * KT_DELTA_BY_HEAD: for each key head q [K], k [K], v [R*V], z [R*V] in the first matrix and b [R], a [R] in the second,
+ * and no more. out [H, A*V]. in_bias of each and out_bias: fp32 or NULL. conv: fp32 [channels][width]; conv_bias
+ * [channels] or NULL. rate [A] and dt_bias [A]: a state decays by e^(-rate * log(1 + e^(a + dt_bias))). norm [V],
+ * norm_eps: RMSNorm of each head, before it is multiplied by z * sigmoid(z); l2_eps is added to the square sums of q
+ * and k. All stay the caller's. */
+typedef enum kt_delta_order { KT_DELTA_SPLIT = 0, KT_DELTA_BY_HEAD = 1 } kt_delta_order;
+
+typedef struct kt_delta_net_desc {
+    kt_weight inputs[4], out;
+    const float *in_bias[4], *out_bias;
+    const float *conv, *conv_bias, *rate, *dt_bias, *norm;
+    float norm_eps, l2_eps;
+    int32_t order;
+    int64_t key_heads, value_heads, key_size, value_size, width;
+} kt_delta_net_desc;
+
+typedef struct kt_delta_net kt_delta_net;
+
+/* What is kept of the sequences, changed in place: their last inputs to the convolution, [batch][channels][width] of
+ * conv_dtype, the newest last; and fp32 [batch][A][K][V]. */
+typedef struct kt_delta_net_call {
+    int32_t dtype, conv_dtype;
+    int64_t batch;
+    void *conv;
+    float *state;
+} kt_delta_net_call;
+
+int kt_delta_net_create(const kt_delta_net_desc *desc, kt_delta_net **net);
+void kt_delta_net_destroy(kt_delta_net *net);
+
+/* hidden, out [batch, H] of dtype; out may be hidden. Where something fails, nothing kept has changed. */
+int kt_delta_net_forward(const kt_delta_net *net, kt_pool *pool, const kt_delta_net_call *call, const void *hidden,
+                         void *out);
+
 /* A decoder layer: x += factor * attention(norm(x)), then x += factor * mlp(norm(x)), where norm is x / sqrt(mean(x^2) +
  * eps) * weight with fp32 weights [H], and mlp is a block of experts or, where that is NULL, one dense MLP (a kt_experts
  * of one expert). All stay the caller's. */

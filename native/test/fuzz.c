@@ -441,6 +441,7 @@ static void block_case(void) {
 }
 
 #include "fuzz_attention.h"
+#include "fuzz_delta.h"
 
 /* Any number in any field, over a pointer to one byte: only creation, which may look at `order` but at no weight. */
 static void lies(void) {
@@ -469,7 +470,7 @@ static double seconds(void) {
 int main(int argc, char **argv) {
     static void (*const cases[])(void) = {linear_case, linear_case, dequantize_case, argmax_case, embed_case, encode_case,
                                           experts_case, experts_case, block_case, block_case, attention_case, attention_case,
-                                          layer_case, layer_case, latent_case, latent_case, lies};
+                                          layer_case, layer_case, latent_case, latent_case, delta_case, delta_case, lies};
     const double limit = argc > 1 ? atof(argv[1]) : 8, begin = seconds();
     uint64_t seed = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
 #if defined(__SANITIZE_ADDRESS__)
