@@ -42,6 +42,13 @@ def test_rows_are_read_from_what_is_stored(stored, dtype):
     assert torch.equal(operator(ids), found)
 
 
+def test_rows_come_in_the_dtype_that_the_model_is_moved_to():
+    _, operator, weights = table(types={f"{KEY}.weight": "Q8_0"})
+    ids = torch.tensor([3, 39])
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert torch.equal(operator.to(dtype)(input=ids), weights.tensor(f"{KEY}.weight", dtype=dtype)[ids])
+
+
 @torch.no_grad()
 def test_a_familys_own_kind_stays_its_own():
     truth, operator, _ = table(Scaled)

@@ -371,6 +371,121 @@ def test_a_forward_of_its_own_is_called(pair, calls):
 
 
 @torch.no_grad()
+def test_a_cache_of_another_model_is_refused(pair, tmp_path):
+    _, model = plain_pair(pair)
+    config = families.config_of("qwen3_moe")
+    config.num_key_value_heads = 4
+    other = optimize_and_load(meta_model(config), "Default", save(randomize(AutoModelForCausalLM.from_config(config)), tmp_path),
+                              devices={"cuda": "cpu"}, progress=False)  # fmt: skip
+    cache, ids = paged_cache(model), random_ids(1, 5)
+    model(ids, past_key_values=cache)
+    with pytest.raises(UnsupportedError, match="found 2 heads of 16 and 16 values, expected 4 heads"):
+        other(ids, past_key_values=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["crop", "reset", "reorder", "copy"])
+def test_a_recorded_step_sees_what_happened_to_its_cache(pair, change):
+    _, model = plain_pair(pair)
+    ids, cache = random_ids(1, 70), paged_cache(model)
+    model(ids[:, :20], past_key_values=cache)
+    decode = decode_of(model, cache)
+    decode(int(ids[0, 20]))
+    tokens = ids[:, :21]
+    if change == "crop":  # to the same length
+        cache.crop(-4)
+        model(ids[:, 60:64], past_key_values=cache)
+        tokens = torch.cat((ids[:, :17], ids[:, 60:64]), 1)
+    elif change == "reset":
+        cache.reset()
+        model(ids[:, 30:51], past_key_values=cache)
+        tokens = ids[:, 30:51]
+    elif change == "reorder":
+        cache.reorder_cache(torch.tensor([0]))
+    else:
+        kept = copy.deepcopy(cache)
+    found = torch.stack([decode(token).clone() for token in (7, 8, 9)])
+    whole = torch.cat((tokens, torch.tensor([[7, 8, 9]])), 1)
+    assert relative_error(found, model(whole).logits[0, -3:]) < 1e-5 and cache.get_seq_length() == 24
+    if change == "copy":
+        again = model(torch.tensor([[5]]), past_key_values=kept).logits[0, -1]
+        assert relative_error(again, model(torch.cat((tokens, torch.tensor([[5]])), 1)).logits[0, -1]) < 1e-5
+    with pytest.raises(NativeError, match="decode: found token 128, expected one from 0 to 127"):
+        decode(128)
+
+
+@torch.no_grad()
+def test_sequences_of_different_lengths_are_cropped_each(pair):
+    _, model = plain_pair(pair)
+    caches = [paged_cache(model) for _ in range(2)]
+    for cache, n in zip(caches, (5, 9), strict=True):
+        model(random_ids(1, n), past_key_values=cache)
+    cache = PagedCache.together(caches)
+    cache.crop(-3)
+    assert cache.layers[0].pages.lengths == [2, 6]
+    with pytest.raises(UnsupportedError, match="found sequences of 2 to 6 tokens"):  # positions of none of them
+        model(random_ids(2, 1), past_key_values=cache, position_ids=torch.tensor([[2], [2]]))
+
+
+class _Always(nn.Module):
+    """A router that knows three experts."""
+
+    def forward(self, hidden):
+        ids = torch.arange(3).expand(hidden.shape[0], 3)
+        return torch.zeros(hidden.shape[0], 8), torch.full(ids.shape, 1 / 3), ids
+
+
+class _Wrapped(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.inner, name)
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs) * 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("what", ["layer norm", "wrapped norm", "router", "wrapped experts", "last norm"])
+def test_what_takes_the_place_of_a_part_computes(pair, what):
+    reference, model = plain_pair(pair)
+    ids, replaced = random_ids(1, 9), []
+    model(ids)
+    for m in (reference, model):
+        layer = m.model.layers[1]
+        parent, name = {"router": (layer.mlp, "gate"), "wrapped experts": (layer.mlp, "experts"),
+                        "last norm": (m.model, "norm")}.get(what, (layer, "input_layernorm"))  # fmt: skip
+        old = getattr(parent, name)
+        new = _Always() if what == "router" else _Wrapped(old) if "wrapped" in what else nn.LayerNorm(64)
+        replaced.append((parent, name, old))
+        setattr(parent, name, new)
+    try:
+        assert relative_error(model(ids).logits, reference(ids).logits) < 1e-4
+    finally:
+        for parent, name, old in replaced:
+            setattr(parent, name, old)
+    assert relative_error(model(ids).logits, reference(ids).logits) < 1e-4
+
+
+@torch.no_grad()
+def test_odd_arguments_are_the_familys_to_judge(pair):
+    reference, model = plain_pair(pair)
+    ids = random_ids(2, 6)
+    where = torch.arange(6)[None]
+    for given in ({"position_ids": where.int()}, {"position_ids": where + 3_000_000}, {"position_ids": where.float()},
+                  {"position_ids": where - 9}, {"attention_mask": torch.ones(1, 6, dtype=torch.int64)}):  # fmt: skip
+        assert relative_error(model(ids, **given).logits, reference(ids, **given).logits) < 1e-4
+    embeds = model.get_input_embeddings()(ids)
+    with pytest.raises(ValueError, match="exactly one"):
+        model(ids, inputs_embeds=embeds)
+
+
+@torch.no_grad()
 def test_fewer_layers_than_there_are(pair):
     reference, model = plain_pair(pair)
     ids = random_ids(1, 6)
