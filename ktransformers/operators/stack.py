@@ -39,7 +39,8 @@ _LOADS, _VERSION = operator.itemgetter("loads"), operator.attrgetter("_version")
 
 class Watch:
     """Children, hooks and tensors of some modules as they are now. Asked at every step: each line of `unchanged` is one
-    pass in C over lists made beforehand."""
+    pass in C over lists made beforehand. What nothing counts is not seen: writes through `.data` to what was copied
+    (norms, biases, frequencies), and numbers that are attributes, such as a norm's eps."""
 
     def __init__(self, module: nn.Module, but: Sequence[nn.Module] = ()) -> None:
         """`module` and all below it, `but` the tensors of those that write to them as they compute."""
