@@ -150,7 +150,7 @@ class Queue:
         checked_output(out, x, [*x.shape[:-1], linear.out_features], name)
         bias = state.ffi.NULL if linear.bias is None else cast("float *", linear.bias.data_ptr())
         call = state.ffi.new("kt_call *", {
-            "queue": self._open(), "weight": linear._w, "bias": bias, "input": cast("void *", x.data_ptr()),
+            "queue": self._open(), "weight": linear.packed, "bias": bias, "input": cast("void *", x.data_ptr()),
             "dtype": DTYPES[x.dtype], "tokens": x.numel() // linear.in_features,
             "out": cast("void *", out.data_ptr()),
         })  # fmt: skip
