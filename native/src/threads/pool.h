@@ -8,7 +8,7 @@
 #include "threads.h"
 #include "topology.h"
 
-enum { MAX_THREADS = 1024, LOOKS = 10000 /* about 20-50 us of pauses */ };
+enum { MAX_THREADS = 1024, LOOKS = 2000 /* about 20-50 us of pauses */ };
 
 /* Where a thread belongs. */
 struct seat {
