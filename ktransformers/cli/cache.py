@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ktransformers.cli.common import CACHES, DevicesOption, JsonOption, complete_rule, err, note, renamed_devices, show
+from ktransformers.cli.common import (
+    CACHES,
+    DevicesOption,
+    JsonOption,
+    RuleOption,
+    WeightsOption,
+    err,
+    note,
+    renamed_devices,
+    show,
+)
 from ktransformers.errors import KTransformersError
 from ktransformers.paths import existing_path
 
@@ -32,13 +42,8 @@ def cache(
         int | None, typer.Option("--tokens", min=2, help=f"Tokens of it; default: {TOKENS}, or what there is.")
     ] = None,
     chunk_size: Annotated[int, typer.Option("--chunk-size", min=1, help="Tokens per forward pass.")] = 64,
-    weights: Annotated[
-        str, typer.Option("--weights", "-w", help="A .gguf, a .safetensors or a folder; default: MODEL's own.")
-    ] = "",
-    rule: Annotated[
-        str,
-        typer.Option("--rule", "-r", autocompletion=complete_rule, help="Rule file, or its name; default: by family."),
-    ] = "",
+    weights: WeightsOption = "",
+    rule: RuleOption = "",
     devices: DevicesOption = [],  # noqa: B006  (typer wants a list)
     as_json: JsonOption = False,
 ) -> None:

@@ -339,4 +339,10 @@ CacheOption = Annotated[
     ),
 ]  # fmt: skip
 ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")]
+WeightsOption = Annotated[
+    str, typer.Option("--weights", "-w", help="A .gguf, a .safetensors or a folder; default: MODEL's own.")
+]
+RuleOption = Annotated[
+    str, typer.Option("--rule", "-r", autocompletion=complete_rule, help="Rule file, or its name; default: by family.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

@@ -15,7 +15,8 @@ from ktransformers.cli.common import (
     DevicesOption,
     ForceOption,
     JsonOption,
-    complete_rule,
+    RuleOption,
+    WeightsOption,
     err,
     new_file,
     note,
@@ -49,13 +50,8 @@ def profile(
     prompts: Annotated[
         Path, typer.Option(help='One prompt per line, or JSON lines with "prompt"; like those you will ask.')
     ],
-    weights: Annotated[
-        str, typer.Option("--weights", "-w", help="A .gguf, a .safetensors or a folder; default: MODEL's own.")
-    ] = "",
-    rule: Annotated[
-        str,
-        typer.Option("--rule", "-r", autocompletion=complete_rule, help="Rule file, or its name; default: by family."),
-    ] = "",
+    weights: WeightsOption = "",
+    rule: RuleOption = "",
     devices: DevicesOption = [],  # noqa: B006  (typer wants a list)
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum new tokens per prompt.")] = 32,
     output: Annotated[Path, typer.Option("--output", "-o", help="Write the profile there.")] = Path("profile.json"),

@@ -40,6 +40,15 @@ def as_read(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.detach().to("cpu", dtype).resolve_neg().contiguous()
 
 
+def read_floats(values: Any, shape: tuple[int, ...], subject: str) -> torch.Tensor:
+    """`values`, a float tensor of just that shape on any device, as fp32 for C. Raises NativeError for another."""
+    expected = f"float {list(shape)}"
+    readable_tensor(values, subject, expected, movable=True)
+    if tuple(values.shape) != shape or not values.is_floating_point():
+        raise NativeError(f"{subject}: found {values.dtype} {list(values.shape)}, expected {expected}.")
+    return as_read(values, torch.float32)
+
+
 def check_bytes(data: Any, subject: str) -> None:
     expected = "a contiguous uint8 tensor"
     readable_tensor(data, subject, expected)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ktransformers.errors import NativeError
-from ktransformers.native.checks import DTYPES, as_read, checked_input, readable_tensor
+from ktransformers.native.checks import DTYPES, checked_input, read_floats
 from ktransformers.native.library import State, loaded, pooled
 from ktransformers.native.weights import fill_weight
 
@@ -97,11 +97,7 @@ class DeltaNet:
         """A pointer to fp32 values that this object keeps alive; NULL for none."""
         if values is None:
             return state.ffi.NULL
-        readable_tensor(values, f"{self.name} ({what})", f"float {list(size)}", movable=True)
-        if tuple(values.shape) != size or not values.is_floating_point():
-            found = f"{values.dtype} {list(values.shape)}"
-            raise NativeError(f"{self.name} ({what}): found {found}, expected float {list(size)}.")
-        self._keep.append(as_read(values, torch.float32))
+        self._keep.append(read_floats(values, size, f"{self.name} ({what})"))
         return state.ffi.cast("float *", self._keep[-1].data_ptr())
 
     def problem(self, batch: int, conv: torch.Tensor, states: torch.Tensor) -> str:

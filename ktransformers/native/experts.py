@@ -10,7 +10,7 @@ import torch
 
 from ktransformers.errors import NativeError, UnsupportedError, did_you_mean
 from ktransformers.native import torch_ops
-from ktransformers.native.checks import DTYPES, as_read, checked_input, readable_tensor
+from ktransformers.native.checks import DTYPES, as_read, checked_input, read_floats, readable_tensor
 from ktransformers.native.library import Pool, State, loaded, pooled
 from ktransformers.native.weights import fill_weight
 
@@ -96,12 +96,7 @@ class Experts:
         """A pointer to fp32 [E, width] that this object keeps alive."""
         if bias is None:
             return state.ffi.NULL
-        expected = f"float [{self.count}, {width}]"
-        readable_tensor(bias, f"{self.name} ({role} bias)", expected, movable=True)
-        if tuple(bias.shape) != (self.count, width) or not bias.is_floating_point():
-            found = f"{bias.dtype} {list(bias.shape)}"
-            raise NativeError(f"{self.name} ({role} bias): found {found}, expected {expected}.")
-        self._keep.append(as_read(bias, torch.float32))
+        self._keep.append(read_floats(bias, (self.count, width), f"{self.name} ({role} bias)"))
         return state.ffi.cast("float *", self._keep[-1].data_ptr())
 
     def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

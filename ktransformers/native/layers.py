@@ -11,7 +11,7 @@ import torch
 from ktransformers.errors import NativeError
 from ktransformers.native import torch_ops
 from ktransformers.native.block import Block
-from ktransformers.native.checks import as_read, checked_input, readable_tensor
+from ktransformers.native.checks import checked_input, read_floats
 from ktransformers.native.library import State, loaded, pooled
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Layer:
         desc.attention = attention.handle
         setattr(desc, "moe" if isinstance(mlp, Block) else "mlp", mlp.handle)
         for field, weight, value in zip(("attention", "mlp"), norms, eps, strict=True):
-            self._keep.append(norm_weight(weight, self.hidden, f"{name} ({field} norm)"))
+            self._keep.append(read_floats(weight, (self.hidden,), f"{name} ({field} norm)"))
             setattr(desc, f"{field}_norm", state.ffi.cast("float *", self._keep[-1].data_ptr()))
             setattr(desc, f"{field}_eps", value)
         out = state.ffi.new("kt_layer **")
@@ -75,7 +75,7 @@ class Layers:
             self.calls[i].like = self.first[kind]
         self.stack = state.ffi.new("kt_stack *", {"count": len(layers), "layers": self._handles, "calls": self.calls})
         if norm is not None:
-            self._norm = norm_weight(norm[0], self.hidden, f"{self.name} (last norm)")
+            self._norm = read_floats(norm[0], (self.hidden,), f"{self.name} (last norm)")
             self.stack.norm, self.stack.eps = state.ffi.cast("float *", self._norm.data_ptr()), norm[1]
         self._sequences: list[Any] = [None] * len(layers)
         self._lock = threading.Lock()
@@ -138,11 +138,3 @@ class Layers:
                 call.sequences, call.layout, call.window = held.sequences, held.layout, held.window
         return kept
 
-
-def norm_weight(weight: torch.Tensor, hidden: int, subject: str) -> torch.Tensor:
-    """The weight of a norm, float [hidden], as C reads it. Raises NativeError for another."""
-    readable_tensor(weight, subject, f"float [{hidden}]", movable=True)
-    if tuple(weight.shape) != (hidden,) or not weight.is_floating_point():
-        found = f"{weight.dtype} {list(weight.shape)}"
-        raise NativeError(f"{subject}: found {found}, expected float [{hidden}].")
-    return as_read(weight, torch.float32)

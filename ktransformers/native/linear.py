@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ktransformers.errors import NativeError
 from ktransformers.native import torch_ops
-from ktransformers.native.checks import DTYPES, as_read, checked_input, readable_tensor
+from ktransformers.native.checks import DTYPES, checked_input, read_floats
 from ktransformers.native.library import loaded, pooled
 from ktransformers.native.weights import fill_weight
 
@@ -28,11 +27,7 @@ class Linear:
         self.out_features, self.in_features = fill_weight(state, weight, f"{name} (weight)", self._keep, self.packed)
         self.bias = None
         if bias is not None:
-            expected = f"float [{self.out_features}]"
-            readable_tensor(bias, f"{name} (bias)", expected, movable=True)
-            if tuple(bias.shape) != (self.out_features,) or not bias.is_floating_point():
-                raise NativeError(f"{name} (bias): found {bias.dtype} {list(bias.shape)}, expected {expected}.")
-            self.bias = as_read(bias, torch.float32)
+            self.bias = read_floats(bias, (self.out_features,), f"{name} (bias)")
         self.number = torch_ops.name_it(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from ktransformers.errors import NativeError, did_you_mean
 from ktransformers.native import torch_ops
-from ktransformers.native.checks import DTYPES, as_read, checked_input, readable_tensor
+from ktransformers.native.checks import DTYPES, checked_input, read_floats
 from ktransformers.native.library import loaded, pooled
 from ktransformers.native.weights import fill_weight
 
@@ -100,11 +100,7 @@ class Router:
         """A pointer to fp32 [width] that this object keeps alive."""
         if vector is None:
             return state.ffi.NULL
-        readable_tensor(vector, f"{self.name} ({role})", f"float [{width}]", movable=True)
-        if tuple(vector.shape) != (width,) or not vector.is_floating_point():
-            found = f"{vector.dtype} {list(vector.shape)}"
-            raise NativeError(f"{self.name} ({role}): found {found}, expected float [{width}].")
-        self._keep.append(as_read(vector, torch.float32))
+        self._keep.append(read_floats(vector, (width,), f"{self.name} ({role})"))
         return state.ffi.cast("float *", self._keep[-1].data_ptr())
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

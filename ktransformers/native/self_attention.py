@@ -10,7 +10,7 @@ import torch
 
 from ktransformers.errors import NativeError
 from ktransformers.native import torch_ops
-from ktransformers.native.checks import DTYPES, as_read, checked_input, readable_tensor
+from ktransformers.native.checks import DTYPES, as_read, checked_input, read_floats
 from ktransformers.native.library import State, loaded, pooled
 from ktransformers.native.weights import fill_weight
 
@@ -97,11 +97,7 @@ class Attention:
         """Point `field` of `desc` at fp32 [width] that this object keeps alive."""
         if values is None:
             return
-        readable_tensor(values, f"{self.name} ({what})", f"float [{width}]", movable=True)
-        if tuple(values.shape) != (width,) or not values.is_floating_point():
-            found = f"{values.dtype} {list(values.shape)}"
-            raise NativeError(f"{self.name} ({what}): found {found}, expected float [{width}].")
-        self._keep.append(as_read(values, torch.float32))
+        self._keep.append(read_floats(values, (width,), f"{self.name} ({what})"))
         pointer = state.ffi.cast("float *", self._keep[-1].data_ptr())
         if isinstance(field, tuple):
             getattr(desc, field[0])[field[1]] = pointer

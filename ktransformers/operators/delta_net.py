@@ -16,18 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers import DynamicCache
 
-from ktransformers import native
 from ktransformers.models.traits import TRAITS
 from ktransformers.native import DeltaNet, torch_ops
 from ktransformers.native.checks import DTYPES
 from ktransformers.native.delta_net import ORDERS, Shape
 from ktransformers.operators.attending import HIDDEN, epsilon, normed, random_linear, random_norm, same
-from ktransformers.operators.base_operator import FamilyOperator, version
-from ktransformers.operators.combining import has_hooks
 from ktransformers.operators.linear import packed_of
+from ktransformers.operators.native_operator import NativeOperator
 from ktransformers.operators.paged_attention import CHANGE_NOTHING
 from ktransformers.operators.twin import generator, original, remembered
 
@@ -191,7 +188,7 @@ def _random(size: tuple[int, ...], random: torch.Generator) -> nn.Parameter:
 # --- the operator ---------------------------------------------------------------------------------------
 
 
-class KGatedDeltaNet(FamilyOperator):
+class KGatedDeltaNet(NativeOperator):
     """hidden [B, S, H] -> [B, S, H]: one new token a sequence natively where it can, all else by the family's code."""
 
     replaces = "a gated delta net (in_proj_qkvz or in_proj_qkv, conv1d, A_log and dt_bias)"
@@ -200,27 +197,7 @@ class KGatedDeltaNet(FamilyOperator):
     def fits(cls, module: nn.Module) -> bool:
         return TRAITS["delta_net"](module)
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.native: DeltaNet | None = None
-        self._parts: dict[str, nn.Module | None] = {}
-        self._tensors: list[Tensor] = []
-        self._versions = 0
-
-    def load(self) -> None:
-        super().load()
-        played = is_in_torch_dispatch_mode()  # a simulation: there are no weights to compute with
-        self.native = self.make_native() if native.available() and not played else None
-        self._parts = dict(self._modules)
-        self._tensors = [tensor for _, tensor in self.named_parameters()]
-        self._versions = self._version()
-
-    def unload(self) -> None:
-        super().unload()
-        self.native = None
-
     def make_native(self) -> DeltaNet | None:
-        """The native call on the loaded weights; None where they are not all on the CPU, or not recognized."""
         if any(tensor.device.type != "cpu" for tensor in itertools.chain(self.parameters(), self.buffers())):
             return None
         found = delta_of(self.orig_module)
@@ -252,17 +229,6 @@ class KGatedDeltaNet(FamilyOperator):
         """Whether nothing is asked for that only the other code does."""
         if torch_ops.is_traced(hidden) or hidden.device.type != "cpu" or hidden.dtype not in DTYPES:
             return False
-        if self.training or torch.is_grad_enabled() and self._wants_gradients(hidden):
-            return False
-        for name, child in self._modules.items():  # PEFT wraps children; accelerate's hooks bring weights
-            if self._parts.get(name) is not child or has_hooks(child) or hasattr(child, "_hf_hook"):
-                return False
-        if self._version() != self._versions:  # trained since: all but the matrices was copied
+        if self.training or torch.is_grad_enabled() and self.wants_gradients(hidden) or not self.is_as_loaded():
             return False
         return all(name == "cache_params" or value is None or name in CHANGE_NOTHING for name, value in kwargs.items())
-
-    def _version(self) -> int:
-        return sum(version(tensor) for tensor in self._tensors)
-
-    def _wants_gradients(self, hidden: Tensor) -> bool:
-        return hidden.requires_grad or any(p.requires_grad for p in self._tensors)

@@ -12,12 +12,9 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from ktransformers import native
 from ktransformers.native import Attention, torch_ops
-from ktransformers.operators.base_operator import FamilyOperator, version
-from ktransformers.operators.combining import has_hooks
+from ktransformers.operators.native_operator import NativeOperator
 from ktransformers.operators.paged_cache import PagedCache, PagedIndexedLayer, PagedLayer
 
 
@@ -59,7 +56,7 @@ CHOSEN = "prev_topk_indices"
 _KNOWN = CHANGE_NOTHING | {"attention_mask", "position_embeddings", "past_key_values"}
 
 
-class PagedAttention(FamilyOperator):
+class PagedAttention(NativeOperator):
     """hidden [B, S, H] -> ([B, S, H], None) natively where it can; a subclass says what computes otherwise."""
 
     kinds: ClassVar[tuple[Callable[[nn.Module], Recognized | None], ...]] = ()
@@ -67,15 +64,10 @@ class PagedAttention(FamilyOperator):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.native: Attention | None = None
         self.attending: Recognized | None = None
         self.cache_kind: str | None = None  # of pages that `paged_cache` makes for this layer; None: the model's dtype
-        self._parts: dict[str, nn.Module | None] = {}
-        self._tensors: list[Tensor] = []
-        self._versions = 0
 
     def make_native(self) -> Attention | None:
-        """The native call on the loaded weights; None where they are not all on the CPU, or not recognized."""
         found = (recognize(self.orig_module) for recognize in self.kinds)
         self.attending = next((kind for kind in found if kind is not None), None)
         if self.attending is None or any(t.device.type != "cpu" for _, t in self.named_parameters()):
@@ -89,18 +81,6 @@ class PagedAttention(FamilyOperator):
     @property
     def computes_on_pages(self) -> bool:
         return self.native is not None
-
-    def load(self) -> None:
-        super().load()
-        played = is_in_torch_dispatch_mode()  # a simulation: there are no weights to compute with
-        self.native = self.make_native() if native.available() and not played else None
-        self._parts = dict(self._modules)
-        self._tensors = [tensor for _, tensor in self.named_parameters()]
-        self._versions = self._version()
-
-    def unload(self) -> None:
-        super().unload()
-        self.native = None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         held = None if args else self.pages(hidden_states, kwargs)
@@ -150,12 +130,7 @@ class PagedAttention(FamilyOperator):
         """Whether nothing is asked for that only the other code does."""
         if torch_ops.is_traced(hidden) or hidden.device.type != "cpu":
             return False
-        if torch.is_grad_enabled() and self._wants_gradients(hidden):
-            return False
-        for name, child in self._modules.items():  # PEFT wraps children
-            if self._parts[name] is not child or child is not None and has_hooks(child):
-                return False
-        if self._version() != self._versions:  # trained since: norms and biases were copied
+        if torch.is_grad_enabled() and self.wants_gradients(hidden) or not self.is_as_loaded():
             return False
         if self.training and getattr(self.orig_module, "attention_dropout", 0.0):
             return False
@@ -165,12 +140,6 @@ class PagedAttention(FamilyOperator):
         if mask is not None and not (_only_hides(mask, hidden.shape[1]) and _looks_back(mask)):
             return False
         return all(name in _KNOWN or value is None or name in self.attending.takes for name, value in kwargs.items())
-
-    def _version(self) -> int:
-        return sum(version(tensor) for tensor in self._tensors)
-
-    def _wants_gradients(self, hidden: Tensor) -> bool:
-        return hidden.requires_grad or any(p.requires_grad for p in self._tensors)
 
 
 def _only_hides(mask: Any, queries: int) -> bool:

@@ -1,0 +1,53 @@
+"""Operators that compute natively what the family's module was when it was loaded: what such operators share.
+
+The call was made from the children and the numbers of that moment; `is_as_loaded` says whether these are the same.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from ktransformers import native
+from ktransformers.operators.base_operator import FamilyOperator, version
+from ktransformers.operators.combining import has_hooks
+
+
+class NativeOperator(FamilyOperator):
+    """Makes `native` when weights were loaded; a subclass says of what, and when it computes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.native: Any = None
+        self._parts: dict[str, nn.Module | None] = {}
+        self._tensors: list[Tensor] = []
+        self._versions = 0
+
+    def make_native(self) -> Any:
+        """The native call on the loaded weights; None where they are not all on the CPU, or not recognized."""
+        raise NotImplementedError
+
+    def load(self) -> None:
+        super().load()
+        played = is_in_torch_dispatch_mode()  # a simulation: there are no weights to compute with
+        self.native = self.make_native() if native.available() and not played else None
+        self._parts = dict(self._modules)
+        self._tensors = [tensor for _, tensor in self.named_parameters()]
+        self._versions = self._version()
+
+    def unload(self) -> None:
+        super().unload()
+        self.native = None
+
+    def is_as_loaded(self) -> bool:
+        """Whether children and parameters are those that the call was made from, and nobody looks at the children."""
+        for name, child in self._modules.items():  # PEFT wraps children; accelerate gives them a forward
+            if self._parts.get(name) is not child or child is not None and has_hooks(child):
+                return False
+        return self._version() == self._versions  # trained since: all but the matrices was copied
+
+    def wants_gradients(self, hidden: Tensor) -> bool:
+        return hidden.requires_grad or any(p.requires_grad for p in self._tensors)
+
+    def _version(self) -> int:
+        return sum(version(tensor) for tensor in self._tensors)
