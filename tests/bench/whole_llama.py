@@ -3,6 +3,7 @@ lines of JSON."""
 
 import ctypes
 import os
+import struct
 import sys
 
 import llama_cpp.llama_cpp as api
@@ -10,12 +11,40 @@ import llama_cpp.llama_cpp as api
 from tests.bench.whole_engine import CHUNK, Engine, serve
 
 SPARE, SEQUENCES = 1024, 16
+COMPUTED = 4096
+"""Tokens of a prompt that are computed before decoding; `Llama._prompt`."""
 CACHES = {"f16": 1, "bf16": 30, "q8_0": 8}  # ggml_type
 
 
 @api.llama_log_callback
 def _quiet(level, text, data):
     """Nothing of what it tells while loading."""
+
+
+def repeated(state: bytes, tokens: int) -> bytes:
+    """The state of sequence 0, its rows repeated until it holds so many tokens, at positions one after the other.
+
+    The layout of llama_state_seq_get_data, numbers little-endian: u32 magic, u32 sequence (0), u32 streams (1), u32 cells;
+    for each cell i32 position, u32 sequences (1), i32 the sequence; u32 transposed (0), u32 layers; for each layer the
+    keys, then for each layer the values: i32 type, u64 bytes of a row, the rows.
+    """
+    magic, sequence, streams, cells = struct.unpack_from("<4I", state)
+    at = 16 + 12 * cells
+    transposed = struct.unpack_from("<I", state, at)[0] if at + 8 <= len(state) else 1
+    if (sequence, streams, transposed) != (0, 1, 0):
+        raise SystemExit(f"llama.cpp's state has another layout than this reads: {state[:64].hex(' ', 4)}")
+    layers = struct.unpack_from("<I", state, at + 4)[0]
+    places = b"".join(struct.pack("<iIi", i, 1, 0) for i in range(tokens))
+    out = [struct.pack("<4I", magic, 0, 1, tokens), places, state[at : at + 8]]
+    at += 8
+    for _ in range(2 * layers):
+        row = struct.unpack_from("<iQ", state, at)[1]
+        rows = state[at + 12 : at + 12 + row * cells]
+        out += [state[at : at + 12], (rows * (tokens // cells + 1))[: row * tokens]]
+        at += 12 + row * cells
+    if at != len(state):
+        raise SystemExit(f"llama.cpp's state has {len(state)} bytes, {at} of them were understood")
+    return b"".join(out)
 
 
 class Llama(Engine):
@@ -52,6 +81,22 @@ class Llama(Engine):
         api.llama_synchronize(self.context)
         self.cached += len(ids)
 
+    def _prompt(self, tokens: int) -> None:
+        """Long ones by repeating the cache's rows: computing them takes minutes, and decoding reads any rows as fast."""
+        super()._prompt(min(tokens, COMPUTED))
+        if tokens > COMPUTED:
+            self._restore(repeated(self._saved(), tokens))
+            self.cached = tokens
+
+    def _saved(self) -> bytes:
+        state = (ctypes.c_uint8 * api.llama_state_seq_get_size(self.context, 0))()
+        size = api.llama_state_seq_get_data(self.context, state, len(state), 0)
+        return bytes(state)[:size]
+
+    def _restore(self, state: bytes) -> None:
+        self.begin()
+        if not api.llama_state_seq_set_data(self.context, (ctypes.c_uint8 * len(state)).from_buffer_copy(state), len(state), 0):
+            raise SystemExit("llama.cpp refuses a longer state made of its own: has its layout changed?")
 
     def begin_batch(self, prompts: list[list[int]]) -> None:
         self.begin()
