@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ktransformers.cli.common import (
-    CACHES,
     DevicesOption,
     JsonOption,
     RuleOption,
     WeightsOption,
+    check_cache,
     err,
     note,
     renamed_devices,
@@ -48,8 +48,8 @@ def cache(
     as_json: JsonOption = False,
 ) -> None:
     """Compare types of the KV cache: memory, and how far a model's predictions move from those with its own dtype."""
-    if wrong := [kind for kind in types if kind not in CACHES]:
-        raise KTransformersError(f"--type {wrong[0]!r}: expected one of {', '.join(CACHES)}.")
+    for kind in types:
+        check_cache("--type", kind)
     words = None if text is None else _read(text)
 
     from ktransformers.engine.compare_caches import compare
@@ -70,9 +70,10 @@ def _read(path: Path) -> str:
     there = existing_path(path, "--text") or path
     try:
         return there.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error  # without the path once more
-        raise KTransformersError(f"--text {path}: cannot be read: {reason}. Check the path.") from error
+    except OSError as error:
+        raise KTransformersError(f"--text {path}: cannot be read: {error.strerror}. Check the path.") from error
+    except UnicodeDecodeError as error:
+        raise KTransformersError(f"--text {path}: byte {error.start} is not UTF-8. Give a text file.") from error
 
 
 def _ids(model: Any, tokenizer: Any, words: str | None, tokens: int | None) -> list[int]:

@@ -331,10 +331,25 @@ DevicesOption = Annotated[
     ),
 ]
 """Read by `renamed_devices`."""
+
+
+def check_cache(option: str, kind: str) -> None:
+    """Raises KTransformersError for a type of a cache that there is not."""
+    if kind not in CACHES:
+        raise KTransformersError(f"{option} {kind!r}: expected one of {', '.join(CACHES)}.")
+
+
+def _checked_cache(kind: str) -> str:
+    if kind:
+        check_cache("--cache", kind)
+    return kind
+
+
 CacheOption = Annotated[
     str,
     typer.Option(
         "--cache", metavar="TYPE", autocompletion=lambda incomplete: _starting(incomplete, CACHES),
+        callback=_checked_cache,
         help="How keys and values are kept, f32, f16, bf16, or q8_0 (53 % of bf16); default: the model's dtype.",
     ),
 ]  # fmt: skip

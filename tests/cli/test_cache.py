@@ -65,9 +65,12 @@ def test_numbers_are_those_of_the_logits(model):
 def test_mistakes_are_one_line(model, checkpoint, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("Hello")
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"a\x90")
     for arguments, message in [
         (("--type", "q4"), "--type 'q4': expected one of f32, f16, bf16, q8_0"),
         (("--text", tmp_path / "none"), "--text"),
+        (("--text", binary), "byte 1 is not UTF-8. Give a text file"),
         (("--text", short, "--tokens", 300), "expected at least 300. Give a longer text"),
         (("--tokens", 5000), "--tokens 5000: the model takes 1024"),
     ]:

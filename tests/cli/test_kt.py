@@ -153,7 +153,8 @@ MISTAKES = [
     ("plan", "deepsek-v3"), ("plan", "deepseek-v3", "--gpu", "rtx9999"), ("plan",), ("plan", "deepseek-v3", "--context", "0"),
     ("simulate", "DeepSek", "deepseek-v3"), ("simulate", "MoE", "deepseek-v3", "--gpus", "x"),
     ("profile", "embedded", "--prompts", "/no/such/file"), ("profile", "embedded"),
-    ("cache", "--type", "q4"), ("cache", "--text", "/no/such/file"), ("cache", "--tokens", "5000"),
+    ("cache", "--type", "q4"), ("plan", "qwen3-30b-a3b", "--cache", "q4"), ("chat", "--cache", "q4"),
+    ("cache", "--text", "/no/such/file"), ("cache", "--tokens", "5000"),
     ("rules", "check", "DeepSek", "deepseek-v3"), ("rules", "explain", "MoE", "deepsek-v3"), ("rules", "extend", "MoE"),
     ("rules", "chekc"), ("doctor", "--qick"), ("version", "now"), ("config", "--set", "KT_PIN=0"), ("list", "modls"), ("lst",),
 ]  # fmt: skip
