@@ -1,4 +1,5 @@
-"""Our side of bench_whole.py: FOLDER WEIGHTS RULE CACHE, then lines of JSON on standard input."""
+"""Our side of bench_whole.py: FOLDER WEIGHTS RULE CACHE, then lines of JSON on standard input. Single tokens go as
+`engine.generate` computes them: through the recorded step where there is one."""
 
 import sys
 
@@ -7,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ktransformers import native, optimize_and_load
 from ktransformers.operators.paged_cache import PagedCache, paged_cache
+from ktransformers.operators.stack import decode_of
 from tests.bench.whole_engine import Engine, serve
 
 
@@ -23,12 +25,17 @@ class Ours(Engine):
 
     def begin(self) -> None:
         self.cache = paged_cache(self.model, self.kind)
+        self.recorded = None
 
     def length(self) -> int:
         return self.cache.get_seq_length()
 
     @torch.inference_mode()
     def step(self, ids: list[int]) -> None:
+        self.recorded = (self.recorded or decode_of(self.model, self.cache)) if len(ids) == 1 else None
+        if self.recorded:
+            native.argmax(self.recorded(ids[0]))
+            return
         out = self.model(input_ids=torch.tensor([ids]), past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         native.argmax(out.logits[0, -1])
 
