@@ -38,6 +38,7 @@ INLINE int block_tokens(int tokens, int t, int blocks, int b) { return (tokens -
 enum {
     GROUPS = KT_CACHE_BYTES / KT_ACT_GROUP,
     AT_ONCE = 4, /* tiles of sums */
+    STAGES = 3,  /* sets of them: those before the last have left the store buffer, which forwards no tiles to vectors */
 };
 
 typedef int32_t sums_tile[TOKENS][KT_TILE];
@@ -54,7 +55,7 @@ struct q8_slice {
     float d[TOKENS][GROUPS];
     int32_t start[TOKENS][GROUPS]; /* minus zero point times sum of codes */
     float ds[2][TOKENS][GROUPS];   /* scale times sum of codes: of the group, or of its halves */
-    sums_tile sums[2][AT_ONCE];    /* of these columns, and of those before them */
+    sums_tile sums[STAGES][AT_ONCE]; /* of these columns, and of those before them */
 };
 
 _Static_assert(GROUPS == 16, "a token's groups are one register");
@@ -142,13 +143,15 @@ INLINE void micro_q8(const int N, const struct variant v, struct q8_slice *s, in
     __m512 acc[TOKENS];
 #pragma GCC unroll 16
     for (int n = 0; n < N; n++) acc[n] = _mm512_setzero_ps();
-    int64_t before = 0; /* groups multiplied and not yet scaled */
-    for (int64_t g = 0, half = 0; g < groups || before; g += AT_ONCE, half ^= 1) {
-        const int64_t left = groups - g, now = left < 0 ? 0 : left < AT_ONCE ? left : AT_ONCE;
+    const int64_t delay = (STAGES - 1) * AT_ONCE; /* groups multiplied and not yet scaled */
+    for (int64_t g = 0, stage = 0, oldest; g < groups + delay; g += AT_ONCE, stage = oldest) {
+        oldest = stage + 1 == STAGES ? 0 : stage + 1;
         kt_ahead_step(p->ahead);
-        multiply_q8(s, data, g, now, s->sums[half]);
-        scale_q8(N, v, s, scales, mins, g - AT_ONCE, before, (const sums_tile *)s->sums[half ^ 1], acc);
-        before = now;
+        multiply_q8(s, data, g, groups - g < AT_ONCE ? groups - g : AT_ONCE, s->sums[stage]);
+        const int64_t done = g - delay;
+        if (done < 0) continue;
+        scale_q8(N, v, s, scales, mins, done, groups - done < AT_ONCE ? groups - done : AT_ONCE,
+                 (const sums_tile *)s->sums[oldest], acc);
     }
 #pragma GCC unroll 16
     for (int n = 0; n < N; n++)
