@@ -5,16 +5,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from ktransformers.engine.cache import PrefixCache
 from ktransformers.engine.sampling import Chooser, Sampling
+from ktransformers.engine.step import Steps
 from ktransformers.errors import KTransformersError
-from ktransformers.models import ONE_BY_ONE
-from ktransformers.native import Decode
-from ktransformers.operators.paged_cache import paged_cache
-from ktransformers.operators.stack import decode_of
 
 
 @dataclass
@@ -73,16 +69,15 @@ def generate(
     cache = cache or PrefixCache()
     timing = timing if timing is not None else Timing()
     choose = Chooser(sampling, model, ids, max_new_tokens, tokenizer)
-    device = model.device  # found by a walk over modules
+    steps = Steps(model, cache)
 
     start = time.perf_counter()
     timing.reused_tokens = cache.reuse(ids)
-    token = choose(_prefill(model, ids, cache, chunk_size, device))
+    token = choose(steps.prompt(ids, chunk_size))
     cache.record()
     timing.prefill_tokens = len(ids) - timing.reused_tokens
     timing.prefill_seconds = time.perf_counter() - start
 
-    decode = _recorded(model, cache)
     for count in range(1, max_new_tokens + 1):
         if token in sampling.stop_ids:
             return
@@ -90,41 +85,6 @@ def generate(
         if count == max_new_tokens or choose.ended():
             return
         start = time.perf_counter()
-        token = choose(_next(decode, token, cache) if decode else _forward(model, [token], cache, device))
+        token = choose(steps.next(token))
         timing.decode_tokens += 1
         timing.decode_seconds += time.perf_counter() - start
-
-
-def _prefill(
-    model: nn.Module, ids: Sequence[int], cache: PrefixCache, chunk_size: int, device: torch.device
-) -> torch.Tensor:
-    """Run the part of `ids` that the cache lacks, in chunks; returns the logits [vocab] after the last token."""
-    logits = None
-    later = 1 if getattr(model.config, "model_type", None) in ONE_BY_ONE else chunk_size
-    while len(cache.ids) < len(ids):
-        begin = len(cache.ids)
-        logits = _forward(model, ids[begin : begin + (later if begin else chunk_size)], cache, device)
-    return logits
-
-
-@torch.inference_mode()
-def _recorded(model: nn.Module, cache: PrefixCache) -> Decode | None:
-    return decode_of(model, cache.cache)
-
-
-def _next(decode: Decode, token: int, cache: PrefixCache) -> torch.Tensor:
-    """As `_forward` of one token, past the family's code. Its result is written to again by the next call."""
-    with cache.extending([token]):
-        return decode(token)
-
-
-@torch.inference_mode()
-def _forward(model: nn.Module, ids: Sequence[int], cache: PrefixCache, device: torch.device) -> torch.Tensor:
-    """One forward pass over `ids` [T] that extends the cache; returns the logits [vocab] of the last position."""
-    input_ids = torch.tensor([list(ids)], device=device)
-    if cache.cache is None:  # a rule file may leave the model, which would make one, to transformers
-        cache.cache = paged_cache(model)
-    with cache.extending(ids):
-        output = model(input_ids=input_ids, past_key_values=cache.cache, use_cache=True, logits_to_keep=1)
-        cache.cache = output.past_key_values
-    return output.logits[0, -1]

@@ -1,0 +1,61 @@
+"""A step of one sequence: token ids in, logits of the next token out. Prints nothing, chooses nothing.
+
+A prompt goes through the model's forward in chunks. A single token after it goes through the recorded step
+(native.Decode) where the model has one, else through the forward too.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ktransformers.engine.cache import PrefixCache
+from ktransformers.models import ONE_BY_ONE
+from ktransformers.native import Decode
+from ktransformers.operators.paged_cache import paged_cache
+from ktransformers.operators.stack import decode_of
+
+
+class Steps:
+    """The steps of one sequence, whose keys and values are in `cache`. For one thread."""
+
+    def __init__(self, model: nn.Module, cache: PrefixCache) -> None:
+        self.model, self.cache = model, cache
+        self._device = model.device  # found by a walk over modules
+        self._recorded: Decode | None = None
+        self._looked_up = False
+
+    @torch.inference_mode()
+    def prompt(self, ids: Sequence[int], chunk_size: int) -> Tensor | None:
+        """Compute what the cache lacks of `ids`, `chunk_size` tokens at a time; the logits [V] after the last.
+
+        None where the cache lacks nothing.
+        """
+        logits = None
+        later = 1 if getattr(self.model.config, "model_type", None) in ONE_BY_ONE else chunk_size
+        while len(self.cache.ids) < len(ids):
+            begin = len(self.cache.ids)
+            logits = self._forward(ids[begin : begin + (later if begin else chunk_size)])
+        self._looked_up = False  # the cache may be another one, and may change until the next token
+        return logits
+
+    @torch.inference_mode()
+    def next(self, token: int) -> Tensor:
+        """Compute one token more; the logits [V] after it, in memory that the next call may write to again."""
+        if not self._looked_up:
+            self._recorded, self._looked_up = decode_of(self.model, self.cache.cache), True
+        if self._recorded is None:
+            return self._forward([token])
+        with self.cache.extending([token]):
+            return self._recorded(token)
+
+    def _forward(self, ids: Sequence[int]) -> Tensor:
+        """One forward pass over `ids` [T] that extends the cache; the logits [V] of the last position."""
+        cache = self.cache
+        if cache.cache is None:  # a rule file may leave the model, which would make one, to transformers
+            cache.cache = paged_cache(self.model)
+        input_ids = torch.tensor([list(ids)], device=self._device)
+        with cache.extending(ids):
+            output = self.model(input_ids=input_ids, past_key_values=cache.cache, use_cache=True, logits_to_keep=1)
+            cache.cache = output.past_key_values
+        return output.logits[0, -1]
