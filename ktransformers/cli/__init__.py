@@ -8,7 +8,20 @@ from typing import Annotated
 
 import typer
 
-from ktransformers.cli import cache, chat, config, doctor, listing, plan, profile, quantize, rules, simulate, version
+from ktransformers.cli import (
+    bench,
+    cache,
+    chat,
+    config,
+    doctor,
+    listing,
+    plan,
+    profile,
+    quantize,
+    rules,
+    simulate,
+    version,
+)
 from ktransformers.cli.common import Program, before_torch, out
 
 PLAN, RUN, INSPECT = "Plan", "Run", "Inspect"
@@ -20,6 +33,7 @@ COMMANDS: list[tuple[str, Callable[..., None]]] = [
     (RUN, chat.chat),
     (RUN, profile.profile),
     (RUN, quantize.quantize),
+    (RUN, bench.bench),
     (RUN, cache.cache),
     (INSPECT, listing.list_),
     (INSPECT, doctor.doctor),

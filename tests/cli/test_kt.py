@@ -153,6 +153,7 @@ MISTAKES = [
     ("plan", "deepsek-v3"), ("plan", "deepseek-v3", "--gpu", "rtx9999"), ("plan",), ("plan", "deepseek-v3", "--context", "0"),
     ("simulate", "DeepSek", "deepseek-v3"), ("simulate", "MoE", "deepseek-v3", "--gpus", "x"),
     ("profile", "embedded", "--prompts", "/no/such/file"), ("profile", "embedded"),
+    ("bench", "/no/such/folder"), ("bench", "--depth", "5000"), ("bench", "--new-tokens", "0"),
     ("cache", "--type", "q4"), ("plan", "qwen3-30b-a3b", "--cache", "q4"), ("chat", "--cache", "q4"),
     ("cache", "--text", "/no/such/file"), ("cache", "--tokens", "5000"),
     ("rules", "check", "DeepSek", "deepseek-v3"), ("rules", "explain", "MoE", "deepsek-v3"), ("rules", "extend", "MoE"),
