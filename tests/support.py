@@ -56,6 +56,33 @@ def rows() -> dict[tuple[str, ...], list[str]]:
     return dict(sorted(found.items(), key=lambda row: ("`Default`" in row[0][1], len(row[1]), row[1])))
 
 
+NATIVE = {
+    "the router": families.ROUTER_NOT_IN_C,
+    "the block: router, routed and shared experts": families.BLOCK_NOT_IN_C,
+    "attention, with its projections, norms, positions and cache": families.ATTENTION_NOT_NATIVE,
+}
+"""What is one call to C on the CPU -> the families of the tests where it is not, and why."""
+
+
+def native_parts() -> list[str]:
+    """A table of what is one call to C, for how many families, and what keeps the others out."""
+    known = families.known_here()
+    lines = [
+        f"One call to the C library each on the CPU, in how many of these {len(known)} families of language models; where a "
+        "part is none, it alone keeps transformers' own code:",
+        "",
+        "| part | families | but for |",
+        "|---|---|---|",
+    ]
+    for part, left_out in NATIVE.items():
+        why: dict[str, list[str]] = {}
+        for name, reason in left_out.items():
+            why.setdefault(reason, []).append(f"`{name}`")
+        reasons = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in why.items())
+        lines.append(f"| {part} | {len(set(known) - left_out.keys())} | {reasons} |")
+    return lines
+
+
 def section() -> str:
     """What stands between the marks, both included."""
     lines = [
@@ -72,6 +99,8 @@ def section() -> str:
         "",
         f"Classes that take images or sounds too, with text in and text out (images: {seen}): {others}. Their language "
         "model is in a row above, or may be any that is.",
+        "",
+        *native_parts(),
         "",
         "Unsupported, or torch only:",
         "",
