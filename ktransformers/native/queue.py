@@ -52,6 +52,7 @@ class Queue:
             _ = handle  # the pool ends after the queue
 
         self._state, self._submitted, self._closed = state, submitted, False
+        self._names: dict[int, str] = {}  # of host functions, by the tags of their calls
         self._queue = state.ffi.gc(out[0], destroy)  # threads inside calls and host functions hold it as well
 
     def submit(
@@ -74,9 +75,10 @@ class Queue:
         """
         whole_number(allow_pending, 0, 2**62, "Queue.sync (allow_pending)")
         state, queue = self._state, self._open()
-        failed = state.ffi.new("int64_t *")
-        status = state.lib.kt_sync(queue, allow_pending, failed)
-        done, name = state.lib.kt_queue_done(queue), f"queue, call {failed[0] or 'not submitted'}"
+        failed, tag = state.ffi.new("int64_t *"), state.ffi.new("int64_t *")
+        status = state.lib.kt_sync(queue, allow_pending, failed, tag)
+        done = state.lib.kt_queue_done(queue)
+        name = self._names.get(tag[0]) or f"queue, call {failed[0] or 'not submitted'}"
         for entry in list(self._submitted):
             if entry.number is not None and entry.number <= done:
                 name = entry.name if entry.number == failed[0] else name
@@ -98,6 +100,8 @@ class Queue:
                 )
         check_pinned({"hidden": hidden, "ids": ids, "weights": weights, "out": out}, name)
         keep = (self._queue, keep)
+        call.tag = len(self._names) + 1
+        self._names[call.tag] = name
         return HostCall(self._state.ffi.addressof(self._state.lib, "kt_submit_host"), call, keep, self._state)
 
     def host_sync(self, allow_pending: int = 0) -> HostCall:

@@ -227,6 +227,7 @@ typedef struct kt_call {
     int32_t dtype;
     int64_t tokens;
     void *out;
+    int64_t tag; /* anything: what kt_sync names a failed call by */
 } kt_call;
 
 /* For kt_sync_host. */
@@ -250,9 +251,9 @@ void kt_queue_destroy(kt_queue *queue);
 int kt_submit(const kt_call *call, int64_t *number);
 
 /* Wait until at most `allow_pending` of the calls submitted so far are unfinished. Returns the status of the first call
- * that failed since the last kt_sync and its number in `failed` (if not NULL; 0 if it could not even be submitted);
- * later ones are computed all the same. After fork() the child computes what was pending, starting here. */
-int kt_sync(kt_queue *queue, int64_t allow_pending, int64_t *failed);
+ * that failed since the last kt_sync, its number in `failed` (0 if it could not even be submitted) and its tag in `tag`,
+ * if these are not NULL; later ones are computed all the same. After fork() the child computes what was pending, starting here. */
+int kt_sync(kt_queue *queue, int64_t allow_pending, int64_t *failed, int64_t *tag);
 
 /* How many calls are finished: all numbers up to this one. */
 int64_t kt_queue_done(kt_queue *queue);

@@ -159,11 +159,11 @@ static void *producer(void *arg) {
         memset(&weight, 0xff, sizeof weight);
         before = number;
         if (i % 10 == 9) {
-            check(kt_sync(l->queue, i % 3, &failed) == KT_OK && failed == 0, "sync");
+            check(kt_sync(l->queue, i % 3, &failed, NULL) == KT_OK && failed == 0, "sync");
             check(kt_queue_done(l->queue) >= number - i % 3, "done");
         }
     }
-    check(kt_sync(l->queue, 0, NULL) == KT_OK, "sync");
+    check(kt_sync(l->queue, 0, NULL, NULL) == KT_OK, "sync");
     for (int i = 0; i < CALLS; i++) check(out[i][0] != 0 && !memcmp(out[i], out[0], sizeof out[0]), "computed");
     return NULL;
 }
@@ -177,10 +177,10 @@ static void queue_errors(struct layer *l) {
         if (i == 2) call.weight = NULL;
         check(kt_submit(&call, &numbers[i]) == KT_OK, "submit");
     }
-    check(kt_sync(l->queue, 0, &failed) == KT_ERR_DTYPE && failed == numbers[1], "the first failure");
-    check(kt_sync(l->queue, 0, &failed) == KT_OK && failed == 0, "told once");
+    check(kt_sync(l->queue, 0, &failed, NULL) == KT_ERR_DTYPE && failed == numbers[1], "the first failure");
+    check(kt_sync(l->queue, 0, &failed, NULL) == KT_OK && failed == 0, "told once");
     check(out[0][1] != 0 && out[3][1] != 0, "the others are computed");
-    check(kt_submit(NULL, NULL) == KT_ERR_NULL && kt_sync(NULL, 0, NULL) == KT_ERR_NULL, "null");
+    check(kt_submit(NULL, NULL) == KT_ERR_NULL && kt_sync(NULL, 0, NULL, NULL) == KT_ERR_NULL, "null");
     kt_call nowhere = {0};
     check(kt_submit(&nowhere, NULL) == KT_ERR_NULL, "no queue");
     kt_submit_host(NULL);
@@ -199,7 +199,7 @@ static void queue_errors(struct layer *l) {
     call.tokens = -1;
     submit(&call);
     sync(&wait);
-    check(kt_sync(l->queue, 5, &failed) == KT_ERR_SHAPE && failed > numbers[3], "a host function's failure is kept");
+    check(kt_sync(l->queue, 5, &failed, NULL) == KT_ERR_SHAPE && failed > numbers[3], "a host function's failure is kept");
 }
 
 /* ---- the end of a queue while others wait ------------------------------------------------------------- */
@@ -216,7 +216,7 @@ static void *wait_for_all(void *arg) {
     struct waiter *w = arg;
     kt_wait wait = {w->queue, 0};
     if (w->host) kt_sync_host(&wait);
-    else w->status = kt_sync(w->queue, 0, NULL);
+    else w->status = kt_sync(w->queue, 0, NULL, NULL);
     return NULL;
 }
 
@@ -363,7 +363,7 @@ static void cost(void) {
     for (int r = 0; r < ROUNDS; r++) {
         us[r] = now();
         kt_submit(&call, NULL);
-        kt_sync(queue, 0, NULL);
+        kt_sync(queue, 0, NULL, NULL);
         us[r] = now() - us[r];
     }
     print_sorted("the same through a queue", us, ROUNDS);

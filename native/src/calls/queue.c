@@ -27,8 +27,8 @@ struct kt_queue {
     struct entry *ring; /* [capacity], a power of two */
     int64_t capacity;
     int64_t submitted, done;
-    int64_t failed;
-    int status; /* of `failed`, KT_OK if none */
+    int64_t failed, tag; /* the number of a call and its tag */
+    int status;          /* of `failed`, KT_OK if none */
     int started, closed;
     int inside; /* threads that wait, and the queue's own */
     pthread_t id;
@@ -46,10 +46,11 @@ static int compute(kt_pool *pool, const struct entry *e) {
 }
 
 /* Functions without kt_ in their name are called with the lock held, but for compute and queue_main. */
-static void fail(struct kt_queue *q, int status, int64_t number) {
+static void fail(struct kt_queue *q, int status, int64_t number, int64_t tag) {
     if (!status || q->status) return;
     q->status = status;
     q->failed = number;
+    q->tag = tag;
 }
 
 static void leave(struct kt_queue *q) {
@@ -68,7 +69,7 @@ static void *queue_main(void *arg) {
         pthread_mutex_unlock(&q->lock);
         int status = compute(q->pool, &e);
         pthread_mutex_lock(&q->lock);
-        fail(q, status, ++q->done);
+        fail(q, status, ++q->done, e.call.tag);
         pthread_cond_broadcast(&q->fewer);
     }
     leave(q);
@@ -216,14 +217,16 @@ static int wait_for(struct kt_queue *q, int64_t allow_pending) {
     return q->done < until ? KT_ERR_CLOSED : KT_OK;
 }
 
-int kt_sync(kt_queue *q, int64_t allow_pending, int64_t *failed) {
+int kt_sync(kt_queue *q, int64_t allow_pending, int64_t *failed, int64_t *tag) {
     if (failed) *failed = 0;
+    if (tag) *tag = 0;
     if (!q) return KT_ERR_NULL;
     pthread_mutex_lock(&q->lock);
     int status = wait_for(q, allow_pending);
     if (!status && q->status) {
         status = q->status;
         if (failed) *failed = q->failed;
+        if (tag) *tag = q->tag;
         q->status = KT_OK;
     }
     pthread_mutex_unlock(&q->lock);
@@ -242,7 +245,7 @@ void kt_submit_host(void *user) {
     const kt_call *call = user;
     if (!call || !call->queue) return;
     pthread_mutex_lock(&call->queue->lock);
-    fail(call->queue, append(call->queue, call, NULL), 0);
+    fail(call->queue, append(call->queue, call, NULL), 0, call->tag);
     pthread_mutex_unlock(&call->queue->lock);
 }
 
@@ -250,6 +253,6 @@ void kt_sync_host(void *user) {
     const kt_wait *wait = user;
     if (!wait || !wait->queue) return;
     pthread_mutex_lock(&wait->queue->lock);
-    fail(wait->queue, wait_for(wait->queue, wait->allow_pending), 0);
+    fail(wait->queue, wait_for(wait->queue, wait->allow_pending), 0, 0);
     pthread_mutex_unlock(&wait->queue->lock);
 }
