@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ktransformers.engine.cache import PrefixCache
 from ktransformers.models import ONE_BY_ONE
 from ktransformers.native import Decode
+from ktransformers.operators.host_experts import finish
 from ktransformers.operators.paged_cache import paged_cache
 from ktransformers.operators.stack import decode_of
 
@@ -58,4 +59,5 @@ class Steps:
         with cache.extending(ids):
             output = self.model(input_ids=input_ids, past_key_values=cache.cache, use_cache=True, logits_to_keep=1)
             cache.cache = output.past_key_values
+            finish(self._device)
         return output.logits[0, -1]

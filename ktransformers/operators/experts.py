@@ -9,7 +9,7 @@ ways of gating. Some experts of a layer may be on a GPU and the others elsewhere
 Letters: T tokens, H hidden, I intermediate, E experts, K experts per token.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,10 +19,13 @@ from torch import Tensor, nn
 from ktransformers import native
 from ktransformers.errors import DeviceError, did_you_mean
 from ktransformers.loaders import WeightSource
+from ktransformers.machine.streams import Streams, streams_of
 from ktransformers.models.traits import identity_experts, is_transposed
 from ktransformers.operators import hot_experts
 from ktransformers.operators.base_operator import InferenceState, forward_only, load_children, warn_once
+from ktransformers.operators.combining import has_hooks
 from ktransformers.operators.gating import Gating, apply_gate, gating_of
+from ktransformers.operators.host_experts import MOST_TOKENS, HostExperts
 from ktransformers.operators.inner_ops import (
     InnerOperator,
     StagedOperator,
@@ -86,6 +89,7 @@ class KExpertsCPU(KExpertsBase):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.experts: native.Experts | None = None
+        self._hosts: dict[Streams, HostExperts] = {}
 
     @classmethod
     def problem(cls, key: str, experts: nn.Module, weights: WeightSource | None) -> str:
@@ -122,8 +126,31 @@ class KExpertsCPU(KExpertsBase):
 
     def unload(self) -> None:
         self.experts = None
+        self._hosts.clear()
+
+    def start(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Callable[[], Tensor]:
+        """Begin `forward`; the value gives its result. Tokens on a GPU are computed while the GPU goes on."""
+        host = self._host(hidden, weights)
+        if host is None:
+            out = self.forward(hidden, ids, weights)
+            return lambda: out
+        return host.start(hidden, ids, weights).end
+
+    def _host(self, hidden: Tensor, weights: Tensor) -> HostExperts | None:
+        """What computes tokens of another device without waiting for it; None where nothing does."""
+        wanted = torch.is_grad_enabled() and (hidden.requires_grad or weights.requires_grad)
+        is_graph = type(hidden) is not Tensor or hidden.is_meta or torch.compiler.is_compiling()
+        if wanted or is_graph or not 0 < hidden.shape[0] <= MOST_TOKENS:
+            return None
+        streams = streams_of(hidden.device)
+        if streams is not None and streams not in self._hosts:
+            self._hosts[streams] = HostExperts(self.experts, streams)
+        return self._hosts.get(streams)
 
     def forward(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        if (host := self._host(hidden, weights)) is not None:
+            return host.start(hidden, ids, weights).end()
+
         def compute(hidden: Tensor, weights: Tensor) -> Tensor:
             return self.experts.forward(hidden.cpu(), ids.cpu(), weights.cpu()).to(hidden.device)
 
@@ -299,6 +326,15 @@ class KTransformersExperts(StagedOperator):
             passed = (top_k_weights * (top_k_index >= self.n_experts)).sum(-1, keepdim=True).to(out.dtype)
             out = out + hidden_states.to(out.device) * passed.to(out.device)
         return out if self.out_device is None else out.to(self.out_device)
+
+    def start(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Callable[[], Tensor]:
+        """Begin a call; the value gives its result. What the caller computes meanwhile runs beside it where it can."""
+        plain = type(self).forward is KTransformersExperts.forward and not has_hooks(self) and self.out_device is None
+        alone = plain and self.split is None and not self.idle and not hasattr(self, "post_expert_norm")
+        if not alone or not isinstance(self.active, KExpertsCPU):
+            out = self(hidden, ids, weights)
+            return lambda: out
+        return self.active.start(hidden, ids, weights)
 
     def _sum(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         if self.split is None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ktransformers import native
 from ktransformers.errors import DeviceError
-from ktransformers.machine.streams import Streams
+from ktransformers.machine.streams import Streams, streams_of
 
 MOST_TOKENS = 64
 """Larger steps are copied and waited for: their work is long beside a wait, and every size has memory of its own."""
@@ -81,6 +81,17 @@ def host_of(streams: Streams) -> Host:
     return _hosts[streams]
 
 
+def finish(device: torch.device) -> None:
+    """Wait for the current stream of `device` where experts on the host may be at work, and raise what went wrong.
+
+    Before a step's results are used: a failed layer left old values in its memory, and the GPU went on with them.
+    """
+    streams = streams_of(device)
+    if streams in _hosts and not streams.is_capturing():
+        streams.wait()
+        _hosts[streams].check()
+
+
 @dataclass
 class Started:
     """A step that the CPU computes. It keeps its tensors: the stream reads them later."""
@@ -107,10 +118,6 @@ class HostExperts:
         self._experts, self._host = experts, host_of(streams)
         self._calls: dict[int, native.HostCall] = {}  # by the address of the memory that they read
         weakref.finalize(self, self._host.let_go, self._calls).atexit = False
-
-    def takes(self, hidden: Tensor) -> bool:
-        """Whether a step of these tokens goes by pinned memory."""
-        return 0 < hidden.shape[0] <= MOST_TOKENS
 
     def start(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Started:
         """Enqueue hidden [T, H], ids [T, K], weights [T, K] on the current stream; T at most MOST_TOKENS.

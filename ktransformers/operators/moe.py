@@ -7,7 +7,7 @@ to C.
 Letters: B batch, S sequence, T = B*S tokens, H hidden, K experts per token.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -107,9 +107,17 @@ class SparseMoEBlock(ComputedInC, BaseInjectedModule):
         shape = hidden_states.shape
         tokens = self.prepared(hidden_states).reshape(-1, shape[-1])  # [T, H]
         _, weights, ids = self.gate(tokens)  # [T, K] each
-        out = self.experts(tokens, ids, weights)
-        shared = self.shared(tokens)
+        result = self._start(tokens, ids, weights)
+        shared = self.shared(tokens)  # on a GPU beside the experts, where these are the CPU's
+        out = result()
         return (out if shared is None else out + shared).view(shape)
+
+    def _start(self, tokens: Tensor, ids: Tensor, weights: Tensor) -> Callable[[], Tensor]:
+        """Begin the routed experts; the value gives their result."""
+        if hasattr(self.experts, "start"):  # KTransformersExperts, whose file imports this one
+            return self.experts.start(tokens, ids, weights)
+        out = self.experts(tokens, ids, weights)
+        return lambda: out
 
     def prepared(self, hidden_states: Tensor) -> Tensor:
         """What router and experts see of the input."""

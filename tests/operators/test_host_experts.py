@@ -2,15 +2,26 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
 
-from ktransformers import native
+from ktransformers import native, optimize_and_load
+from ktransformers.engine import sampling
+from ktransformers.engine.cache import PrefixCache
+from ktransformers.engine.generate import generate
+from ktransformers.engine.sampling import Sampling
+from ktransformers.engine.step import Steps
 from ktransformers.errors import DeviceError, NativeError
+from ktransformers.machine.streams import registered
+from ktransformers.operators.experts import KTransformersExperts
 from ktransformers.operators.host_experts import HostExperts, host_of
+from ktransformers.operators.moe import SparseMoEBlock
 from tests.native.test_native import call, experts
 from tests.simulated_gpu import CaptureError, SimulatedStreams
+from tests.tiny import meta_model, random_ids
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="C library not built")
 SEEDS = range(5)
+DEEPSEEK = "transformers.models.deepseek_v3.modeling_deepseek_v3"
 
 
 def step(layers, hidden, ids, weights, shared=None):
@@ -87,6 +98,55 @@ def test_a_failure_on_the_cpu_is_raised_by_the_next_step_and_names_the_layer():
         streams.wait()
         with pytest.raises(NativeError, match=f"{one.name}.*activation dtype"):
             layer.start(hidden, ids, weights)
+
+
+@pytest.fixture
+def deepseek(checkpoint):
+    """A model whose blocks compute part by part on the CPU, as they do on a GPU."""
+    reference, folder = checkpoint("deepseek_v3")
+    rules = [{"match": {"class": "torch.nn.Linear"}, "replace": {"class": "default"}},
+             {"match": {"name": r"\.mlp$", "class": f"{DEEPSEEK}.DeepseekV3MoE"},
+              "replace": {"class": "ktransformers.operators.experts.KDeepseekV3MoE"}},
+             {"match": {"trait": "experts"}, "replace": {"class": "ktransformers.operators.experts.KTransformersExperts"}}]  # fmt: skip
+    model = optimize_and_load(meta_model(reference.config), rules, folder, default_device="cpu")
+    for module in model.modules():
+        if isinstance(module, SparseMoEBlock):
+            module.in_one_call = lambda *_: None
+    return reference, model
+
+
+def torch_cache(model):
+    """As on a GPU: pages are of the CPU, where C reads them without asking a stream."""
+    cache = PrefixCache()
+    cache.cache = DynamicCache(config=model.config)
+    return cache
+
+
+def test_a_model_generates_the_same_tokens(deepseek, monkeypatch):
+    reference, model = deepseek
+    monkeypatch.setattr(sampling, "largest", lambda logits: int(logits.argmax()))  # as for logits on a GPU
+    prompt = random_ids(1, 9)
+    expected = reference.generate(prompt, max_new_tokens=8, do_sample=False)[0, 9:].tolist()
+    for seed in SEEDS:
+        with registered(torch.device("cpu"), SimulatedStreams(seed)) as streams, streams.running():
+            answer = generate(model, prompt[0].tolist(), max_new_tokens=8, sampling=Sampling(), cache=torch_cache(model))
+            assert list(answer) == expected
+        assert not streams.freed_too_early and host_of(streams).queue._names
+
+
+def test_a_failure_in_a_step_is_raised_before_its_logits_are_used(deepseek):
+    _, model = deepseek
+    ids = random_ids(1, 9)[0].tolist()
+    with registered(torch.device("cpu"), SimulatedStreams()) as streams, streams.running():
+        steps = Steps(model, torch_cache(model))
+        steps.prompt(ids, 8)
+        broken = next(m for m in model.modules() if isinstance(m, KTransformersExperts)).active
+        steps.next(5)
+        for call in broken._hosts[streams]._calls.values():
+            call._keep[1].dtype = 7
+        with pytest.raises(NativeError, match=r"layers\.\d+\.mlp\.experts: activation dtype"):
+            steps.next(6)
+        assert steps.cache.ids == [*ids, 5] and steps.cache._torn
 
 
 def test_what_a_graph_does_not_allow():
