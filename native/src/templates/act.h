@@ -139,11 +139,12 @@ static void quantize(const float *x, int64_t n, int8_t *q, float *d, float *ds, 
             const int best = b * b * square[0][i] > a * a * square[1][i] * (less * less);
             put_codes(x + i * N, factor[best][i], q + i * N, low, high);
             *d = product[best][i] / square[best][i] * (amax * unit[best]);
+            if (!finite || amax < 1e-36f) { /* rarely: the codes are of no use */
+                memset(q + i * N, 0, N);
+                *d = finite ? 0.0f : NAN;
+                *low = *high = 0;
+            }
             *ds = *d * (float)(*low + *high);
-            if (finite && amax >= 1e-36f) continue;
-            memset(q + i * N, 0, N);
-            *ds = *d = finite ? 0.0f : NAN;
-            *low = *high = 0;
         }
     }
 }

@@ -68,7 +68,8 @@ struct part {
 INLINE struct part part_of(const struct block f, const struct kt_matrix *w, int64_t first, int64_t k0,
                            const struct kt_tile *out, int r) {
     const size_t begin = (size_t)(first + r) * w->stride + (size_t)(k0 / f.columns * f.bytes);
-    return (struct part){rows_of(w->data + begin, w->stride), {out->data + r, out->scales + r, out->mins + r, out->ahead}, 0};
+    const struct kt_tile to = {out->data + r, out->scales + r, out->mins + r, out->ahead};
+    return (struct part){rows_of(w->data + begin, w->stride), to, 0};
 }
 
 INLINE void advance(const struct block f, const int blocks, struct part *p) {
