@@ -25,6 +25,7 @@
 #define KT_ACT_GROUP 32     /* activations that share an int8 scale */
 #define KT_PANEL_BYTES 2048 /* bytes of a panel row: 2048 codes, 1024 bf16 or 512 floats. 128 rows take 256 KiB of L2 */
 #define KT_CACHE_BYTES 512  /* of them, what a GEMM takes at once: two tiles are 16 KiB and stay in L1 for all tokens */
+#define KT_AHEAD_COLS 256   /* see struct kt_tile */
 #define KT_MAX_GROUPS (KT_PANEL_BYTES / 16)
 #define KT_MAX_ORDERED (KT_BLOCK_ROWS * KT_MAX_GROUPS / KT_TILE) /* groups of a matrix whose columns name theirs */
 
@@ -82,10 +83,14 @@ struct kt_ahead {
     int step;             /* lines to fetch each time */
 };
 
+/* Lines that are left. */
+static inline int64_t kt_ahead_lines(const struct kt_ahead *a) {
+    return a->rows ? (int64_t)((a->bytes + 63) / 64) * a->rows - (int64_t)(a->at / 64) : 0;
+}
+
 /* Spread what is left over `steps` steps. */
 static inline void kt_ahead_spread(struct kt_ahead *a, int64_t steps) {
-    int64_t lines = (int64_t)((a->bytes + 63) / 64) * a->rows;
-    a->step = (int)((lines + steps - 1) / steps);
+    a->step = (int)((kt_ahead_lines(a) + steps - 1) / steps);
 }
 
 static inline void kt_ahead_step(struct kt_ahead *a) {
@@ -119,6 +124,7 @@ struct kt_panel {
 struct kt_tile {
     uint32_t *data;
     float *scales, *mins;
+    struct kt_ahead *ahead; /* a step for each KT_AHEAD_COLS columns of 8 rows; or NULL */
 };
 
 /* out[i * ldc + r] = dot(row first + r of w, a[i]) for r < rows <= KT_DOT_ROWS, i < tokens <= KT_DOT_TOKENS. `ahead`:

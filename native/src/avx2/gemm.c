@@ -1,6 +1,10 @@
 /* The int8 panel GEMM for AVX2 and, compiled again, AVX-VNNI: a tile (16 weight rows, two registers) meets up to six
  * tokens. Twelve sums, two registers of codes, one of activations and one of products are sixteen.
  *
+ * Three tokens keep their fp32 results in registers as well. That is what sums of 16 bits take: they are bound by
+ * vpmaddubsw and by the scales after each group, which share two ports, and a short group's scales are computed while
+ * the next group's products begin. What reads more per code, wide codes, or multiplies more at once, VNNI, takes six.
+ *
  * vpdpbusd adds four products to a sum of 32 bits. AVX2 has vpmaddubsw, two products in 16 bits, and a second
  * instruction that brings pairs of those to 32 bits. Small codes put that off: sums of 16 bits may wrap around on
  * their way, only the last must fit, and it does while steps * 2 * 127 * max|u - z| < 2^15 if the sum starts from
@@ -199,55 +203,61 @@ INLINE void block(const int N, const struct variant v, struct slice *s) {
     for (int tile = 0; tile < s->p->tiles; tile++) micro(N, v, s, tile);
 }
 
-typedef void (*block_fn)(int n, struct slice *s, const struct kt_acts *a, const int32_t *token, int64_t k0);
+/* The kernel of a variant, and how many tokens a pass of it takes. */
+struct kernel {
+    void (*block)(int n, struct slice *s, const struct kt_acts *a, const int32_t *token, int64_t k0);
+    int tokens;
+};
 
-#define BLOCK(name, ...)                                                                                            \
-    static void name(int n, struct slice *s, const struct kt_acts *a, const int32_t *token, int64_t k0) {           \
-        const struct variant v = {__VA_ARGS__};                                                                     \
-        for (int i = 0; i < n; i++) prepare(s, i, v, a, token[i] * a->stride + k0 + s->k);                          \
-        switch (n) {                                                                                                \
-        case 6: block(6, v, s); break;                                                                              \
-        case 5: block(5, v, s); break;                                                                              \
-        case 4: block(4, v, s); break;                                                                              \
-        case 3: block(3, v, s); break;                                                                              \
-        case 2: block(2, v, s); break;                                                                              \
-        default: block(1, v, s);                                                                                    \
-        }                                                                                                           \
-    }
+#define MEET(N, most)                        \
+    case N:                                  \
+        if (N <= (most)) block(N, v, s);     \
+        break;
+#define KERNEL(name, most, ...)                                                                                       \
+    static void name##_block(int n, struct slice *s, const struct kt_acts *a, const int32_t *token, int64_t k0) {     \
+        const struct variant v = {__VA_ARGS__};                                                                       \
+        for (int i = 0; i < n; i++) prepare(s, i, v, a, token[i] * a->stride + k0 + s->k);                            \
+        switch (n) { MEET(6, most) MEET(5, most) MEET(4, most) MEET(3, most) MEET(2, most) MEET(1, most) }            \
+    }                                                                                                                 \
+    static const struct kernel name = {name##_block, most};
+
 /* clang-format off
- *              group, min_group, zero, steps, wide */
-BLOCK(zero_8,     32, 0,  1, 8, 0) /* Q4_0, Q5_0, IQ1_S, IQ3_S, TQ, MXFP4, INT4; VNNI: all */
-BLOCK(mins_8,     32, 32, 0, 8, 0) /* Q4_1, Q4_K, INT4 with zero points; VNNI: Q5_1, Q5_K, INT8 too */
-BLOCK(zero16_4,   16, 0,  1, 4, 0) /* Q6_K, IQ1_M, NVFP4; VNNI: IQ2 too */
+ *             tokens, group, min_group, zero, steps, wide */
 #if VNNI
-BLOCK(mins16,     32, 16, 0, 8, 0) /* Q2_K */
+KERNEL(zero_8,      6, 32, 0,  1, 8, 0)
+KERNEL(mins_8,      6, 32, 32, 0, 8, 0)
+KERNEL(zero16_4,    6, 16, 0,  1, 4, 0)
+KERNEL(mins16,      6, 32, 16, 0, 8, 0)
 #else
-BLOCK(mins16,     32, 16, 0, 2, 0) /* Q2_K: u up to 45 */
-BLOCK(mins_4,     32, 32, 0, 4, 0) /* Q5_1, Q5_K */
-BLOCK(mins_wide,  32, 32, 1, 8, 1) /* INT8 with zero points */
-BLOCK(zero_2,     32, 0,  1, 2, 0) /* IQ2_XXS, IQ3_XXS */
-BLOCK(wide,       32, 0,  0, 8, 1) /* Q8_0, Q3_K, IQ4, INT8: the zero point is 128 */
-BLOCK(zero16_2,   16, 0,  1, 2, 0) /* IQ2_XS, IQ2_S */
-BLOCK(wide16,     16, 0,  0, 4, 1) /* INT8, a scale for 16 columns */
+KERNEL(zero_8,      3, 32, 0,  1, 8, 0) /* Q4_0, Q5_0, IQ1_S, IQ3_S, TQ, MXFP4, INT4 */
+KERNEL(mins_8,      3, 32, 32, 0, 8, 0) /* Q4_1, Q4_K, INT4 with zero points */
+KERNEL(zero16_4,    3, 16, 0,  1, 4, 0) /* Q6_K, IQ1_M, NVFP4 */
+KERNEL(mins16,      3, 32, 16, 0, 2, 0) /* Q2_K: u up to 45 */
+KERNEL(mins_4,      3, 32, 32, 0, 4, 0) /* Q5_1, Q5_K */
+KERNEL(mins_wide,   6, 32, 32, 1, 8, 1) /* INT8 with zero points */
+KERNEL(zero_2,      3, 32, 0,  1, 2, 0) /* IQ2_XXS, IQ3_XXS */
+KERNEL(wide,        6, 32, 0,  0, 8, 1) /* Q8_0, Q3_K, IQ4, INT8: the zero point is 128 */
+KERNEL(zero16_2,    3, 16, 0,  1, 2, 0) /* IQ2_XS, IQ2_S */
+KERNEL(wide16,      6, 16, 0,  0, 4, 1) /* INT8, a scale for 16 columns */
 #endif
 /* clang-format on */
 
-static block_fn block_of(const struct kt_panel *p) {
+static const struct kernel *kernel_of(const struct kt_panel *p) {
 #if VNNI
-    return p->group == 16 ? zero16_4 : p->min_group == 16 ? mins16 : p->min_group ? mins_8 : zero_8;
+    return p->group == 16 ? &zero16_4 : p->min_group == 16 ? &mins16 : p->min_group ? &mins_8 : &zero_8;
 #else
     const int steps = 32767 / 254 / p->max_abs; /* that fit 16 bits */
-    if (p->group == 16) return steps >= 4 ? zero16_4 : steps >= 2 ? zero16_2 : wide16;
-    if (p->min_group == 16) return mins16;
-    if (p->min_group) return steps >= 8 ? mins_8 : steps >= 4 ? mins_4 : mins_wide;
-    return steps >= 8 ? zero_8 : steps >= 2 ? zero_2 : wide;
+    if (p->group == 16) return steps >= 4 ? &zero16_4 : steps >= 2 ? &zero16_2 : &wide16;
+    if (p->min_group == 16) return &mins16;
+    if (p->min_group) return steps >= 8 ? &mins_8 : steps >= 4 ? &mins_4 : &mins_wide;
+    return steps >= 8 ? &zero_8 : steps >= 2 ? &zero_2 : &wide;
 #endif
 }
 
 static void gemm_q8(const struct kt_panel *p, const struct kt_acts *a, const int32_t *token, int tokens, int64_t k0,
                     float *c, int64_t ldc, int add) {
-    const block_fn block = block_of(p);
-    const int blocks = (tokens + TOKENS - 1) / TOKENS; /* of equal size, or one less: seven tokens are 4 + 3 */
+    const struct kernel *kernel = kernel_of(p);
+    const int blocks = (tokens + kernel->tokens - 1) / kernel->tokens; /* of equal size, or one less: 4 are 2 + 2 */
     kt_ahead_spread(p->ahead, (int64_t)blocks * (p->k / KT_ACT_GROUP) * p->tiles);
     for (int64_t k = 0; k < p->k; k += KT_CACHE_BYTES)
         for (int b = 0, t = 0, n; b < blocks; b++, t += n) {
@@ -259,7 +269,7 @@ static void gemm_q8(const struct kt_panel *p, const struct kt_acts *a, const int
             s.c = c + t * ldc;
             s.ldc = ldc;
             s.add = add || k;
-            block(n, &s, a, token + t, k0);
+            kernel->block(n, &s, a, token + t, k0);
         }
 }
 

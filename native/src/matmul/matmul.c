@@ -2,7 +2,7 @@
  *
  *   dot     few tokens: a pass over packed bytes that unpacks in registers, for up to four tokens (formats that have
  * such           a kernel)
- *   strips  not many tokens: 16 rows x 512 columns are unpacked into the first-level cache and met by all tokens
+ *   strips  not many tokens: 32 rows x 512 columns are unpacked into the first-level cache and met by all tokens
  *   panels  many tokens: 128 rows x 2048 columns are unpacked into the second-level cache; while a GEMM works on
  *           them it fetches the packed bytes of the next panel
  *
@@ -18,6 +18,7 @@ enum path { DOT, STRIPS, PANELS };
 
 enum {
     PANELS_FROM = 8,   /* tokens from which a panel's second trip through the caches is repaid */
+    STRIP_ROWS = 32,   /* two tiles: what a GEMM prepares of its tokens serves both */
     STRIP_BYTES = 512, /* of a row */
 };
 
@@ -190,6 +191,12 @@ static void dot_block(const struct kt_block *b) {
     fetch_scales(b->next);
 }
 
+/* Unpacking takes as long as two tokens' products, and fetches as much of what comes next. */
+static void fetch_while_filling(struct kt_panel *p, int tokens) {
+    const int64_t steps = (int64_t)p->tiles * 2 * ((p->k + KT_AHEAD_COLS - 1) / KT_AHEAD_COLS);
+    p->ahead->step = (int)(kt_ahead_lines(p->ahead) * 2 / (tokens + 2) / steps);
+}
+
 /* `bytes` of a panel row at a time. */
 static void panel_block(const struct kt_block *b, int bytes) {
     const struct kt_kernels *k = b->k;
@@ -201,21 +208,21 @@ static void panel_block(const struct kt_block *b, int bytes) {
     if (columns < KT_BLOCK_COLS) columns = KT_BLOCK_COLS;
     const int tiles = (b->rows + KT_TILE - 1) / KT_TILE;
     for (int64_t k0 = 0; k0 < w->cols; k0 += columns) {
-        struct kt_panel p = {.kind = kind, .tiles = tiles, .k = kt_min(w->cols - k0, columns)};
-        kt_panel_fill(b, k0, &p);
         struct kt_ahead ahead = {0};
+        struct kt_panel p = {.kind = kind, .tiles = tiles, .k = kt_min(w->cols - k0, columns), .ahead = &ahead};
         if (k0 + columns < w->cols) ahead = packed_bytes(w, b->first, b->rows, k0 + columns, columns);
         else if (b->next.w) ahead = packed_bytes(b->next.w, b->next.first, b->rows, 0, columns);
-        p.ahead = &ahead;
+        fetch_while_filling(&p, b->tokens);
+        kt_panel_fill(b, k0, &p);
         gemm(&p, b->a, b->token, b->tokens, k0, b->c, b->ldc, k0 > 0);
     }
 }
 
 static void strips_block(const struct kt_block *b) {
-    for (int r = 0; r < b->rows; r += KT_TILE) {
+    for (int r = 0; r < b->rows; r += STRIP_ROWS) {
         struct kt_block strip = *b;
         strip.first = b->first + r;
-        strip.rows = (int)kt_min(b->rows - r, KT_TILE);
+        strip.rows = (int)kt_min(b->rows - r, STRIP_ROWS);
         strip.c = b->c + r;
         if (r + strip.rows < b->rows) strip.next = (struct kt_next){b->w, strip.first + strip.rows};
         panel_block(&strip, STRIP_BYTES);

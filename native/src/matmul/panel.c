@@ -136,7 +136,7 @@ static void fill_floats(const struct piece *p, float *v) {
     const struct kt_matrix *w = p->w;
     _Alignas(64) uint32_t codes[PIECE / 4 * KT_TILE];
     _Alignas(64) float scales[PIECE / 16 * KT_TILE], mins[PIECE / 16 * KT_TILE];
-    const struct kt_tile to = {codes, w->order ? p->s->scales : scales, w->order ? p->s->mins : mins};
+    const struct kt_tile to = {codes, w->order ? p->s->scales : scales, w->order ? p->s->mins : mins, NULL};
     const int64_t all_groups = w->order ? (w->cols + w->scale_cols - 1) / w->scale_cols : 0;
     if (w->order) p->k->read_scales(w, p->first, p->rows, 0, all_groups, to.scales, w->zeros ? to.mins : NULL);
     for (int64_t c = 0; c < p->n; c += PIECE) {
@@ -182,7 +182,7 @@ void kt_panel_fill(const struct kt_block *b, int64_t k0, struct kt_panel *p) {
     p->mins = scaled && w->min_group ? s->mins : NULL;
     for (int t = 0; t < p->tiles; t++) {
         const struct kt_tile out = {s->data + t * dwords * KT_TILE, s->scales + t * groups * KT_TILE,
-                                    s->mins + t * min_groups * KT_TILE};
+                                    s->mins + t * min_groups * KT_TILE, p->ahead};
         const struct piece piece = {.k = b->k, .w = w, .s = s, .first = b->first + t * KT_TILE,
                                     .rows = (int)kt_min(b->rows - t * KT_TILE, KT_TILE), .k0 = k0, .n = p->k};
         fill_tile(&piece, p->kind, &out);

@@ -3,7 +3,8 @@
  * Columns are machines, each for the sets that such machines choose. One machine says little of another: the same
  * kernels are worth it up to 8 tokens on Zen 4 and up to 4 on the Xeon.
  *   avx2    avx2 and avx_vnni; xeon    avx512; vnni    avx512_vnni and avx512_vbmi; amx    amx
- *           Intel Xeon with AMX (family 6, model 167 under KVM, 2 MiB second-level cache), 30 November 2026, gcc 12.2
+ *           Intel Xeon with AMX (family 6, model 167 under KVM, 2 MiB second-level cache), 30 November 2026
+ *           (Q8_0 on avx2: 1 December), gcc 12.2
  *   zen4    avx512_bf16: machines that have it and no AMX. AMD EPYC (Zen 4), November 2026, gcc 12.2
  * 17: decoding won up to 16 tokens. Never 1: one token is bound by memory, which decode kernels read best. A format
  * without a row, and a set without a column (portable, ARM), take the defaults. */

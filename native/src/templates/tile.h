@@ -68,7 +68,8 @@ struct part {
 INLINE struct part part_of(const struct block f, const struct kt_matrix *w, int64_t first, int64_t k0,
                            const struct kt_tile *out, int r) {
     const size_t begin = (size_t)(first + r) * w->stride + (size_t)(k0 / f.columns * f.bytes);
-    return (struct part){rows_of(w->data + begin, w->stride), {out->data + r, out->scales + r, out->mins + r}, 0};
+    const struct kt_tile to = {out->data + r, out->scales + r, out->mins + r, out->ahead};
+    return (struct part){rows_of(w->data + begin, w->stride), to, 0};
 }
 
 INLINE void advance(const struct block f, const int blocks, struct part *p) {
@@ -78,11 +79,18 @@ INLINE void advance(const struct block f, const int blocks, struct part *p) {
     p->to.mins += blocks * f.min_groups * KT_TILE;
 }
 
+INLINE void look_ahead(const struct kt_tile *out) {
+    if (out->ahead) kt_ahead_step(out->ahead);
+}
+
 INLINE void tile_blocks(const struct block f, block_fn unpack, const struct kt_matrix *w, int64_t first, int64_t k0,
                         int64_t n, const struct kt_tile *out) {
     for (int r = 0; r < KT_TILE; r += W) {
         struct part p = part_of(f, w, first, k0, out, r);
-        for (int64_t i = 0; i < n / f.columns; i++, advance(f, 1, &p)) unpack(&p.rows, p.at, &p.to);
+        for (int64_t i = 0; i < n / f.columns; i++, advance(f, 1, &p)) {
+            if (i * f.columns % KT_AHEAD_COLS == 0) look_ahead(out);
+            unpack(&p.rows, p.at, &p.to);
+        }
     }
 }
 
@@ -122,7 +130,10 @@ INLINE void tile_small(const struct block f, codes_fn codes, const struct kt_mat
     for (int r = 0; r < KT_TILE; r += W) {
         struct part p = part_of(f, w, first, k0, out, r);
         int64_t i = n / f.columns;
-        for (; i >= f.run; i -= f.run, advance(f, f.run, &p)) run_small(f, codes, p);
+        for (; i >= f.run; i -= f.run, advance(f, f.run, &p)) {
+            if ((i - n / f.columns) * f.columns % KT_AHEAD_COLS == 0) look_ahead(out);
+            run_small(f, codes, p);
+        }
         for (; i > 0; i--, advance(f, 1, &p)) one_small(f, codes, &p);
     }
 }

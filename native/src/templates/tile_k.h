@@ -177,7 +177,7 @@ INLINE void iq4_xs_block(const struct rows *rows, size_t at, const struct kt_til
     }
 #pragma GCC unroll 8
     for (int g = 0; g < 8; g++) {
-        const struct kt_tile group = {to->data + g * 8 * KT_TILE, NULL, NULL};
+        const struct kt_tile group = {to->data + g * 8 * KT_TILE, NULL, NULL, NULL};
         vec v[4];
         columns4(rows, at + 8 + 16 * g, v);
         put_chosen(&group, v, kt_iq4_codes);
