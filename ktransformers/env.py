@@ -22,6 +22,7 @@ amx_emulated computes AMX's instructions in C: slow, for tests where AMX is miss
 VARIABLES = {
     "KT_BUILD": "read by `make setup`: host compiles the C library for this machine, all for every machine of its kind",
     "KT_DEBUG": "0 quiet, 1 print the injection plan while loading",
+    "KT_GRAPHS": "1 (default) decodes on a GPU by a captured graph where the model allows it, 0 never",
     "KT_HISTORY": "file that keeps what was typed in kt chat, or off; default: in the user's state folder",
     "KT_HUGE_PAGES": "1 reads checkpoints into huge pages instead of mapping them: faster decoding, slower to open",
     "KT_ISA": f"highest instruction set the C library may use: {', '.join(ISAS)}",
@@ -55,6 +56,11 @@ def build() -> str | None:
 def debug() -> int:
     """KT_DEBUG as an integer, 0 when unset."""
     return _integer("KT_DEBUG", 0, 0, 1)
+
+
+def graphs() -> bool:
+    """KT_GRAPHS: whether decoding on a GPU is captured as a graph."""
+    return bool(_integer("KT_GRAPHS", 1, 0, 1))
 
 
 def history() -> str:

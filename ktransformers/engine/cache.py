@@ -17,6 +17,7 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
+from ktransformers.operators.fixed_cache import FixedCache
 from ktransformers.operators.paged_cache import PagedCache, PagedLayer, PagedWindowLayer
 
 
@@ -80,7 +81,7 @@ class PrefixCache:
         layers = [layer for layer in _layers(self.cache) if not isinstance(layer, DummyLayer)]
         if length == len(self.ids) and not self._torn:
             layers = [layer for layer in layers if getattr(layer, "record_past", False)]  # back to the window's size
-        elif type(self.cache) not in (DynamicCache, PagedCache) or not layers:
+        elif type(self.cache) not in (DynamicCache, PagedCache, FixedCache) or not layers:
             return False  # a family's own cache may hold more than its layers
         elif not all(_can_forget(layer, length) for layer in layers) or self._torn and not self._whole():
             return False

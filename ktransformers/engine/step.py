@@ -1,7 +1,8 @@
 """A step of one sequence: token ids in, logits of the next token out. Prints nothing, chooses nothing.
 
 A prompt goes through the model's forward in chunks. A single token after it goes through the recorded step
-(native.Decode) where the model has one, else through the forward too.
+(native.Decode) on the CPU, or the captured graph (graphs.py) on a GPU, where the model has one; else through the
+forward too.
 """
 
 from collections.abc import Sequence
@@ -9,9 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ktransformers import env
 from ktransformers.engine.cache import PrefixCache
+from ktransformers.engine.graphs import graph_of
+from ktransformers.machine.streams import streams_of
 from ktransformers.models import ONE_BY_ONE
 from ktransformers.native import Decode
+from ktransformers.operators.fixed_cache import FixedCache, fixed_cache
 from ktransformers.operators.host_experts import finish
 from ktransformers.operators.paged_cache import paged_cache
 from ktransformers.operators.stack import decode_of
@@ -23,6 +28,7 @@ class Steps:
     def __init__(self, model: nn.Module, cache: PrefixCache) -> None:
         self.model, self.cache = model, cache
         self._device = model.device  # found by a walk over modules
+        self._streams = streams_of(self._device) if env.graphs() else None
         self._recorded: Decode | None = None
         self._looked_up = False
 
@@ -46,15 +52,30 @@ class Steps:
         if not self._looked_up:
             self._recorded, self._looked_up = decode_of(self.model, self.cache.cache), True
         if self._recorded is None:
-            return self._forward([token])
+            return self._by_graph(token)
         with self.cache.extending([token]):
             return self._recorded(token)
+
+    def _by_graph(self, token: int) -> Tensor:
+        """By the graph over the cache. A first token makes what a graph cannot: it goes by the forward."""
+        cache, streams = self.cache, self._streams
+        if streams is None or type(cache.cache) is not FixedCache or not cache.cache.graphable:
+            return self._forward([token])
+        cache.cache.reserve(len(cache.ids) + 1)
+        first, cache.cache.stepped = not cache.cache.stepped, True
+        step = None if first else graph_of(self.model, cache.cache, streams, self._device)
+        if step is None:
+            return self._forward([token])
+        with cache.extending([token]):
+            return step(token, len(cache.ids))
 
     def _forward(self, ids: Sequence[int]) -> Tensor:
         """One forward pass over `ids` [T] that extends the cache; the logits [V] of the last position."""
         cache = self.cache
         if cache.cache is None:  # a rule file may leave the model, which would make one, to transformers
-            cache.cache = paged_cache(self.model)
+            cache.cache = (fixed_cache if self._streams else paged_cache)(self.model)
+        if type(cache.cache) is FixedCache:
+            cache.cache.reserve(len(cache.ids) + len(ids))
         input_ids = torch.tensor([list(ids)], device=self._device)
         with cache.extending(ids):
             output = self.model(input_ids=input_ids, past_key_values=cache.cache, use_cache=True, logits_to_keep=1)

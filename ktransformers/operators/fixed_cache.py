@@ -1,0 +1,71 @@
+"""Keys and values at fixed addresses, for steps that are captured as a graph; of layers that attend to all tokens.
+
+transformers' static cache, which keeps its length in the device's memory, and two things that it cannot: it grows, and
+it forgets the last tokens.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, GenerationMixin, StaticCache
+from transformers.cache_utils import DynamicLayer, StaticLayer
+
+LEAST_TOKENS = 1024
+"""Of a new cache. Attention reads whatever there is room for, so room doubles, it does not begin large."""
+
+
+class FixedLayer(StaticLayer):
+    """Keys [B, C, room, D] and values [B, C, room, V]."""
+
+    @torch.inference_mode()
+    def crop(self, max_length: Any) -> None:
+        """Keep `max_length` tokens, or all but the last `-max_length`."""
+        if self.is_initialized:
+            wanted = int(max_length)
+            self.cumulative_length.fill_(wanted if wanted >= 0 else int(self.cumulative_length) + wanted)
+
+    @torch.inference_mode()
+    def grow(self, tokens: int) -> None:
+        """Have room for `tokens`, elsewhere in memory."""
+        self.max_cache_len = tokens
+        if not self.is_initialized:
+            return
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_zeros(*old.shape[:2], tokens, old.shape[3])
+            new[:, :, : old.shape[2]].copy_(old)
+            setattr(self, name, new)
+
+
+class FixedCache(StaticCache):
+    """One sequence's.
+
+    `graph`: what engine/graphs.py captured over this memory, None when it moves; `graphable`: whether anything can be;
+    `stepped`: whether a step of one token was computed over it.
+    """
+
+    def __init__(self, config: Any, tokens: int = LEAST_TOKENS) -> None:
+        super().__init__(config=config, max_cache_len=tokens)
+        self.layers = [FixedLayer(tokens) for _ in self.layers]
+        self.room, self.graph, self.graphable, self.stepped = tokens, None, True, False
+
+    def reserve(self, tokens: int) -> None:
+        """Have room for so many tokens in all."""
+        if tokens <= self.room:
+            return
+        while self.room < tokens:
+            self.room *= 2
+        self.graph = None
+        for layer in self.layers:
+            layer.grow(self.room)
+
+
+def fixed_cache(model: nn.Module) -> FixedCache | None:
+    """A fresh cache for `model`; None where a layer keeps something else than the keys and values of all tokens."""
+    family = type(getattr(model, "orig_module", None) or model)
+    if not GenerationMixin._supports_default_dynamic_cache.__func__(family):
+        return None
+    config = model.config.get_text_config(decoder=True)
+    layers = DynamicCache(config=config).layers
+    return FixedCache(config) if layers and all(type(layer) is DynamicLayer for layer in layers) else None
