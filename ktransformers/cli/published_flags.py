@@ -48,7 +48,7 @@ FLAGS: Mapping[str, Flag] = {
     "kt_cpuinfer": Flag(becomes="threads"),
     "force_think": Flag(switch=True, becomes="force_think"),
     "device": Flag(becomes="devices"),
-    "use_cuda_graph": Flag(switch=True, instead="has no effect: a GPU decodes by graphs unless KT_GRAPHS=0. Leave it out"),
+    "use_cuda_graph": Flag(switch=True, instead="has no effect: GPUs use graphs unless KT_GRAPHS=0. Leave it out"),
     "cache_q4": Flag(instead="is not built. Leave it out, or use --cache q8_0", refused=True),
     "mode": Flag(instead="has no effect: long prompts need no mode, --chunk-size bounds their memory. Leave it out"),
     "tp": _PLANNED,
