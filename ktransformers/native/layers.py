@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,30 +21,58 @@ if TYPE_CHECKING:
     from ktransformers.native.self_attention import Attention
 
 
+@dataclass(frozen=True)
+class Norm:
+    """x / sqrt(mean(x^2) + eps) * weight, float [H]; centered: of x - mean(x)."""
+
+    weight: torch.Tensor
+    eps: float
+    centered: bool = False
+
+    def fill(self, state: State, to: Any, hidden: int, subject: str) -> torch.Tensor:
+        """Write it into a kt_row_norm. Returns what must live as long."""
+        weight = read_floats(self.weight, (hidden,), f"{subject} norm")
+        to.weight, to.eps, to.centered = state.ffi.cast("float *", weight.data_ptr()), self.eps, self.centered
+        return weight
+
+
+@dataclass(frozen=True)
+class Joining:
+    """How a part joins the sum: keep * x + factor * after(part(before(x))). None: no norm."""
+
+    before: Norm | None = None
+    after: Norm | None = None
+    keep: float = 1.0
+    factor: float = 1.0
+
+
 class Layer:
-    """x + factor * attention(norm(x)), and to that factor * mlp(norm(.)). Keeps its parts alive. No gradients."""
+    """Attention joins the sum, then an MLP; `parallel`: that sees the sum as attention did. Keeps its parts alive. No
+    gradients."""
 
     def __init__(
         self,
         attention: Attention,
         mlp: Block | Experts,
-        norms: Sequence[torch.Tensor],
-        eps: Sequence[float],
-        factor: float = 1.0,
+        first: Joining,
+        second: Joining,
+        parallel: bool = False,
         name: str = "layer",
     ) -> None:
-        """`mlp`: a Block, or Experts of one expert. `norms`: float [H] before attention and before `mlp`, with `eps`
-        each. Raises NativeError for what does not fit together."""
+        """`mlp`: a Block, or Experts of one expert. `first` and `second`: of attention and of `mlp`. Raises NativeError
+        for what does not fit together."""
         state = loaded()
         self.name, self.attention, self.hidden = name, attention, attention.hidden
         self._keep: list[Any] = [attention, mlp]
-        desc = state.ffi.new("kt_layer_desc *", {"factor": factor})
+        desc = state.ffi.new("kt_layer_desc *", {"parallel": parallel})
         desc.attention = attention.handle
         setattr(desc, "moe" if isinstance(mlp, Block) else "mlp", mlp.handle)
-        for field, weight, value in zip(("attention", "mlp"), norms, eps, strict=True):
-            self._keep.append(read_floats(weight, (self.hidden,), f"{name} ({field} norm)"))
-            setattr(desc, f"{field}_norm", state.ffi.cast("float *", self._keep[-1].data_ptr()))
-            setattr(desc, f"{field}_eps", value)
+        for part, how, to in (("attention", first, desc.first), ("mlp", second, desc.second)):
+            to.keep, to.factor = how.keep, how.factor
+            for place, norm in (("before", how.before), ("after", how.after)):
+                if norm is not None:
+                    kept = norm.fill(state, getattr(to, place), self.hidden, f"{name}, {place} {part}:")
+                    self._keep.append(kept)
         out = state.ffi.new("kt_layer **")
         state.check(state.lib.kt_layer_create(desc, out), name)
         self.handle = state.ffi.gc(out[0], state.lib.kt_layer_destroy)
@@ -58,10 +87,10 @@ class Layers:
         self,
         layers: Sequence[Layer],
         kinds: Sequence[int] | None = None,
-        norm: tuple[torch.Tensor, float] | None = None,
+        norm: Norm | None = None,
     ) -> None:
         """`kinds`: of each layer, the number of its positions in what `forward` is given; None: all take the first.
-        `norm`: weight, float [H], and eps of one after the last layer, as those of a `Layer`."""
+        `norm`: the one after the last layer."""
         if not layers:
             raise NativeError("layers: found none, expected at least one.")
         state = loaded()
@@ -75,8 +104,7 @@ class Layers:
             self.calls[i].like = self.first[kind]
         self.stack = state.ffi.new("kt_stack *", {"count": len(layers), "layers": self._handles, "calls": self.calls})
         if norm is not None:
-            self._norm = read_floats(norm[0], (self.hidden,), f"{self.name} (last norm)")
-            self.stack.norm, self.stack.eps = state.ffi.cast("float *", self._norm.data_ptr()), norm[1]
+            self._norm = norm.fill(state, self.stack.norm, self.hidden, f"{self.name}, last")
         self._sequences: list[Any] = [None] * len(layers)
         self._lock = threading.Lock()
 

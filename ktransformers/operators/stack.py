@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ktransformers import native
-from ktransformers.models.traits import TRAITS
 from ktransformers.native import torch_ops
 from ktransformers.operators.angles import Angles, is_fixed
 from ktransformers.operators.combining import has_hooks, is_collecting
-from ktransformers.operators.decoding import Decoding, decoding_of, head_of
+from ktransformers.operators.decoding import Decoding, decoding_of, head_of, rotaries_of
 from ktransformers.operators.embedding import table_of
 from ktransformers.operators.linear import packed_of
 from ktransformers.operators.paged_cache import PagedCache, PagedLayer
@@ -112,8 +111,7 @@ class Stack:
         kept = self._made.get(given.dtype)
         if kept is None or not kept[0].unchanged():
             made = self._make(given, cache)
-            rotaries = (child for child in self.decoder.children() if TRAITS["rotary"](child))
-            moving = [each for each in rotaries if not is_fixed(original(each))]
+            moving = [each for each in rotaries_of(self.decoder).values() if not is_fixed(original(each))]
             kept = Watch(self.decoder, moving), made  # after: a layer makes itself ready at first
             self._made[given.dtype] = kept
         return kept[1]
@@ -147,11 +145,8 @@ class _Made:
                  for i, attending in enumerate(self._attending)]  # fmt: skip
         each = list(dict.fromkeys(kinds))
         self._of_kind = [(kind[0], kinds.index(kind)) for kind in each]
-        self._angles = {i: Angles(decoder._modules[name], given) for i, (name, given) in enumerate(found.rotaries)}
-        norm = None
-        if found.rms is not None:
-            eps, shift = found.rms
-            norm = decoder._modules[found.norm].weight.detach().float() + shift, eps
+        self._angles = {i: Angles(decoder.get_submodule(name), given) for i, (name, given) in enumerate(found.rotaries)}
+        norm = None if found.norm_as is None else found.norm_as.native(decoder._modules[found.norm])
         self._layers = native.Layers(layers, [each.index(kind) for kind in kinds], norm)
 
     def forward(self, kwargs: Mapping[str, Any], given: Tensor, cache: PagedCache) -> Any:
@@ -223,7 +218,7 @@ class _Made:
         out = self._layers.forward(hidden, pages, positions, pads=pads, q_factors=factors)
         for part in held:
             part.advanced()
-        return out if self.found.rms is not None else self.decoder._modules[self.found.norm](out)
+        return out if self._layers.norm is not None else self.decoder._modules[self.found.norm](out)
 
 
 def decode_of(model: nn.Module, cache: Any) -> native.Decode | None:

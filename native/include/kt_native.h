@@ -477,15 +477,27 @@ void kt_delta_net_destroy(kt_delta_net *net);
 int kt_delta_net_forward(const kt_delta_net *net, kt_pool *pool, const kt_delta_net_call *call, const void *hidden,
                          void *out);
 
-/* A decoder layer: x += factor * attention(norm(x)), then x += factor * mlp(norm(x)), where norm is x / sqrt(mean(x^2) +
- * eps) * weight with fp32 weights [H], and mlp is a block of experts or, where that is NULL, one dense MLP (a kt_experts
- * of one expert). All stay the caller's. */
+/* x / sqrt(mean(x^2) + eps) * weight with fp32 weights [H]; centered: of x - mean(x). No norm where weight is NULL. */
+typedef struct kt_row_norm {
+    const float *weight;
+    float eps;
+    int32_t centered;
+} kt_row_norm;
+
+/* How a part of a layer joins the sum: x = keep * x + factor * after(part(before(x))). */
+typedef struct kt_joining {
+    kt_row_norm before, after;
+    float keep, factor;
+} kt_joining;
+
+/* A decoder layer: attention joins the sum, then an MLP, which is a block of experts or, where that is NULL, a dense one
+ * (a kt_experts of one expert). parallel: both see the sum as it was before either joins. All stay the caller's. */
 typedef struct kt_layer_desc {
     const kt_attention *attention;
     const kt_moe *moe;
     const kt_experts *mlp;
-    const float *attention_norm, *mlp_norm;
-    float attention_eps, mlp_eps, factor;
+    kt_joining first, second;
+    int32_t parallel;
 } kt_layer_desc;
 
 typedef struct kt_layer kt_layer;
@@ -493,15 +505,13 @@ typedef struct kt_layer kt_layer;
 int kt_layer_create(const kt_layer_desc *desc, kt_layer **layer);
 void kt_layer_destroy(kt_layer *layer);
 
-/* Layers one after the other, and the norm after the last of them (fp32 [H] and its eps) where `norm` is not NULL. calls:
- * one a layer, with its own sequences, layout and window; all else of a layer's call is that of calls[its like], and like
+/* Layers one after the other, and the norm after the last of them. calls: one a layer, with its own sequences, layout and window; all else of a layer's call is that of calls[its like], and like
  * is at most the layer's own number. */
 typedef struct kt_stack {
     int64_t count;
     const kt_layer *const *layers;
     const kt_attention_call *calls;
-    const float *norm;
-    float eps;
+    kt_row_norm norm;
 } kt_stack;
 
 /* hidden, out [batch, tokens, H]; out may be hidden. The sum between the layers is in fp32. Lengths are raised in all

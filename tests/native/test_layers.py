@@ -22,8 +22,8 @@ def experts(seed, count, inner=64, fmt="F32"):
     return native.Experts(*stacks, name="experts")
 
 
-def layer(seed, dense=False, factor=1.0, fmt="F32"):
-    """A layer, and its parts."""
+def layer(seed, dense=False, factor=1.0, fmt="F32", **form):
+    """A layer, and its parts. `form`: as `joinings` takes it."""
     attention = Case(fmt=fmt, norms=True, seed=seed)
     g = torch.Generator().manual_seed(seed)
     if dense:
@@ -31,25 +31,41 @@ def layer(seed, dense=False, factor=1.0, fmt="F32"):
     else:
         routing = Routing(Choice(2, "softmax"), torch.randn(5, HIDDEN, generator=g) / 8)
         mlp = native.Block(routing.in_c("router"), experts(seed, 5, fmt=fmt), name="block")
-    norms = [torch.rand(HIDDEN, generator=g) + 0.5 for _ in range(2)]
-    made = native.Layer(attention.made, mlp, norms, (1e-6, 1e-5), factor, name=f"layer {seed}")
-    return made, attention, mlp, norms, factor
+    parallel = form.pop("parallel", False)
+    first, second = joinings(g, factor, **form)
+    made = native.Layer(attention.made, mlp, first, second, parallel, name=f"layer {seed}")
+    return made, attention, mlp, first, second, parallel
 
 
-def normed(x, weight, eps):
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+def joinings(g, factor, before=True, after=False, centered=False, keep=1.0):
+    for eps in (1e-6, 1e-5):
+        norms = [native.Norm(torch.rand(HIDDEN, generator=g) + 0.5, eps, centered) if there else None
+                 for there in (before, after)]  # fmt: skip
+        yield native.Joining(*norms, keep, factor)
+
+
+def normed(x, norm):
+    if norm is None:
+        return x
+    x = x - x.mean(-1, keepdim=True) if norm.centered else x
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm.weight
+
+
+def joined(x, how, gave):
+    return how.keep * x + how.factor * normed(gave.view(x.shape), how.after)
 
 
 def one_by_one(parts, x, pages, positions):
-    for (_, attention, mlp, norms, factor), held in zip(parts, pages, strict=True):
-        x = x + factor * attention.made.forward(normed(x, norms[0], 1e-6), held, positions)
-        rows = normed(x, norms[1], 1e-5).flatten(0, 1)
+    for (_, attention, mlp, first, second, parallel), held in zip(parts, pages, strict=True):
+        given, gave = x, attention.made.forward(normed(x, first.before), held, positions)
+        x = joined(x, first, gave)
+        rows = normed(given if parallel else x, second.before).flatten(0, 1)
         if isinstance(mlp, native.Experts):
             zeros = torch.zeros(len(rows), 1, dtype=torch.int64)
             out = mlp.forward(rows, zeros, torch.ones(len(rows), 1))
         else:
             out = mlp.forward(rows)
-        x = x + factor * out.view(x.shape)
+        x = joined(x, second, out)
     return x
 
 
@@ -68,8 +84,34 @@ def test_layers_in_one_call_give_what_their_parts_give(tokens, factor):
     assert [held.lengths for held in pages] == [[at, at]] * 3
 
 
-def test_more_tokens_than_a_piece_of_the_second_half():
-    parts = [layer(1)]
+@pytest.mark.parametrize("form", [
+    {"after": True}, {"before": False, "after": True}, {"before": False}, {"parallel": True}, {"centered": True},
+    {"keep": 0.6}, {"after": True, "centered": True, "keep": 0.6, "parallel": True},
+], ids=str)  # fmt: skip
+def test_layers_of_any_form(form):
+    """Norms before and after, centered or not, a sum that is scaled, an MLP beside the attention; with a plain layer
+    before and after."""
+    parts = [layer(0), layer(1, factor=0.3, **form), layer(2, dense=True, **form), layer(3)]
+    stack = native.Layers([part[0] for part in parts])
+    pages, theirs = ([part[1].pages() for part in parts] for _ in range(2))
+    hidden, positions = hidden_of(2, 8), positions_of(PLAIN, 1, 8)
+    for begin, end in ((0, 7), (7, 8)):
+        piece, place = hidden[:, begin:end], cut(positions, begin, end)
+        expected = one_by_one(parts, piece, theirs, place)
+        torch.testing.assert_close(stack.forward(piece, pages, [place]), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("centered", [False, True])
+def test_the_norm_after_the_last(centered):
+    parts, norm = [layer(0)], native.Norm(torch.rand(HIDDEN) + 0.5, 1e-6, centered)
+    out = native.Layers([parts[0][0]], norm=norm).forward(hidden_of(1, 3), [parts[0][1].pages()])
+    expected = normed(one_by_one(parts, hidden_of(1, 3), [parts[0][1].pages()], None), norm)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", [{}, {"parallel": True, "after": True}], ids=str)
+def test_more_tokens_than_a_piece_of_the_second_half(form):
+    parts = [layer(1, **form)]
     hidden, positions = hidden_of(1, 2100), positions_of(PLAIN, 1, 2100)
     out = native.Layers([parts[0][0]]).forward(hidden, [parts[0][1].pages()], [positions])
     expected = one_by_one(parts, hidden, [parts[0][1].pages()], positions)
@@ -95,7 +137,7 @@ def test_between_layers_the_sum_is_fp32(dtype):
 
 
 def test_bits_do_not_depend_on_threads():
-    parts = [layer(0, dense=True, fmt="Q8_0"), layer(1, fmt="Q8_0")]
+    parts = [layer(0, dense=True, fmt="Q8_0", after=True, parallel=True), layer(1, fmt="Q8_0")]
     stack, found = native.Layers([part[0] for part in parts]), []
     try:
         for count in (1, 2, 3):
@@ -119,5 +161,5 @@ def test_what_does_not_fit_is_said_and_no_cache_grows():
     with pytest.raises(NativeError, match="expected at least one"):
         native.Layers([])
     with pytest.raises(NativeError, match="norm"):
-        native.Layer(parts[0][1].made, parts[0][2], [torch.ones(3), torch.ones(HIDDEN)], (0.0, 0.0))
+        native.Layer(parts[0][1].made, parts[0][2], native.Joining(native.Norm(torch.ones(3), 0.0)), native.Joining())
     assert [held.length for held in pages] == [0, 0]
