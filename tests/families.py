@@ -175,9 +175,12 @@ DECODER_NOT_NATIVE = ATTENTION_NOT_NATIVE | {
     "lfm2_moe": "convolutions", "llama4": "weighs the input of the experts",
     "llama4_text": "weighs the input of the experts", "longcat_flash": "two attentions a layer",
     "minimax": "linear attention", "nemotron_h": "state spaces", "phimoe": "a router of its own",
-    "qwen3_5_moe": "delta nets", "qwen3_5_moe_text": "delta nets", "qwen3_next": "delta nets",
 }  # fmt: skip
-"""Families whose decoder, all layers and the norm after them, is not one native call on the CPU -> why. All others' is."""
+"""Families whose decoder, all layers and the norm after them, is not one native call on the CPU -> why. All others' is,
+but for prompts of those in the next table."""
+
+PROMPT_NOT_NATIVE = {"qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next"}
+"""Families with delta nets: of them one call takes one more token of each sequence, where none is padding."""
 
 WITHOUT = {
     "dbrx": "experts flattened to [E*I, H] in a layout no later model uses",

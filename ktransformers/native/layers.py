@@ -1,4 +1,4 @@
-"""Decoder layers in one call: norms, self-attention, experts or a dense MLP, and the sums between them."""
+"""Decoder layers in one call: norms, self-attention or a delta net, experts or a dense MLP, and sums between them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ktransformers.errors import NativeError
 from ktransformers.native import torch_ops
 from ktransformers.native.block import Block
 from ktransformers.native.checks import checked_input, read_floats
+from ktransformers.native.delta_net import DeltaNet, Kept
 from ktransformers.native.library import State, loaded, pooled
 
 if TYPE_CHECKING:
@@ -47,27 +48,27 @@ class Joining:
 
 
 class Layer:
-    """Attention joins the sum, then an MLP; `parallel`: that sees the sum as attention did. Keeps its parts alive. No
-    gradients."""
+    """What mixes tokens joins the sum, then an MLP; `parallel`: that sees the sum as the mixer did. Keeps its parts
+    alive. No gradients."""
 
     def __init__(
         self,
-        attention: Attention,
+        mixer: Attention | DeltaNet,
         mlp: Block | Experts,
         first: Joining,
         second: Joining,
         parallel: bool = False,
         name: str = "layer",
     ) -> None:
-        """`mlp`: a Block, or Experts of one expert. `first` and `second`: of attention and of `mlp`. Raises NativeError
+        """`mlp`: a Block, or Experts of one expert. `first` and `second`: of `mixer` and of `mlp`. Raises NativeError
         for what does not fit together."""
         state = loaded()
-        self.name, self.attention, self.hidden = name, attention, attention.hidden
-        self._keep: list[Any] = [attention, mlp]
+        self.name, self.mixer, self.hidden = name, mixer, mixer.hidden
+        self._keep: list[Any] = [mixer, mlp]
         desc = state.ffi.new("kt_layer_desc *", {"parallel": parallel})
-        desc.attention = attention.handle
+        setattr(desc, "delta_net" if isinstance(mixer, DeltaNet) else "attention", mixer.handle)
         setattr(desc, "moe" if isinstance(mlp, Block) else "mlp", mlp.handle)
-        for part, how, to in (("attention", first, desc.first), ("mlp", second, desc.second)):
+        for part, how, to in (("mixer", first, desc.first), ("mlp", second, desc.second)):
             to.keep, to.factor = how.keep, how.factor
             for place, norm in (("before", how.before), ("after", how.after)):
                 if norm is not None:
@@ -102,7 +103,10 @@ class Layers:
         self.calls = state.ffi.new("kt_attention_call[]", len(layers))
         for i, kind in enumerate(kinds):
             self.calls[i].like = self.first[kind]
-        self.stack = state.ffi.new("kt_stack *", {"count": len(layers), "layers": self._handles, "calls": self.calls})
+        self._nets = state.ffi.new("kt_delta_net_call[]", len(layers))
+        self.stack = state.ffi.new("kt_stack *", {
+            "count": len(layers), "layers": self._handles, "calls": self.calls, "nets": self._nets,
+        })  # fmt: skip
         if norm is not None:
             self._norm = norm.fill(state, self.stack.norm, self.hidden, f"{self.name}, last")
         self._sequences: list[Any] = [None] * len(layers)
@@ -111,15 +115,16 @@ class Layers:
     def forward(
         self,
         hidden: torch.Tensor,
-        pages: Sequence[Pages],
+        pages: Sequence[Pages | Kept],
         positions: Sequence[tuple[torch.Tensor, torch.Tensor] | None] = (None,),
         mask: torch.Tensor | None = None,
         mask_first: int = 0,
         pads: tuple[int, ...] | None = None,
         q_factors: Sequence[torch.Tensor | None] | None = None,
     ) -> torch.Tensor:
-        """hidden [B, S, H] through all of them, with pages for each layer and positions for each kind of layer: what
-        follows is as `Attention.forward` takes it. `pads`: how many tokens on the left of each are padding."""
+        """hidden [B, S, H] through all of them, with pages for each layer, or what is kept for a delta net, and
+        positions for each kind of layer: what follows is as `Attention.forward` takes it. `pads`: how many tokens on
+        the left of each are padding."""
         state, pool = pooled()
         hidden = checked_input(hidden, self.hidden, self.name)
         if hidden.dim() != 3 or len(pages) != len(self.layers) or len(positions) != len(self.first):
@@ -143,7 +148,7 @@ class Layers:
         self,
         state: State,
         hidden: torch.Tensor,
-        pages: Sequence[Pages],
+        pages: Sequence[Pages | Kept],
         positions: Sequence[tuple[torch.Tensor, torch.Tensor] | None],
         mask: torch.Tensor | None = None,
         mask_first: int = 0,
@@ -155,9 +160,12 @@ class Layers:
         batch, tokens = hidden.shape[:2]
         kept = []
         for kind, i in enumerate(self.first):
-            fill, factor = self.layers[i].attention.fill, q_factors[kind] if q_factors else None
+            fill, factor = self.layers[i].mixer.fill, q_factors[kind] if q_factors else None
             kept += fill(state, self.calls[i], hidden, pages[i], positions[kind], mask, mask_first, factor, pads)
         for i, held in enumerate(pages):
+            if isinstance(self.layers[i].mixer, DeltaNet):
+                kept += self.layers[i].mixer.fill_kept(state, self._nets[i], batch, *held.tensors())
+                continue
             if held.length + tokens > held.room or len(held.tables) != batch:
                 held.make_room(batch, tokens)
             held.pad(pads)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ktransformers.models.traits import TRAITS
+from ktransformers.operators.delta_net import LinearAttentionLayer
 from ktransformers.operators.norms import Normed, normed_as
 from ktransformers.operators.twin import Listener, close, noise, original, twin
 
@@ -29,9 +30,9 @@ class Decoding:
     norm: str
     norm_as: Normed | None
     """What the norm computes. None: anything else."""
-    rotaries: tuple[tuple[str, tuple], ...]
+    rotaries: tuple[tuple[str, tuple, int], ...]
     """Name of a rotary module, a child or one of a list of them; its arguments beside hidden states and positions:
-    (positional, by name)."""
+    (positional, by name); of how many numbers a position is, as `Angles` takes it."""
     kinds: tuple[int, ...]
     """Of each layer: the number of its rotary call, or -1."""
     output: type
@@ -103,12 +104,10 @@ def _recognize(decoder: nn.Module) -> Decoding | None:
     if factor is None or not chained or not ends or not _masks_are_known(made.config, [call[1] for call in given]):
         return None
     turning = [(name, *heard) for name, rotary in rotaries.items() for heard in rotary.heard]
-    if not all(_by_position(args, kwargs) for _, args, kwargs, _ in turning):
-        return None
     kinds = tuple(_kind(call[1].get("position_embeddings"), turning) for call in given)
     return Decoding(
         embedding, factor, norm, normed_as(last, args[0], result),
-        tuple((name, (args[2:], tuple((k, v) for k, v in kwargs.items() if k != "position_ids")))
+        tuple((name, (args[2:], tuple((k, v) for k, v in kwargs.items() if k != "position_ids")), _axes(args, kwargs))
               for name, args, kwargs, _ in turning),
         kinds, type(out),
     )  # fmt: skip
@@ -135,14 +134,16 @@ def _nothing_else(out: Any) -> bool:
 
 
 def _masks_are_known(config: Any, given: list[dict[str, Any]]) -> bool:
-    """Whether each layer sees what its layer of a cache lets it see."""
+    """Whether each layer sees what its layer of a cache lets it see; without padding, which delta nets are told of."""
     behind = torch.arange(TOKENS)[:, None] - torch.arange(TOKENS)[None]
     cached = DynamicCache(config=config.get_text_config(decoder=True)).layers
     for number, kwargs in enumerate(given):
         mask = kwargs.get("attention_mask")
+        layer = cached[number] if number < len(cached) else None
+        if type(layer) is LinearAttentionLayer and mask is None:
+            continue
         if not isinstance(mask, Tensor):
             return False
-        layer = cached[number] if number < len(cached) else None
         window = WINDOW if getattr(layer, "is_sliding", False) else TOKENS
         if not torch.equal(
             mask[0, 0].bool() if mask.dtype == torch.bool else mask[0, 0] == 0, (behind >= 0) & (behind < window)
@@ -151,10 +152,13 @@ def _masks_are_known(config: Any, given: list[dict[str, Any]]) -> bool:
     return True
 
 
-def _by_position(args: tuple, kwargs: dict) -> bool:
-    """Whether a rotary module was called with hidden states and the numbers of all tokens."""
+def _axes(args: tuple, kwargs: dict) -> int:
+    """0 where a rotary module was called with hidden states and the numbers of all tokens, [1, S]; N for them N times,
+    [N, 1, S]. Raises ValueError for anything else."""
     where = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
-    return where.dim() == 2 and torch.equal(where[0].cpu(), torch.arange(TOKENS))
+    if where.dim() not in (2, 3) or not torch.equal(where.cpu(), torch.arange(TOKENS).expand(where.shape)):
+        raise ValueError("positions that are not the numbers of the tokens")
+    return where.shape[0] if where.dim() == 3 else 0
 
 
 def _kind(positions: Any, turning: list[tuple]) -> int:

@@ -1,5 +1,5 @@
-"""Decoder layers: attention, MLP, the norms around them and the sums in one native call where all parts compute on the
-CPU.
+"""Decoder layers: attention or delta net, MLP, the norms around them and the sums in one native call where all parts
+compute on the CPU.
 
 Where a family's layer has norms, and what it adds to what, is recognized by what its parts are given, as routing.py
 recognizes routers: its own code runs on a twin whose parts are stand-ins. A layer of another kind, or one with parts
@@ -20,6 +20,7 @@ from ktransformers.models.traits import TRAITS
 from ktransformers.native import torch_ops
 from ktransformers.operators.base_operator import FamilyOperator, version
 from ktransformers.operators.combining import is_observed
+from ktransformers.operators.delta_net import KeptStates, KGatedDeltaNet
 from ktransformers.operators.experts_in_c import mlp_in_c
 from ktransformers.operators.moe import ComputedInC
 from ktransformers.operators.norms import Normed, normed_as
@@ -27,6 +28,8 @@ from ktransformers.operators.paged_attention import PagedAttention
 from ktransformers.operators.paged_cache import PagedLayer
 from ktransformers.operators.routing import may_use_c
 from ktransformers.operators.twin import Listener, close, noise, original, remembered, tensors_of, twin
+
+_POSITIONS = "position_embeddings"
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Half:
 
 @dataclass(frozen=True)
 class Stacking:
-    """Attention, then the MLP; `parallel`: that is given the sum as attention was."""
+    """What mixes tokens, attention or a delta net, then the MLP; `parallel`: that is given the sum as the mixer was."""
 
     first: Half
     second: Half
@@ -62,7 +65,7 @@ def stacking_of(layer: nn.Module) -> Stacking | None:
 
 
 def _gives(scale: float, pair: bool) -> Callable[..., Any]:
-    """In the place of attention or MLP: a fixed function of what it is given."""
+    """In the place of mixer or MLP: a fixed function of what it is given."""
 
     def give(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         gave = torch.tanh(hidden_states.roll(1, -1) * scale)
@@ -74,29 +77,41 @@ def _gives(scale: float, pair: bool) -> Callable[..., Any]:
 def _recognize(layer: nn.Module) -> Stacking | None:
     children = {name: child for name, child in layer._modules.items() if child is not None}
     attention = [n for n, c in children.items() if TRAITS["attention"](original(c))]
+    nets = [n for n, c in children.items() if TRAITS["delta_net"](original(c))]
     norms = [n for n, c in children.items() if TRAITS["norm"](original(c)) and tensors_of(c).keys() == {"weight"}]
-    rest = [n for n in children if n not in (*attention, *norms)]
-    if len(attention) != 1 or not norms or len(rest) != 1 or layer._parameters or layer._buffers:
+    rest = [n for n in children if n not in (*attention, *nets, *norms)]
+    if len(attention + nets) != 1 or not norms or len(rest) != 1 or layer._parameters or layer._buffers:
         return None
     x = noise(1, 5, original(children[norms[0]]).weight.shape[-1], seed=3)
+    (mixer,), told = attention + nets, dict.fromkeys(("attention_mask", "position_embeddings"))
+    if nets:
+        told |= {"attention_mask": object(), "past_key_values": object()}
     for pair in (False, True):  # gpt-oss's block gives its router's weights, too
         parts = {name: Listener(twin(children[name], torch.float32), children[name]) for name in norms}
-        parts[attention[0]] = Listener(_gives(1.5, True), children[attention[0]])
+        parts[mixer] = Listener(_gives(1.5, not nets), children[mixer])
         parts[rest[0]] = Listener(_gives(0.7, pair), children[rest[0]])
         try:
-            out = twin(layer, torch.float32, parts)(x, attention_mask=None, position_embeddings=None)
-            return _stacking(x, out, parts, attention[0], rest[0])
+            out = twin(layer, torch.float32, parts)(x, **told)
+            return None if nets and not _is_told(parts[mixer], told) else _stacking(x, out, parts, mixer, rest[0])
         except (TypeError, ValueError):
             if pair:
                 raise
     return None
 
 
-def _stacking(x: Tensor, out: Any, parts: dict[str, Listener], attention: str, mlp: str) -> Stacking | None:
+def _is_told(net: Listener, told: dict[str, Any]) -> bool:
+    """Whether a delta net was given mask and cache as the layer was, and nothing besides."""
+    _, kwargs, _ = net.once
+    expected = {"cache_params": told["past_key_values"], "attention_mask": told["attention_mask"]}
+    others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+    return others.keys() == expected.keys() and all(others[name] is value for name, value in expected.items())
+
+
+def _stacking(x: Tensor, out: Any, parts: dict[str, Listener], mixer: str, mlp: str) -> Stacking | None:
     """By what was heard of all parts when the layer gave `out` for x."""
     heard = {name: _heard(part, x) for name, part in parts.items()}
-    norms = {name: heard[name] for name in parts if name not in (attention, mlp)}
-    (before_a, seen_a), (after_a, gave_a) = _around(norms, *heard[attention])
+    norms = {name: heard[name] for name in parts if name not in (mixer, mlp)}
+    (before_a, seen_a), (after_a, gave_a) = _around(norms, *heard[mixer])
     (before_m, seen_m), (after_m, gave_m) = _around(norms, *heard[mlp])
     parallel = close(seen_m, x)
     factors = _factors([x, gave_a, gave_m], out) if parallel else _factors([x, gave_a], seen_m)
@@ -106,15 +121,15 @@ def _stacking(x: Tensor, out: Any, parts: dict[str, Listener], attention: str, m
     found = {name: normed_as(parts[name].inner, *norms[name]) for name in norms}
     if joined is None or None in found.values() or found.keys() != {before_a, after_a, before_m, after_m} - {None}:
         return None
-    first, second = Half(attention, before_a, after_a, *factors[:2]), Half(mlp, before_m, after_m, *joined)
+    first, second = Half(mixer, before_a, after_a, *factors[:2]), Half(mlp, before_m, after_m, *joined)
     return Stacking(first, second, parallel, found)
 
 
 def _heard(part: Listener, x: Tensor) -> tuple[Tensor, Tensor]:
     """What a part was given and what it gave, in the shape of x."""
     args, kwargs, gave = part.once
-    given, gave = kwargs.get("hidden_states", *args), gave[0] if isinstance(gave, tuple) else gave
-    return given.reshape(x.shape), gave.reshape(x.shape)
+    given = args[0] if args else kwargs["hidden_states"]
+    return given.reshape(x.shape), (gave[0] if isinstance(gave, tuple) else gave).reshape(x.shape)
 
 
 Named = tuple[str | None, Tensor]
@@ -167,7 +182,9 @@ class KDecoderLayer(FamilyOperator):
         if found is None:
             return super().forward(hidden_states, *args, **kwargs)
         layer, held = found
-        positions, mask, first, factor = self.attention.step(held, hidden_states, kwargs)
+        if isinstance(held, KeptStates):
+            return layer.forward(hidden_states, [held])
+        positions, mask, first, factor = self.mixer.step(held, hidden_states, kwargs)
         out = layer.forward(hidden_states, [held.pages], [positions], mask, first, q_factors=[factor])
         held.advanced()
         return out
@@ -176,33 +193,56 @@ class KDecoderLayer(FamilyOperator):
         return [] if self.stacking is None else [id(self._modules[name]) for name in self.stacking.norms]
 
     @property
-    def attention(self) -> nn.Module:
-        """The attention among its children."""
+    def mixer(self) -> nn.Module:
+        """The attention or delta net among its children."""
         return self._modules[self.stacking.first.part]
 
-    def native_step(self, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[native.Layers, PagedLayer] | None:
+    def native_step(
+        self, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> tuple[native.Layers, PagedLayer | KeptStates] | None:
         """The layer in C and its part of the cache, or None where its parts must compute one by one."""
+        made = self._made(hidden)
+        held = None if made is None else self._held(hidden, kwargs)
+        return None if held is None else (made, held)
+
+    def native_layer(self, hidden: Tensor) -> native.Layers | None:
+        """The layer in C, on whatever cache of the kind that it computes on; None as above."""
+        made = self._made(hidden)
+        if made is None:
+            return None
+        if isinstance(self.mixer, KGatedDeltaNet):
+            return made if self.mixer.computes(hidden, {}) else None
+        return None if self.mixer.pages(hidden, {}) is None else made
+
+    def _held(self, hidden: Tensor, kwargs: dict[str, Any]) -> PagedLayer | KeptStates | None:
+        """The layer's part of the cache that these arguments bring."""
+        if not isinstance(self.mixer, KGatedDeltaNet):
+            return self.mixer.pages(hidden, kwargs)
+        others = {name: value for name, value in kwargs.items() if name not in ("past_key_values", _POSITIONS)}
+        return self.mixer.step(hidden, {**others, "cache_params": kwargs.get("past_key_values")})
+
+    def _made(self, hidden: Tensor) -> native.Layers | None:
         if self.stacking is None or not may_use_c(self, hidden) or torch_ops.is_traced(hidden):
             return None
         children = self._modules
-        attention, mlp = self.attention, children[self.stacking.second.part]
+        mixer, mlp = self.mixer, children[self.stacking.second.part]
         if self._own_norms() != self._norms:  # others since: nobody knows what they compute
             return None
-        if not isinstance(attention, PagedAttention) or is_observed(self, self.stacking.children):
+        if not isinstance(mixer, (PagedAttention, KGatedDeltaNet)) or is_observed(self, self.stacking.children):
             return None
-        if attention.attending is not None and attention.attending.narrow:  # an index sees what the first norm gives
+        narrow = isinstance(mixer, PagedAttention) and mixer.attending is not None and mixer.attending.narrow
+        if mixer.native is None or narrow:  # an index sees what the first norm gives
             return None
-        pages = attention.pages(hidden, kwargs)
-        second = self._second(mlp, hidden.dtype) if pages is not None else None
+        second = self._second(mlp, hidden.dtype)
         if second is None:
             return None
         norms = [children[name].weight for name in self.stacking.norms]
-        key = (attention.native, second, *((norm.data_ptr(), version(norm)) for norm in norms))
+        key = (mixer.native, second, *((norm.data_ptr(), version(norm)) for norm in norms))
         if self._layer is None or self._layer[0] != key:
             joinings = [self._joining(half) for half in (self.stacking.first, self.stacking.second)]
-            made = native.Layer(attention.native, second, *joinings, self.stacking.parallel, self.key)
+            made = native.Layer(mixer.native, second, *joinings, self.stacking.parallel, self.key)
             self._layer = key, native.Layers([made])
-        return self._layer[1], pages
+        return self._layer[1]
 
     def _joining(self, half: Half) -> native.Joining:
         before, after = (

@@ -490,10 +490,11 @@ typedef struct kt_joining {
     float keep, factor;
 } kt_joining;
 
-/* A decoder layer: attention joins the sum, then an MLP, which is a block of experts or, where that is NULL, a dense one
- * (a kt_experts of one expert). parallel: both see the sum as it was before either joins. All stay the caller's. */
+/* A decoder layer: attention or, where that is NULL, a delta net joins the sum, then an MLP, which is a block of experts
+ * or, where that is NULL, a dense one (a kt_experts of one expert). parallel: both see the sum as it was before either joins. All stay the caller's. */
 typedef struct kt_layer_desc {
     const kt_attention *attention;
+    const kt_delta_net *delta_net;
     const kt_moe *moe;
     const kt_experts *mlp;
     kt_joining first, second;
@@ -505,17 +506,20 @@ typedef struct kt_layer kt_layer;
 int kt_layer_create(const kt_layer_desc *desc, kt_layer **layer);
 void kt_layer_destroy(kt_layer *layer);
 
-/* Layers one after the other, and the norm after the last of them. calls: one a layer, with its own sequences, layout and window; all else of a layer's call is that of calls[its like], and like
- * is at most the layer's own number. */
+/* Layers one after the other, and the norm after the last of them. calls: one a layer, with its own sequences, layout and
+ * window; all else of a layer's call is that of calls[its like], and like is at most the layer's own number. Of a delta
+ * net's layer there is just its dtype, batch and tokens, one a sequence. nets: one a layer, for its conv_dtype, conv and
+ * state; NULL where no layer has a delta net. */
 typedef struct kt_stack {
     int64_t count;
     const kt_layer *const *layers;
     const kt_attention_call *calls;
+    const kt_delta_net_call *nets;
     kt_row_norm norm;
 } kt_stack;
 
 /* hidden, out [batch, tokens, H]; out may be hidden. The sum between the layers is in fp32. Lengths are raised in all
- * layers, or where something fails in none. */
+ * layers, or where something fails in none; then what delta nets of layers before it keep has changed all the same. */
 int kt_layers_forward(const kt_stack *stack, kt_pool *pool, const void *hidden, void *out);
 
 /* Attention of one sequence's last `queries` of `length` cached tokens. Pages of 64 tokens: keys[p] points to token 64*p

@@ -7,6 +7,7 @@ from ktransformers import native
 from ktransformers.errors import NativeError
 from ktransformers.native import Choice
 from ktransformers.operators.routing import Routing
+from tests.native import test_delta_net
 from tests.native.blocks import random_weight
 from tests.native.test_self_attention import HIDDEN, PLAIN, Case, cut, hidden_of, positions_of
 
@@ -116,6 +117,49 @@ def test_more_tokens_than_a_piece_of_the_second_half(form):
     out = native.Layers([parts[0][0]]).forward(hidden, [parts[0][1].pages()], [positions])
     expected = one_by_one(parts, hidden, [parts[0][1].pages()], positions)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+class Held:
+    def __init__(self, conv, states):
+        self.kept = [conv, states]
+
+    def tensors(self):
+        return self.kept
+
+
+@pytest.mark.parametrize("form", [{}, {"after": True, "keep": 0.6}, {"parallel": True}], ids=str)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_delta_net_in_the_place_of_attention(form, first):
+    """Steps of one token through layers of both kinds; tensors that moved in between are found."""
+    net, g = test_delta_net.Case(), torch.Generator().manual_seed(5)
+    assert net.made.hidden == HIDDEN
+    parallel = form.get("parallel", False)
+    joining = list(joinings(g, 0.7, **{k: v for k, v in form.items() if k != "parallel"}))
+    mlp = experts(4, 1)
+    made = native.Layer(net.made, mlp, *joining, parallel, name="net")
+    other = layer(1, dense=True)
+    pages, theirs = other[1].pages(), other[1].pages()
+    held = Held(*net.kept(2))
+    kept = [x.clone() for x in held.kept]
+    stack = native.Layers([made, other[0]] if first else [other[0], made], [0, 1])
+    for token in range(3):
+        x, place = hidden_of(2, 3)[:, token : token + 1], cut(positions_of(PLAIN, 1, 3), token, token + 1)
+        found = stack.forward(x, [held, pages] if first else [pages, held], [None, place] if first else [place, None])
+        if not first:
+            x = one_by_one([other], x, [theirs], place)
+        given, y = x, joined(x, joining[0], net.made.forward(normed(x, joining[0].before), *kept))
+        rows = normed(given if parallel else y, joining[1].before).flatten(0, 1)
+        x = joined(y, joining[1], mlp.forward(rows, torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)))
+        expected = one_by_one([other], x, [theirs], place) if first else x
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        for a, b in zip(held.kept, kept, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        held.kept = [a.clone() for a in held.kept]
+    before = [a.clone() for a in held.kept]
+    for x, kept in ((hidden_of(2, 2), held), (hidden_of(1, 1), held), (hidden_of(2, 1), Held(*net.kept(3)))):
+        with pytest.raises(NativeError, match="found"):
+            native.Layers([made]).forward(x, [kept])
+    assert all(map(torch.equal, held.kept, before))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

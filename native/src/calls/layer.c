@@ -1,8 +1,8 @@
 /* layer.c: decoder layers, one after the other, in one call.
  *
  *   x   = hidden, in fp32 until the last layer is done
- *   for each layer:   x = keep * x + factor * after(attention(before(x)))
- *                     x = keep * x + factor * after(mlp(before(x)))          routed experts, or one dense MLP
+ *   for each layer:   x = keep * x + factor * after(attention(before(x)))   or delta_net(before(x))
+ *                     x = keep * x + factor * after(mlp(before(x)))         routed experts, or one dense MLP
  *   out = norm(x)
  *
  * Every norm may be none. In parallel layers the MLP is given what the attention is. Attention adds to x as it computes
@@ -13,6 +13,7 @@
 #include <stdlib.h>
 
 #include "block.h"
+#include "delta_net.h"
 #include "rows.h"
 #include "self_attention.h"
 
@@ -26,8 +27,8 @@ struct kt_layer {
 int kt_layer_create(const kt_layer_desc *desc, kt_layer **layer) {
     if (!layer) return KT_ERR_NULL;
     *layer = NULL;
-    if (!desc || !desc->attention || !desc->moe == !desc->mlp) return KT_ERR_NULL;
-    const int64_t hidden = desc->attention->out.rows;
+    if (!desc || !desc->attention == !desc->delta_net || !desc->moe == !desc->mlp) return KT_ERR_NULL;
+    const int64_t hidden = desc->attention ? desc->attention->out.rows : kt_delta_net_hidden(desc->delta_net);
     const int64_t other = desc->moe ? desc->moe->experts->hidden : desc->mlp->hidden;
     if (other != hidden || (desc->mlp && desc->mlp->count != 1)) return KT_ERR_SHAPE;
     struct kt_layer *made = malloc(sizeof *made);
@@ -38,6 +39,14 @@ int kt_layer_create(const kt_layer_desc *desc, kt_layer **layer) {
 }
 
 void kt_layer_destroy(kt_layer *layer) { free(layer); }
+
+static kt_delta_net_call net_call_of(const kt_stack *of, int64_t i) {
+    const kt_attention_call *own = &of->calls[of->calls[i].like];
+    kt_delta_net_call c = of->nets[i];
+    c.dtype = own->dtype;
+    c.batch = own->batch;
+    return c;
+}
 
 struct stack {
     const struct kt_kernels *k;
@@ -117,12 +126,28 @@ static void join_second(void *ctx, int32_t job, int thread) {
 
 static int jobs_of(const struct stack *s, int64_t tokens) { return (int)((tokens + s->per_job - 1) / s->per_job); }
 
-static int first_half(struct stack *s, kt_pool *pool, const kt_attention_call *call) {
+static kt_attention_call call_of(const kt_stack *of, int64_t i) {
+    const kt_attention_call *own = &of->calls[i];
+    kt_attention_call c = of->calls[own->like];
+    c.sequences = own->sequences;
+    c.layout = own->layout;
+    c.window = own->window;
+    return c;
+}
+
+static int first_half(struct stack *s, kt_pool *pool, int64_t i) {
     const kt_layer_desc *d = &s->layer->d;
     const int later = waits(d);
     const struct kt_rows in = {.data = s->x, .dtype = KT_F32, .norm = d->first.before};
     const struct kt_sum sum = {.data = later ? s->z : s->x, .dtype = KT_F32, .add = !later, .factor = d->first.factor};
-    const int status = kt_attention_run(d->attention, pool, call, &in, &sum);
+    int status;
+    if (d->attention) {
+        const kt_attention_call call = call_of(s->of, i);
+        status = kt_attention_run(d->attention, pool, &call, &in, &sum);
+    } else {
+        const kt_delta_net_call call = net_call_of(s->of, i);
+        status = kt_delta_net_run(d->delta_net, pool, &call, &in, &sum);
+    }
     if (!status && later && !d->parallel) kt_pool_run(pool, join_first, s, jobs_of(s, s->tokens));
     return status;
 }
@@ -154,15 +179,6 @@ static void layout(struct stack *s, struct kt_arena *arena, int threads) {
     s->room = kt_arena_take(arena, threads * s->hidden, sizeof *s->room);
 }
 
-static kt_attention_call call_of(const kt_stack *of, int64_t i) {
-    const kt_attention_call *own = &of->calls[i];
-    kt_attention_call c = of->calls[own->like];
-    c.sequences = own->sequences;
-    c.layout = own->layout;
-    c.window = own->window;
-    return c;
-}
-
 static int run(struct stack *s, kt_pool *pool) {
     const int threads = kt_pool_threads(pool);
     for (int64_t i = 0; i < s->of->count; i++) s->waits |= waits(&s->of->layers[i]->d);
@@ -176,13 +192,19 @@ static int run(struct stack *s, kt_pool *pool) {
     kt_pool_run(pool, load, s, jobs_of(s, s->tokens));
     for (int64_t i = 0; i < s->of->count; i++) {
         s->layer = s->of->layers[i];
-        const kt_attention_call call = call_of(s->of, i);
-        int status = first_half(s, pool, &call);
+        int status = first_half(s, pool, i);
         if (!status) status = second_half(s, pool);
         if (status) return status;
     }
     kt_pool_run(pool, store, s, jobs_of(s, s->tokens));
     return KT_OK;
+}
+
+static int check_net(const kt_stack *of, int64_t i) {
+    if (!of->nets) return KT_ERR_NULL;
+    if (of->calls[of->calls[i].like].tokens != 1) return KT_ERR_SHAPE;
+    const kt_delta_net_call call = net_call_of(of, i);
+    return kt_delta_net_check(&call);
 }
 
 /* That layers fit together, and that all their calls are on the same rows. */
@@ -195,6 +217,8 @@ static int check_stack(const kt_stack *of) {
         if (of->layers[i]->hidden != of->layers[0]->hidden || like < 0 || like > i) return KT_ERR_SHAPE;
         const kt_attention_call *c = &of->calls[like], *first = of->calls;
         if (c->batch != first->batch || c->tokens != first->tokens || c->dtype != first->dtype) return KT_ERR_SHAPE;
+        const int wrong = of->layers[i]->d.delta_net ? check_net(of, i) : KT_OK;
+        if (wrong) return wrong;
     }
     const int64_t batch = of->calls->batch, each = of->calls->tokens;
     if (batch < 0 || each < 0 || batch > 1 << 20 || each > KT_MAX_DIM || batch * each > KT_MAX_DIM) return KT_ERR_SHAPE;
@@ -214,7 +238,7 @@ int kt_layers_forward(const kt_stack *of, kt_pool *pool, const void *hidden, voi
     const int status = run(&s, pool);
     for (int64_t i = 0; i < of->count && !status; i++) {
         const kt_attention_call call = call_of(of, i);
-        kt_sequences_raise(&call);
+        if (of->layers[i]->d.attention) kt_sequences_raise(&call);
     }
     kt_pool_unlock(pool);
     return status;
