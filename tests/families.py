@@ -165,6 +165,23 @@ ATTENTION_NOT_NATIVE = {
 }  # fmt: skip
 """Families none of whose attention is a native call on the CPU -> why. Of all others, all softmax attention is."""
 
+DECODER_NOT_NATIVE = ATTENTION_NOT_NATIVE | {
+    "axk1": "a norm after the sum of experts", "axk2": "chooses keys by an index", "bailing_hybrid": "linear attention",
+    "beam": "a factor of queries that the decoder computes", "deepseek_v32": "chooses keys by an index",
+    "dots3_note": "chooses keys by an index", "dots3_note_text": "chooses keys by an index",
+    "gemma4": "the layer holds router and experts", "gemma4_text": "the layer holds router and experts",
+    "glm_moe_dsa": "chooses keys by an index", "granitemoehybrid": "state spaces",
+    "hy_v4": "hyper-connections", "jamba": "state spaces", "kimi_linear": "linear attention",
+    "lfm2_moe": "convolutions", "llama4": "weighs the input of the experts",
+    "llama4_text": "weighs the input of the experts", "longcat_flash": "two attentions a layer",
+    "minimax": "linear attention", "nemotron_h": "state spaces", "phimoe": "a router of its own",
+}  # fmt: skip
+"""Families whose decoder, all layers and the norm after them, is not one native call on the CPU -> why. All others' is,
+but for prompts of those in the next table."""
+
+PROMPT_NOT_NATIVE = {"qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next"}
+"""Families with delta nets: of them one call takes one more token of each sequence, where none is padding."""
+
 WITHOUT = {
     "dbrx": "experts flattened to [E*I, H] in a layout no later model uses",
     "jetmoe": "routes attention too, through modules of a layout no later model uses",

@@ -17,7 +17,7 @@ from ktransformers.native.embedding import Embedding
 from ktransformers.native.encode import encode, encoded_types
 from ktransformers.native.experts import ACTIVATIONS, Experts, Glu
 from ktransformers.native.latent_attention import LatentAttention
-from ktransformers.native.layers import Layer, Layers
+from ktransformers.native.layers import Joining, Layer, Layers, Norm
 from ktransformers.native.library import (
     NOT_BUILT,
     Pool,
@@ -59,10 +59,12 @@ __all__ = [
     "Experts",
     "Glu",
     "HostCall",
+    "Joining",
     "LatentAttention",
     "Layer",
     "Layers",
     "Linear",
+    "Norm",
     "Pool",
     "Queue",
     "Router",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +11,13 @@ import torch
 from ktransformers.errors import NativeError
 from ktransformers.native.checks import DTYPES
 from ktransformers.native.library import pooled
+from ktransformers.native.pages import Pages
 
 if TYPE_CHECKING:
+    from ktransformers.native.delta_net import Kept
     from ktransformers.native.embedding import Embedding
     from ktransformers.native.layers import Layers
     from ktransformers.native.linear import Linear
-    from ktransformers.native.pages import Pages
 
 Tables = Sequence["tuple[torch.Tensor, torch.Tensor] | None"]
 """cos and sin of each kind of layer, a row a position: [1, P, R] each."""
@@ -29,17 +31,20 @@ class Decode:
         embedding: Embedding,
         layers: Layers,
         head: Linear,
-        pages: Sequence[Pages],
+        held: Sequence[Pages | Kept],
         tables: Callable[[int], Tables],
         dtype: torch.dtype,
         factor: float = 1.0,
     ) -> None:
-        """`layers`: nobody else's. `tables(P)`: angles of at least P positions. `dtype`: of hidden states. `factor`: of
-        what the embedding gives. Raises NativeError where sizes differ."""
+        """`layers`: nobody else's. `held`: pages of each, or what is kept for a delta net. `tables(P)`: angles of at
+        least P positions. `dtype`: of hidden states. `factor`: of what the embedding gives. Raises NativeError where
+        sizes differ."""
         sizes = {embedding.hidden, layers.hidden, head.in_features}
         if len(sizes) > 1:
             raise NativeError(f"decode: found hidden sizes {sorted(sizes)}, expected one.")
-        self._embedding, self._layers, self._head, self._pages = embedding, layers, head, list(pages)
+        self._embedding, self._layers, self._head, self._held = embedding, layers, head, list(held)
+        self._pages = [each for each in held if isinstance(each, Pages)]
+        self._nets = [each for each in held if not isinstance(each, Pages)]
         self._tables, self._factor = tables, factor
         state, self._pool = pooled()
         self._state, self._dtype = state, DTYPES[dtype]
@@ -52,6 +57,7 @@ class Decode:
         self._past, self._left = -1, 0  # tokens before this one, and how many more there is room for
         self._kept: Any = None
         self._known: list[tuple[Pages, Any, int]] = []
+        self._tensors: list[torch.Tensor] = []  # of delta nets
         self._angles: list[tuple[Any, int, int, int]] = []  # a call, where its cos and sin are, bytes of a row
 
     def _address(self, tensor: torch.Tensor) -> Any:
@@ -77,19 +83,24 @@ class Decode:
         return self._logits
 
     def _is_there(self) -> bool:
-        """Whether C still knows where all pages are, and none was shared since."""
-        return all(pages.sequences is at and pages.room == room for pages, at, room in self._known)
+        """Whether C still knows where everything kept is, and no page was shared since."""
+        there = all(pages.sequences is at and pages.room == room for pages, at, room in self._known)
+        return there and all(map(operator.is_, self._now(), self._tensors))
+
+    def _now(self) -> list[torch.Tensor]:
+        return [tensor for net in self._nets for tensor in net.tensors()]
 
     def _renew(self) -> None:
         """Have room for another token, and say so to C; done again when a page is full."""
         past = self._pages[0].length
         tables = self._tables(past + 1)
         now = [None if table is None else tuple(part[:, past : past + 1] for part in table) for table in tables]
-        kept = self._layers.fill(self._state, self._hidden, self._pages, now)
+        kept = self._layers.fill(self._state, self._hidden, self._held, now)
+        self._tensors = self._now()
         self._past, self._left, self._angles = past, min(pages.room for pages in self._pages) - past, []
         for i, table in zip(self._layers.first, tables, strict=True):
             if table is not None:
-                whole = [self._layers.layers[i].attention.angles(part, 1, part.shape[1]) for part in table]
+                whole = [self._layers.layers[i].mixer.angles(part, 1, part.shape[1]) for part in table]
                 row = whole[0].stride(1) * whole[0].element_size()
                 self._angles.append((self._layers.calls[i], *(part.data_ptr() for part in whole), row))
                 self._left = min(self._left, whole[0].shape[1] - past)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -47,6 +47,13 @@ class Shape:
     def kept(self, batch: int) -> tuple[tuple[int, int, int], tuple[int, int, int, int]]:
         """Shapes of what is kept of B sequences: [B, C, W] of the convolution, [B, A, K, V] of the states."""
         return (batch, self.channels, self.width), (batch, self.value_heads, self.key_size, self.value_size)
+
+
+class Kept(Protocol):
+    """What is kept for a delta net, wherever that is now."""
+
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`conv` and `states`, as `DeltaNet.forward` takes them."""
 
 
 class DeltaNet:
@@ -125,17 +132,37 @@ class DeltaNet:
         """
         state, pool = pooled()
         hidden = checked_input(hidden, self.hidden, self.name)
-        if hidden.dim() != 3 or hidden.shape[1] != 1:
-            raise NativeError(f"{self.name}: found hidden {list(hidden.shape)}, expected [B, 1, {self.hidden}].")
-        problem = self.problem(hidden.shape[0], conv, states)
-        if problem:
-            raise NativeError(f"{self.name}: {problem}.")
-        out = torch.empty_like(hidden)
         call, cast = state.ffi.new("kt_delta_net_call *"), state.ffi.cast
-        call.dtype, call.conv_dtype, call.batch = DTYPES[hidden.dtype], DTYPES[conv.dtype], hidden.shape[0]
-        call.conv, call.state = cast("void *", conv.data_ptr()), cast("float *", states.data_ptr())
+        self._check(hidden)
+        self.fill_kept(state, call, hidden.shape[0], conv, states)
+        call.dtype, call.batch = DTYPES[hidden.dtype], hidden.shape[0]
+        out = torch.empty_like(hidden)
         status = state.lib.kt_delta_net_forward(
             self.handle, pool, call, cast("void *", hidden.data_ptr()), cast("void *", out.data_ptr())
         )
         state.check(status, self.name)
         return out
+
+    def fill(self, state: State, call: Any, hidden: torch.Tensor, *_: Any) -> list[torch.Tensor]:
+        """Write into the `call` of a layer what a delta net needs of it, as `Attention.fill` does."""
+        self._check(hidden)
+        call.dtype, call.batch, call.tokens = DTYPES[hidden.dtype], hidden.shape[0], 1
+        return []
+
+    def fill_kept(
+        self, state: State, call: Any, batch: int, conv: torch.Tensor, states: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Write what is kept into `call`, a kt_delta_net_call. Returns what must live until the call is done."""
+        problem = self.problem(batch, conv, states)
+        if problem:
+            raise NativeError(f"{self.name}: {problem}.")
+        call.conv_dtype = DTYPES[conv.dtype]
+        call.conv, call.state = (
+            state.ffi.cast("void *", conv.data_ptr()),
+            state.ffi.cast("float *", states.data_ptr()),
+        )
+        return [conv, states]
+
+    def _check(self, hidden: torch.Tensor) -> None:
+        if hidden.dim() != 3 or hidden.shape[1] != 1:
+            raise NativeError(f"{self.name}: found hidden {list(hidden.shape)}, expected [B, 1, {self.hidden}].")

@@ -1,9 +1,10 @@
-"""Decoder layers in one call: norms, self-attention, experts or a dense MLP, and the sums between them."""
+"""Decoder layers in one call: norms, self-attention or a delta net, experts or a dense MLP, and sums between them."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from ktransformers.errors import NativeError
 from ktransformers.native import torch_ops
 from ktransformers.native.block import Block
 from ktransformers.native.checks import checked_input, read_floats
+from ktransformers.native.delta_net import DeltaNet, Kept
 from ktransformers.native.library import State, loaded, pooled
 
 if TYPE_CHECKING:
@@ -20,30 +22,58 @@ if TYPE_CHECKING:
     from ktransformers.native.self_attention import Attention
 
 
+@dataclass(frozen=True)
+class Norm:
+    """x / sqrt(mean(x^2) + eps) * weight, float [H]; centered: of x - mean(x)."""
+
+    weight: torch.Tensor
+    eps: float
+    centered: bool = False
+
+    def fill(self, state: State, to: Any, hidden: int, subject: str) -> torch.Tensor:
+        """Write it into a kt_row_norm. Returns what must live as long."""
+        weight = read_floats(self.weight, (hidden,), f"{subject} norm")
+        to.weight, to.eps, to.centered = state.ffi.cast("float *", weight.data_ptr()), self.eps, self.centered
+        return weight
+
+
+@dataclass(frozen=True)
+class Joining:
+    """How a part joins the sum: keep * x + factor * after(part(before(x))). None: no norm."""
+
+    before: Norm | None = None
+    after: Norm | None = None
+    keep: float = 1.0
+    factor: float = 1.0
+
+
 class Layer:
-    """x + factor * attention(norm(x)), and to that factor * mlp(norm(.)). Keeps its parts alive. No gradients."""
+    """What mixes tokens joins the sum, then an MLP; `parallel`: that sees the sum as the mixer did. Keeps its parts
+    alive. No gradients."""
 
     def __init__(
         self,
-        attention: Attention,
+        mixer: Attention | DeltaNet,
         mlp: Block | Experts,
-        norms: Sequence[torch.Tensor],
-        eps: Sequence[float],
-        factor: float = 1.0,
+        first: Joining,
+        second: Joining,
+        parallel: bool = False,
         name: str = "layer",
     ) -> None:
-        """`mlp`: a Block, or Experts of one expert. `norms`: float [H] before attention and before `mlp`, with `eps`
-        each. Raises NativeError for what does not fit together."""
+        """`mlp`: a Block, or Experts of one expert. `first` and `second`: of `mixer` and of `mlp`. Raises NativeError
+        for what does not fit together."""
         state = loaded()
-        self.name, self.attention, self.hidden = name, attention, attention.hidden
-        self._keep: list[Any] = [attention, mlp]
-        desc = state.ffi.new("kt_layer_desc *", {"factor": factor})
-        desc.attention = attention.handle
+        self.name, self.mixer, self.hidden = name, mixer, mixer.hidden
+        self._keep: list[Any] = [mixer, mlp]
+        desc = state.ffi.new("kt_layer_desc *", {"parallel": parallel})
+        setattr(desc, "delta_net" if isinstance(mixer, DeltaNet) else "attention", mixer.handle)
         setattr(desc, "moe" if isinstance(mlp, Block) else "mlp", mlp.handle)
-        for field, weight, value in zip(("attention", "mlp"), norms, eps, strict=True):
-            self._keep.append(read_floats(weight, (self.hidden,), f"{name} ({field} norm)"))
-            setattr(desc, f"{field}_norm", state.ffi.cast("float *", self._keep[-1].data_ptr()))
-            setattr(desc, f"{field}_eps", value)
+        for part, how, to in (("mixer", first, desc.first), ("mlp", second, desc.second)):
+            to.keep, to.factor = how.keep, how.factor
+            for place, norm in (("before", how.before), ("after", how.after)):
+                if norm is not None:
+                    kept = norm.fill(state, getattr(to, place), self.hidden, f"{name}, {place} {part}:")
+                    self._keep.append(kept)
         out = state.ffi.new("kt_layer **")
         state.check(state.lib.kt_layer_create(desc, out), name)
         self.handle = state.ffi.gc(out[0], state.lib.kt_layer_destroy)
@@ -58,10 +88,10 @@ class Layers:
         self,
         layers: Sequence[Layer],
         kinds: Sequence[int] | None = None,
-        norm: tuple[torch.Tensor, float] | None = None,
+        norm: Norm | None = None,
     ) -> None:
         """`kinds`: of each layer, the number of its positions in what `forward` is given; None: all take the first.
-        `norm`: weight, float [H], and eps of one after the last layer, as those of a `Layer`."""
+        `norm`: the one after the last layer."""
         if not layers:
             raise NativeError("layers: found none, expected at least one.")
         state = loaded()
@@ -73,25 +103,28 @@ class Layers:
         self.calls = state.ffi.new("kt_attention_call[]", len(layers))
         for i, kind in enumerate(kinds):
             self.calls[i].like = self.first[kind]
-        self.stack = state.ffi.new("kt_stack *", {"count": len(layers), "layers": self._handles, "calls": self.calls})
+        self._nets = state.ffi.new("kt_delta_net_call[]", len(layers))
+        self.stack = state.ffi.new("kt_stack *", {
+            "count": len(layers), "layers": self._handles, "calls": self.calls, "nets": self._nets,
+        })  # fmt: skip
         if norm is not None:
-            self._norm = read_floats(norm[0], (self.hidden,), f"{self.name} (last norm)")
-            self.stack.norm, self.stack.eps = state.ffi.cast("float *", self._norm.data_ptr()), norm[1]
+            self._norm = norm.fill(state, self.stack.norm, self.hidden, f"{self.name}, last")
         self._sequences: list[Any] = [None] * len(layers)
         self._lock = threading.Lock()
 
     def forward(
         self,
         hidden: torch.Tensor,
-        pages: Sequence[Pages],
+        pages: Sequence[Pages | Kept],
         positions: Sequence[tuple[torch.Tensor, torch.Tensor] | None] = (None,),
         mask: torch.Tensor | None = None,
         mask_first: int = 0,
         pads: tuple[int, ...] | None = None,
         q_factors: Sequence[torch.Tensor | None] | None = None,
     ) -> torch.Tensor:
-        """hidden [B, S, H] through all of them, with pages for each layer and positions for each kind of layer: what
-        follows is as `Attention.forward` takes it. `pads`: how many tokens on the left of each are padding."""
+        """hidden [B, S, H] through all of them, with pages for each layer, or what is kept for a delta net, and
+        positions for each kind of layer: what follows is as `Attention.forward` takes it. `pads`: how many tokens on
+        the left of each are padding."""
         state, pool = pooled()
         hidden = checked_input(hidden, self.hidden, self.name)
         if hidden.dim() != 3 or len(pages) != len(self.layers) or len(positions) != len(self.first):
@@ -115,7 +148,7 @@ class Layers:
         self,
         state: State,
         hidden: torch.Tensor,
-        pages: Sequence[Pages],
+        pages: Sequence[Pages | Kept],
         positions: Sequence[tuple[torch.Tensor, torch.Tensor] | None],
         mask: torch.Tensor | None = None,
         mask_first: int = 0,
@@ -127,9 +160,12 @@ class Layers:
         batch, tokens = hidden.shape[:2]
         kept = []
         for kind, i in enumerate(self.first):
-            fill, factor = self.layers[i].attention.fill, q_factors[kind] if q_factors else None
+            fill, factor = self.layers[i].mixer.fill, q_factors[kind] if q_factors else None
             kept += fill(state, self.calls[i], hidden, pages[i], positions[kind], mask, mask_first, factor, pads)
         for i, held in enumerate(pages):
+            if isinstance(self.layers[i].mixer, DeltaNet):
+                kept += self.layers[i].mixer.fill_kept(state, self._nets[i], batch, *held.tensors())
+                continue
             if held.length + tokens > held.room or len(held.tables) != batch:
                 held.make_room(batch, tokens)
             held.pad(pads)

@@ -14,10 +14,11 @@ _LEAST, _MOST = 1024, 1 << 17  # rows; beyond that somebody numbers tokens as he
 
 
 class Angles:
-    """cos and sin as a rotary `module` of a family gives them with `more` arguments: (positional, by name)."""
+    """cos and sin as a rotary `module` of a family gives them with `more` arguments: (positional, by name). `axes`: of
+    how many numbers a token's position is for it, all alike for text; 0: of one, which is no list."""
 
-    def __init__(self, module: nn.Module, more: tuple[tuple, tuple]) -> None:
-        self.module, self.more, self.named = module, more[0], dict(more[1])
+    def __init__(self, module: nn.Module, more: tuple[tuple, tuple], axes: int = 0) -> None:
+        self.module, self.more, self.named, self.axes = module, more[0], dict(more[1]), axes
         self.fixed = is_fixed(original(module))
         self._tables: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
 
@@ -42,6 +43,7 @@ class Angles:
         return table
 
     def _computed(self, hidden: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+        where = where.expand(self.axes, *where.shape) if self.axes else where
         given = self.module(hidden, where, *self.more, **self.named)
         parts = (given.real, given.imag) if isinstance(given, Tensor) else given  # complex factors
         return tuple(part.contiguous() for part in parts)

@@ -6,7 +6,6 @@ just what the one before gave, and masks are causal or such with the cache's win
 
 import copy
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +14,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ktransformers.models.traits import TRAITS
-from ktransformers.operators.attending import epsilon, normed
-from ktransformers.operators.twin import close, noise, original, twin
+from ktransformers.operators.delta_net import LinearAttentionLayer
+from ktransformers.operators.norms import Normed, normed_as
+from ktransformers.operators.twin import Listener, close, noise, original, twin
 
 TOKENS, WINDOW = 6, 3
 
@@ -28,14 +28,23 @@ class Decoding:
     embedding: str
     factor: float
     norm: str
-    rms: tuple[float, float] | None
-    """Where the norm divides by the root mean square: its eps, and what is added to its weight. None: any other."""
-    rotaries: tuple[tuple[str, tuple], ...]
-    """Name of a rotary module, and its arguments beside hidden states and positions: (positional, by name)."""
+    norm_as: Normed | None
+    """What the norm computes. None: anything else."""
+    rotaries: tuple[tuple[str, tuple, int], ...]
+    """Name of a rotary module, a child or one of a list of them; its arguments beside hidden states and positions:
+    (positional, by name); of how many numbers a position is, as `Angles` takes it."""
     kinds: tuple[int, ...]
     """Of each layer: the number of its rotary call, or -1."""
     output: type
     """What the results are returned in."""
+
+
+def rotaries_of(decoder: nn.Module) -> dict[str, nn.Module]:
+    """The rotary modules among the children of a decoder and in lists of them; operators or not."""
+    within = {name: child for name, child in decoder._modules.items() if child is not None}
+    within |= {f"{name}.{i}": each for name, child in within.items() if isinstance(child, nn.ModuleList)
+               for i, each in child._modules.items()}  # fmt: skip
+    return {name: child for name, child in within.items() if TRAITS["rotary"](original(child))}
 
 
 def decoding_of(decoder: nn.Module) -> Decoding | None:
@@ -62,8 +71,8 @@ def _head(model: nn.Module, decoder: nn.Module) -> nn.Module | None:
     found = decoding_of(decoder)
     x = noise(1, TOKENS, original(model._modules[head]).in_features, seed=6)
     given = found.output(last_hidden_state=x)
-    parts = {name: _Listener(lambda **kwargs: given, decoder)}
-    parts[head] = _Listener(lambda x: x[..., :5] * 2, model._modules[head])
+    parts = {name: Listener(lambda **kwargs: given, decoder)}
+    parts[head] = Listener(lambda x: x[..., :5] * 2, model._modules[head])
     made = twin(model, torch.float32, parts)
     ids = torch.zeros(1, TOKENS, dtype=torch.int64, device="cpu")
     out = made(input_ids=ids, use_cache=True, logits_to_keep=1)
@@ -71,42 +80,18 @@ def _head(model: nn.Module, decoder: nn.Module) -> nn.Module | None:
     return model._modules[head] if torch.equal(args[0], x[:, -1:]) and out.logits is logits else None
 
 
-class _Listener(nn.Module):
-    """Remembers what it was given and what it gave."""
-
-    def __init__(self, inner: Callable[..., Any], like: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["inner"], self.__dict__["like"] = inner, original(like)
-        self.heard: list[tuple[tuple, dict, Any]] = []
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        gave = self.inner(*args, **kwargs)
-        self.heard.append((args, kwargs, gave))
-        return gave
-
-    def __getattr__(self, name: str) -> Any:
-        """Families ask layers for their kind."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["like"], name)
-
-    @property
-    def once(self) -> tuple[tuple, dict, Any]:
-        (heard,) = self.heard
-        return heard
-
-
 def _recognize(decoder: nn.Module) -> Decoding | None:
     children = {name: original(child) for name, child in decoder._modules.items() if child is not None}
     (embedding,) = (name for name, child in children.items() if TRAITS["embedding"](child))
     (norm,) = (name for name, child in children.items() if TRAITS["norm"](child))
-    rotaries = [name for name, child in children.items() if TRAITS["rotary"](child)]
+    rotaries = {name: Listener(original(child), child) for name, child in rotaries_of(decoder).items()}
     x = noise(1, TOKENS, children[norm].weight.shape[-1], seed=5)
     last = twin(children[norm], torch.float32)
-    parts = {embedding: _Listener(lambda ids: x, children[embedding]), norm: _Listener(last, last)}
-    parts |= {name: _Listener(children[name], children[name]) for name in rotaries}
-    layers = [_Listener(lambda x, *args, _i=i, **kwargs: torch.tanh(x.roll(1, -1) * (1 + _i / 7)), layer)
+    parts = {embedding: Listener(lambda ids: x, children[embedding]), norm: Listener(last, last)}
+    parts |= {name: child for name, child in rotaries.items() if name in children}
+    parts |= {name: nn.ModuleList(rotaries[f"{name}.{i}"] for i in child._modules)
+              for name, child in children.items() if f"{name}.0" in rotaries}  # fmt: skip
+    layers = [Listener(lambda x, *args, _i=i, **kwargs: torch.tanh(x.roll(1, -1) * (1 + _i / 7)), layer)
               for i, layer in enumerate(children["layers"])]  # fmt: skip
     made = twin(decoder, torch.float32, {**parts, "layers": nn.ModuleList(layers)})
     made.config = _small(decoder.config)
@@ -118,13 +103,11 @@ def _recognize(decoder: nn.Module) -> Decoding | None:
     ends = args[0] is given[-1][2] and out.last_hidden_state is result and _nothing_else(out)
     if factor is None or not chained or not ends or not _masks_are_known(made.config, [call[1] for call in given]):
         return None
-    turning = [(name, *heard) for name in rotaries for heard in parts[name].heard]
-    if not all(_by_position(args, kwargs) for _, args, kwargs, _ in turning):
-        return None
+    turning = [(name, *heard) for name, rotary in rotaries.items() for heard in rotary.heard]
     kinds = tuple(_kind(call[1].get("position_embeddings"), turning) for call in given)
     return Decoding(
-        embedding, factor, norm, _rms(last, args[0], result),
-        tuple((name, (args[2:], tuple((k, v) for k, v in kwargs.items() if k != "position_ids")))
+        embedding, factor, norm, normed_as(last, args[0], result),
+        tuple((name, (args[2:], tuple((k, v) for k, v in kwargs.items() if k != "position_ids")), _axes(args, kwargs))
               for name, args, kwargs, _ in turning),
         kinds, type(out),
     )  # fmt: skip
@@ -151,14 +134,16 @@ def _nothing_else(out: Any) -> bool:
 
 
 def _masks_are_known(config: Any, given: list[dict[str, Any]]) -> bool:
-    """Whether each layer sees what its layer of a cache lets it see."""
+    """Whether each layer sees what its layer of a cache lets it see; without padding, which delta nets are told of."""
     behind = torch.arange(TOKENS)[:, None] - torch.arange(TOKENS)[None]
     cached = DynamicCache(config=config.get_text_config(decoder=True)).layers
     for number, kwargs in enumerate(given):
         mask = kwargs.get("attention_mask")
+        layer = cached[number] if number < len(cached) else None
+        if type(layer) is LinearAttentionLayer and mask is None:
+            continue
         if not isinstance(mask, Tensor):
             return False
-        layer = cached[number] if number < len(cached) else None
         window = WINDOW if getattr(layer, "is_sliding", False) else TOKENS
         if not torch.equal(
             mask[0, 0].bool() if mask.dtype == torch.bool else mask[0, 0] == 0, (behind >= 0) & (behind < window)
@@ -167,10 +152,13 @@ def _masks_are_known(config: Any, given: list[dict[str, Any]]) -> bool:
     return True
 
 
-def _by_position(args: tuple, kwargs: dict) -> bool:
-    """Whether a rotary module was called with hidden states and the numbers of all tokens."""
+def _axes(args: tuple, kwargs: dict) -> int:
+    """0 where a rotary module was called with hidden states and the numbers of all tokens, [1, S]; N for them N times,
+    [N, 1, S]. Raises ValueError for anything else."""
     where = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
-    return where.dim() == 2 and torch.equal(where[0].cpu(), torch.arange(TOKENS))
+    if where.dim() not in (2, 3) or not torch.equal(where.cpu(), torch.arange(TOKENS).expand(where.shape)):
+        raise ValueError("positions that are not the numbers of the tokens")
+    return where.shape[0] if where.dim() == 3 else 0
 
 
 def _kind(positions: Any, turning: list[tuple]) -> int:
@@ -184,8 +172,3 @@ def _kind(positions: Any, turning: list[tuple]) -> int:
         if same:
             return number
     raise ValueError("angles from elsewhere")
-
-
-def _rms(norm: nn.Module, x: Tensor, result: Tensor) -> tuple[float, float] | None:
-    eps = epsilon(norm)
-    return next(((eps, s) for s in (0.0, 1.0) if close(normed(x, norm.weight + s, eps), result)), None)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from ktransformers.errors import UnsupportedError
 from ktransformers.models.traits import TRAITS
 from ktransformers.native import DeltaNet, torch_ops
 from ktransformers.native.checks import DTYPES
@@ -188,6 +189,19 @@ def _random(size: tuple[int, ...], random: torch.Generator) -> nn.Parameter:
 # --- the operator ---------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class KeptStates:
+    """What a layer of transformers' cache keeps for a delta net, wherever that is now; it has seen tokens."""
+
+    layer: Any
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Inputs of the convolution, and states. Raises UnsupportedError where a step may not change them."""
+        if not self.layer.has_previous_state[0] or self.layer.record_past:
+            raise UnsupportedError("cache: found one that is empty or that records its past, expected neither.")
+        return self.layer.conv_states[0], self.layer.recurrent_states[0]
+
+
 class KGatedDeltaNet(NativeOperator):
     """hidden [B, S, H] -> [B, S, H]: one new token a sequence natively where it can, all else by the family's code."""
 
@@ -204,16 +218,23 @@ class KGatedDeltaNet(NativeOperator):
         return None if found is None else found.native(self)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        kept = None if args else self._kept(hidden_states, kwargs)
+        kept = None if args else self.step(hidden_states, kwargs)
         if kept is None:
             return super().forward(hidden_states, *args, **kwargs)
-        return self.native.forward(hidden_states, *kept)
+        return self.native.forward(hidden_states, *kept.tensors())
 
-    def _kept(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
-        """What the cache keeps for this layer where a native step may change it, else None."""
-        if self.native is None or hidden.dim() != 3 or hidden.shape[1] != 1 or not self._is_plain(hidden, kwargs):
+    def step(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> KeptStates | None:
+        """What the cache keeps for this layer where a native step with these arguments may change it, else None."""
+        if hidden.dim() != 3 or hidden.shape[1] != 1 or not self.computes(hidden, kwargs):
             return None
-        cache = kwargs.get("cache_params")
+        return self.kept(kwargs.get("cache_params"), hidden.shape[0])
+
+    def computes(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> bool:
+        """Whether a native step with these arguments gives what the family's code does, on whatever cache."""
+        return self.native is not None and self._is_plain(hidden, kwargs)
+
+    def kept(self, cache: Any, batch: int) -> KeptStates | None:
+        """What `cache` keeps for this layer, of `batch` sequences; None where C may not change it."""
         layers = getattr(cache, "layers", ())
         held = layers[self.layer_idx] if self.layer_idx < len(layers) else None
         if type(held) is not LinearAttentionLayer or getattr(cache, "offloading", False):
@@ -223,7 +244,7 @@ class KGatedDeltaNet(NativeOperator):
         conv, states = held.conv_states[0], held.recurrent_states[0]
         if conv is None or states is None or conv.requires_grad or states.requires_grad:
             return None
-        return None if self.native.problem(hidden.shape[0], conv, states) else (conv, states)
+        return None if self.native.problem(batch, conv, states) else KeptStates(held)
 
     def _is_plain(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> bool:
         """Whether nothing is asked for that only the other code does."""

@@ -1,11 +1,13 @@
-"""Decoder layers: norm, attention, sum, norm, MLP, sum in one native call where all parts compute natively on the CPU.
+"""Decoder layers: attention or delta net, MLP, the norms around them and the sums in one native call where all parts
+compute on the CPU.
 
-That a family's layer is these six steps is recognized by its results, as routing.py recognizes routers: its own code
-runs on a twin whose parts are stand-ins. A layer of another kind, or one of whose parts is observed, trained, or
-elsewhere, stays the family's own, and its parts are whatever operators they are.
+Where a family's layer has norms, and what it adds to what, is recognized by what its parts are given, as routing.py
+recognizes routers: its own code runs on a twin whose parts are stand-ins. A layer of another kind, or one with parts
+that are observed, trained, or elsewhere, stays the family's own, and its parts are whatever operators they are.
 Letters: B batch, S tokens, H hidden.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,32 +18,44 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from ktransformers import native
 from ktransformers.models.traits import TRAITS
 from ktransformers.native import torch_ops
-from ktransformers.operators.attending import epsilon, normed
 from ktransformers.operators.base_operator import FamilyOperator, version
 from ktransformers.operators.combining import is_observed
+from ktransformers.operators.delta_net import KeptStates, KGatedDeltaNet
 from ktransformers.operators.experts_in_c import mlp_in_c
 from ktransformers.operators.moe import ComputedInC
+from ktransformers.operators.norms import Normed, normed_as
 from ktransformers.operators.paged_attention import PagedAttention
 from ktransformers.operators.paged_cache import PagedLayer
 from ktransformers.operators.routing import may_use_c
-from ktransformers.operators.twin import close, noise, original, remembered, tensors_of, twin
+from ktransformers.operators.twin import Listener, close, noise, original, remembered, tensors_of, twin
+
+_POSITIONS = "position_embeddings"
+
+
+@dataclass(frozen=True)
+class Half:
+    """How a part joins the sum: keep * x + factor * after(part(before(x))). Names of children; None: no norm."""
+
+    part: str
+    before: str | None
+    after: str | None
+    keep: float
+    factor: float
 
 
 @dataclass(frozen=True)
 class Stacking:
-    """y = x + factor * attention(norm(x)); out = y + factor * mlp(norm(y)): names of the children, in that order."""
+    """What mixes tokens, attention or a delta net, then the MLP; `parallel`: that is given the sum as the mixer was."""
 
-    attention_norm: str
-    attention: str
-    mlp_norm: str
-    mlp: str
-    factor: float
-    norm_plus_one: bool
-    eps: tuple[float, float]
+    first: Half
+    second: Half
+    parallel: bool
+    norms: dict[str, Normed]
+    """What the norms compute."""
 
     @property
     def children(self) -> list[str]:
-        return [self.attention_norm, self.attention, self.mlp_norm, self.mlp]
+        return [self.first.part, self.second.part, *self.norms]
 
 
 @remembered
@@ -50,52 +64,91 @@ def stacking_of(layer: nn.Module) -> Stacking | None:
     return _recognize(layer)
 
 
-class _Gives(nn.Module):
-    """In the place of attention or MLP: a fixed function of what it is given."""
+def _gives(scale: float, pair: bool) -> Callable[..., Any]:
+    """In the place of mixer or MLP: a fixed function of what it is given."""
 
-    def __init__(self, scale: float, pair: bool) -> None:
-        super().__init__()
-        self.scale, self.pair, self.calls = scale, pair, 0
+    def give(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        gave = torch.tanh(hidden_states.roll(1, -1) * scale)
+        return (gave, None) if pair else gave
 
-    def apply(self, x: Tensor) -> Tensor:
-        return torch.tanh(x.roll(1, -1) * self.scale)
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.calls += 1
-        return (self.apply(hidden_states), None) if self.pair else self.apply(hidden_states)
+    return give
 
 
 def _recognize(layer: nn.Module) -> Stacking | None:
     children = {name: child for name, child in layer._modules.items() if child is not None}
     attention = [n for n, c in children.items() if TRAITS["attention"](original(c))]
+    nets = [n for n, c in children.items() if TRAITS["delta_net"](original(c))]
     norms = [n for n, c in children.items() if TRAITS["norm"](original(c)) and tensors_of(c).keys() == {"weight"}]
-    rest = [n for n in children if n not in (*attention, *norms)]
-    if len(attention) != 1 or len(norms) != 2 or len(rest) != 1 or layer._parameters or layer._buffers:
+    rest = [n for n in children if n not in (*attention, *nets, *norms)]
+    if len(attention + nets) != 1 or not norms or len(rest) != 1 or layer._parameters or layer._buffers:
         return None
-    width = original(children[norms[0]]).weight.shape[-1]
-    x = noise(1, 5, width, seed=3)
+    x = noise(1, 5, original(children[norms[0]]).weight.shape[-1], seed=3)
+    (mixer,), told = attention + nets, dict.fromkeys(("attention_mask", "position_embeddings"))
+    if nets:
+        told |= {"attention_mask": object(), "past_key_values": object()}
     for pair in (False, True):  # gpt-oss's block gives its router's weights, too
-        mixes, mlp = _Gives(1.5, True), _Gives(0.7, pair)
-        made = twin(layer, torch.float32, {attention[0]: mixes, rest[0]: mlp})
+        parts = {name: Listener(twin(children[name], torch.float32), children[name]) for name in norms}
+        parts[mixer] = Listener(_gives(1.5, not nets), children[mixer])
+        parts[rest[0]] = Listener(_gives(0.7, pair), children[rest[0]])
         try:
-            out = made(x, attention_mask=None, position_embeddings=None)
-            break
+            out = twin(layer, torch.float32, parts)(x, **told)
+            return None if nets and not _is_told(parts[mixer], told) else _stacking(x, out, parts, mixer, rest[0])
         except (TypeError, ValueError):
             if pair:
-                return None
-    if not isinstance(out, Tensor) or out.shape != x.shape or mixes.calls != 1 or mlp.calls != 1:
-        return None
-    factors = {1.0, float(getattr(layer, "residual_multiplier", 1.0))}
-    for first, second in (norms, norms[::-1]):
-        for plus_one in (False, True):
-            for factor in factors:
-                eps = epsilon(made._modules[first]), epsilon(made._modules[second])
-                weights = [made._modules[name].weight + (1.0 if plus_one else 0.0) for name in (first, second)]
-                y = x + factor * mixes.apply(normed(x, weights[0], eps[0]))
-                y = y + factor * mlp.apply(normed(y, weights[1], eps[1]))
-                if close(out, y):
-                    return Stacking(first, attention[0], second, rest[0], factor, plus_one, eps)
+                raise
     return None
+
+
+def _is_told(net: Listener, told: dict[str, Any]) -> bool:
+    """Whether a delta net was given mask and cache as the layer was, and nothing besides."""
+    _, kwargs, _ = net.once
+    expected = {"cache_params": told["past_key_values"], "attention_mask": told["attention_mask"]}
+    others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+    return others.keys() == expected.keys() and all(others[name] is value for name, value in expected.items())
+
+
+def _stacking(x: Tensor, out: Any, parts: dict[str, Listener], mixer: str, mlp: str) -> Stacking | None:
+    """By what was heard of all parts when the layer gave `out` for x."""
+    heard = {name: _heard(part, x) for name, part in parts.items()}
+    norms = {name: heard[name] for name in parts if name not in (mixer, mlp)}
+    (before_a, seen_a), (after_a, gave_a) = _around(norms, *heard[mixer])
+    (before_m, seen_m), (after_m, gave_m) = _around(norms, *heard[mlp])
+    parallel = close(seen_m, x)
+    factors = _factors([x, gave_a, gave_m], out) if parallel else _factors([x, gave_a], seen_m)
+    if not isinstance(out, Tensor) or not close(seen_a, x) or factors is None:
+        return None
+    joined = (1.0, factors[2]) if parallel else _factors([seen_m, gave_m], out)
+    found = {name: normed_as(parts[name].inner, *norms[name]) for name in norms}
+    if joined is None or None in found.values() or found.keys() != {before_a, after_a, before_m, after_m} - {None}:
+        return None
+    first, second = Half(mixer, before_a, after_a, *factors[:2]), Half(mlp, before_m, after_m, *joined)
+    return Stacking(first, second, parallel, found)
+
+
+def _heard(part: Listener, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What a part was given and what it gave, in the shape of x."""
+    args, kwargs, gave = part.once
+    given = args[0] if args else kwargs["hidden_states"]
+    return given.reshape(x.shape), (gave[0] if isinstance(gave, tuple) else gave).reshape(x.shape)
+
+
+Named = tuple[str | None, Tensor]
+
+
+def _around(norms: dict[str, tuple[Tensor, Tensor]], given: Tensor, gave: Tensor) -> tuple[Named, Named]:
+    """The norm before a part and what it was given; the norm after it and what it gave. Or no name, and the part's."""
+    before = next(((name, before) for name, (before, after) in norms.items() if close(after, given)), (None, given))
+    return before, next(((name, after) for name, (before, after) in norms.items() if close(before, gave)), (None, gave))
+
+
+def _factors(terms: list[Tensor], result: Any) -> list[float] | None:
+    """Of each term, so that their sum is `result`; None where there are no such."""
+    if not isinstance(result, Tensor) or result.shape != terms[0].shape:
+        return None
+    columns = torch.stack([term.flatten() for term in terms], -1).double()
+    found = torch.linalg.lstsq(columns, result.flatten()[:, None].double()).solution.flatten()
+    factors = [round(float(factor), 7) for factor in found]  # what is left is rounding of the sums
+    return factors if close(sum(f * term for f, term in zip(factors, terms, strict=True)), result) else None
 
 
 class KDecoderLayer(FamilyOperator):
@@ -129,46 +182,74 @@ class KDecoderLayer(FamilyOperator):
         if found is None:
             return super().forward(hidden_states, *args, **kwargs)
         layer, held = found
-        positions, mask, first, factor = self.attention.step(held, hidden_states, kwargs)
+        if isinstance(held, KeptStates):
+            return layer.forward(hidden_states, [held])
+        positions, mask, first, factor = self.mixer.step(held, hidden_states, kwargs)
         out = layer.forward(hidden_states, [held.pages], [positions], mask, first, q_factors=[factor])
         held.advanced()
         return out
 
     def _own_norms(self) -> list[int]:
-        names = [] if self.stacking is None else [self.stacking.attention_norm, self.stacking.mlp_norm]
-        return [id(self._modules[name]) for name in names]
+        return [] if self.stacking is None else [id(self._modules[name]) for name in self.stacking.norms]
 
     @property
-    def attention(self) -> nn.Module:
-        """The attention among its children."""
-        return self._modules[self.stacking.attention]
+    def mixer(self) -> nn.Module:
+        """The attention or delta net among its children."""
+        return self._modules[self.stacking.first.part]
 
-    def native_step(self, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[native.Layers, PagedLayer] | None:
+    def native_step(
+        self, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> tuple[native.Layers, PagedLayer | KeptStates] | None:
         """The layer in C and its part of the cache, or None where its parts must compute one by one."""
+        made = self._made(hidden)
+        held = None if made is None else self._held(hidden, kwargs)
+        return None if held is None else (made, held)
+
+    def native_layer(self, hidden: Tensor) -> native.Layers | None:
+        """The layer in C, on whatever cache of the kind that it computes on; None as above."""
+        made = self._made(hidden)
+        if made is None:
+            return None
+        if isinstance(self.mixer, KGatedDeltaNet):
+            return made if self.mixer.computes(hidden, {}) else None
+        return None if self.mixer.pages(hidden, {}) is None else made
+
+    def _held(self, hidden: Tensor, kwargs: dict[str, Any]) -> PagedLayer | KeptStates | None:
+        """The layer's part of the cache that these arguments bring."""
+        if not isinstance(self.mixer, KGatedDeltaNet):
+            return self.mixer.pages(hidden, kwargs)
+        others = {name: value for name, value in kwargs.items() if name not in ("past_key_values", _POSITIONS)}
+        return self.mixer.step(hidden, {**others, "cache_params": kwargs.get("past_key_values")})
+
+    def _made(self, hidden: Tensor) -> native.Layers | None:
         if self.stacking is None or not may_use_c(self, hidden) or torch_ops.is_traced(hidden):
             return None
         children = self._modules
-        attention, mlp = self.attention, children[self.stacking.mlp]
+        mixer, mlp = self.mixer, children[self.stacking.second.part]
         if self._own_norms() != self._norms:  # others since: nobody knows what they compute
             return None
-        if not isinstance(attention, PagedAttention) or is_observed(self, self.stacking.children):
+        if not isinstance(mixer, (PagedAttention, KGatedDeltaNet)) or is_observed(self, self.stacking.children):
             return None
-        if attention.attending is not None and attention.attending.narrow:  # an index sees what the first norm gives
+        narrow = isinstance(mixer, PagedAttention) and mixer.attending is not None and mixer.attending.narrow
+        if mixer.native is None or narrow:  # an index sees what the first norm gives
             return None
-        pages = attention.pages(hidden, kwargs)
-        second = self._second(mlp, hidden.dtype) if pages is not None else None
+        second = self._second(mlp, hidden.dtype)
         if second is None:
             return None
-        norms = [children[name].weight for name in (self.stacking.attention_norm, self.stacking.mlp_norm)]
-        key = (attention.native, second, *((norm.data_ptr(), version(norm)) for norm in norms))
+        norms = [children[name].weight for name in self.stacking.norms]
+        key = (mixer.native, second, *((norm.data_ptr(), version(norm)) for norm in norms))
         if self._layer is None or self._layer[0] != key:
-            shift = 1.0 if self.stacking.norm_plus_one else 0.0
-            made = native.Layer(
-                attention.native, second, [norm.detach().float() + shift for norm in norms], self.stacking.eps,
-                self.stacking.factor, self.key,
-            )  # fmt: skip
+            joinings = [self._joining(half) for half in (self.stacking.first, self.stacking.second)]
+            made = native.Layer(mixer.native, second, *joinings, self.stacking.parallel, self.key)
             self._layer = key, native.Layers([made])
-        return self._layer[1], pages
+        return self._layer[1]
+
+    def _joining(self, half: Half) -> native.Joining:
+        before, after = (
+            None if name is None else self.stacking.norms[name].native(self._modules[name])
+            for name in (half.before, half.after)
+        )
+        return native.Joining(before, after, half.keep, half.factor)
 
     def _second(self, mlp: nn.Module, dtype: torch.dtype) -> native.Block | native.Experts | None:
         if isinstance(mlp, ComputedInC):

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ktransformers import native
-from ktransformers.models.traits import TRAITS
 from ktransformers.native import torch_ops
 from ktransformers.operators.angles import Angles, is_fixed
 from ktransformers.operators.combining import has_hooks, is_collecting
-from ktransformers.operators.decoding import Decoding, decoding_of, head_of
+from ktransformers.operators.decoding import Decoding, decoding_of, head_of, rotaries_of
+from ktransformers.operators.delta_net import KeptStates, KGatedDeltaNet
 from ktransformers.operators.embedding import table_of
 from ktransformers.operators.linear import packed_of
+from ktransformers.operators.paged_attention import Recognized
 from ktransformers.operators.paged_cache import PagedCache, PagedLayer
 from ktransformers.operators.routing import FLOATS
 from ktransformers.operators.twin import original
@@ -99,26 +100,25 @@ class Stack:
             return None
         if torch_ops.is_traced(given) or given.requires_grad or not _has_form(given):
             return None
-        made = self._of(given, cache)
+        made = self._of(given)
         return None if made is None else made.forward(kwargs, given, cache)
 
-    def ready(self, cache: PagedCache) -> "_Made | None":
+    def ready(self) -> "_Made | None":
         """The native call on ids of tokens, where the decoder computes by it just now."""
         ids = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
-        return None if self.decoder.training or is_collecting() else self._of(ids, cache)
+        return None if self.decoder.training or is_collecting() else self._of(ids)
 
-    def _of(self, given: Tensor, cache: PagedCache) -> "_Made | None":
+    def _of(self, given: Tensor) -> "_Made | None":
         """The native call for inputs such as `given`, made when first wanted and again when anything changed."""
         kept = self._made.get(given.dtype)
         if kept is None or not kept[0].unchanged():
-            made = self._make(given, cache)
-            rotaries = (child for child in self.decoder.children() if TRAITS["rotary"](child))
-            moving = [each for each in rotaries if not is_fixed(original(each))]
+            made = self._make(given)
+            moving = [each for each in rotaries_of(self.decoder).values() if not is_fixed(original(each))]
             kept = Watch(self.decoder, moving), made  # after: a layer makes itself ready at first
             self._made[given.dtype] = kept
         return kept[1]
 
-    def _make(self, given: Tensor, cache: PagedCache) -> "_Made | None":
+    def _make(self, given: Tensor) -> "_Made | None":
         decoder = self.decoder
         found = decoding_of(decoder.orig_module)
         if found is None or has_hooks(decoder._modules[found.norm]) or any(has_hooks(x) for x in decoder.layers):
@@ -128,10 +128,13 @@ class Stack:
             dtype = decoder._modules[found.embedding](given[:1, :1]).dtype
         like = torch.zeros(1, 1, decoder._modules[found.norm].weight.shape[-1], dtype=dtype, device="cpu")
         with torch.no_grad():
-            steps = [layer.native_step(like, {"past_key_values": cache}) for layer in decoder.layers]
-        if any(s is None for s in steps) or not all(layer.attention.attending.plain for layer in decoder.layers):
+            layers = [layer.native_layer(like) for layer in decoder.layers]
+        if any(layer is None for layer in layers):
             return None
-        return _Made(decoder, found, [step[0].layers[0] for step in steps])
+        attentions = [layer.mixer for layer in decoder.layers if not isinstance(layer.mixer, KGatedDeltaNet)]
+        if not attentions or not all(attention.attending.plain for attention in attentions):
+            return None
+        return _Made(decoder, found, [layer.layers[0] for layer in layers])
 
 
 class _Made:
@@ -139,32 +142,32 @@ class _Made:
 
     def __init__(self, decoder: nn.Module, found: Decoding, layers: Sequence[native.Layer]) -> None:
         self.decoder, self.found = decoder, found
-        attentions = [layer.attention for layer in decoder.layers]
-        self._numbers = [attention.layer_idx for attention in attentions]
-        self._attending = [attention.attending for attention in attentions]
+        self._mixers = [layer.mixer for layer in decoder.layers]
+        self._attending = [None if isinstance(mixer, KGatedDeltaNet) else mixer.attending for mixer in self._mixers]
+        self._first = next(i for i, attending in enumerate(self._attending) if attending is not None)
         # Layers of a kind share angles and factors: of one call of a rotary module, or none at all.
-        kinds = [(found.kinds[i] if attending.rotates else -1, attending.step_of)
+        kinds = [(-1, None) if attending is None else (found.kinds[i] if attending.rotates else -1, attending.step_of)
                  for i, attending in enumerate(self._attending)]  # fmt: skip
         each = list(dict.fromkeys(kinds))
         self._of_kind = [(kind[0], kinds.index(kind)) for kind in each]
-        self._angles = {i: Angles(decoder._modules[name], given) for i, (name, given) in enumerate(found.rotaries)}
-        norm = None
-        if found.rms is not None:
-            eps, shift = found.rms
-            norm = decoder._modules[found.norm].weight.detach().float() + shift, eps
+        self._angles = {i: Angles(decoder.get_submodule(name), *more) for i, (name, *more) in enumerate(found.rotaries)}
+        norm = None if found.norm_as is None else found.norm_as.native(decoder._modules[found.norm])
         self._layers = native.Layers(layers, [each.index(kind) for kind in kinds], norm)
 
     def forward(self, kwargs: Mapping[str, Any], given: Tensor, cache: PagedCache) -> Any:
-        held = self.held(cache)
+        batch, tokens = given.shape[:2]
+        held = self.held(cache, batch) if tokens == 1 or None not in self._attending else None
         if held is None:
             return None
-        past, (batch, tokens) = held[0].get_seq_length(), given.shape[:2]
+        first = held[self._first]
+        past, where = first.get_seq_length(), kwargs.get("position_ids")
         pads = padding(kwargs.get("attention_mask"), batch, past + tokens)
-        where = kwargs.get("position_ids")
-        if pads is None or where is not None and not _are_positions(where, batch, tokens):
+        if pads is None or pads and None in self._attending:  # the family's code says what delta nets are told of it
             return None
-        if held[0].pages is not None and held[0].pages.ragged:
-            lengths = torch.tensor(held[0].pages.lengths, device="cpu")[:, None]
+        if where is not None and not _are_positions(where, batch, tokens):
+            return None
+        if first.pages is not None and first.pages.ragged:
+            lengths = torch.tensor(first.pages.lengths, device="cpu")[:, None]
             if pads or where is None or not torch.equal(where, lengths + torch.arange(tokens, device="cpu")):
                 return None
         if given.dim() == 3 and self.found.factor != 1.0:  # was it multiplied already? the family's code knows
@@ -173,57 +176,79 @@ class _Made:
         out = self.run(hidden * self.found.factor if self.found.factor != 1.0 else hidden, held, where, pads or None)
         return self.found.output(last_hidden_state=out, past_key_values=cache)
 
-    def held(self, cache: PagedCache) -> list[PagedLayer] | None:
+    def held(self, cache: PagedCache, batch: int) -> list[PagedLayer | KeptStates] | None:
         """The parts of the cache that the layers compute on; None where they are of another kind."""
-        held = [cache.layers[number] if number < len(cache.layers) else None for number in self._numbers]
-        for part, attending in zip(held, self._attending, strict=True):
-            if not isinstance(part, PagedLayer) or part.joined != attending.joined:
+        held = []
+        for mixer, attending in zip(self._mixers, self._attending, strict=True):
+            number, part = mixer.layer_idx, None
+            if attending is None:
+                part = mixer.kept(cache, batch)
+            elif number < len(cache.layers) and isinstance(cache.layers[number], PagedLayer):
+                part = cache.layers[number] if cache.layers[number].joined == attending.joined else None
+            if part is None:
                 return None
+            held.append(part)
         return held
+
+    def _paged(self, held: Sequence[PagedLayer | KeptStates]) -> list[tuple[PagedLayer, Recognized]]:
+        """Of the layers with attention: its part of the cache, and what it computes."""
+        pairs = zip(held, self._attending, strict=True)
+        return [(part, attending) for part, attending in pairs if attending is not None]
+
+    def _factor(self, i: int, held: Sequence[PagedLayer | KeptStates], tokens: int) -> Tensor | None:
+        """What layer i multiplies its queries by."""
+        return None if self._attending[i] is None else self._attending[i].query_factor(held[i], tokens, {})
 
     def decode(self, cache: PagedCache, head: tuple[Packed, Tensor | None] | None) -> native.Decode | None:
         """The calls of a step recorded; None where part of it is not native, or depends on more than the position."""
-        held, table = self.held(cache), table_of(self.decoder._modules[self.found.embedding])
-        if not held or any(part.pages is None for part in held) or head is None or table is None:
+        held, table = self.held(cache, 1), table_of(self.decoder._modules[self.found.embedding])
+        if held is None or head is None or table is None:
             return None
-        if len(held[0].pages.tables) != 1:
+        paged = self._paged(held)
+        if any(part.pages is None for part, _ in paged) or len(held[self._first].pages.tables) != 1:
             return None
         if self._layers.norm is None:
             return None
         angles = [None if rotary < 0 else self._angles[rotary] for rotary, _ in self._of_kind]
-        factors = [self._attending[i].query_factor(held[i], 1, {}) for _, i in self._of_kind]
+        factors = [self._factor(i, held, 1) for _, i in self._of_kind]
         if any(factor is not None for factor in factors) or not all(each is None or each.fixed for each in angles):
             return None
         embedding, dtype = table
         like = torch.empty(1, 1, embedding.hidden, dtype=dtype, device="cpu")
 
         def tables(rows: int) -> list[tuple[Tensor, Tensor] | None]:
-            for part in held:
+            for part, _ in paged:
                 part.advanced()
             return [None if each is None else each.table(like, rows) for each in angles]
 
         layers = native.Layers(self._layers.layers, self._layers.kinds, self._layers.norm)
-        pages = [part.prepare(*attending.kept, dtype) for part, attending in zip(held, self._attending, strict=True)]
-        return native.Decode(embedding, layers, native.Linear(*head), pages, tables, dtype, self.found.factor)
+        for part, attending in paged:
+            part.prepare(*attending.kept, dtype)
+        kept = [part.pages if isinstance(part, PagedLayer) else part for part in held]
+        return native.Decode(embedding, layers, native.Linear(*head), kept, tables, dtype, self.found.factor)
 
     def embedded(self, ids: Tensor) -> Tensor:
         return self.decoder._modules[self.found.embedding](ids)
 
     def run(
-        self, hidden: Tensor, held: Sequence[PagedLayer], where: Tensor | None, pads: tuple[int, ...] | None
+        self,
+        hidden: Tensor,
+        held: Sequence[PagedLayer | KeptStates],
+        where: Tensor | None,
+        pads: tuple[int, ...] | None,
     ) -> Tensor:
         """hidden [B, S, H], what the first layer is given -> [B, S, H], normed; `where`: positions, `pads`: padding."""
-        for part, attending in zip(held, self._attending, strict=True):
+        for part, attending in self._paged(held):
             part.prepare(*attending.kept, hidden.dtype)
-        past, positions, factors = held[0].get_seq_length(), [], []
+        past, positions, factors = held[self._first].get_seq_length(), [], []
         for rotary, i in self._of_kind:
             positions.append(None if rotary < 0 else self._angles[rotary].of(hidden, past, where))
-            factors.append(self._attending[i].query_factor(held[i], hidden.shape[1], {}))
-        pages = [part.pages for part in held]
+            factors.append(self._factor(i, held, hidden.shape[1]))
+        pages = [part.pages if isinstance(part, PagedLayer) else part for part in held]
         out = self._layers.forward(hidden, pages, positions, pads=pads, q_factors=factors)
-        for part in held:
+        for part, _ in self._paged(held):
             part.advanced()
-        return out if self.found.rms is not None else self.decoder._modules[self.found.norm](out)
+        return out if self._layers.norm is not None else self.decoder._modules[self.found.norm](out)
 
 
 def decode_of(model: nn.Module, cache: Any) -> native.Decode | None:
@@ -234,7 +259,7 @@ def decode_of(model: nn.Module, cache: Any) -> native.Decode | None:
     decoder = next((child for child in model.children() if isinstance(getattr(child, "stack", None), Stack)), None)
     if decoder is None or type(cache) is not PagedCache or torch.is_grad_enabled() or has_hooks(model):
         return None
-    made, head = decoder.stack.ready(cache), head_of(model, decoder)
+    made, head = decoder.stack.ready(), head_of(model, decoder)
     if made is None or head is None or has_hooks(decoder) or has_hooks(head):
         return None
     return made.decode(cache, packed_of(head))

@@ -79,6 +79,33 @@ def _random(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
     return values.to(tensor.dtype if dtype is None else dtype)
 
 
+class Listener(nn.Module):
+    """In the place of a module: remembers what it was given and what it gave."""
+
+    def __init__(self, inner: Callable[..., Any], like: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["inner"], self.__dict__["like"] = inner, original(like)
+        self.heard: list[tuple[tuple, dict, Any]] = []
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        gave = self.inner(*args, **kwargs)
+        self.heard.append((args, kwargs, gave))
+        return gave
+
+    def __getattr__(self, name: str) -> Any:
+        """Families ask layers for their kind."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["like"], name)
+
+    @property
+    def once(self) -> tuple[tuple, dict, Any]:
+        """Of its only call. Raises ValueError where there were others, or none."""
+        (heard,) = self.heard
+        return heard
+
+
 def noise(*shape: int, seed: int) -> Tensor:
     """Random numbers in float32 on the CPU, whatever the caller's defaults are."""
     return torch.randn(shape, generator=generator(seed), dtype=torch.float32, device="cpu")

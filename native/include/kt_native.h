@@ -478,15 +478,28 @@ void kt_delta_net_destroy(kt_delta_net *net);
 int kt_delta_net_forward(const kt_delta_net *net, kt_pool *pool, const kt_delta_net_call *call, const void *hidden,
                          void *out);
 
-/* A decoder layer: x += factor * attention(norm(x)), then x += factor * mlp(norm(x)), where norm is x / sqrt(mean(x^2) +
- * eps) * weight with fp32 weights [H], and mlp is a block of experts or, where that is NULL, one dense MLP (a kt_experts
- * of one expert). All stay the caller's. */
+/* x / sqrt(mean(x^2) + eps) * weight with fp32 weights [H]; centered: of x - mean(x). No norm where weight is NULL. */
+typedef struct kt_row_norm {
+    const float *weight;
+    float eps;
+    int32_t centered;
+} kt_row_norm;
+
+/* How a part of a layer joins the sum: x = keep * x + factor * after(part(before(x))). */
+typedef struct kt_joining {
+    kt_row_norm before, after;
+    float keep, factor;
+} kt_joining;
+
+/* A decoder layer: attention or, where that is NULL, a delta net joins the sum, then an MLP, which is a block of experts
+ * or, where that is NULL, a dense one (a kt_experts of one expert). parallel: both see the sum as it was before either joins. All stay the caller's. */
 typedef struct kt_layer_desc {
     const kt_attention *attention;
+    const kt_delta_net *delta_net;
     const kt_moe *moe;
     const kt_experts *mlp;
-    const float *attention_norm, *mlp_norm;
-    float attention_eps, mlp_eps, factor;
+    kt_joining first, second;
+    int32_t parallel;
 } kt_layer_desc;
 
 typedef struct kt_layer kt_layer;
@@ -494,19 +507,20 @@ typedef struct kt_layer kt_layer;
 int kt_layer_create(const kt_layer_desc *desc, kt_layer **layer);
 void kt_layer_destroy(kt_layer *layer);
 
-/* Layers one after the other, and the norm after the last of them (fp32 [H] and its eps) where `norm` is not NULL. calls:
- * one a layer, with its own sequences, layout and window; all else of a layer's call is that of calls[its like], and like
- * is at most the layer's own number. */
+/* Layers one after the other, and the norm after the last of them. calls: one a layer, with its own sequences, layout and
+ * window; all else of a layer's call is that of calls[its like], and like is at most the layer's own number. Of a delta
+ * net's layer there is just its dtype, batch and tokens, one a sequence. nets: one a layer, for its conv_dtype, conv and
+ * state; NULL where no layer has a delta net. */
 typedef struct kt_stack {
     int64_t count;
     const kt_layer *const *layers;
     const kt_attention_call *calls;
-    const float *norm;
-    float eps;
+    const kt_delta_net_call *nets;
+    kt_row_norm norm;
 } kt_stack;
 
 /* hidden, out [batch, tokens, H]; out may be hidden. The sum between the layers is in fp32. Lengths are raised in all
- * layers, or where something fails in none. */
+ * layers, or where something fails in none; then what delta nets of layers before it keep has changed all the same. */
 int kt_layers_forward(const kt_stack *stack, kt_pool *pool, const void *hidden, void *out);
 
 /* Attention of one sequence's last `queries` of `length` cached tokens. Pages of 64 tokens: keys[p] points to token 64*p

@@ -122,6 +122,15 @@ static void empty_sequences(const kt_attention_desc *d, const kt_kv_layout *l, i
     }
 }
 
+static kt_row_norm random_norm(int64_t hidden) {
+    return (kt_row_norm){.weight = chance(3) ? NULL : random_floats(hidden), .eps = 1e-6f, .centered = (int32_t)below(2)};
+}
+
+static kt_joining random_joining(int64_t hidden) {
+    return (kt_joining){.before = random_norm(hidden), .after = random_norm(hidden), .keep = chance(2) ? 1.0f : 0.8f,
+                        .factor = chance(2) ? 1.0f : 0.3f};
+}
+
 /* Two steps through one layer, alike on both pools; then the same with absurd numbers. */
 static void layer_case(void) {
     enum { MOST = 3 };
@@ -133,8 +142,8 @@ static void layer_case(void) {
     const kt_weight gate = valid(inner, hidden), up = valid(inner, hidden), down = valid(hidden, inner);
     const kt_glu silu = {.activation = KT_SILU, .limit = INFINITY};
     if (kt_attention_create(&d, &a) == KT_OK && kt_experts_create(1, &gate, &up, &down, &silu, &e) == KT_OK) {
-        const kt_layer_desc both = {.attention = a, .mlp = e, .attention_norm = random_floats(hidden), .factor = 1.0f,
-                                    .mlp_norm = random_floats(hidden), .attention_eps = 1e-6f, .mlp_eps = 1e-6f};
+        const kt_layer_desc both = {.attention = a, .mlp = e, .first = random_joining(hidden),
+                                    .second = random_joining(hidden), .parallel = (int32_t)below(2)};
         check(kt_layer_create(&both, &layer) == KT_OK && layer, "layer");
     }
     const int64_t steps[2] = {1 + below(chance(4) ? 90 : 9), 1}, rotary = 2 * (1 + below(d.size / 2));
@@ -147,7 +156,7 @@ static void layer_case(void) {
     c.sin = chance(20) ? NULL : random_floats(rotary * 50);
     if (!c.cos || rotary * 50 < steps[0] * rotary / 2) c.rotary_row = 0;
     c.window = chance(3) ? 1 + below(20) : 0;
-    const float *last = chance(2) ? random_floats(hidden) : NULL;
+    const kt_row_norm last = random_norm(hidden);
     c.q_factor_batch = chance(2) ? steps[0] : 0;
     if (chance(3)) c.q_factor = random_floats(c.q_factor_batch ? batch * steps[0] : steps[0]);
     kt_sequence s[2][MOST];
@@ -161,8 +170,7 @@ static void layer_case(void) {
         two_outputs(out, bytes, c.dtype);
         for (int i = 0; i < 2; i++) {
             c.sequences = s[i];
-            const kt_stack stack = {.count = 1, .layers = (const kt_layer *const *)&layer, .calls = &c, .norm = last,
-                                    .eps = 1e-6f};
+            const kt_stack stack = {.count = 1, .layers = (const kt_layer *const *)&layer, .calls = &c, .norm = last};
             status[i] = kt_layers_forward(&stack, pools[i], x, out[i]);
         }
         compare(status[0], status[1], out, bytes, c.dtype, "layer");

@@ -34,15 +34,15 @@ def pair(request, tmp_path_factory):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Sequences of each native step."""
+    """Sequences of each native step of a net, alone or within its layer."""
     counted = []
-    original = DeltaNet.forward
+    original = DeltaNet.fill_kept
 
-    def counting(self, hidden, *kept):
-        counted.append(len(hidden))
-        return original(self, hidden, *kept)
+    def counting(self, state, call, batch, *kept):
+        counted.append(batch)
+        return original(self, state, call, batch, *kept)
 
-    monkeypatch.setattr(DeltaNet, "forward", counting)
+    monkeypatch.setattr(DeltaNet, "fill_kept", counting)
     return counted
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from ktransformers.models import DEFAULT_RULES, ONE_BY_ONE
+from ktransformers.models.traits import find_layers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -20,6 +21,7 @@ from ktransformers import optimize_and_load, plan
 from ktransformers.engine.generate import generate
 from ktransformers.engine.sampling import Sampling
 from ktransformers.errors import RuleError
+from ktransformers.native.layers import Layers
 from ktransformers.operators.experts import KTransformersExperts
 from ktransformers.operators.gate import KMoEGate
 from ktransformers.operators.moe import KMoEBlock
@@ -73,8 +75,16 @@ WALK = [(model_type, "Default") for model_type in families.known_here()]
 WALK += [(model_type, DEFAULT_RULES[model_type]) for model_type in families.known_here() if model_type in DEFAULT_RULES]
 
 
+@pytest.fixture
+def calls(monkeypatch):
+    """How many layers each native call computed."""
+    counted, forward = [], Layers.forward
+    monkeypatch.setattr(Layers, "forward", lambda self, *a, **k: counted.append(len(self.layers)) or forward(self, *a, **k))
+    return counted
+
+
 @pytest.mark.parametrize(("model_type", "rule"), WALK)
-def test_a_family_computes_as_transformers_does(model_type, rule, tmp_path):
+def test_a_family_computes_as_transformers_does(model_type, rule, tmp_path, calls):
     """Logits, a prefill in pieces by hand and by `generate`, and 32 greedy tokens."""
     truth, op = reference(model_type), families.operator_of(model_type)
     rule = rule if op == "KExpertsCPU" else rules(op)
@@ -92,6 +102,10 @@ def test_a_family_computes_as_transformers_does(model_type, rule, tmp_path):
         pieces = in_pieces(truth, PROMPT)
         assert (relative_error(pieces, expected) < 1e-4) == (model_type not in families.PIECES_DIFFER)
         assert relative_error(in_pieces(model, PROMPT), pieces) < 1e-4
+    whole = len(find_layers(model)[1])
+    assert (whole in calls) == (model_type not in families.DECODER_NOT_NATIVE) or rule != "Default"
+    if whole in calls and rule == "Default":
+        assert (set(calls) == {whole}) == (model_type not in families.PROMPT_NOT_NATIVE)
     expected = truth.generate(PROMPT, max_new_tokens=32, do_sample=False)
     assert torch.equal(model.generate(PROMPT, max_new_tokens=32, do_sample=False), expected)
     tokens = list(generate(model, PROMPT[0].tolist(), max_new_tokens=8, chunk_size=4, sampling=Sampling()))
@@ -99,11 +113,14 @@ def test_a_family_computes_as_transformers_does(model_type, rule, tmp_path):
 
 
 def test_most_families_are_computed_in_c():
-    """The counts that README claims: 55 of 60 routers, 50 blocks, 54 kinds of attention."""
+    """The counts that README claims: 55 of 60 routers, 50 blocks, 54 kinds of attention; and 33 whole decoders, 3 of
+    them for steps of one token alone."""
     known = set(families.known_here())
     assert len(known) == 60
     assert len(known - families.ROUTER_NOT_IN_C.keys()) == 55 and len(known - families.BLOCK_NOT_IN_C.keys()) == 50
     assert len(known - families.ATTENTION_NOT_NATIVE.keys()) == 54
+    whole = known - families.DECODER_NOT_NATIVE.keys()
+    assert len(whole) == 33 and len(whole - families.PROMPT_NOT_NATIVE) == 30
 
 
 def test_every_type_with_experts_is_in_a_table():

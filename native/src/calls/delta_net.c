@@ -10,6 +10,8 @@
  * The rule is that of Yang et al. 2024, "Gated Delta Networks: Improving Mamba2 with Delta Rule". S [K, V] is one value
  * head's memory; it is read from main memory once and stays in the cache for the second pass over it.
  * Letters: G key heads, A value heads, R = A / G, K and V their sizes. */
+#include "delta_net.h"
+
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -119,8 +121,8 @@ struct step {
     struct kt_piece p; /* what products need: kernels, activations, lists */
     const struct kt_delta_net *n;
     const kt_delta_net_call *c;
-    const void *in;
-    void *out;
+    const struct kt_rows *in;
+    const struct kt_sum *out;
     int64_t from; /* the first sequence of the piece */
     float *y;     /* [sequences, y_stride]: what W_out gave */
     int64_t y_stride;
@@ -135,7 +137,7 @@ static void load(void *ctx, int32_t job, int thread) {
     (void)thread;
     struct step *s = ctx;
     struct kt_piece *p = &s->p;
-    kt_load_row(p->k, s->in, s->c->dtype, (s->from + job) * p->x.cols, p->x.cols, p->x.f + job * p->x.stride);
+    kt_rows_load(p->k, s->in, s->from + job, p->x.cols, p->x.f + job * p->x.stride);
     p->nonfinite[job] = !kt_acts_derive(p->k, &p->x, job, p->forms_x);
 }
 
@@ -254,7 +256,7 @@ static void store(void *ctx, int32_t job, int thread) {
     (void)thread;
     const struct step *s = ctx;
     const int64_t H = s->n->out.rows;
-    kt_store_row(s->p.k, s->y + job * s->y_stride, H, s->c->dtype, s->out, (s->from + job) * H);
+    kt_sum_store(s->p.k, s->out, s->from + job, H, 0, s->y + job * s->y_stride, H);
 }
 
 static void layout(struct step *s, struct kt_arena *arena) {
@@ -300,26 +302,40 @@ static int run_piece(struct step *s, kt_pool *pool) {
 
 /* ---- the call --------------------------------------------------------------------------------------- */
 
-static int check_call(const kt_delta_net_call *c, const void *hidden, const void *out) {
+int64_t kt_delta_net_hidden(const kt_delta_net *net) { return net->out.rows; }
+
+int kt_delta_net_check(const kt_delta_net_call *c) {
     if (c->batch < 0 || c->batch > 1 << 20) return KT_ERR_SHAPE;
     if (!kt_dtype_size(c->dtype) || !kt_dtype_size(c->conv_dtype)) return KT_ERR_DTYPE;
-    return c->batch && (!c->conv || !c->state || !hidden || !out) ? KT_ERR_NULL : KT_OK;
+    return c->batch && (!c->conv || !c->state) ? KT_ERR_NULL : KT_OK;
 }
 
-int kt_delta_net_forward(const kt_delta_net *net, kt_pool *pool, const kt_delta_net_call *call, const void *hidden,
-                         void *out) {
-    if (!net || !pool || !call) return KT_ERR_NULL;
-    int status = check_call(call, hidden, out);
-    if (status || !call->batch) return status;
-    struct step s = {.n = net, .c = call, .in = hidden, .out = out};
+int kt_delta_net_run(const kt_delta_net *net, kt_pool *pool, const kt_delta_net_call *call, const struct kt_rows *in,
+                     const struct kt_sum *out) {
+    int status = KT_OK;
+    struct step s = {.n = net, .c = call, .in = in, .out = out};
     const int64_t most = kt_min(PIECE, INT32_MAX / net->d.value_heads); /* jobs of a set have 32-bit numbers */
-    kt_pool_lock(pool);
+    kt_pool_enter(pool);
     s.p.k = kt_kernels();
     s.p.threads = kt_pool_threads(pool);
     for (; s.from < call->batch && !status; s.from += s.p.tokens) { /* memory fails at the first piece, or not at all */
         s.p.tokens = (int32_t)kt_min(call->batch - s.from, most);
         status = run_piece(&s, pool);
     }
+    kt_pool_leave(pool);
+    return status;
+}
+
+int kt_delta_net_forward(const kt_delta_net *net, kt_pool *pool, const kt_delta_net_call *call, const void *hidden,
+                         void *out) {
+    if (!net || !pool || !call) return KT_ERR_NULL;
+    const int wrong = kt_delta_net_check(call);
+    if (wrong) return wrong;
+    if (call->batch && (!hidden || !out)) return KT_ERR_NULL;
+    const struct kt_rows in = {.data = hidden, .dtype = call->dtype};
+    const struct kt_sum sum = {.data = out, .dtype = call->dtype};
+    kt_pool_lock(pool);
+    const int status = kt_delta_net_run(net, pool, call, &in, &sum);
     kt_pool_unlock(pool);
     return status;
 }

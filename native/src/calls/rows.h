@@ -4,12 +4,11 @@
 
 #include "../matmul/matmul.h"
 
-/* Rows [.., H] of some dtype, dense; with `norm` [H] each is divided by its root mean square and multiplied by it. */
+/* Rows [.., H] of some dtype, dense, each normed. */
 struct kt_rows {
     const void *data;
     int dtype;
-    const float *norm;
-    float eps;
+    kt_row_norm norm;
 };
 
 /* Where results go, dense rows of some dtype; `add`, fp32 only: `factor` times them is added to what is there. */
@@ -19,7 +18,7 @@ struct kt_sum {
     float factor;
 };
 
-/* Row `row` of n values as fp32, normed where there is a norm. */
+/* Row `row` of n values as fp32, normed. */
 void kt_rows_load(const struct kt_kernels *k, const struct kt_rows *rows, int64_t row, int64_t n, float *out);
 
 /* Values first .. first + count of row `row`, whose length is n. */
@@ -31,5 +30,8 @@ float kt_mean_square(const float *x, int64_t n);
 
 /* out = x / sqrt(mean(x^2) + eps) * weight, over n values (Zhang and Sennrich 2019); out may be x. */
 void kt_rms_norm(const float *x, const float *weight, float eps, int64_t n, float *out);
+
+/* out = norm(x), over n values; out may be x. */
+void kt_row_norm_run(const kt_row_norm *norm, const float *x, int64_t n, float *out);
 
 #endif
