@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +42,39 @@ def attend(
     values share memory), V if None. A query that sees nothing gets zeros. No gradients.
     Raises NativeError.
     """
+    return prepare(q, keys, values, scale, window, sinks, start, mask, lengths, value_size, name)()
+
+
+class Call(NamedTuple):
+    """A call of the library, checked and laid out: as often as wanted, into the same tensor."""
+
+    state: State
+    pool: Any
+    args: Any
+    held: list[Any]
+    """What `args` points to."""
+    out: Tensor
+    name: str
+
+    def __call__(self) -> Tensor:
+        self.state.check(self.state.lib.kt_attention_core(self.pool, self.args), self.name)
+        return self.out
+
+
+def prepare(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float | None = None,
+    window: int = 0,
+    sinks: Tensor | None = None,
+    start: Tensor | None = None,
+    mask: Tensor | None = None,
+    lengths: Sequence[int] | None = None,
+    value_size: int | None = None,
+    name: str = "attend",
+) -> Call:
+    """What `attend` calls."""
     q, keys, values = (_tensor(x, f"{name} ({what})") for x, what in ((q, "q"), (keys, "keys"), (values, "values")))
     batch, heads, queries, size = q.shape
     kind = _check_cache(q, keys, values, name)
@@ -77,8 +110,7 @@ def attend(
     args.out, args.out_stride = cast("float *", out.data_ptr()), heads * width
     args.sinks = state.ffi.NULL if sinks is None else cast("float *", sinks.data_ptr())
     args.sequence, args.sequences = rows, batch
-    state.check(state.lib.kt_attention_core(pool, args), name)
-    return out
+    return Call(state, pool, args, [*keep, rows, q, keys, values, sinks, mask], out, name)
 
 
 def _tensor(x: Any, subject: str) -> Tensor:

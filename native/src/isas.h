@@ -59,7 +59,7 @@
 #define KT_PARTS_avx512_vnni(P)                                                                     \
     P(avx512_vnni, dot) P(avx512_vnni, gemm) P(avx512_vnni, act) P(avx512_vnni, iq_dot) P(avx512_vnni, encode)
 #define KT_PARTS_avx512_vbmi(P) P(avx512_vbmi, iq_tile) P(avx512_vbmi, iq_dot)
-#define KT_PARTS_avx512_bf16(P) P(avx512_bf16, dot) P(avx512_bf16, tile_float) P(avx512_bf16, gemm)
+#define KT_PARTS_avx512_bf16(P) P(avx512_bf16, dot) P(avx512_bf16, tile_float) P(avx512_bf16, gemm) P(avx512_bf16, act)
 #define KT_PARTS_amx(P) P(amx, gemm)
 #define KT_PARTS_neon_dotprod(P) KT_PARTS_ALL(P, neon_dotprod) P(neon_dotprod, gemm_f32)
 #define KT_PARTS_neon_i8mm(P) P(neon_i8mm, gemm)

@@ -2,7 +2,9 @@
 
 Decode: one query over 512, 4096 and 32768 cached tokens. Prefill: 512 queries after 0 and 4096 cached tokens. Both in
 bf16, on one pool; torch gets the query heads of a group packed as queries of one head, as operators/cpu_attention.py
-does it, and as many threads. The two take turns; a figure is the median over rounds. GB/s: bytes of keys and values read
+does it, and as many threads. Both find their arguments ready, ours as a step hands them on in C, torch's in bf16. The two
+take turns; a figure is the median over rounds. Before each turn the other's threads have gone to sleep and its own are
+awake: torch's go on looking for work for milliseconds, on the cores that ours need. GB/s: bytes of keys and values read
 once over the time, beside the read bandwidth that kt_bench_read finds in the same rounds. `--rows` measures from how many
 rows panels win, for native/src/matmul/thresholds.c, on one thread, in CPU time.
 """
@@ -19,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ktransformers import native
+from ktransformers.native.attention import prepare
 from ktransformers.operators.cpu_attention import fused
 
 SHAPES = {  # heads, heads of keys, size, value size
@@ -31,6 +34,7 @@ DECODE = [(1, 512), (1, 4096), (1, 32768)]
 PREFILL = [(512, 512), (512, 4608)]
 LAYERS_TOKENS = 32768  # one query goes through as many layers' caches as make so many tokens: code is warm, caches are not
 ROWS, PANELS = 1 << 20, 1
+ASLEEP = 0.03  # seconds after which neither's threads look for work
 
 
 def make(shape: tuple[int, ...], queries: int, length: int) -> tuple[torch.Tensor, ...]:
@@ -42,18 +46,21 @@ def make(shape: tuple[int, ...], queries: int, length: int) -> tuple[torch.Tenso
     return q, keys, keys if shared else torch.randn(1, kv_heads, length, width, generator=generator).bfloat16()
 
 
-def torch_attends(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, width: int) -> torch.Tensor:
+def torch_attends(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, width: int) -> Callable[[], torch.Tensor]:
     """Packed groups for one query; heads repeated, as transformers does it, for many."""
     q = q.bfloat16()
+    group, scale = q.shape[1] // keys.shape[1], q.shape[3] ** -0.5
     if q.shape[2] == 1:
-        group = q.shape[1] // keys.shape[1]
         rows = q.reshape(1, keys.shape[1], group, q.shape[3])
-        return fused(rows, keys, values, None, q.shape[3] ** -0.5)[..., :width]
-    group = q.shape[1] // keys.shape[1]
-    k, v = (x.repeat_interleave(group, 1) for x in (keys, values))
-    seen = torch.ones(q.shape[2], keys.shape[2], dtype=torch.bool).tril(keys.shape[2] - q.shape[2])
+        return lambda: fused(rows, keys, values, None, scale)[..., :width]
     causal = q.shape[2] == keys.shape[2]
-    return fused(q, k, v, None if causal else seen[None, None], q.shape[3] ** -0.5, causal)[..., :width]
+    seen = None if causal else torch.ones(q.shape[2], keys.shape[2]).tril(keys.shape[2] - q.shape[2]).bool()[None, None]
+
+    def attends() -> torch.Tensor:
+        k, v = (x.repeat_interleave(group, 1) if group > 1 else x for x in (keys, values))
+        return fused(q, k, v, seen, scale, causal)[..., :width]
+
+    return attends
 
 
 def seconds(run: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
@@ -68,20 +75,19 @@ def compare(name: str, queries: int, length: int, rounds: int, with_torch: bool)
     each = [make(shape, queries, length) for _ in range(layers)]
     _, keys, values = each[0]
     shared = values is keys
-    probe = torch.zeros(256 << 20, dtype=torch.uint8)
+    probe, wake = torch.zeros(256 << 20, dtype=torch.uint8), torch.zeros(1 << 16)
     took: dict[str, list[float]] = {"ours": [], "torch": [], "read": []}
-    runs = {"ours": lambda: [native.attend(*layer, value_size=shape[3]) for layer in each]}
+    calls = {"ours": [prepare(*layer, value_size=shape[3]) for layer in each]}
     if with_torch:
-        runs["torch"] = lambda: [torch_attends(*layer, shape[3]) for layer in each]
-    for run in runs.values():
-        run()
+        calls["torch"] = [torch_attends(*layer, shape[3]) for layer in each]
     for _ in range(rounds):
-        native.bench_read(probe)  # both find the cache cold, as a layer does whose weights were read in between
-        took["read"].append(seconds(lambda: native.bench_read(probe)))
-        took["ours"].append(seconds(runs["ours"]))
-        if with_torch:
-            native.bench_read(probe)
-            took["torch"].append(seconds(runs["torch"]))
+        for who, layers_of in calls.items():
+            time.sleep(ASLEEP)
+            took["read"].append(seconds(lambda: native.bench_read(probe)))  # the cache is cold, as behind a layer's weights
+            if who == "torch":
+                time.sleep(ASLEEP)
+                wake.add_(1.0)
+            took[who].append(seconds(lambda: [call() for call in layers_of]))  # noqa: B023
     middle = {who: statistics.median(times) / (1 if who == "read" else layers) for who, times in took.items() if times}
     bytes_read = keys.nbytes + (0 if shared else values.nbytes)
     heads, _, size, width = shape
@@ -102,13 +108,13 @@ def rows_table(isa: str, rounds: int) -> dict[tuple[str, int], tuple[float, floa
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
         keys, values = (torch.randn(1, 1, 2048, 128).to(dtype) for _ in range(2))
         for rows in (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128):
-            q = torch.randn(1, rows, 1, 128)
+            call = prepare(torch.randn(1, rows, 1, 128), keys, values)
             times: dict[int, list[float]] = {ROWS: [], PANELS: []}
             for _ in range(rounds):
                 for path, took in times.items():
                     native.set_panel_threshold(path)
-                    native.attend(q, keys, values)
-                    took.append(seconds(lambda: [native.attend(q, keys, values) for _ in range(8)], time.thread_time))  # noqa: B023
+                    call()
+                    took.append(seconds(lambda: [call() for _ in range(8)], time.thread_time))  # noqa: B023
             found[str(dtype).removeprefix("torch."), rows] = tuple(statistics.median(t) / 8e-6 for t in times.values())
     native.set_panel_threshold(0)
     native.set_threads(None)

@@ -34,6 +34,8 @@ enum {
     ROW_HEAD = 16,             /* floats before a partial result: its maximum and its sum, in a line of their own */
     JOBS = 128,                /* pieces, over all heads and blocks of a sequence, that feed 64 threads */
     LEAST_PAGES = 2,           /* of a piece */
+    MOST_LEAST = 8,            /* where panels are, of many rows: they meet few pages while a piece is merged */
+    FEW_JOBS = 16,             /* which are worth more than larger pieces */
 };
 
 /* How one sequence is cut. */
@@ -126,6 +128,10 @@ static struct range pages_of(struct range seen) {
     return (struct range){seen.begin / KT_PAGE, divide_up(seen.end, KT_PAGE)};
 }
 
+static int needs_panels(const struct run *r, int64_t rows) {
+    return rows >= kt_panel_threshold(r->a->k->panels_from[r->bf16]);
+}
+
 static void cut_sequence(const struct run *r, const struct kt_attend_sequence *s, struct plan *p) {
     const struct kt_attend *a = r->a;
     *p = (struct plan){.rows = r->group * s->queries};
@@ -133,13 +139,14 @@ static void cut_sequence(const struct run *r, const struct kt_attend_sequence *s
     if (!p->rows) return;
     const struct range pages = pages_of(seen_by_some(a, s, 0, s->queries - 1));
     const int64_t others = kt_min(a->kv_heads * p->blocks, JOBS);
-    const int64_t wanted = divide_up((pages.end - pages.begin) * others, JOBS);
-    p->pieces = (int32_t)divide_up(pages.end - pages.begin, wanted > LEAST_PAGES ? wanted : LEAST_PAGES);
+    const int64_t count = pages.end - pages.begin;
+    const int64_t wanted = divide_up(count * others, JOBS);
+    int64_t least = LEAST_PAGES;
+    if (needs_panels(r, kt_min(p->rows, MAX_ROWS))) least = kt_min(kt_min(p->rows, MAX_ROWS) / 8, MOST_LEAST);
+    least = kt_min(least, count * others / FEW_JOBS);
+    if (least < LEAST_PAGES) least = LEAST_PAGES;
+    p->pieces = (int32_t)divide_up(count, wanted > least ? wanted : least);
     if (p->pieces < 1) p->pieces = 1;
-}
-
-static int needs_panels(const struct run *r, int64_t rows) {
-    return rows >= kt_panel_threshold(r->a->k->panels_from[r->bf16]);
 }
 
 static int64_t acc_stride(const struct run *r) { return r->columns + ROW_HEAD; }
@@ -257,12 +264,23 @@ static void weigh(const struct work *w, int64_t base, int n) {
     }
 }
 
+static int bf16_nonfinite(const uint8_t *row, int64_t n) {
+    const uint16_t *values = (const uint16_t *)(const void *)row;
+    uint16_t bad = 0;
+    for (int64_t c = 0; c < n; c++) bad |= (uint16_t)((values[c] & 0x7f80u) + 0x0080u);
+    return bad >> 15;
+}
+
 /* Whether a value of tokens base .. base + n is an infinity or a NaN. */
 static int has_nonfinite(const struct work *w, int64_t base, int n) {
     const struct kt_attend *a = w->r->a;
     for (int t = 0; t < n; t++) {
         const uint8_t *row = w->values[(base + t) / KT_PAGE] + w->value_at +
                              (size_t)((base + t) % KT_PAGE) * w->s->kv.value_row;
+        if (a->type == KT_BF16) {
+            if (bf16_nonfinite(row, a->value_size)) return 1;
+            continue;
+        }
         float *v = w->m->values_row;
         kt_cache_load(a->k, row, a->value_size, a->type, v);
         uint32_t bad = 0;
@@ -400,8 +418,8 @@ static void fill_values(const struct work *w, int64_t base, int n) {
     }
 }
 
-/* acc = keep * acc + p . values */
-static void value_panels(const struct work *w, int64_t base, int n) {
+/* acc = keep * acc + p . values; `fresh`: nothing is in acc yet */
+static void value_panels(const struct work *w, int64_t base, int n, int fresh) {
     const struct kt_attend *a = w->r->a;
     const enum kt_kind kind = panel_kind(w->r);
     const kt_gemm_fn gemm = kind == KT_KIND_BF16 ? a->k->gemm_bf16 : a->k->gemm_f32;
@@ -409,7 +427,7 @@ static void value_panels(const struct work *w, int64_t base, int n) {
     struct kt_acts *p = &w->m->p;
     for (int row = 0; row < w->rows; row++) {
         float *weights = p->f + row * p->stride;
-        if (w->m->keep[row] != 1.0f)
+        if (!fresh && w->m->keep[row] != 1.0f)
             a->k->rescale(w->m->keep[row], w->acc + row * w->acc_stride + ROW_HEAD, a->value_size);
         if (kind != KT_KIND_BF16) continue;
         for (int t = n; t < kt_round_up(n, 32); t++) weights[t] = 0.0f; /* a tile multiplication takes 32 */
@@ -421,32 +439,47 @@ static void value_panels(const struct work *w, int64_t base, int n) {
         const struct kt_panel values = {.kind = kind, .k = n, .ahead = &ahead,
                                         .tiles = (int)(kt_min(w->r->columns - c, KT_BLOCK_ROWS) / KT_TILE),
                                         .data = w->m->value_panel + c / KT_TILE * tile};
-        gemm(&values, p, w->r->token, w->rows, 0, w->acc + ROW_HEAD + c, w->acc_stride, 1);
+        gemm(&values, p, w->r->token, w->rows, 0, w->acc + ROW_HEAD + c, w->acc_stride, !fresh);
     }
 }
 
-static void panels_chunk(const struct work *w, int64_t base, int n) {
+static void clear_columns(const struct work *w) {
+    for (int row = 0; row < w->rows; row++)
+        memset(w->acc + row * w->acc_stride + ROW_HEAD, 0, (size_t)w->r->columns * 4);
+}
+
+static void panels_chunk(const struct work *w, int64_t base, int n, int fresh) {
     score_panels(w, base, n);
     weigh(w, base, n);
-    if (!seen_by_all(w, base, base + n) && has_nonfinite(w, base, n)) careful_values(w, base, n);
-    else value_panels(w, base, n);
+    if (seen_by_all(w, base, base + n) || !has_nonfinite(w, base, n)) {
+        value_panels(w, base, n, fresh);
+        return;
+    }
+    if (fresh) clear_columns(w);
+    careful_values(w, base, n);
 }
 
 /* ---- jobs ------------------------------------------------------------------------------------------- */
 
-static void load_rows(const struct work *w) {
+/* Query rows, in bf16 where panels are, and what the rows have seen: nothing. */
+static void load_rows(const struct work *w, int bf16) {
     const struct kt_attend *a = w->r->a;
     struct kt_acts *q = &w->m->q;
     for (int row = 0; row < w->rows; row++) {
         const int64_t token = w->s->query + query_of(w, row);
         const int64_t head = w->head * w->r->group + (w->first + row) % w->r->group;
-        float *to = q->f + row * q->stride;
-        memcpy(to, a->q + token * a->q_stride + head * a->size, (size_t)a->size * 4);
-        memset(to + a->size, 0, (size_t)(q->stride - a->size) * 4);
-        if (q->h) a->k->to_bf16(to, q->stride, q->h + row * q->stride);
+        const float *from = a->q + token * a->q_stride + head * a->size;
+        const size_t rest = (size_t)(q->stride - a->size);
+        if (bf16) {
+            a->k->to_bf16(from, a->size, q->h + row * q->stride);
+            memset(q->h + row * q->stride + a->size, 0, rest * 2);
+        } else {
+            memcpy(q->f + row * q->stride, from, (size_t)a->size * 4);
+            memset(q->f + row * q->stride + a->size, 0, rest * 4);
+        }
         float *acc = w->acc + row * w->acc_stride;
-        memset(acc, 0, (size_t)acc_stride(w->r) * 4);
         acc[0] = -INFINITY;
+        acc[1] = 0.0f;
     }
 }
 
@@ -458,17 +491,21 @@ static void finish_row(const struct run *r, const float *partial, int32_t pieces
     for (int32_t i = 0; i < pieces; i++)
         if (partial[i * stride] > max) max = partial[i * stride];
     if (a->sinks) sum = expf(a->sinks[head] - max);
+    float weight[JOBS];
+    for (int32_t i = 0; i < pieces; i++) {
+        const float *one = partial + i * stride;
+        if (one[1] == 0.0f) continue; /* saw nothing, and nothing is in its columns */
+        weight[i] = expf(one[0] - max);
+        sum += one[1] * weight[i];
+    }
     int add = 0;
     for (int32_t i = 0; i < pieces; i++) {
         const float *one = partial + i * stride;
-        if (one[1] == 0.0f) continue; /* saw nothing */
-        const float weight = expf(one[0] - max);
-        sum += one[1] * weight;
-        a->k->scale_add(weight, one + ROW_HEAD, out, a->value_size, add);
+        if (one[1] == 0.0f) continue;
+        a->k->scale_add(weight[i] / sum, one + ROW_HEAD, out, a->value_size, add);
         add = 1;
     }
-    if (add) a->k->rescale(1.0f / sum, out, a->value_size);
-    else memset(out, 0, (size_t)a->value_size * 4);
+    if (!add) memset(out, 0, (size_t)a->value_size * 4);
 }
 
 static float *out_of(const struct run *r, const struct kt_attend_sequence *s, int64_t head_of_keys, int64_t row) {
@@ -519,14 +556,17 @@ static struct work work_of(const struct run *r, int64_t job, int thread) {
 static void attend_job(void *ctx, int32_t job, int thread) {
     const struct run *r = ctx;
     const struct work w = work_of(r, job, thread);
-    load_rows(&w);
     const int panels = needs_panels(r, w.rows);
+    int fresh = 1; /* panels write the first time, and add from then on */
+    load_rows(&w, panels && r->bf16);
+    if (!panels) clear_columns(&w);
     const int64_t step = panels ? CHUNK : KT_PAGE, first = w.begin / KT_PAGE * KT_PAGE;
     for (int64_t t = first; t < w.end; t += step) {
         const int64_t begin = t > w.begin ? t : w.begin, end = kt_min(w.end, t + step);
         if (!chunk_is_seen(&w, begin, end)) continue;
-        if (panels) panels_chunk(&w, t, (int)(end - t));
+        if (panels) panels_chunk(&w, t, (int)(end - t), fresh);
         else rows_chunk(&w, begin, end);
+        fresh = 0;
     }
     if (w.acc != w.m->acc) return; /* a partial result */
     for (int row = 0; row < w.rows; row++)

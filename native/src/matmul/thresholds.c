@@ -72,7 +72,7 @@ void kt_thresholds(int isa, int tiles_from[KT_FORMATS]) {
 /* By `python -m tests.bench.bench_attention --rows`, same machine and day as above but for zen4, which is a guess. */
 void kt_attend_thresholds(int isa, int panels_from[2]) {
     static const uint8_t rows[COLUMNS][2] = {[NONE] = {16, 16}, [AVX2] = {24, 24}, [XEON] = {48, 48},
-                                             [VNNI] = {48, 48}, [ZEN4] = {48, 16}, [AMX] = {48, 12}};
+                                             [VNNI] = {48, 48}, [ZEN4] = {48, 16}, [AMX] = {48, 6}};
     panels_from[0] = rows[column_of[isa]][0];
     panels_from[1] = rows[column_of[isa]][1];
 }
