@@ -60,6 +60,7 @@ NATIVE = {
     "the router": families.ROUTER_NOT_IN_C,
     "the block: router, routed and shared experts": families.BLOCK_NOT_IN_C,
     "attention, with its projections, norms, positions and cache": families.ATTENTION_NOT_NATIVE,
+    "the whole decoder: all layers and the norm after them": families.DECODER_NOT_NATIVE,
 }
 """What is one call to C on the CPU -> the families of the tests where it is not, and why."""
 
@@ -80,7 +81,8 @@ def native_parts() -> list[str]:
             why.setdefault(reason, []).append(f"`{name}`")
         reasons = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in why.items())
         lines.append(f"| {part} | {len(set(known) - left_out.keys())} | {reasons} |")
-    return lines
+    only = ", ".join(f"`{name}`" for name in sorted(families.PROMPT_NOT_NATIVE))
+    return [*lines, "", f"Of decoders with delta nets ({only}) it is one more token of each sequence that is one call."]
 
 
 def section() -> str:
