@@ -1,7 +1,7 @@
 /* attend.c: softmax(q K^T) V over a paged cache, for decode and prefill alike. No intrinsics here.
  *
  *   for each sequence, head of keys, block of query rows, piece of the context:          a job
- *     for each chunk of its tokens (one page; two by panels):
+ *     for each chunk of its tokens (one page; up to four by panels):
  *       s = q . keys                       rows x tokens; kernels `scores`, or panels of keys and a GEMM
  *       p = exp(scale * s - max), sum      row by row, where the row sees the token; max is the row's largest so far
  *       acc = acc * exp(old - max) + p . values                          `values`, or panels of values and a GEMM
@@ -13,7 +13,8 @@
  *  - Few rows are bound by memory and take the kernels, which convert in registers. Many rows repay panels: see
  *    matmul/panel.h. kt_attend_thresholds says from which number of rows on.
  *  - How a sequence is cut depends on its lengths and the shape of heads, not on the threads or other sequences: every
- *    sum has one owner and one order.
+ *    sum has one owner and one order. A piece costs the merging of its rows, which takes as long as panels need for
+ *    some pages of many rows: there pieces are larger.
  *  - Blocks of late rows see most and are handed out first.
  *  - A key that a row does not see never meets it: its weight is 0, and where 0 times a value would be NaN the chunk
  *    is computed row by row (careful_values).
