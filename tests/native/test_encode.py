@@ -139,6 +139,18 @@ def test_dtypes_and_layouts(kind):
     assert encode(x[:0], kind).shape == (0, QUANT_TYPES[kind].row_bytes(512))
 
 
+def test_bf16_rounds_alike_everywhere():
+    """Subnormal numbers among others, halfway cases and the largest, in vectors and behind the last of them."""
+    halfway = torch.arange(0x3F7F8000, 0x3F838000, 0x4000, dtype=torch.int32).view(torch.float32)
+    odd = torch.tensor([0.0, -0.0, 1e-38, -1e-40, 1e-45, 2.0**-126, -(2.0**-126) * 0.999, 3.38e38, -3.38e38, 1 / 3])
+    for columns in (7, 32, 33, 100):
+        x = torch.cat([odd, halfway, -halfway]).repeat(40)[: 8 * columns].view(8, columns)
+        x = torch.cat([x, torch.linspace(-1, 1, columns).expand(2, columns)])
+        for isa in native.isas():
+            native.set_isa(isa)
+            assert encode(x, "BF16").view(torch.bfloat16).view(torch.int16).equal(x.bfloat16().view(torch.int16)), isa
+
+
 def test_plain_types_round_as_torch_does():
     x = torch.cat([samples(4)["normal"], torch.tensor([[float("nan"), float("inf"), -float("inf"), 1e-42] * 128])])
     for kind in PLAIN:

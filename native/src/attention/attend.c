@@ -1,7 +1,7 @@
 /* attend.c: softmax(q K^T) V over a paged cache, for decode and prefill alike. No intrinsics here.
  *
  *   for each sequence, head of keys, block of query rows, piece of the context:          a job
- *     for each chunk of its tokens (one page; two by panels):
+ *     for each chunk of its tokens (one page; up to four by panels):
  *       s = q . keys                       rows x tokens; kernels `scores`, or panels of keys and a GEMM
  *       p = exp(scale * s - max), sum      row by row, where the row sees the token; max is the row's largest so far
  *       acc = acc * exp(old - max) + p . values                          `values`, or panels of values and a GEMM
@@ -13,7 +13,8 @@
  *  - Few rows are bound by memory and take the kernels, which convert in registers. Many rows repay panels: see
  *    matmul/panel.h. kt_attend_thresholds says from which number of rows on.
  *  - How a sequence is cut depends on its lengths and the shape of heads, not on the threads or other sequences: every
- *    sum has one owner and one order.
+ *    sum has one owner and one order. A piece costs the merging of its rows, which takes as long as panels need for
+ *    some pages of many rows: there pieces are larger.
  *  - Blocks of late rows see most and are handed out first.
  *  - A key that a row does not see never meets it: its weight is 0, and where 0 times a value would be NaN the chunk
  *    is computed row by row (careful_values).
@@ -25,11 +26,13 @@
 #include <math.h>
 #include <string.h>
 
+#include "../formats/quants.h"
 #include "../matmul/matmul.h"
 
 enum {
     MAX_ROWS = 128,            /* of a job */
-    CHUNK = 2 * KT_PAGE,       /* tokens at once by panels: a panel's 128 rows */
+    CHUNK = 4 * KT_PAGE,       /* tokens at once by panels */
+    FEW_ROWS = 32,             /* up to so many take half of it: they wait for memory, and fetch ahead a page a chunk */
     LDS = CHUNK + KT_TILE,     /* floats from a row of scores to the next */
     ROW_HEAD = 16,             /* floats before a partial result: its maximum and its sum, in a line of their own */
     JOBS = 128,                /* pieces, over all heads and blocks of a sequence, that feed 64 threads */
@@ -188,7 +191,7 @@ static void take_space(const struct run *r, struct kt_arena *arena, struct space
     m->values_row = kt_arena_take(arena, r->columns, 4);
     if (!r->panels) return;
     if (r->bf16) m->p.h = kt_arena_take(arena, rows * LDS, 2);
-    m->key_panel = kt_arena_take(arena, CHUNK * KT_PANEL_BYTES, 1);
+    m->key_panel = kt_arena_take(arena, KT_BLOCK_ROWS * KT_PANEL_BYTES, 1);
     m->value_panel = kt_arena_take(arena, CHUNK * r->columns, r->bf16 ? 2 : 4);
     if (a->type == KT_CACHE_Q8_0) m->stage = kt_arena_take(arena, KT_PAGE * a->size, 4);
     m->scratch.stage = kt_arena_take(arena, KT_TILE * KT_PANEL_BYTES, 1);
@@ -233,12 +236,12 @@ static int chunk_is_seen(const struct work *w, int64_t begin, int64_t end) {
     return 0;
 }
 
-/* Whether all rows see all tokens of the chunk. */
-static int seen_by_all(const struct work *w, int64_t begin, int64_t end) {
-    if (w->s->mask) return 0;
+/* The tokens that all rows see: of none with a mask, which nobody looks through for that. */
+static struct range seen_by_all(const struct work *w) {
+    if (w->s->mask) return (struct range){0};
     const struct range first = seen_by(w->r->a, w->s, query_of(w, 0));
     const struct range last = seen_by(w->r->a, w->s, query_of(w, w->rows - 1));
-    return last.begin <= begin && first.end >= end && w->begin <= begin;
+    return cut((struct range){last.begin, first.end}, w->begin, w->end);
 }
 
 /* Scores of tokens base .. base + n become weights; the rows' maxima, sums and keep (what is left of acc) follow. */
@@ -265,33 +268,37 @@ static void weigh(const struct work *w, int64_t base, int n) {
 }
 
 static int bf16_nonfinite(const uint8_t *row, int64_t n) {
-    const uint16_t *values = (const uint16_t *)(const void *)row;
     uint16_t bad = 0;
-    for (int64_t c = 0; c < n; c++) bad |= (uint16_t)((values[c] & 0x7f80u) + 0x0080u);
+    for (int64_t c = 0; c < n; c++) bad |= (uint16_t)((kt_load16(row + 2 * c) & 0x7f80u) + 0x0080u);
     return bad >> 15;
 }
 
-/* Whether a value of tokens base .. base + n is an infinity or a NaN. */
-static int has_nonfinite(const struct work *w, int64_t base, int n) {
+static int floats_nonfinite(const float *v, int64_t n) {
+    uint32_t bad = 0;
+    for (int64_t c = 0; c < n; c++) {
+        uint32_t bits;
+        memcpy(&bits, v + c, 4);
+        bad |= (bits & 0x7f800000u) + 0x00800000u;
+    }
+    return (int)(bad >> 31);
+}
+
+/* Whether a value of these tokens is an infinity or a NaN. */
+static int has_nonfinite(const struct work *w, int64_t begin, int64_t end) {
     const struct kt_attend *a = w->r->a;
-    for (int t = 0; t < n; t++) {
-        const uint8_t *row = w->values[(base + t) / KT_PAGE] + w->value_at +
-                             (size_t)((base + t) % KT_PAGE) * w->s->kv.value_row;
-        if (a->type == KT_BF16) {
-            if (bf16_nonfinite(row, a->value_size)) return 1;
-            continue;
-        }
-        float *v = w->m->values_row;
-        kt_cache_load(a->k, row, a->value_size, a->type, v);
-        uint32_t bad = 0;
-        for (int64_t c = 0; c < a->value_size; c++) {
-            uint32_t bits;
-            memcpy(&bits, v + c, 4);
-            bad |= ((bits & 0x7f800000u) + 0x00800000u) & 0x80000000u;
-        }
-        if (bad) return 1;
+    for (int64_t t = begin; t < end; t++) {
+        const uint8_t *row = w->values[t / KT_PAGE] + w->value_at + (size_t)(t % KT_PAGE) * w->s->kv.value_row;
+        if (a->type != KT_BF16) kt_cache_load(a->k, row, a->value_size, a->type, w->m->values_row);
+        if (a->type == KT_BF16 ? bf16_nonfinite(row, a->value_size) : floats_nonfinite(w->m->values_row, a->value_size))
+            return 1;
     }
     return 0;
+}
+
+/* Whether some row might meet such a value that it does not see. */
+static int hides_nonfinite(const struct work *w, int64_t begin, int64_t end) {
+    const struct range all = cut(seen_by_all(w), begin, end);
+    return has_nonfinite(w, begin, kt_min(all.begin, end)) || has_nonfinite(w, all.end, end);
 }
 
 /* acc of each row from the tokens that it sees alone: 0 times an infinity is no zero. */
@@ -345,7 +352,7 @@ static void rows_chunk(const struct work *w, int64_t begin, int64_t end) {
     a->k->scores[a->type](&w->m->q, w->rows, keys, kv->key_row, n, w->m->p.f, w->m->p.stride, &ahead);
     weigh(w, begin, n);
     ahead = keys_ahead(w, end);
-    if (!seen_by_all(w, begin, end) && has_nonfinite(w, begin, n)) careful_values(w, begin, n);
+    if (hides_nonfinite(w, begin, end)) careful_values(w, begin, n);
     else
         a->k->values[a->type](w->m->p.f, w->m->p.stride, w->rows, w->m->keep, values, kv->value_row, n, a->value_size,
                               w->acc + ROW_HEAD, w->acc_stride, &ahead);
@@ -370,9 +377,9 @@ static struct kt_matrix keys_of(const struct work *w, int64_t page, int n) {
     return m;
 }
 
-/* s = q . keys of tokens base .. base + n, base at the beginning of a page: so many columns at a time as a panel's rows
- * hold, its tiles being those of one page and then the next's. */
-static void score_panels(const struct work *w, int64_t base, int n) {
+/* s = q . keys of tokens base .. base + n, base at the beginning of a page, n up to what is in a panel: so many columns
+ * at a time as a panel's rows hold, its tiles being those of one page and then the next's. */
+static void score_panel(const struct work *w, int64_t base, int n, float *s) {
     const struct kt_attend *a = w->r->a;
     const enum kt_kind kind = panel_kind(w->r);
     const int64_t most = KT_PANEL_BYTES / 4 * kt_values_per_dword(kind);
@@ -392,8 +399,13 @@ static void score_panels(const struct work *w, int64_t base, int n) {
         all.data = w->m->key_panel;
         all.ahead = &ahead;
         const kt_gemm_fn gemm = kind == KT_KIND_BF16 ? a->k->gemm_bf16 : a->k->gemm_f32;
-        gemm(&all, &w->m->q, w->r->token, w->rows, k0, w->m->p.f, w->m->p.stride, k0 > 0);
+        gemm(&all, &w->m->q, w->r->token, w->rows, k0, s, w->m->p.stride, k0 > 0);
     }
+}
+
+static void score_panels(const struct work *w, int64_t base, int n) {
+    for (int at = 0; at < n; at += KT_BLOCK_ROWS)
+        score_panel(w, base + at, (int)kt_min(n - at, KT_BLOCK_ROWS), w->m->p.f + at);
 }
 
 /* The values of a chunk as a panel whose rows are columns of values, and whose columns are tokens. */
@@ -451,12 +463,10 @@ static void clear_columns(const struct work *w) {
 static void panels_chunk(const struct work *w, int64_t base, int n, int fresh) {
     score_panels(w, base, n);
     weigh(w, base, n);
-    if (seen_by_all(w, base, base + n) || !has_nonfinite(w, base, n)) {
-        value_panels(w, base, n, fresh);
-        return;
-    }
-    if (fresh) clear_columns(w);
-    careful_values(w, base, n);
+    if (hides_nonfinite(w, base, base + n)) {
+        if (fresh) clear_columns(w);
+        careful_values(w, base, n);
+    } else value_panels(w, base, n, fresh);
 }
 
 /* ---- jobs ------------------------------------------------------------------------------------------- */
@@ -560,7 +570,7 @@ static void attend_job(void *ctx, int32_t job, int thread) {
     int fresh = 1; /* panels write the first time, and add from then on */
     load_rows(&w, panels && r->bf16);
     if (!panels) clear_columns(&w);
-    const int64_t step = panels ? CHUNK : KT_PAGE, first = w.begin / KT_PAGE * KT_PAGE;
+    const int64_t step = !panels ? KT_PAGE : w.rows > FEW_ROWS ? CHUNK : CHUNK / 2, first = w.begin / KT_PAGE * KT_PAGE;
     for (int64_t t = first; t < w.end; t += step) {
         const int64_t begin = t > w.begin ? t : w.begin, end = kt_min(w.end, t + step);
         if (!chunk_is_seen(&w, begin, end)) continue;
