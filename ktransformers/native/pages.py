@@ -225,6 +225,14 @@ class Pages:
     def __copy__(self) -> Pages:
         return copy.deepcopy(self)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle: each page once, however many tables name it."""
+        made = self.kind, self.heads, self.size, self.value_size, self.name, self.joined, self.window
+        pages = list({id(page): page for table in self.tables for page in table if page is not None}.values())
+        number = {id(page): i for i, page in enumerate(pages)}
+        tables = [[None if page is None else number[id(page)] for page in table] for table in self.tables]
+        return _restored, (made, [page.data for page in pages], tables, self.lengths, self.held_from)
+
     # --- as tensors -------------------------------------------------------------------------------------
 
     def append(self, keys: Tensor, values: Tensor) -> None:
@@ -280,3 +288,12 @@ class Pages:
         size = part.shape[-1] // self._type.nbytes * self._type.block
         rows = part.reshape(-1, part.shape[-1])
         return Packed(rows.contiguous().view(-1), self._type, (len(rows), size)).dequantize().view(*part.shape[:2], -1)
+
+
+def _restored(
+    made: tuple, data: list[Tensor], tables: list[list[int | None]], lengths: list[int], held_from: list[int]
+) -> Pages:
+    """Undoes `Pages.__reduce__`."""
+    pages, held = Pages(*made), [Page(one) for one in data]
+    pages._set([[None if n is None else held[n] for n in table] for table in tables], lengths, held_from)
+    return pages

@@ -19,11 +19,12 @@ class FixedLayer(StaticLayer):
     """Keys [B, C, room, D] and values [B, C, room, V]."""
 
     @torch.inference_mode()
-    def crop(self, max_length: Any) -> None:
-        """Keep `max_length` tokens, or all but the last `-max_length`."""
+    def crop(self, tokens_to_remove: Any) -> None:
+        """Forget the last -`tokens_to_remove` tokens."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop: found {tokens_to_remove}, expected minus the number of tokens to remove.")
         if self.is_initialized:
-            wanted = int(max_length)
-            self.cumulative_length.fill_(wanted if wanted >= 0 else int(self.cumulative_length) + wanted)
+            self.cumulative_length.add_(int(tokens_to_remove)).clamp_(min=0)
 
     @torch.inference_mode()
     def grow(self, tokens: int) -> None:

@@ -114,5 +114,9 @@ def test_only_layers_that_keep_all_tokens(checkpoint):
     assert cache.room == 4096 and torch.equal(cache.layers[0].keys[:, :, :5], keys)
     cache.update(keys, keys, 0)
     assert torch.equal(cache.layers[0].keys[:, :, :8], torch.cat([keys[:, :, :3], keys], 2))
-    cache.crop(2)
-    assert cache.get_seq_length() == 2
+    cache.crop(0)
+    assert cache.get_seq_length() == 8
+    cache.crop(-20)
+    assert cache.get_seq_length() == 0
+    with pytest.raises(ValueError, match="crop: found 2"):
+        cache.crop(2)

@@ -1,6 +1,7 @@
 """Pages of keys and values: written in place, shared until written, given back."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -60,6 +61,17 @@ def test_a_deep_copy_shares_until_either_writes():
     other.append(*tokens(1, seed=4))
     assert torch.equal(pages.gathered()[0][:, :, :70], keys) and torch.equal(other.gathered()[0][:, :, :70], keys)
     assert not torch.equal(pages.gathered()[0][:, :, 70], other.gathered()[0][:, :, 70])
+
+
+def test_pickled_pages_go_on_and_share_what_they_shared():
+    pages, keys, _ = filled(70)
+    pages.choose([1, 1, 0])
+    other = pickle.loads(pickle.dumps(pages))
+    assert torch.equal(other.gathered()[0], keys[[1, 1, 0]]) and other.nbytes == pages.nbytes
+    other.append(*tokens(1, batch=3, seed=2))
+    assert torch.equal(other.gathered()[0][:, :, :70], keys[[1, 1, 0]]) and pages.length == 70
+    pages.drop(66)
+    assert pickle.loads(pickle.dumps(pages)).held_from == [66, 66, 66]
 
 
 def test_cut_and_go_on():
