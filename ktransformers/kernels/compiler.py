@@ -1,0 +1,43 @@
+"""The door to Triton, which need not be installed: files with kernels take `jit` and `tl` from here, so they import."""
+
+import functools
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit
+except ImportError:
+    triton = None
+
+    class tl:  # type: ignore[no-redef]
+        """What the signatures of kernels name."""
+
+        constexpr = None
+
+    def jit(kernel: Any) -> Any:
+        return kernel
+
+
+ON_CPU = False
+"""Whether to launch kernels on tensors of the CPU too, in Triton's interpreter (TRITON_INTERPRET=1). For tests."""
+
+
+def launchable(device: torch.device) -> bool:
+    """Whether kernels can be launched on tensors of `device`. Elsewhere the reference computes."""
+    return triton is not None and (device.type != "cpu" or ON_CPU)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs the device runs side by side, at least."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 64 if device.type != "cpu" else 4
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
