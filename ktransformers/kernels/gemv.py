@@ -34,13 +34,13 @@ STEP = 32
 @jit
 def gemv_kernel(
     x, out, bias, ids, plane0, plane1, scales, minima, d, dmin, table, order,
-    N, P, K, experts, rounds, x_stride, out_split, out_stride,
+    N, P, K, experts, rounds, x_stride, out_share, out_stride,
     M: tl.constexpr, ROWS: tl.constexpr, PER_X: tl.constexpr,
     TO: tl.constexpr, BITS0: tl.constexpr, BITS1: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr,
     MINIMUM: tl.constexpr, ZERO: tl.constexpr, ZERO_BIAS: tl.constexpr, VALUES: tl.constexpr,
     BN: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
-    """x [.., K] -> out[split, row, N] (float32 sums of a share of K, or the result where there is one share).
+    """x [.., K] -> out[share, row, N], float32 sums, or the result of one share.
 
     Grid (blocks of BN, shares, pairs). Without `ids` one pair, ROWS rows of x, M being ROWS up to a power of two. With
     `ids` each pair has one row, x[pair // PER_X], and the matrix ids[pair]; outside 0..experts-1 nothing is written.
@@ -106,7 +106,7 @@ def gemv_kernel(
     column = tl.program_id(0) * BN + tl.arange(0, BN)[None, :]
     if bias is not None:
         result += tl.load(bias + column, mask=column < N, other=0).to(tl.float32)
-    to = out + share.to(tl.int64) * out_split + (pair + row) * out_stride + column
+    to = out + share.to(tl.int64) * out_share + (pair + row) * out_stride + column
     tl.store(to, result.to(out.dtype.element_ty), mask=(row < ROWS) & (column < N))
 
 
@@ -194,7 +194,7 @@ def arguments(
     return {
         "x": x, "out": out, "bias": bias, "ids": ids, **pointers(words), "N": rows, "P": words.scales.shape[-1],
         "K": columns, "experts": words.shape[0] if len(words.shape) == 3 else 1, "rounds": split.rounds,
-        "x_stride": x.stride(0), "out_split": out.stride(0) if out.dim() == 3 else 0, "out_stride": out.stride(-2),
+        "x_stride": x.stride(0), "out_share": out.stride(0) if out.dim() == 3 else 0, "out_stride": out.stride(-2),
         "M": 1 << (m - 1).bit_length(), "ROWS": m, "PER_X": per_x, **constants(words),
         "BN": split.block, "LINES": LINES, "num_warps": LINES, "enable_fp_fusion": True,
     }  # fmt: skip
