@@ -39,5 +39,11 @@ def multiprocessors(device: torch.device) -> int:
     return 64 if device.type != "cpu" else 4
 
 
+@functools.cache
+def warp_size(device: torch.device) -> int:
+    """Threads of a warp: 64 on AMD's data centre chips."""
+    return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)

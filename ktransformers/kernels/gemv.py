@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ktransformers.errors import WeightError
-from ktransformers.kernels.compiler import cdiv, jit, launchable, multiprocessors, tl
+from ktransformers.kernels.compiler import cdiv, jit, launchable, multiprocessors, tl, warp_size
 from ktransformers.kernels.decoding import (
     bits_of_one,
     constants,
@@ -28,7 +28,7 @@ from ktransformers.kernels.words import Words, dequantize
 MAX_ROWS = 4
 LINES = 4
 STEP = 32
-"""A program takes LINES steps of STEP columns side by side, one a warp."""
+"""A program takes LINES steps of STEP columns side by side, each by 32 threads."""
 
 
 @jit
@@ -38,12 +38,13 @@ def gemv_kernel(
     M: tl.constexpr, ROWS: tl.constexpr, PER_X: tl.constexpr,
     TO: tl.constexpr, BITS0: tl.constexpr, BITS1: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr,
     MINIMUM: tl.constexpr, ZERO: tl.constexpr, ZERO_BIAS: tl.constexpr, VALUES: tl.constexpr,
-    BN: tl.constexpr, LINES: tl.constexpr,
+    EVEN: tl.constexpr, BN: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     """x [.., K] -> out[share, row, N], float32 sums, or the result of one share.
 
     Grid (blocks of BN, shares, pairs). Without `ids` one pair, ROWS rows of x, M being ROWS up to a power of two. With
     `ids` each pair has one row, x[pair // PER_X], and the matrix ids[pair]; outside 0..experts-1 nothing is written.
+    Beyond K the last columns are read again and count nothing, their scales being 0: a mask costs a branch on AMD.
     """
     STEP: tl.constexpr = 32
     SUB: tl.constexpr = STEP if GROUP == 0 or GROUP > STEP else GROUP
@@ -60,31 +61,37 @@ def gemv_kernel(
             plane0, plane1, scales, minima, d, dmin, expert, K, P, BITS0, BITS1, GROUP
         )
     columns = tl.program_id(0) * BN + tl.arange(0, BN)[None, None, :]
-    inside = columns < P
+    inside = None if EVEN else columns < P
+    other = None if EVEN else 0
     lines = tl.arange(0, LINES)[None, :, None]
-    rows = tl.arange(0, M)[:, None, None]
+    rows = tl.minimum(tl.arange(0, M)[:, None, None], ROWS - 1)
     x += (pair // PER_X + rows) * x_stride
     one = bits_of_one(table)
     sums = tl.zeros([M, LINES, BN], tl.float32)
     for i in range(rounds):
-        k = ((share * rounds + i) * LINES + lines) * STEP
-        keep = inside & (k < K)
-        x_keep = (rows < ROWS) & (k < K)
+        step = (share * rounds + i) * LINES + lines
+        keep = (columns < P) & (step < K // STEP)
+        step = tl.minimum(step, K // STEP - 1)
+        k = step * STEP
+        x_at = x + k
+        low_at = plane0 + (step * BITS0 * P + columns)
+        if BITS1 > 0:
+            high_at = plane1 + (step * BITS1 * P + columns)
         for c in tl.static_range(STEP):
             if c % PER0 == 0:
-                low = tl.load(plane0 + (k // 32 * BITS0 + c // PER0) * P + columns, mask=keep, other=0)
+                low = tl.load(low_at + c // PER0 * P, mask=inside, other=other)
                 high = low
             if BITS1 > 0 and c % PER1 == 0:
-                high_word = tl.load(plane1 + (k // 32 * BITS1 + c // PER1) * P + columns, mask=keep, other=0)
+                high_word = tl.load(high_at + c // PER1 * P, mask=inside, other=other)
             if BITS1 > 0 and c % PER0 == 0:
                 high = high_word >> (c % PER1 * BITS1)
             if c % SUB == 0:
                 dot = tl.zeros([M, LINES, BN], tl.float32)
                 total = tl.zeros([M, LINES, 1], tl.float32)
-            at = k + c
             if order is not None:
-                at = tl.load(order + at, mask=k < K, other=0)
-            xk = tl.load(x + at, mask=x_keep, other=0).to(tl.float32)
+                xk = tl.load(x + tl.load(order + k + c)).to(tl.float32)
+            else:
+                xk = tl.load(x_at + c).to(tl.float32)
             if VALUES == "E2M1":
                 xk *= 79228162514264337593543950336.0  # 2^96: the values are 2^-126 too small
             dot += value_at(low, high, table, one, c % PER0, TO, BITS0, BITS1, VALUES) * xk
@@ -196,7 +203,8 @@ def arguments(
         "K": columns, "experts": words.shape[0] if len(words.shape) == 3 else 1, "rounds": split.rounds,
         "x_stride": x.stride(0), "out_share": out.stride(0) if out.dim() == 3 else 0, "out_stride": out.stride(-2),
         "M": 1 << (m - 1).bit_length(), "ROWS": m, "PER_X": per_x, **constants(words),
-        "BN": split.block, "LINES": LINES, "num_warps": LINES, "enable_fp_fusion": True,
+        "EVEN": words.scales.shape[-1] % split.block == 0,
+        "BN": split.block, "LINES": LINES, "num_warps": LINES * 32 // warp_size(words.device), "enable_fp_fusion": True,
     }  # fmt: skip
 
 
