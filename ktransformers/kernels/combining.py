@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ktransformers.kernels.compiler import cdiv, jit, tl
+from ktransformers.kernels.compiler import cdiv, jit, launch, tl
 
 if TYPE_CHECKING:
     from ktransformers.kernels.experts import Experts
@@ -39,7 +39,8 @@ def combine_kernel(
 
 def combine(experts: "Experts", sums: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> None:
     """sums [shares, T * K, H], ids and weights [T, K] -> out [T, H]."""
-    combine_kernel[(cdiv(out.shape[1], BLOCK), len(out))](**arguments(experts, sums, ids, weights, out))
+    grid = (cdiv(out.shape[1], BLOCK), len(out))
+    launch(combine_kernel, grid, out.device, arguments(experts, sums, ids, weights, out))
 
 
 def arguments(experts: "Experts", sums: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The door to Triton, which need not be installed: files with kernels take `jit` and `tl` from here, so they import."""
 
+import contextlib
 import functools
 from typing import Any
 
@@ -29,6 +30,12 @@ ON_CPU = False
 def launchable(device: torch.device) -> bool:
     """Whether kernels can be launched on tensors of `device`. Elsewhere the reference computes."""
     return triton is not None and (device.type != "cpu" or ON_CPU)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, arguments: dict[str, Any]) -> None:
+    """Launch on the current stream of `device`. Triton itself goes to whichever device is current."""
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](**arguments)
 
 
 @functools.cache

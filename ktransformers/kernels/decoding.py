@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ktransformers.kernels.compiler import jit, tl
-from ktransformers.kernels.words import PLANES, TABLES, Words
+from ktransformers.kernels.layouts import PLANES, TABLES
+from ktransformers.kernels.words import Words
 
 _TO = {2: 20, 3: 20, 4: 16, 5: 16, 6: 16, 8: 15}
 """Bits of a code -> where it goes: high, as sums round at 2^-24 of FACTOR codes, and where one code of a word is."""

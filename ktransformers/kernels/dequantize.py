@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ktransformers.kernels.compiler import cdiv, jit, launchable, tl
+from ktransformers.kernels.compiler import cdiv, jit, launch, launchable, tl
 from ktransformers.kernels.decoding import (
     bits_of_one,
     code_at,
@@ -77,7 +77,7 @@ def dequantize_into(out: Tensor, words: Words, start: int = 0) -> None:
         return
     made = arguments(out, words, start)
     grid = (cdiv(out.shape[1], COLUMNS), cdiv(words.shape[1] * made["BITS0"], 32 * LINES))
-    dequantize_kernel[grid](**made)
+    launch(dequantize_kernel, grid, out.device, made)
 
 
 def arguments(out: Tensor, words: Words, start: int = 0) -> dict[str, Any]:

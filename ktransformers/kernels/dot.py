@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ktransformers.kernels.compiler import cdiv, jit, launchable, multiprocessors, tl
+from ktransformers.kernels.compiler import cdiv, jit, launch, launchable, multiprocessors, tl, warp_size
 from ktransformers.kernels.decoding import (
     bits_of_one,
     constants,
@@ -25,7 +25,8 @@ from ktransformers.kernels.decoding import (
     value_at,
 )
 from ktransformers.kernels.gemv import add_shares, check, reference, sums_of
-from ktransformers.kernels.words import PLANES, Words
+from ktransformers.kernels.layouts import PLANES
+from ktransformers.kernels.words import Words
 
 LINES = 16
 """Words along K of a tile: the least inner size of a dot."""
@@ -171,10 +172,10 @@ def dot(
     workspace = sums_of(workspace, (sum(sizes),), x.device)
     arranged = arrange(x, tiles, workspace[: sizes[0]], words.order)
     if tiles.shares == 1:
-        launch(arranged, words, out, tiles, bias)
+        multiply(arranged, words, out, tiles, bias)
         return out
     sums = workspace[sizes[0] :].view(tiles.shares, rows, -1)
-    launch(arranged, words, sums, tiles)
+    multiply(arranged, words, sums, tiles)
     add_shares(sums, out, bias)
     return out
 
@@ -183,10 +184,17 @@ def arrange(x: Tensor, tiles: Tiles, workspace: Tensor, order: Tensor | None = N
     """x [M, K] as `dot_kernel` reads it, [M, per, width], in a float32 workspace."""
     shape = (x.shape[0], tiles.per, tiles.width)
     out = workspace.view(x.dtype)[: math.prod(shape)].view(shape)
-    arrange_kernel[(cdiv(tiles.width, 128), x.shape[0])](
-        x, out, order, x.shape[1], tiles.width, x.stride(0), out.stride(0), PER=tiles.per, BLOCK=128, num_warps=4
-    )
+    grid = (cdiv(tiles.width, 128), x.shape[0])
+    launch(arrange_kernel, grid, x.device, arrange_arguments(x, out, order))
     return out
+
+
+def arrange_arguments(x: Tensor, out: Tensor, order: Tensor | None = None) -> dict[str, Any]:
+    """What `arrange_kernel` is launched with, and compiled for by the tests, where no GPU is."""
+    return {
+        "x": x, "out": out, "order": order, "K": x.shape[1], "X": out.shape[2], "x_stride": x.stride(0),
+        "out_stride": out.stride(0), "PER": out.shape[1], "BLOCK": 128, "num_warps": 4,
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -201,13 +209,13 @@ class Blocks:
     per_x: int
 
 
-def launch(
+def multiply(
     x: Tensor, words: Words, out: Tensor, tiles: Tiles, bias: Tensor | None = None, blocks: Blocks | None = None
 ) -> None:
     """x from `arrange`; out [M, N], or [shares, M, N] float32; with `blocks` M is pairs."""
     row_blocks = cdiv(x.shape[0], tiles.rows) if blocks is None else blocks.expert.numel()
     grid = (cdiv(words.shape[-2], tiles.columns), row_blocks, tiles.shares)
-    dot_kernel[grid](**arguments(x, words, out, tiles, bias, blocks))
+    launch(dot_kernel, grid, x.device, arguments(x, words, out, tiles, bias, blocks))
 
 
 def arguments(
@@ -224,7 +232,8 @@ def arguments(
         "rounds": tiles.rounds, "X": tiles.width, "x_stride": x.stride(0),
         "out_share": out.stride(0) if out.dim() == 3 else 0, "out_stride": out.stride(-2),
         "PER_X": 1 if blocks is None else blocks.per_x, "DOT": _dot_type(x), **constants(words),
-        "BM": tiles.rows, "BN": tiles.columns, "LINES": LINES, "num_warps": 4, "enable_fp_fusion": True,
+        "BM": tiles.rows, "BN": tiles.columns, "LINES": LINES,
+        "num_warps": 128 // warp_size(x.device), "enable_fp_fusion": True,
     }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from ktransformers.errors import WeightError
 from ktransformers.kernels import combining, dot, gating, gemv, grouping
 from ktransformers.kernels import words as w
 from ktransformers.kernels.compiler import cdiv, launchable
+from ktransformers.kernels.layouts import ROWS_OF_16, layout_of
 from ktransformers.kernels.words import Words, dequantize
 from ktransformers.native.experts import Glu
 
@@ -112,7 +113,11 @@ def _many_plan(experts: Experts, tokens: int, pairs: int, x: torch.dtype) -> tup
 
 def workspace_size(experts: Experts, tokens: int, per_token: int, x: torch.dtype = torch.bfloat16) -> int:
     """float32 elements that `forward` needs for [tokens, per_token] ids."""
-    tokens = min(tokens, _tokens_at_once(per_token))
+    step = _tokens_at_once(per_token)
+    return max(_piece_size(experts, piece, per_token, x) for piece in (min(tokens, step), tokens % step))
+
+
+def _piece_size(experts: Experts, tokens: int, per_token: int, x: torch.dtype) -> int:
     pairs = tokens * per_token
     if pairs == 0:
         return 0
@@ -172,10 +177,10 @@ def _few(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor, out: Tensor,
     at = 0
     for words in experts.first:
         rows = words.shape[1]
-        gemv.launch(x, words, buffers["first"][:, :, at : at + rows], first, ids=flat, per_x=ids.shape[1])
+        gemv.multiply(x, words, buffers["first"][:, :, at : at + rows], first, ids=flat, per_x=ids.shape[1])
         at += rows
     gating.activate(experts, buffers["first"], flat, buffers["inner"])
-    gemv.launch(buffers["inner"].squeeze(1), experts.down, buffers["second"], second, ids=flat)
+    gemv.multiply(buffers["inner"].squeeze(1), experts.down, buffers["second"], second, ids=flat)
     combining.combine(experts, buffers["second"], ids, weights, out)
 
 
@@ -188,13 +193,13 @@ def _many(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor, out: Tensor
     for words, tile in zip(experts.first, tiles[:-1], strict=True):
         rows = words.shape[1]
         arranged = dot.arrange(x, tile, buffers["x"].view(-1))
-        dot.launch(arranged, words, buffers["first"][: tile.shares, :, at : at + rows], tile, blocks=blocks)
+        dot.multiply(arranged, words, buffers["first"][: tile.shares, :, at : at + rows], tile, blocks=blocks)
         if tile.shares < shares:  # parts of different types may be cut differently
             buffers["first"][tile.shares :, :, at : at + rows].zero_()
         at += rows
     gating.activate(experts, buffers["first"], ids.view(-1), buffers["inner"])
     down = dot.Blocks(blocks.pairs, blocks.expert, blocks.start, blocks.stop, per_x=1)
-    dot.launch(buffers["inner"], experts.down, buffers["second"], tiles[-1], blocks=down)
+    dot.multiply(buffers["inner"], experts.down, buffers["second"], tiles[-1], blocks=down)
     combining.combine(experts, buffers["second"], ids, weights, out)
 
 
@@ -217,10 +222,10 @@ def reference(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tens
 
 def joined(gate: Sequence[Any], up: Sequence[Any], device: torch.device | str) -> tuple[Words, ...]:
     """Matrices of E experts as what `Experts.first` is: one weight where gate and up are of one type, else two."""
-    if w.layout_of(gate[0]) != w.layout_of(up[0]) or gate[0].shape[0] % w.ROWS_OF_16:
+    if layout_of(gate[0]) != layout_of(up[0]) or gate[0].shape[0] % ROWS_OF_16:
         return w.from_experts(gate, device), w.from_experts(up, device)
     rows, columns = gate[0].shape
-    made = w.empty(w.layout_of(gate[0]), (len(gate), 2 * rows, columns), device)
+    made = w.empty(layout_of(gate[0]), (len(gate), 2 * rows, columns), device)
     for e, pair in enumerate(zip(gate, up, strict=True)):
         for i, weight in enumerate(pair):
             w.write(made.expert(e), weight, i * rows)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ktransformers.kernels.compiler import cdiv, jit, tl
+from ktransformers.kernels.compiler import cdiv, jit, launch, tl
 
 if TYPE_CHECKING:
     from ktransformers.kernels.experts import Experts
@@ -80,7 +80,7 @@ def activate_kernel(
 def activate(experts: "Experts", sums: Tensor, ids: Tensor, out: Tensor) -> None:
     """sums [shares, pairs, I or 2I], ids [pairs] -> out [pairs, per, width]: the rows that down takes."""
     grid = (cdiv(out.shape[1] * out.shape[2], BLOCK), ids.numel())
-    activate_kernel[grid](**arguments(experts, sums, ids, out))
+    launch(activate_kernel, grid, out.device, arguments(experts, sums, ids, out))
 
 
 def arguments(experts: "Experts", sums: Tensor, ids: Tensor, out: Tensor) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ktransformers.errors import WeightError
-from ktransformers.kernels.compiler import cdiv, jit, launchable, multiprocessors, tl, warp_size
+from ktransformers.kernels.compiler import cdiv, jit, launch, launchable, multiprocessors, tl, warp_size
 from ktransformers.kernels.decoding import (
     bits_of_one,
     constants,
@@ -174,21 +174,21 @@ def gemv(
     out = x.new_empty(rows, words.shape[0]) if out is None else out
     split = split_of(words)
     if split.shares == 1:
-        launch(x, words, out, split, bias)
+        multiply(x, words, out, split, bias)
         return out
     sums = sums_of(workspace, (split.shares, rows, words.shape[0]), x.device)
-    launch(x, words, sums, split)
+    multiply(x, words, sums, split)
     add_shares(sums, out, bias)
     return out
 
 
-def launch(
+def multiply(
     x: Tensor, words: Words, out: Tensor, split: Split, bias: Tensor | None = None,
     ids: Tensor | None = None, per_x: int = 1,
 ) -> None:  # fmt: skip
     """out [M, N], or [shares, M, N] float32; with `ids` [pairs] M is pairs."""
     grid = (cdiv(words.shape[-2], split.block), split.shares, 1 if ids is None else ids.numel())
-    gemv_kernel[grid](**arguments(x, words, out, split, bias, ids, per_x))
+    launch(gemv_kernel, grid, x.device, arguments(x, words, out, split, bias, ids, per_x))
 
 
 def arguments(
@@ -210,10 +210,16 @@ def arguments(
 
 def add_shares(sums: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
     """float32 [shares, M, N] -> out [M, N]."""
-    shares, rows, columns = sums.shape
-    add_shares_kernel[(cdiv(columns, 512), rows)](
-        sums, out, bias, columns, shares, sums.stride(0), out.stride(0), BN=512, num_warps=4
-    )
+    grid = (cdiv(sums.shape[2], 512), sums.shape[1])
+    launch(add_shares_kernel, grid, sums.device, add_shares_arguments(sums, out, bias))
+
+
+def add_shares_arguments(sums: Tensor, out: Tensor, bias: Tensor | None = None) -> dict[str, Any]:
+    """What `add_shares_kernel` is launched with, and compiled for by the tests, where no GPU is."""
+    return {
+        "sums": sums, "out": out, "bias": bias, "N": sums.shape[2], "shares": sums.shape[0], "split": sums.stride(0),
+        "out_stride": out.stride(0), "BN": 512, "num_warps": 4,
+    }  # fmt: skip
 
 
 def sums_of(workspace: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ktransformers.kernels.compiler import jit, tl
+from ktransformers.kernels.compiler import jit, launch, tl
 from ktransformers.kernels.dot import Blocks
 
 CHUNK = 1024
@@ -74,9 +74,9 @@ def group(ids: Tensor, experts: int, rows: int, per_x: int, workspace: Tensor) -
     pairs = ids.numel()
     blocks = max_blocks(pairs, experts, rows)
     counts, order, *table = workspace[: size(pairs, experts, rows)].split([experts, pairs, blocks, blocks, blocks])
-    count_kernel[(experts,)](**count_arguments(ids, counts))
+    launch(count_kernel, (experts,), ids.device, count_arguments(ids, counts))
     made = Blocks(order, *table, per_x)
-    place_kernel[(experts + 1,)](**place_arguments(ids, counts, made, experts, rows))
+    launch(place_kernel, (experts + 1,), ids.device, place_arguments(ids, counts, made, experts, rows))
     return made
 
 

@@ -30,13 +30,16 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """shared: bytes. registers, spills: of a thread, spills in bytes. code: PTX, or AMD's assembly. sass: NVIDIA's."""
+    """shared: bytes. registers, spills: of a thread, spills in bytes. code: PTX, or AMD's assembly.
+
+    loop: the instructions of the longest loop that holds no other.
+    """
 
     shared: int
     registers: int
     spills: int
     code: str
-    sass: str = ""
+    loop: list[str]
 
     def has(self, pattern: str) -> bool:
         return re.search(pattern, self.code) is not None
@@ -54,46 +57,53 @@ def compile_kernel(kernel: Any, arguments: dict[str, Any], target: str) -> Compi
     for name, value in arguments.items():
         if name not in names:
             options[name] = value
-        elif name in constant or value is None or value == 1 if not isinstance(value, torch.Tensor) else False:
+        elif name in constant or value is None or (isinstance(value, int) and value == 1):
             signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         else:
-            at = (names.index(name),)
             pointer = isinstance(value, torch.Tensor)
             signature[name] = "*" + _TYPES[value.dtype] if pointer else "i32"
             if pointer or value % 16 == 0:
-                attrs[at] = [["tt.divisibility", 16]]
+                attrs[(names.index(name),)] = [["tt.divisibility", 16]]
     signature = {name: signature[name] for name in names}
     source = ASTSource(kernel, signature, constants, attrs)
     made = triton.compile(source, target=target_of(target), options=options)
-    return _nvidia(made, target) if target in NVIDIA else _amd(made)
+    return _nvidia(made) if target in NVIDIA else _amd(made)
 
 
-def _nvidia(made: Any, target: str) -> Compiled:
+def _nvidia(made: Any) -> Compiled:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(made.asm["cubin"])
-        usage = subprocess.run([BIN / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-        sass = subprocess.run([BIN / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
+        run = lambda *command: subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: E731
+        usage, sass = run(BIN / "cuobjdump", "-res-usage", cubin), run(BIN / "nvdisasm", "-c", cubin)
     number = lambda what: int(re.search(rf"{what}:(\d+)", usage)[1])  # noqa: E731
-    return Compiled(made.metadata.shared, number("REG"), number("STACK") + number("LOCAL"), made.asm["ptx"], sass)
+    spills = number("STACK") + number("LOCAL")
+    return Compiled(made.metadata.shared, number("REG"), spills, made.asm["ptx"], main_loop(sass))
 
 
 def _amd(made: Any) -> Compiled:
     code = made.asm["amdgcn"]
     number = lambda what: int(re.search(rf"\.{what}:\s*(\d+)", code)[1])  # noqa: E731
-    return Compiled(made.metadata.shared, number("vgpr_count"), 4 * number("vgpr_spill_count"), code)
+    spills = 4 * number("vgpr_spill_count")
+    return Compiled(made.metadata.shared, number("vgpr_count"), spills, code, main_loop(code))
 
 
-def main_loop(sass: str) -> list[str]:
-    """Opcodes of the longest loop that holds no other: from the target of a backward branch to the branch."""
+_LABEL = re.compile(r"\s*(\.L\w+):")
+_CODE = re.compile(r"\s+(?:/\*[0-9a-f]{4,}\*/\s+)?(?:@!?U?P\w+\s+)?([A-Za-z][A-Za-z0-9_.]*)\b(.*)")
+_JUMP = re.compile(r"(?:BRA|s_c?branch).*?(\.L\w+)")
+
+
+def main_loop(text: str) -> list[str]:
+    """Opcodes from the target of a backward branch to the branch, of SASS or of AMD's assembly."""
     opcodes, labels, loops = [], {}, []
-    for line in sass.splitlines():
-        if label := re.match(r"\s*(\.L_\S+):", line):
+    for line in text.splitlines():
+        if label := _LABEL.match(line):
             labels[label[1]] = len(opcodes)
-        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);", line):
+        elif found := _CODE.match(line):
             opcodes.append(found[1])
-            jump = re.search(r"`\((\.L_\S+)\)", found[2])
-            if found[1].startswith("BRA") and jump and jump[1] in labels:
+            if (jump := _JUMP.search(line)) and jump[1] in labels:
                 loops.append((labels[jump[1]], len(opcodes)))
     inner = [loop for loop in loops if not any(o != loop and loop[0] <= o[0] and o[1] <= loop[1] for o in loops)]
     start, stop = max(inner, key=lambda loop: loop[1] - loop[0], default=(0, 0))

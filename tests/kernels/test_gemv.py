@@ -5,6 +5,7 @@ import torch
 
 from ktransformers.errors import WeightError
 from ktransformers.kernels import gemv as g
+from ktransformers.kernels import layouts
 from ktransformers.kernels import words as w
 from tests.kernels.weights import GGUF, SCALED, random_weight
 
@@ -21,7 +22,7 @@ def inputs(rows, columns, dtype=torch.bfloat16):
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
-@pytest.mark.parametrize("name", GGUF + SCALED)
+@pytest.mark.parametrize("name", [*GGUF, *SCALED])
 def test_every_type(interpreter, name):
     words = w.from_packed(random_weight(name, 40, 256), "cpu")
     x = inputs(2, 256)
@@ -77,7 +78,7 @@ def test_what_does_not_fit_is_refused():
 @pytest.mark.parametrize("pairs", [1, 8])
 def test_shares_cover_all_columns_once(n, k, pairs, monkeypatch):
     monkeypatch.setattr(g, "multiprocessors", lambda device: 132)
-    split = g.split_of(w.empty(w.layout_of("Q8_0"), (n, k), "meta"), pairs)
+    split = g.split_of(w.empty(layouts.layout_of("Q8_0"), (n, k), "meta"), pairs)
     columns = split.rounds * g.LINES * g.STEP
     assert (split.shares - 1) * columns < k <= split.shares * columns
 

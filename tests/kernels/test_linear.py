@@ -13,7 +13,7 @@ from tests.kernels.test_gemv import assert_close, inputs
 from tests.kernels.weights import GGUF, SCALED, random_weight
 
 
-@pytest.mark.parametrize("name", GGUF + SCALED)
+@pytest.mark.parametrize("name", [*GGUF, *SCALED])
 def test_every_type_by_the_dot(interpreter, name):
     words = w.from_packed(random_weight(name, 40, 512), "cpu")
     x = inputs(5, 512, torch.float32)
@@ -35,7 +35,7 @@ def test_nasty_weights_by_the_dot(interpreter, name):
     assert_close(d.dot(x, words), g.reference(x, words))
 
 
-@pytest.mark.parametrize("name", GGUF + SCALED)
+@pytest.mark.parametrize("name", [*GGUF, *SCALED])
 def test_numbers_made_on_the_gpu_have_the_same_bits(interpreter, name):
     words = w.from_packed(random_weight(name, 40, 512), "cpu")
     out = torch.full((512, 16), float("nan"))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ktransformers.errors import UnsupportedError, WeightError
+from ktransformers.kernels import layouts
 from ktransformers.kernels import words as w
 from ktransformers.quants.blocks import QUANT_TYPES, Packed
 from tests.kernels.weights import GGUF, SCALED, random_weight
@@ -16,7 +17,7 @@ def assert_same(words, weight):
     assert bool(same.all()), f"{weight.type}: {int((~same).sum())} of {same.numel()} differ"
 
 
-@pytest.mark.parametrize("name", GGUF + SCALED)
+@pytest.mark.parametrize("name", [*GGUF, *SCALED])
 @pytest.mark.parametrize("rows, cols", [(24, 512), (16, 256), (40, 1280)])
 def test_the_numbers_are_those_of_quants(name, rows, cols):
     weight = random_weight(name, rows, cols)
@@ -46,25 +47,25 @@ def test_a_weight_of_many_pieces(name, monkeypatch):
     assert_same(w.from_packed(weight, "cpu"), weight)
 
 
-@pytest.mark.parametrize("name", GGUF + SCALED)
+@pytest.mark.parametrize("name", [*GGUF, *SCALED])
 def test_bytes_are_known_beforehand(name):
     weight = random_weight(name, 24, 512)
     words = w.from_packed(weight, "cpu")
-    assert words.nbytes == w.words_bytes(w.layout_of(weight), (24, 512))
+    assert words.nbytes == layouts.words_bytes(layouts.layout_of(weight), (24, 512))
     if name in QUANT_TYPES:
-        assert words.nbytes == w.words_bytes(name, (24, 512)) == w.words_bytes(QUANT_TYPES[name], (24, 512))
+        assert words.nbytes == layouts.words_bytes(name, (24, 512)) == layouts.words_bytes(QUANT_TYPES[name], (24, 512))
 
 
 @pytest.mark.parametrize("name, bits", [("Q4_0", 4.5), ("Q8_0", 8.5), ("Q2_K", 2.625), ("Q3_K", 3.5625), ("Q4_K", 4.625),
                                         ("Q5_K", 5.625), ("Q6_K", 6.5625), ("IQ4_XS", 4.3125), ("MXFP4", 4.25)])  # fmt: skip
 def test_bits_a_weight(name, bits):
-    assert w.words_bytes(name, (8, 512, 1024)) * 8 == bits * 8 * 512 * 1024
+    assert layouts.words_bytes(name, (8, 512, 1024)) * 8 == bits * 8 * 512 * 1024
 
 
 def test_experts():
     each = [random_weight("Q4_K", 24, 256, seed) for seed in range(3)]
     words = w.from_experts(each, "cpu")
-    assert words.shape == (3, 24, 256) and words.nbytes == w.words_bytes("Q4_K", (3, 24, 256))
+    assert words.shape == (3, 24, 256) and words.nbytes == layouts.words_bytes("Q4_K", (3, 24, 256))
     for e, weight in enumerate(each):
         assert_same(words.expert(e), weight)
     joined = Packed(torch.cat([weight.data for weight in each]), each[0].type, (3, 24, 256))
@@ -73,7 +74,7 @@ def test_experts():
 
 def test_gate_and_up_in_one_weight_and_an_expert_replaced():
     gate, up, other = (random_weight("Q6_K", 32, 256, seed) for seed in range(3))
-    words = w.empty(w.layout_of(gate), (2, 64, 256), "cpu")
+    words = w.empty(layouts.layout_of(gate), (2, 64, 256), "cpu")
     for e in range(2):
         w.write(words.expert(e), gate)
         w.write(words.expert(e), up, row=32)
@@ -113,7 +114,7 @@ def test_quantized_at_load(bits, worst, group):
     assert bool(((back - weight.float()).abs() <= (0.5 + 2 ** (bits - 1) * 2**-8) * step).all())
     assert error == pytest.approx(float((back - weight.float()).norm() / weight.float().norm()), rel=1e-4)
     assert error < worst * (1.6 if group == -1 else 1)
-    assert words.nbytes == w.words_bytes(words.layout, (40, 512))
+    assert words.nbytes == layouts.words_bytes(words.layout, (40, 512))
 
 
 def test_numbers_that_are_not_finite_are_not_quantized():
