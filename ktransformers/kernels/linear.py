@@ -14,8 +14,8 @@ GEMV_ROWS = 2
 DOT_ROWS = 128
 """Up to how many rows each kernel computes; beyond, numbers are made and multiplied by torch.mm.
 
-From counts of instructions (tests/bench/KERNELS.md) and of bytes, not from a clock: the GEMV spends 4.7 a weight on one
-row and 11 on four, the dot 8 to 11 on 16 to 64; numbers cost 4 bytes of traffic a weight more than words, once.
+From counts of instructions (tests/bench/KERNELS.md) and of bytes, not from a clock: the GEMV spends 4.4 a weight on one
+row and 10 on four, the dot 8 to 11 on 16 to 64; numbers cost 4 bytes of traffic a weight more than words, once.
 """
 
 DENSE_AT_ONCE = 1 << 25
