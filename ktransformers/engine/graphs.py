@@ -37,10 +37,17 @@ class GraphStep:
 def graph_of(model: nn.Module, cache: FixedCache, streams: Streams, device: torch.device) -> GraphStep | None:
     """The graph over `cache` as it is now, captured where there is none; None where that is not possible."""
     if cache.graph is None and cache.graphable:
-        cache.graphable = not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        cache.graphable = _may_be_captured(model, device)
         try:
             cache.graph = GraphStep(model, cache, streams, device) if cache.graphable else None
         except Exception as error:  # whatever a family's code does that cannot be captured: it works without
             cache.graphable = False
             warn_once(f"decoding without a graph on {device}: {type(error).__name__} while it was captured: {error}")
     return cache.graph
+
+
+def _may_be_captured(model: nn.Module, device: torch.device) -> bool:
+    """Whether all of `model` is on one device, but for experts that C computes, and nobody looks between its modules."""
+    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+        return False
+    return all(tensor.device == device for tensor in (*model.parameters(), *model.buffers()))
