@@ -47,7 +47,7 @@ def graph_of(model: nn.Module, cache: FixedCache, streams: Streams, device: torc
 
 
 def _may_be_captured(model: nn.Module, device: torch.device) -> bool:
-    """Whether all of `model` is on one device, but for experts that C computes, and nobody looks between its modules."""
+    """Whether `model` is on one device, but for experts that C computes, and nobody looks between its modules."""
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
         return False
     return all(tensor.device == device for tensor in (*model.parameters(), *model.buffers()))
