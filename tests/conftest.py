@@ -1,6 +1,9 @@
 """Fixtures for all tests."""
 
+import os
 import signal
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # tests/kernels: to be set before torch._dynamo imports Triton
 
 import pytest
 import torch

@@ -1,0 +1,56 @@
+"""The door to Triton, which need not be installed: files with kernels take `jit` and `tl` from here, so they import."""
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit
+except ImportError:
+    triton = None
+
+    class tl:  # type: ignore[no-redef]
+        """What the signatures of kernels name."""
+
+        constexpr = None
+
+    def jit(kernel: Any) -> Any:
+        return kernel
+
+
+ON_CPU = False
+"""Whether to launch kernels on tensors of the CPU too, in Triton's interpreter (TRITON_INTERPRET=1). For tests."""
+
+
+def launchable(device: torch.device) -> bool:
+    """Whether kernels can be launched on tensors of `device`. Elsewhere the reference computes."""
+    return triton is not None and (device.type != "cpu" or ON_CPU)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, arguments: dict[str, Any]) -> None:
+    """Launch on the current stream of `device`. Triton itself goes to whichever device is current."""
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](**arguments)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs the device runs side by side, at least."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 64 if device.type != "cpu" else 4
+
+
+@functools.cache
+def warp_size(device: torch.device) -> int:
+    """Threads of a warp: 64 on AMD's data centre chips."""
+    return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
