@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import triton
 
-from ktransformers.kernels import cache, context, gqa_decode, mla_decode, norm, rotary, router, swiglu
+from ktransformers.kernels import cache, context, gqa_decode, keep, mla_decode, norm, rotary, router, swiglu
 from ktransformers.kernels.context import Context, Cut, Tiles
 from ktransformers.native.experts import Glu
 from ktransformers.native.router import Choice
@@ -147,6 +147,11 @@ def _other_cases() -> Iterator[Case]:
         ("rotary, halves", "after norms", rotary.rotary_kernel,
          lambda _: rotary.arguments(q, k, angles, angles, slots, "halves", weight, weight, 1e-6)),
         ("rotary, parted", "", rotary.rotary_kernel, lambda _: rotary.arguments(q, k, angles, angles, slots, "parted")),
+        ("norms, rotary, append", "Qwen3-30B-A3B", keep.keep_kernel,
+         lambda _: keep.arguments(q, k, v, angles, angles, slots, pages, pages, slots, "halves", weight, weight, 1e-6)),
+        ("norm, rotary, append", "MLA", keep.keep_latents_kernel, lambda _: keep.latents_arguments(
+            _meta(B, 128, 192)[..., 128:], _meta(B, 512), _meta(B, 64), angles[:, :32], angles[:, :32], slots,
+            _meta(PAGES, 64, 576), _meta(B, 128, 576)[..., 512:], _meta(512), 1e-6, slots, "parted")),
         ("router", "DeepSeek-V3", router.router_kernel,
          lambda _: router.arguments(_floats(B, 256), v3, _floats(256), None, ids, _floats(B, 8))),
         ("router", "Qwen3-30B-A3B", router.router_kernel,
