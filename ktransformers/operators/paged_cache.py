@@ -52,7 +52,12 @@ class PagedLayer(CacheLayerMixin):
         """The pages, made for these sizes at the first call. Raises UnsupportedError where they have others."""
         if self.pages is None:
             self.dtype = dtype
-            kind = self.kind or _KINDS[dtype]
+            kind = self.kind or _KINDS.get(dtype)
+            if kind is None:
+                raise UnsupportedError(
+                    f"cache: found {dtype}, expected float32, float16 or bfloat16. Give the model such a dtype, or a "
+                    "DynamicCache of transformers as past_key_values."
+                )
             self.pages = Pages(kind, heads, size, value_size, joined=self.joined, window=self.window)
         held, wanted = (self.pages.heads, self.pages.size, self.pages.value_size), (heads, size, value_size)
         if held != wanted:
@@ -268,6 +273,12 @@ class PagedCache(Cache):
             layer.pages = Pages.together([each.pages for each in layers])
             made.append(layer)
         return cls(made)
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
+        """Keys, values and the window of each layer, as DynamicCache has it; keys and values are copies."""
+        for layer in self.layers:
+            window = getattr(layer, "sliding_window", None)
+            yield layer.keys, layer.values, None if window is None else torch.tensor(window, device="cpu")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PagedCache":
         """Another of the same tokens; the two share pages until one of them writes."""

@@ -715,3 +715,25 @@ def test_a_padded_step_of_a_hybrid_is_the_familys(hybrid):
         m(ids[:, :11], attention_mask=mask[:, :11], position_ids=where[:, :11], past_key_values=cache)
         logits.append(m(ids[:, 11:], attention_mask=mask, position_ids=where[:, 11:], past_key_values=cache).logits)
     assert relative_error(*logits) < 1e-4
+
+
+def test_a_cache_is_gone_through_as_transformers_own(pair):
+    reference, model = pair
+    ids, theirs, ours = random_ids(2, 30), DynamicCache(config=reference.config), paged_cache(model)
+    with torch.inference_mode():
+        reference(ids, past_key_values=theirs)
+        model(ids, past_key_values=ours)
+    if any(not hasattr(layer, "keys") for layer in theirs.layers):
+        pytest.skip("transformers' own cannot be gone through")
+    for (keys, values, window), (own_keys, own_values, own_window) in zip(theirs, ours, strict=True):
+        assert window is None and own_window is None or window == own_window
+        seen = min(keys.shape[2], own_keys.shape[2])
+        for own, their in ((own_keys, keys), (own_values, values)):
+            assert relative_error(own[:, :, -seen:], their[:, :, -seen:]) < 1e-4
+
+
+def test_a_dtype_that_no_page_keeps_is_told_by_name(pair):
+    _, model = plain_pair(pair)
+    cache = paged_cache(model)
+    with pytest.raises(UnsupportedError, match="cache: found torch.float64, expected float32"):
+        cache.update(torch.zeros(1, 2, 3, 16, dtype=torch.float64), torch.zeros(1, 2, 3, 16, dtype=torch.float64), 0)
