@@ -20,6 +20,7 @@ SLOW = (
     "tests/engine/test_load.py::test_the_engine_imports_no_terminal",
     "tests/gguf_files/test_llama_cpp.py",
     "tests/kernels/test_compiled.py",
+    "tests/kernels/test_compiled_attention.py",
     "tests/machine/test_hardware.py::test_a_gpu_that_cannot_be_measured_is_taken_for_a_known_one",
     "tests/machine/test_hardware.py::test_this_machine_is_measured_in_sane_figures",
     "tests/models/test_known.py::test_every_known_config_is_built_in_a_process_that_has_loaded_nothing_else",

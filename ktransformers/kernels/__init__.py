@@ -1,8 +1,12 @@
-"""Kernels for GPUs: packed weights in one plain layout (`words`) and Triton kernels over it, each beside its reference.
+"""Kernels for GPUs: packed weights in one plain layout (`words`), attention over pages, and what lies between, in Triton,
+each beside its torch reference.
 
 layouts, words, parts    the packed form of each published format, and how a weight becomes it
 gemv, dot, dequantize, linear    products with few, some and many rows, and the choice between them
 experts                  routed experts: with grouping, gating, combining
+context, mla_decode, gqa_decode    attention of new tokens over paged caches, cut along the context
+cache, keep              new tokens into the pages; the same with their norms and positions
+norm, rotary, router, swiglu    a launch each
 decoding, compiler       what the kernels share; the door to Triton, which need not be installed
 
 Everything imports without Triton; layouts and words never import it.

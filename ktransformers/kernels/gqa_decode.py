@@ -17,7 +17,6 @@ from ktransformers.kernels import context as c
 from ktransformers.kernels.compiler import cdiv, jit, launch, launchable, tl
 from ktransformers.kernels.context import (
     LOG2_E,
-    PAGE,
     Context,
     Cut,
     Tiles,
@@ -28,6 +27,7 @@ from ktransformers.kernels.context import (
     seen_of,
     tiles_of_share,
 )
+from ktransformers.native.pages import PAGE
 
 MOST_SIZE = 512
 """Of a key and a value."""

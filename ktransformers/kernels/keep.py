@@ -14,8 +14,8 @@ from ktransformers.errors import UnsupportedError
 from ktransformers.kernels import cache as pages
 from ktransformers.kernels import norm, rotary
 from ktransformers.kernels.compiler import jit, launch, launchable, tl
-from ktransformers.kernels.context import PAGE
 from ktransformers.kernels.rotary import turn
+from ktransformers.native.pages import PAGE
 
 
 @jit

@@ -20,7 +20,6 @@ from ktransformers.kernels import context as c
 from ktransformers.kernels.compiler import cdiv, jit, launch, launchable, tl
 from ktransformers.kernels.context import (
     LOG2_E,
-    PAGE,
     Context,
     Cut,
     Tiles,
@@ -31,6 +30,7 @@ from ktransformers.kernels.context import (
     seen_of,
     tiles_of_share,
 )
+from ktransformers.native.pages import PAGE
 
 MOST_LATENTS = 512
 """Of R: a block of 16 heads then takes 8192 sums, what registers hold."""

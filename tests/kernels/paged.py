@@ -2,7 +2,7 @@
 
 import torch
 
-from ktransformers.kernels.context import PAGE
+from ktransformers.native.pages import PAGE
 
 LENGTHS = [0, 1, 63, 64, 65, 1000]
 SHORT = [0, 1, 64, 65, 200]

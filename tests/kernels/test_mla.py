@@ -36,6 +36,11 @@ def shares(monkeypatch):
     return use
 
 
+def test_pages_are_what_the_kernels_take_them_for():
+    """They say 64: a kernel has no names of other files."""
+    assert c.PAGE == 64
+
+
 def test_the_reference_is_attention():
     args, expected = make(SHORT, 5, 48, 16, tokens=2)
     assert_close(m.reference(*args), expected)
