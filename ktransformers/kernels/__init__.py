@@ -1,5 +1,5 @@
-"""Kernels for GPUs: packed weights in one plain layout (`words`), attention over pages, and what lies between, in Triton,
-each beside its torch reference.
+"""Kernels for GPUs in Triton: packed weights in one plain layout (`words`), attention over pages, and what lies between.
+Each stands beside its torch reference.
 
 layouts, words, parts    the packed form of each published format, and how a weight becomes it
 gemv, dot, dequantize, linear    products with few, some and many rows, and the choice between them
