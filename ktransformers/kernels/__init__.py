@@ -1,4 +1,4 @@
-"""Kernels for GPUs in Triton: packed weights in one plain layout (`words`), attention over pages, and what lies between.
+"""Kernels for GPUs in Triton: packed weights in one plain layout (`words`), attention over pages, what lies between.
 Each stands beside its torch reference.
 
 layouts, words, parts    the packed form of each published format, and how a weight becomes it
