@@ -1,7 +1,6 @@
 """`kt bench`: tokens per second of a model on this machine. Measured by the engine."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,10 +12,10 @@ from ktransformers.cli.common import (
     JsonOption,
     RuleOption,
     WeightsOption,
-    err,
     note,
     renamed_devices,
     show,
+    token_bar,
 )
 
 if TYPE_CHECKING:
@@ -54,23 +53,13 @@ def bench(
         progress=not as_json, notify=note,
     )  # fmt: skip
     sizes = prompt_tokens, new_tokens, depth, repetitions
-    with _progress(total_tokens(*sizes)) as advance:
+    with token_bar(total_tokens(*sizes)) as advance:
         found = list(measure(loaded, *sizes, chunk_size, advance))
     machine = {"threads": native.threads(), "isa": native.isa()} if native.available() else {}
     kind = loaded.config.model_type
     speeds = [asdict(speed) | {"rate": speed.rate} for speed in found]
     data = {"model_type": kind, **machine, "cache": cache or None, "chunk_size": chunk_size, "speeds": speeds}
     show(data, as_json, lambda: _rendered(found, kind, machine))
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar of tokens on a terminal; call the value with how many more are done."""
-    from rich.progress import Progress
-
-    with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
-        bar = progress.add_task("tokens", total=total)
-        yield lambda count: progress.advance(bar, count)
 
 
 def _rendered(found: list["Speed"], kind: str, machine: dict[str, Any]) -> Iterator[Any]:

@@ -1,7 +1,6 @@
 """`kt cache`: what keeping keys and values in fewer bits does to a model's predictions. Measured by the engine."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,10 +12,10 @@ from ktransformers.cli.common import (
     RuleOption,
     WeightsOption,
     check_cache,
-    err,
     note,
     renamed_devices,
     show,
+    token_bar,
 )
 from ktransformers.errors import KTransformersError
 from ktransformers.paths import existing_path
@@ -60,7 +59,7 @@ def cache(
         devices=renamed_devices(devices), needs_template=False, progress=not as_json, notify=note,
     )  # fmt: skip
     ids = _ids(loaded, tokenizer, words, tokens)
-    with _progress(len(ids) * (len(set(types)) + 1)) as advance:
+    with token_bar(len(ids) * (len(set(types)) + 1)) as advance:
         found = compare(loaded, ids, types, chunk_size, advance)
     data = {"tokens": len(ids), "chunk_size": chunk_size, "text": None if text is None else str(text), "types": found}
     show(data, as_json, lambda: _rendered(found, len(ids)))
@@ -93,16 +92,6 @@ def _ids(model: Any, tokenizer: Any, words: str | None, tokens: int | None) -> l
     if len(ids) < needed:
         raise KTransformersError(f"--text: found {len(ids)} tokens, expected at least {needed}. Give a longer text.")
     return ids[:count]
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar of tokens on a terminal; call the value with how many more are done."""
-    from rich.progress import Progress
-
-    with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
-        bar = progress.add_task("tokens", total=total)
-        yield lambda count: progress.advance(bar, count)
 
 
 def _rendered(found: list["CacheEffect"], tokens: int) -> Iterator[Any]:

@@ -333,6 +333,16 @@ DevicesOption = Annotated[
 """Read by `renamed_devices`."""
 
 
+@contextmanager
+def token_bar(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar of tokens on a terminal; call the value with how many more are done."""
+    from rich.progress import Progress
+
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
+        bar = progress.add_task("tokens", total=total)
+        yield lambda count: progress.advance(bar, count)
+
+
 def check_cache(option: str, kind: str) -> None:
     """Raises KTransformersError for a type of a cache that there is not."""
     if kind not in CACHES:

@@ -60,8 +60,8 @@ def measure(
     _check(model, prompts, new_tokens, depths, repetitions, chunk_size)
     words = _Words(text_config(model.config).vocab_size)
     bench = _Bench(model, chunk_size, words, on_tokens)
-    bench.prefill([], max(prompts, default=2))
-    bench.decode([], 2)
+    bench.prefill([], max(prompts, default=1))
+    bench.decode([], 1)
     for depth in depths:
         context = words.some(depth)
         for count in prompts:
@@ -71,8 +71,8 @@ def measure(
 
 
 def total_tokens(prompts: Sequence[int], new_tokens: Sequence[int], depths: Sequence[int], repetitions: int) -> int:
-    """Tokens that `measure` times, for a bar."""
-    return repetitions * len(depths) * (sum(prompts) + sum(new_tokens))
+    """Tokens that `measure` tells of, its first round included, for a bar."""
+    return max(prompts, default=1) + 1 + repetitions * len(depths) * (sum(prompts) + sum(new_tokens))
 
 
 def _check(

@@ -52,5 +52,12 @@ def warp_size(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
 
 
+def dot_type(x: torch.Tensor) -> Any:
+    """What the matrix units multiply. The interpreter has no bf16, and computes in float32."""
+    if x.device.type == "cpu":
+        return tl.float32
+    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(x.dtype, tl.float32)
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)

@@ -171,13 +171,6 @@ def add(sums: Tensor, weights: Tensor, context: Context, out: Tensor, tokens: in
 # --- what depends on shapes and the device alone ---------------------------------------------------------------------
 
 
-def dot_type(q: Tensor) -> Any:
-    """What the matrix units multiply. The interpreter has no bf16, and computes in float32."""
-    if q.device.type == "cpu":
-        return tl.float32
-    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(q.dtype, tl.float32)
-
-
 def least_tiles(tiles: Tiles) -> int:
     """That a share has."""
     return max(1, LEAST_TOKENS // tiles.tokens)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ktransformers.kernels.compiler import cdiv, jit, launch, launchable, multiprocessors, tl, warp_size
+from ktransformers.kernels.compiler import cdiv, dot_type, jit, launch, launchable, multiprocessors, tl, warp_size
 from ktransformers.kernels.decoding import (
     bits_of_one,
     constants,
@@ -231,14 +231,7 @@ def arguments(
         **weight, "M": x.shape[0], "N": words.shape[-2], "P": words.scales.shape[-1], "K": words.shape[-1],
         "rounds": tiles.rounds, "X": tiles.width, "x_stride": x.stride(0),
         "out_share": out.stride(0) if out.dim() == 3 else 0, "out_stride": out.stride(-2),
-        "PER_X": 1 if blocks is None else blocks.per_x, "DOT": _dot_type(x), **constants(words),
+        "PER_X": 1 if blocks is None else blocks.per_x, "DOT": dot_type(x), **constants(words),
         "BM": tiles.rows, "BN": tiles.columns, "LINES": LINES,
         "num_warps": 128 // warp_size(x.device), "enable_fp_fusion": True,
     }  # fmt: skip
-
-
-def _dot_type(x: Tensor) -> Any:
-    """What the matrix units multiply. The interpreter has no bf16, and computes in float32."""
-    if x.device.type == "cpu":
-        return tl.float32
-    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(x.dtype, tl.float32)

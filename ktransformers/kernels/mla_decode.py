@@ -17,14 +17,13 @@ from torch import Tensor
 
 from ktransformers.errors import UnsupportedError
 from ktransformers.kernels import context as c
-from ktransformers.kernels.compiler import cdiv, jit, launch, launchable, tl
+from ktransformers.kernels.compiler import cdiv, dot_type, jit, launch, launchable, tl
 from ktransformers.kernels.context import (
     LOG2_E,
     Context,
     Cut,
     Tiles,
     block_of,
-    dot_type,
     grown,
     normed,
     seen_of,

@@ -33,7 +33,7 @@ class _Submitted:
 class Queue:
     """Calls that a thread of the queue's own computes in order, while Python goes on or a GPU works.
 
-    No operator of this package uses it yet: it is for steps that overlap with a GPU, tested on its own.
+    For steps that overlap with a GPU (operators/host_experts.py).
     Thread-safe. `close`, or the end of the object, waits for the call being computed and drops those after it.
     """
 

@@ -138,14 +138,16 @@ class KExpertsCPU(KExpertsBase):
 
     def _host(self, hidden: Tensor, weights: Tensor) -> HostExperts | None:
         """What computes tokens of another device without waiting for it; None where nothing does."""
+        streams = streams_of(hidden.device)
+        if streams is None:
+            return None
         wanted = torch.is_grad_enabled() and (hidden.requires_grad or weights.requires_grad)
         is_graph = type(hidden) is not Tensor or hidden.is_meta or torch.compiler.is_compiling()
         if wanted or is_graph or not 0 < hidden.shape[0] <= MOST_TOKENS:
             return None
-        streams = streams_of(hidden.device)
-        if streams is not None and streams not in self._hosts:
+        if streams not in self._hosts:
             self._hosts[streams] = HostExperts(self.experts, streams)
-        return self._hosts.get(streams)
+        return self._hosts[streams]
 
     def forward(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         if (host := self._host(hidden, weights)) is not None:

@@ -3,32 +3,15 @@
 In a process of its own, as kernels are either interpreted or compiled; the few cases of `bench_kernels --quick`.
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-
-from ktransformers.kernels import compiler
-
-ROOT = Path(__file__).resolve().parents[2]
 
 WEIGHTS_LOOP = 1.1
 """How much worse than the table a loop may become before somebody looks."""
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    if compiler.triton is None:
-        pytest.skip("Triton is not installed")
-    file = tmp_path_factory.mktemp("kernels") / "rows.json"
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.bench.bench_kernels", "--quick", "--json", str(file)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(file.read_text())
+def rows(compiled_rows):
+    return compiled_rows("tests.bench.bench_kernels")
 
 
 def test_nothing_spills(rows):

@@ -3,32 +3,15 @@
 In a process of its own, as kernels are either interpreted or compiled; the few cases of `bench_kernels_of_attention --quick`.
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-
-from ktransformers.kernels import compiler
-
-ROOT = Path(__file__).resolve().parents[2]
 
 LARGE = {"sm_80": 163, "sm_90": 227}
 """KB of shared memory that a program can have where it is more than 99; AMD: 64."""
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    if compiler.triton is None:
-        pytest.skip("Triton is not installed")
-    file = tmp_path_factory.mktemp("kernels") / "rows.json"
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.bench.bench_kernels_of_attention", "--quick", "--json", str(file)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(file.read_text())
+def rows(compiled_rows):
+    return compiled_rows("tests.bench.bench_kernels_of_attention")
 
 
 def test_nothing_spills(rows):
