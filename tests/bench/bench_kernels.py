@@ -22,7 +22,7 @@ from ktransformers.kernels import dequantize as dense
 from ktransformers.kernels import words as w
 from ktransformers.kernels.experts import Experts
 from ktransformers.native.experts import Glu
-from tests.kernels.compiling import AMD, TARGETS, compile_kernel
+from tests.kernels.compiling import AMD, TARGETS, compile_kernel, meta
 
 TABLE = Path(__file__).with_name("KERNELS.md")
 
@@ -69,12 +69,8 @@ class Row:
     matrix: str
 
 
-def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
 def _sums(*shape: int) -> torch.Tensor:
-    return _meta(*shape, dtype=torch.float32)
+    return meta(*shape, dtype=torch.float32)
 
 
 def _words(layout: layouts.Layout, *experts: int) -> w.Words:
@@ -85,8 +81,8 @@ def _gemv_cases() -> Iterator[Case]:
     def case(name: str, rows: int, block: int, quick: bool, pairs: int = 0) -> Case:
         def arguments() -> dict[str, Any]:
             words, split = _words(TYPES[name], *[E] * bool(pairs)), gemv.Split(block, 8, 4)
-            ids = _meta(pairs, dtype=torch.int64) if pairs else None
-            return gemv.arguments(_meta(rows, K), words, _sums(8, pairs or rows, N), split, ids=ids, per_x=pairs or 1)
+            ids = meta(pairs, dtype=torch.int64) if pairs else None
+            return gemv.arguments(meta(rows, K), words, _sums(8, pairs or rows, N), split, ids=ids, per_x=pairs or 1)
 
         kernel = f"gemv{' of experts' if pairs else ''}, {block} wide"
         return Case(kernel, name, str(rows), gemv.gemv_kernel, arguments, block * gemv.LINES * gemv.STEP, quick)
@@ -104,7 +100,7 @@ def _dot_cases() -> Iterator[Case]:
         tiles = dot.Tiles(rows, 64, 8, 4, per)
 
         def arguments() -> dict[str, Any]:
-            x, out = _meta(TOKENS, per, tiles.width), _sums(8, TOKENS * (PER_TOKEN if grouped else 1), N)
+            x, out = meta(TOKENS, per, tiles.width), _sums(8, TOKENS * (PER_TOKEN if grouped else 1), N)
             words = _words(TYPES[name], *[E] * grouped)
             return dot.arguments(x, words, out, tiles, blocks=_blocks() if grouped else None)
 
@@ -118,27 +114,27 @@ def _dot_cases() -> Iterator[Case]:
 
 
 def _blocks() -> dot.Blocks:
-    return dot.Blocks(*(_meta(TOKENS * PER_TOKEN, dtype=torch.int32) for _ in range(4)), per_x=PER_TOKEN)
+    return dot.Blocks(*(meta(TOKENS * PER_TOKEN, dtype=torch.int32) for _ in range(4)), per_x=PER_TOKEN)
 
 
 def _other_cases() -> Iterator[Case]:
-    pairs, ids = TOKENS * PER_TOKEN, _meta(TOKENS, PER_TOKEN, dtype=torch.int64)
+    pairs, ids = TOKENS * PER_TOKEN, meta(TOKENS, PER_TOKEN, dtype=torch.int64)
     q4 = TYPES["Q4_K"]
     experts = Experts((w.empty(q4, (E, 2 * N, K), "meta"),), w.empty(q4, (E, K, N), "meta"), Glu())
-    counts = _meta(E, dtype=torch.int32)
+    counts = meta(E, dtype=torch.int32)
     for name in ("Q4_K", "Q6_K"):
         yield Case("dequantize", name, "", dense.dequantize_kernel,
-                   lambda name=name: dense.arguments(_meta(K, N), _words(TYPES[name])))  # fmt: skip
-    x = _meta(TOKENS, K)
+                   lambda name=name: dense.arguments(meta(K, N), _words(TYPES[name])))  # fmt: skip
+    x = meta(TOKENS, K)
     for kernel, function, arguments in (
-        ("arrange", dot.arrange_kernel, lambda: dot.arrange_arguments(x, _meta(TOKENS, 8, K // 8))),
-        ("add shares", gemv.add_shares_kernel, lambda: gemv.add_shares_arguments(_sums(8, TOKENS, N), _meta(TOKENS, N))),
+        ("arrange", dot.arrange_kernel, lambda: dot.arrange_arguments(x, meta(TOKENS, 8, K // 8))),
+        ("add shares", gemv.add_shares_kernel, lambda: gemv.add_shares_arguments(_sums(8, TOKENS, N), meta(TOKENS, N))),
         ("count", grouping.count_kernel, lambda: grouping.count_arguments(ids, counts)),
         ("place", grouping.place_kernel, lambda: grouping.place_arguments(ids, counts, _blocks(), E, 16)),
         ("activate", gating.activate_kernel,
-         lambda: gating.arguments(experts, _sums(4, pairs, 2 * N), ids.view(-1), _meta(pairs, 8, N // 8))),
+         lambda: gating.arguments(experts, _sums(4, pairs, 2 * N), ids.view(-1), meta(pairs, 8, N // 8))),
         ("combine", combining.combine_kernel,
-         lambda: combining.arguments(experts, _sums(4, pairs, K), ids, _meta(TOKENS, PER_TOKEN), x)),
+         lambda: combining.arguments(experts, _sums(4, pairs, K), ids, meta(TOKENS, PER_TOKEN), x)),
     ):  # fmt: skip
         yield Case(kernel, "", "", function, arguments)
 

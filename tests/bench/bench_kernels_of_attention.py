@@ -20,7 +20,7 @@ from ktransformers.kernels import cache, context, gqa_decode, keep, mla_decode, 
 from ktransformers.kernels.context import Context, Cut, Tiles
 from ktransformers.native.experts import Glu
 from ktransformers.native.router import Choice
-from tests.kernels.compiling import TARGETS, compile_kernel
+from tests.kernels.compiling import TARGETS, compile_kernel, meta
 
 TABLE = Path(__file__).with_name("KERNELS_OF_ATTENTION.md")
 
@@ -58,20 +58,16 @@ class Row:
     matrix: str
 
 
-def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
 def _floats(*shape: int) -> torch.Tensor:
-    return _meta(*shape, dtype=torch.float32)
+    return meta(*shape, dtype=torch.float32)
 
 
 def _ints(*shape: int) -> torch.Tensor:
-    return _meta(*shape, dtype=torch.int32)
+    return meta(*shape, dtype=torch.int32)
 
 
 def _long(*shape: int) -> torch.Tensor:
-    return _meta(*shape, dtype=torch.int64)
+    return meta(*shape, dtype=torch.int64)
 
 
 def _context() -> Context:
@@ -82,10 +78,10 @@ def _mla(heads: int, group: int = 0) -> Callable[[str], dict[str, Any]]:
     def arguments(target: str) -> dict[str, Any]:
         tiles = mla_decode.tiles_for(target, heads, bool(group))
         row = mla_decode.row_bytes(512, 64, group) if group else 576
-        pages = _meta(PAGES, 64, row, dtype=torch.uint8 if group else torch.bfloat16)
+        pages = meta(PAGES, 64, row, dtype=torch.uint8 if group else torch.bfloat16)
         out, weights = _floats(B, SHARES, heads, 512), _floats(B, SHARES, heads)
         cut = Cut(tiles, SHARES)
-        return mla_decode.arguments(_meta(B, 1, heads, 576), pages, _context(), out, weights, 512, 0.1, group, cut)
+        return mla_decode.arguments(meta(B, 1, heads, 576), pages, _context(), out, weights, 512, 0.1, group, cut)
 
     return arguments
 
@@ -93,11 +89,11 @@ def _mla(heads: int, group: int = 0) -> Callable[[str], dict[str, Any]]:
 def _gqa(heads: int, kv_heads: int, size: int, tokens: int = 1, **scores: Any) -> Callable[[str], dict[str, Any]]:
     def arguments(target: str) -> dict[str, Any]:
         tiles = gqa_decode.tiles_for(target, tokens * heads // kv_heads, size)
-        pages = _meta(PAGES, 64, kv_heads, size)
+        pages = meta(PAGES, 64, kv_heads, size)
         out, weights = _floats(B, SHARES, tokens * heads, size), _floats(B, SHARES, tokens * heads)
         given = gqa_decode.Scores(0.1, **scores)
         return gqa_decode.arguments(
-            _meta(B, tokens, heads, size), pages, pages, _context(), given, out, weights, Cut(tiles, SHARES)
+            meta(B, tokens, heads, size), pages, pages, _context(), given, out, weights, Cut(tiles, SHARES)
         )
 
     return arguments
@@ -124,40 +120,40 @@ def _attention_cases() -> Iterator[Case]:
     cut = Cut(Tiles(16, 32, 8, 5), SHARES)
     for model, heads, value in (("MLA, 128 heads", 128, 512), ("Qwen3-30B-A3B", 32, 128)):
         yield Case("shares added", model, context.add_kernel, lambda _, heads=heads, value=value: context.add_arguments(
-            _floats(B, SHARES, heads, value), _floats(B, SHARES, heads), _context(), _meta(B, heads, value), 1, cut,
+            _floats(B, SHARES, heads, value), _floats(B, SHARES, heads), _context(), meta(B, heads, value), 1, cut,
         ), ONE_EACH)  # fmt: skip
 
 
 def _other_cases() -> Iterator[Case]:
-    product = _meta(B, 40 * 128)
+    product = meta(B, 40 * 128)
     q, k, v = (part.unflatten(1, (-1, 128)) for part in product.split([32 * 128, 4 * 128, 4 * 128], 1))
-    pages, latents = _meta(PAGES, 64, 4, 128), _meta(PAGES, 64, 1, 576).split((512, 64), 3)
-    hidden, angles, ids, slots = _meta(B, 7168), _floats(4096, 64), _long(B, 8), _long(B)
+    pages, latents = meta(PAGES, 64, 4, 128), meta(PAGES, 64, 1, 576).split((512, 64), 3)
+    hidden, angles, ids, slots = meta(B, 7168), _floats(4096, 64), _long(B, 8), _long(B)
     v3 = Choice(8, "sigmoid", "score", divide="sum", groups=8, groups_kept=4)
-    weight = _meta(128)
+    weight = meta(128)
     for kernel, model, function, arguments in (
         ("slots", "", cache.slots_kernel, lambda _: cache.slots_arguments(_ints(B, PER_SEQUENCE), _ints(B), slots)),
         ("append", "Qwen3-30B-A3B", cache.append_kernel, lambda _: cache.append_arguments(k, v, slots, pages, pages)),
         ("append", "MLA", cache.append_kernel,
-         lambda _: cache.append_arguments(_meta(B, 1, 512), _meta(B, 1, 64), slots, *latents)),
+         lambda _: cache.append_arguments(meta(B, 1, 512), meta(B, 1, 64), slots, *latents)),
         ("append", "MLA, FP8 by 128", cache.append_fp8_kernel, lambda _: cache.append_fp8_arguments(
-            _meta(B, 512), _meta(B, 64), slots, _meta(PAGES, 64, 656, dtype=torch.uint8), 128)),
+            meta(B, 512), meta(B, 64), slots, meta(PAGES, 64, 656, dtype=torch.uint8), 128)),
         ("RMSNorm + residual", "7168", norm.norm_kernel,
-         lambda _: norm.arguments(hidden, _meta(7168), 1e-6, hidden, False, hidden)),
+         lambda _: norm.arguments(hidden, meta(7168), 1e-6, hidden, False, hidden)),
         ("rotary, halves", "after norms", rotary.rotary_kernel,
          lambda _: rotary.arguments(q, k, angles, angles, slots, "halves", weight, weight, 1e-6)),
         ("rotary, parted", "", rotary.rotary_kernel, lambda _: rotary.arguments(q, k, angles, angles, slots, "parted")),
         ("norms, rotary, append", "Qwen3-30B-A3B", keep.keep_kernel,
          lambda _: keep.arguments(q, k, v, angles, angles, slots, pages, pages, slots, "halves", weight, weight, 1e-6)),
         ("norm, rotary, append", "MLA", keep.keep_latents_kernel, lambda _: keep.latents_arguments(
-            _meta(B, 128, 192)[..., 128:], _meta(B, 512), _meta(B, 64), angles[:, :32], angles[:, :32], slots,
-            _meta(PAGES, 64, 576), _meta(B, 128, 576)[..., 512:], _meta(512), 1e-6, slots, "parted")),
+            meta(B, 128, 192)[..., 128:], meta(B, 512), meta(B, 64), angles[:, :32], angles[:, :32], slots,
+            meta(PAGES, 64, 576), meta(B, 128, 576)[..., 512:], meta(512), 1e-6, slots, "parted")),
         ("router", "DeepSeek-V3", router.router_kernel,
          lambda _: router.arguments(_floats(B, 256), v3, _floats(256), None, ids, _floats(B, 8))),
         ("router", "Qwen3-30B-A3B", router.router_kernel,
          lambda _: router.arguments(_floats(B, 128), Choice(8, divide="sum"), None, None, ids, _floats(B, 8))),
         ("SwiGLU", "", swiglu.glu_kernel,
-         lambda _: swiglu.arguments(_meta(B, 1536), _meta(B, 1536), Glu(), _meta(B, 1536))),
+         lambda _: swiglu.arguments(meta(B, 1536), meta(B, 1536), Glu(), meta(B, 1536))),
     ):  # fmt: skip
         yield Case(kernel, model, function, arguments, ONE_EACH)
 

@@ -28,6 +28,11 @@ _TYPES = {
 }  # fmt: skip
 
 
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """An argument that a kernel is compiled for."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
 @dataclass(frozen=True)
 class Compiled:
     """shared: bytes. registers, spills: of a thread, spills in bytes. code: PTX, or AMD's assembly.
