@@ -152,6 +152,8 @@ def show(data: Any, as_json: bool, render: Callable[[], Any]) -> None:
     `data` may hold dataclasses, paths, and numbers that are not finite, which become null. Raises KTransformersError
     when standard output cannot be written.
     """
+    if sys.stdout is None:
+        raise KTransformersError("standard output is closed, so there is nowhere to print to. Run without >&-.")
     try:
         if as_json:
             print(json.dumps(plain(data), indent=2, allow_nan=False))

@@ -130,8 +130,9 @@ def _read_folder(model_path: str, folder: Path) -> tuple[Any, Any]:
     from transformers import AutoTokenizer
 
     if not folder.is_dir():
+        found = "is a file" if folder.exists() else "no such folder"
         raise KTransformersError(
-            f"model {model_path}: no such folder; expected a Hugging Face model folder, or a .gguf file."
+            f"model {model_path}: {found}; expected a Hugging Face model folder, or a .gguf file."
         )
     config = read_config(folder)
     try:

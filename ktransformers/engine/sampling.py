@@ -157,9 +157,15 @@ class Chooser:
 
     @torch.inference_mode()
     def __call__(self, logits: torch.Tensor) -> int:
-        """The next token's id from `logits`, float [vocab] of any dtype."""
+        """The next token's id from `logits`, float [vocab] of any dtype. Raises KTransformersError for NaN."""
+        likeliest = largest(logits)
+        if logits[likeliest].isnan():  # it counts as the largest
+            raise KTransformersError(
+                "logits: the model gave NaN. Its weights are damaged, or numbers outgrew float16: check them, "
+                "or set dtype in config.json to bfloat16 or float32."
+            )
         if not self.processors and not self._criteria and not self._do_sample:
-            return largest(logits)
+            return likeliest
         scores = logits[None].to(self._ids.device, torch.float32)
         if self.processors:
             scores = self.processors(self._ids, scores)

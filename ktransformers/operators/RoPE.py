@@ -26,7 +26,6 @@ class RotaryEmbedding(FamilyOperator):
         fresh = type(self.orig_module)(self.orig_module.config)
         for name, value in vars(fresh).items():
             if isinstance(value, float):  # attention_scaling, or one per kind of layer
-                setattr(self.orig_module, name, value)
                 setattr(self, name, value)
         for name, buffer in fresh._buffers.items():
             buffer = buffer.to(self.device)

@@ -455,7 +455,7 @@ def inputs(width: int) -> tuple[Tensor, Positions, Tensor]:
     angles = torch.rand(1, TOKENS, width // 2, generator=generator, device="cpu", dtype=torch.float32) * 6
     angles = torch.cat((angles, angles), -1)
     mask = torch.full((1, 1, TOKENS, TOKENS), float("-inf"), device="cpu", dtype=torch.float32).triu(1)
-    return hidden, (angles.cos(), angles.sin()), mask
+    return hidden, (angles.cos() * 1.25, angles.sin() * 1.25), mask  # longer than one: yarn's are
 
 
 def run_small(

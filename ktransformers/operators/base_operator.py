@@ -21,6 +21,9 @@ from ktransformers.errors import UnsupportedError, WeightError
 from ktransformers.loaders import WeightSource
 from ktransformers.operators import failures
 
+PLAIN = (bool, int, float, str, type(None))
+"""Attributes of these types are settings of a module: numbers, names, switches."""
+
 
 class InferenceState(enum.Enum):
     """Which of its two inner operators a `KTransformersLinear` or `KTransformersExperts` holds."""
@@ -43,7 +46,8 @@ class BaseInjectedModule(nn.Module):
 
     An operator shares `_modules`, `_parameters` and `_buffers` with `orig_module`: names in the state dict
     stay as they were, a child replaced later is seen by both, and calling the original computes with what is
-    loaded. A class that replaces the weights by something else says ``adopts = False`` and starts empty.
+    loaded. A setting of the original that is changed on the operator is changed there too. A class that replaces the
+    weights by something else says ``adopts = False`` and starts empty.
     """
 
     rule: str = ""
@@ -82,6 +86,13 @@ class BaseInjectedModule(nn.Module):
         if "forward" in vars(cls) and not cls.__module__.startswith("ktransformers."):
             cls.forward = failures.noting_failures(cls.forward)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A setting of the family's module goes there too: recognized, or run, is what it says."""
+        super().__setattr__(name, value)
+        settings = vars(self.__dict__.get("orig_module") or self)
+        if isinstance(value, PLAIN) and isinstance(settings.get(name, self), PLAIN):
+            settings[name] = value
+
     @classmethod
     def check(
         cls, key: str, orig_module: nn.Module, kwargs: Mapping[str, Any], weights: WeightSource | None = None
@@ -101,12 +112,6 @@ class BaseInjectedModule(nn.Module):
     @device.setter
     def device(self, device: Any) -> None:
         self.generate_device = device
-
-    def train(self, mode: bool = True) -> "BaseInjectedModule":
-        super().train(mode)
-        if self.orig_module is not None:  # not a child, yet the default forward runs it
-            self.orig_module.training = mode
-        return self
 
     def load(self) -> None:
         """Load own parameters and buffers, and those of all children; a child operator loads itself."""

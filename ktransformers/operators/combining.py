@@ -17,6 +17,7 @@ from ktransformers.models.traits import TRAITS, is_linear
 from ktransformers.operators.experts_in_c import experts_in_c, mlp_in_c
 from ktransformers.operators.routing import RouterInC, packed_weight
 from ktransformers.operators.twin import close, noise, original, remembered, tensors_of, twin
+from ktransformers.operators.watching import Numbers
 
 try:
     from transformers.utils import output_capturing
@@ -157,10 +158,12 @@ class BlockInC:
     def __init__(self) -> None:
         self._router = RouterInC()
         self._made: dict[torch.dtype, tuple[Any, Combined | None, native.Block | None]] = {}
+        self._numbers: Numbers | None = None
 
     def forget(self) -> None:
         self._router.forget()
         self._made.clear()
+        self._numbers = None
 
     @property
     def is_made(self) -> bool:
@@ -169,6 +172,9 @@ class BlockInC:
 
     def of(self, block: nn.Module, dtype: torch.dtype) -> tuple[Combined, native.Block] | None:
         """`combined(block)` and the block in C; None where there is none, or a part of it is not computed in C."""
+        if self._numbers is None or not self._numbers.unchanged():
+            self._made.clear()
+            self._numbers = Numbers([block, *block._modules.values()])
         made = self._made.get(dtype)
         if made is None or made[0] != self._state(block, made[1], dtype):
             found = combined(block, dtype) if native.available() else None

@@ -231,6 +231,8 @@ class KGatedDeltaNet(NativeOperator):
 
     def computes(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> bool:
         """Whether a native step with these arguments gives what the family's code does, on whatever cache."""
+        if self.native is not None and not torch_ops.is_traced(hidden):
+            self.renew(hidden.shape[1])
         return self.native is not None and self._is_plain(hidden, kwargs)
 
     def kept(self, cache: Any, batch: int) -> KeptStates | None:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ktransformers import native
-from ktransformers.errors import DeviceError, did_you_mean
+from ktransformers.errors import DeviceError, UnsupportedError, did_you_mean
 from ktransformers.loaders import WeightSource
 from ktransformers.machine.streams import Streams, streams_of
 from ktransformers.models.traits import identity_experts, is_transposed
@@ -50,6 +50,7 @@ from ktransformers.operators.moe import (  # noqa: F401  rule files name the blo
     KQwen3NextSparseMoeBlockV2,
     KSmallthinkerMoeBlock,
 )
+from ktransformers.operators.watching import Numbers
 
 BACKENDS = ("llamafile", "AMXBF16", "AMXInt8")
 """What older rule files name as `backend` of the CPU experts. All mean the C library of this package."""
@@ -88,7 +89,9 @@ class KExpertsCPU(KExpertsBase):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.experts: native.Experts | None = None
+        self._experts: native.Experts | None = None
+        self._packed: Any = None
+        self._numbers: Numbers | None = None
         self._hosts: dict[Streams, HostExperts] = {}
 
     @classmethod
@@ -111,21 +114,36 @@ class KExpertsCPU(KExpertsBase):
     def load(self, w: Any = None, device: Any = None) -> None:
         if self.ids is not None and not self.ids:
             return
-        packed, gating = self.gguf_loader.experts(self.key), gating_of(self.orig_module)
-        if self.ids is not None:
-            packed = hot_experts.without(packed, self.ids)
-        if packed.copied:
+        packed = self.gguf_loader.experts(self.key)
+        self._packed = packed if self.ids is None else hot_experts.without(packed, self.ids)
+        if self._packed.copied:
             stored = "experts are stored by columns, or gate and up row by row in turn"
             warn_once(f"{stored}: KExpertsCPU computes from a copy in memory, not from the file")
-        glu = native.Glu(
-            gating.activation, gating.alpha, gating.limit, packed.gate_bias, packed.up_bias, packed.down_bias
-        )
-        self.experts = native.Experts(packed.gate, packed.up, packed.down, glu, name=self.key)
+        self._make()
         if len(native.nodes()) > 1:  # else the first token that needs a page would place it, on whatever node that is
             self.experts.place()
 
+    def _make(self) -> None:
+        packed, gating = self._packed, gating_of(self.orig_module)
+        if problem := _not_in_c(self.orig_module, gating):
+            found = f"the C library does not compute {problem}"
+            raise UnsupportedError(f"{self.key}, as it is set now: {found}; use KExpertsTorch")
+        glu = native.Glu(
+            gating.activation, gating.alpha, gating.limit, packed.gate_bias, packed.up_bias, packed.down_bias
+        )
+        self._experts = native.Experts(packed.gate, packed.up, packed.down, glu, name=self.key)
+        self._numbers = Numbers([self.orig_module])
+
+    @property
+    def experts(self) -> native.Experts | None:
+        """In C, with the limits that the module has now; None where nothing is loaded."""
+        if self._experts is not None and not self._numbers.unchanged():
+            self._make()
+            self._hosts.clear()
+        return self._experts
+
     def unload(self) -> None:
-        self.experts = None
+        self._experts = self._packed = None
         self._hosts.clear()
 
     def start(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Callable[[], Tensor]:

@@ -4,6 +4,7 @@ A family's experts module says how it gates in code (`_apply_gate`), not in data
 results, so that the C library can be told its name and numbers; `Gating.apply` is the formula that C is held to.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -76,17 +77,19 @@ def apply_gate(experts: nn.Module, gate_up: Tensor) -> Tensor:
 
 
 def _candidates(experts: nn.Module, name: str | None) -> Iterator[Gating]:
-    limit = _number(experts, "limit", "swiglu_limit", otherwise=math.inf)
-    alpha = _number(experts, "alpha", "swiglu_alpha", otherwise=1.0)
+    limits = _numbers(experts, "limit", "swiglu_limit", otherwise=math.inf)
+    alphas = _numbers(experts, "alpha", "swiglu_alpha", otherwise=1.0)
     for activation in dict.fromkeys(filter(None, (name, "silu"))):
         yield Gating(activation)
-        yield Gating(activation, limit=limit)
-    yield Gating("swigluoai", alpha=alpha, limit=limit)
+        yield from (Gating(activation, limit=limit) for limit in limits)
+    yield from (Gating("swigluoai", alpha, limit) for alpha, limit in itertools.product(alphas, limits))
 
 
-def _number(experts: nn.Module, *names: str, otherwise: float) -> float:
+def _numbers(experts: nn.Module, *names: str, otherwise: float) -> list[float]:
+    """Those of a module's attributes that are numbers, or `otherwise`; which its code reads, only a trial says."""
     values = (getattr(experts, name, None) for name in names)
-    return next((float(v) for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)), otherwise)
+    found = [float(v) for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
+    return list(dict.fromkeys(found)) or [otherwise]
 
 
 def probes() -> tuple[Tensor, Tensor]:

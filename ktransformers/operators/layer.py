@@ -23,11 +23,13 @@ from ktransformers.operators.combining import is_observed
 from ktransformers.operators.delta_net import KeptStates, KGatedDeltaNet
 from ktransformers.operators.experts_in_c import mlp_in_c
 from ktransformers.operators.moe import ComputedInC
+from ktransformers.operators.native_operator import NativeOperator
 from ktransformers.operators.norms import Normed, normed_as
 from ktransformers.operators.paged_attention import PagedAttention
 from ktransformers.operators.paged_cache import PagedLayer
 from ktransformers.operators.routing import may_use_c
 from ktransformers.operators.twin import Listener, close, noise, original, remembered, tensors_of, twin
+from ktransformers.operators.watching import Numbers, Values, Watch
 
 _POSITIONS = "position_embeddings"
 
@@ -159,9 +161,11 @@ class KDecoderLayer(FamilyOperator):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.stacking: Stacking | None = None
-        self._mlp: tuple[Any, native.Experts | None] = (None, None)
+        self._mlp: tuple[nn.Module, Watch, native.Experts | None] | None = None
         self._layer: tuple[tuple, native.Layers] | None = None
         self._norms: list[int] = []
+        self._numbers: Numbers | None = None
+        self._contents: Values | None = None
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
@@ -170,12 +174,13 @@ class KDecoderLayer(FamilyOperator):
     def load(self) -> None:
         super().load()
         played = is_in_torch_dispatch_mode()  # a simulation: there are no weights to compute with
-        self.stacking = stacking_of(self.orig_module) if native.available() and not played else None
+        if native.available() and not played:
+            self._recognize()
         self._norms = self._own_norms()
 
     def unload(self) -> None:
         super().unload()
-        self.stacking, self._layer, self._mlp = None, None, (None, None)
+        self.stacking = self._layer = self._mlp = None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         found = None if args else self.native_step(hidden_states, kwargs)
@@ -188,6 +193,22 @@ class KDecoderLayer(FamilyOperator):
         out = layer.forward(hidden_states, [held.pages], [positions], mask, first, q_factors=[factor])
         held.advanced()
         return out
+
+    def _recognize(self) -> None:
+        self.stacking, self._layer = stacking_of(self.orig_module), None
+        norms = [] if self.stacking is None else [self._modules[name] for name in self.stacking.norms]
+        self._numbers, self._contents = Numbers([self, *norms]), Values(norm.weight for norm in norms)
+
+    def renew(self, tokens: int) -> None:
+        """Forget what numbers and small tensors were before; before a step of so many tokens, as in Watch."""
+        if self.stacking is None:
+            return
+        if not self._numbers.unchanged() or tokens > 1 and not self._contents.unchanged():
+            self._recognize()
+        if self._mlp is not None and not self._mlp[1].unchanged(tokens):
+            self._mlp = None
+        if self.stacking is not None and isinstance(self.mixer, NativeOperator):
+            self.mixer.renew(tokens)
 
     def _own_norms(self) -> list[int]:
         return [] if self.stacking is None else [id(self._modules[name]) for name in self.stacking.norms]
@@ -224,10 +245,11 @@ class KDecoderLayer(FamilyOperator):
     def _made(self, hidden: Tensor) -> native.Layers | None:
         if self.stacking is None or not may_use_c(self, hidden) or torch_ops.is_traced(hidden):
             return None
+        self.renew(hidden.shape[1])
+        if self.stacking is None or self._own_norms() != self._norms:  # others since: nobody knows what they compute
+            return None
         children = self._modules
         mixer, mlp = self.mixer, children[self.stacking.second.part]
-        if self._own_norms() != self._norms:  # others since: nobody knows what they compute
-            return None
         if not isinstance(mixer, (PagedAttention, KGatedDeltaNet)) or is_observed(self, self.stacking.children):
             return None
         narrow = isinstance(mixer, PagedAttention) and mixer.attending is not None and mixer.attending.narrow
@@ -254,9 +276,9 @@ class KDecoderLayer(FamilyOperator):
     def _second(self, mlp: nn.Module, dtype: torch.dtype) -> native.Block | native.Experts | None:
         if isinstance(mlp, ComputedInC):
             return mlp.in_c(dtype)
-        if self._mlp[0] is not mlp:
-            self._mlp = mlp, mlp_in_c(mlp)
-        return self._mlp[1]
+        if self._mlp is None or self._mlp[0] is not mlp:
+            self._mlp = mlp, Watch(mlp), mlp_in_c(mlp)
+        return self._mlp[2]
 
     def extra_repr(self) -> str:
         return "one native call" if self._layer is not None else ""

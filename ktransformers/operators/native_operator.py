@@ -1,8 +1,10 @@
 """Operators that compute natively what the family's module was when it was loaded: what such operators share.
 
 The call was made from the children and the numbers of that moment; `is_as_loaded` says whether these are the same.
+Other numbers set since make another call; other children and trained tensors leave the module to the family's code.
 """
 
+import itertools
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from ktransformers import native
 from ktransformers.operators.base_operator import FamilyOperator, version
 from ktransformers.operators.combining import has_hooks
+from ktransformers.operators.watching import Numbers, Values
 
 
 class NativeOperator(FamilyOperator):
@@ -22,6 +25,7 @@ class NativeOperator(FamilyOperator):
         self._parts: dict[str, nn.Module | None] = {}
         self._tensors: list[Tensor] = []
         self._versions = 0
+        self._numbers = self._contents = None
 
     def make_native(self) -> Any:
         """The native call on the loaded weights; None where they are not all on the CPU, or not recognized."""
@@ -31,13 +35,26 @@ class NativeOperator(FamilyOperator):
         super().load()
         played = is_in_torch_dispatch_mode()  # a simulation: there are no weights to compute with
         self.native = self.make_native() if native.available() and not played else None
+        if self.native is not None:
+            self._remember()
         self._parts = dict(self._modules)
         self._tensors = [tensor for _, tensor in self.named_parameters()]
         self._versions = self._version()
 
+    def _remember(self) -> None:
+        self._numbers = Numbers([self, *self._modules.values()])
+        self._contents = Values(itertools.chain(self.parameters(), self.buffers()))
+
     def unload(self) -> None:
         super().unload()
         self.native = None
+
+    def renew(self, tokens: int) -> None:
+        """Make the call again where numbers have changed since; before a step of so many tokens, as in Watch."""
+        changed = self.native is not None and not self._numbers.unchanged()
+        if changed or self.native is not None and tokens > 1 and not self._contents.unchanged():
+            self.native = self.make_native()
+            self._remember()
 
     def is_as_loaded(self) -> bool:
         """Whether children and parameters are those that the call was made from, and nobody looks at the children."""

@@ -96,8 +96,11 @@ class PagedAttention(NativeOperator):
     def pages(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> PagedLayer | None:
         """This layer's part of the cache, ready for a native call with these arguments of `forward`; a passing one
         where no cache is kept; None where the other code has to compute."""
-        if self.native is None or torch_ops.is_traced(hidden) or not self._is_plain(hidden, kwargs):
-            return None  # a tracer cannot follow what pages there are
+        if self.native is None or torch_ops.is_traced(hidden):  # a tracer cannot follow what pages there are
+            return None
+        self.renew(hidden.shape[1])
+        if self.native is None or not self._is_plain(hidden, kwargs):
+            return None
         cache = kwargs.get("past_key_values")
         joined, narrow = self.attending.joined, self.attending.narrow
         if narrow and kwargs.get("attention_mask") is None or narrow == "chosen" and kwargs.get(CHOSEN) is None:

@@ -20,6 +20,7 @@ from ktransformers import native
 from ktransformers.operators.base_operator import BaseInjectedModule, FamilyOperator
 from ktransformers.operators.linear import KTransformersLinear, packed_of
 from ktransformers.operators.twin import close, noise, original, remembered, tensors_of, twin
+from ktransformers.operators.watching import Numbers, Values
 from ktransformers.quants.blocks import QUANT_TYPES, Packed
 
 
@@ -317,10 +318,11 @@ def may_use_c(module: nn.Module, hidden: Tensor) -> bool:
 
 
 class RouterInC:
-    """The C router of a family's module, made when it is first wanted and again when a tensor moved."""
+    """The C router of a family's module, made when it is first wanted and again when one of its tensors or numbers
+    changed."""
 
     def __init__(self) -> None:
-        self._made: dict[torch.dtype, tuple[Recognized, native.Router, list[Any]] | None] = {}
+        self._made: dict[torch.dtype, tuple | None] = {}
 
     def forget(self) -> None:
         self._made.clear()
@@ -335,7 +337,7 @@ class RouterInC:
     ) -> tuple[Recognized, native.Router] | None:
         """`recognized(router)` and the router in C; None where there is none, or its weights are not on the CPU."""
         made = self._made.get(dtype)
-        same = made is not None and made[3] is argument and made[4] is router
+        same = made is not None and made[3] is argument and made[4] is router and all(x.unchanged() for x in made[5])
         if not same or not all(_at(place) == pointer for place, pointer in made[2]):
             self._made[dtype] = made = self._make(router, dtype, argument)
         return None if made is None else made[:2]
@@ -352,10 +354,11 @@ class RouterInC:
                 return None
             parts[role] = part if role == "weight" else part.flatten()
             places += [] if place is None else [place]
-        weight = parts.pop("weight")
+        weight, vectors = parts.pop("weight"), list(parts.values())
         weight = packed(weight) if isinstance(weight, Tensor) else weight
         made = native.Router(weight, found.choice, **parts, name=getattr(router, "key", type(router).__name__))
-        return found, made, [(place, _at(place)) for place in places], argument, router
+        watched = Numbers([router, *router._modules.values()]), Values(vectors)
+        return found, made, [(place, _at(place)) for place in places], argument, router, watched
 
 
 def _locate(module: nn.Module, name: str) -> tuple[Any, tuple | None]:

@@ -5,8 +5,6 @@ native (layer.py) and nobody looks between them, the decoder computes here; else
 layers one by one. What was looked up to know so is watched: a step only asks whether any of it has changed.
 """
 
-import itertools
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +23,7 @@ from ktransformers.operators.paged_attention import Recognized
 from ktransformers.operators.paged_cache import PagedCache, PagedLayer
 from ktransformers.operators.routing import FLOATS
 from ktransformers.operators.twin import original
+from ktransformers.operators.watching import Watch
 from ktransformers.quants.blocks import Packed
 
 _SHOWN = ("output_attentions", "output_hidden_states", "output_router_logits")
@@ -32,50 +31,6 @@ _SHOWN = ("output_attentions", "output_hidden_states", "output_router_logits")
 _PLAIN = frozenset({"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache",
                     "cache_position", "return_dict", "logits_to_keep", *_SHOWN})  # fmt: skip
 """Arguments of a decoder's forward that bring nothing in between its layers."""
-
-_VALUES, _MODE = operator.methodcaller("values"), operator.itemgetter("training")
-_FORWARD = operator.methodcaller("get", "forward")
-_LOADS, _VERSION = operator.itemgetter("loads"), operator.attrgetter("_version")
-
-
-class Watch:
-    """Children, hooks and tensors of some modules as they are now. Asked at every step: each line of `unchanged` is one
-    pass in C over lists made beforehand. What nothing counts is not seen: writes through `.data` to what was copied
-    (norms, biases, frequencies), and numbers that are attributes, such as a norm's eps."""
-
-    def __init__(self, module: nn.Module, but: Sequence[nn.Module] = ()) -> None:
-        """`module` and all below it, `but` the tensors of those that write to them as they compute."""
-        below, moving = list(module.modules()), set(map(id, but))
-        self._tables = [m._modules for m in below if m._modules]
-        self._tables += [t for m in below if id(m) not in moving for t in (m._parameters, m._buffers) if t]
-        self._held = self._values()
-        self._hooks = [t for m in below for t in (m._forward_hooks, m._forward_pre_hooks)]
-        self._hooked = list(map(len, self._hooks))
-        self._settings = [vars(m) for m in below]
-        self._modes = list(map(_MODE, self._settings))
-        self._forwards = list(map(_FORWARD, self._settings))
-        self._operators = [values for values in self._settings if "loads" in values]
-        self._loads = list(map(_LOADS, self._operators))
-        self._tensors = [value for value in self._held if isinstance(value, Tensor)]
-        self._places = list(map(Tensor.data_ptr, self._tensors))
-        self._written = [tensor for tensor in self._tensors if not tensor.is_inference()]  # others do not say
-        self._versions = list(map(_VERSION, self._written))
-
-    def _values(self) -> list[Any]:
-        return list(itertools.chain.from_iterable(map(_VALUES, self._tables)))
-
-    def unchanged(self) -> bool:
-        now = self._values()
-        return (
-            len(now) == len(self._held)
-            and all(map(operator.is_, now, self._held))
-            and list(map(len, self._hooks)) == self._hooked
-            and list(map(_MODE, self._settings)) == self._modes
-            and all(map(operator.is_, map(_FORWARD, self._settings), self._forwards))
-            and list(map(_LOADS, self._operators)) == self._loads
-            and list(map(Tensor.data_ptr, self._tensors)) == self._places
-            and list(map(_VERSION, self._written)) == self._versions
-        )
 
 
 class Stack:
@@ -111,7 +66,7 @@ class Stack:
     def _of(self, given: Tensor) -> "_Made | None":
         """The native call for inputs such as `given`, made when first wanted and again when anything changed."""
         kept = self._made.get(given.dtype)
-        if kept is None or not kept[0].unchanged():
+        if kept is None or not kept[0].unchanged(given.shape[1]):
             made = self._make(given)
             moving = [each for each in rotaries_of(self.decoder).values() if not is_fixed(original(each))]
             kept = Watch(self.decoder, moving), made  # after: a layer makes itself ready at first
@@ -125,9 +80,11 @@ class Stack:
             return None
         dtype = given.dtype
         if not dtype.is_floating_point:
-            dtype = decoder._modules[found.embedding](given[:1, :1]).dtype
+            dtype = decoder._modules[found.embedding].forward(given[:1, :1]).dtype  # no call: hooks would see it
         like = torch.zeros(1, 1, decoder._modules[found.norm].weight.shape[-1], dtype=dtype, device="cpu")
         with torch.no_grad():
+            for layer in decoder.layers:
+                layer.renew(given.shape[1])
             layers = [layer.native_layer(like) for layer in decoder.layers]
         if any(layer is None for layer in layers):
             return None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ktransformers.operators.base_operator import BaseInjectedModule
+from ktransformers.operators.base_operator import PLAIN, BaseInjectedModule
 
 
 def remembered(recognize: Callable[..., Any]) -> Callable[..., Any]:
@@ -117,8 +117,7 @@ def generator(seed: int) -> torch.Generator:
 
 def signature(module: nn.Module) -> tuple:
     """What the results of a module's code depend on, apart from the values of its tensors."""
-    plain = (bool, int, float, str, type(None))
-    settings = [(k, repr(v)) for k, v in vars(module).items() if isinstance(v, plain) and k != "layer_idx"]
+    settings = [(k, repr(v)) for k, v in vars(module).items() if isinstance(v, PLAIN) and k != "layer_idx"]
     settings += [(k, v.to_json_string()) for k, v in vars(module).items() if hasattr(v, "to_json_string")]
     settings += _of_this_layer(module)
     shapes = [(n, tuple(t.shape), t.dtype) for n, t in tensors_of(module).items()]

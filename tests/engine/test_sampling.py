@@ -153,6 +153,16 @@ def test_a_value_that_transformers_refuses_is_one_error(model, config):
         ours(model, do_sample=True, **config)
 
 
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_logits_that_are_no_numbers_are_one_error(model, do_sample):
+    choose = Chooser(Sampling(GenerationConfig(do_sample=do_sample)), model, PROMPT, 5)
+    logits = torch.zeros(model.config.vocab_size)
+    assert choose(logits) < len(logits)
+    logits[3] = float("nan")
+    with pytest.raises(KTransformersError, match="NaN"):
+        choose(logits)
+
+
 def test_stop_ids_are_added_to_those_of_the_config():
     assert Sampling(GenerationConfig(eos_token_id=[1, 2]), [3]).stop_ids == {1, 2, 3}
     assert Sampling(GenerationConfig(eos_token_id=0)).stop_ids == {0} and Sampling().stop_ids == set()
