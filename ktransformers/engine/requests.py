@@ -68,7 +68,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Logprobs:
-    """Natural logarithms of probabilities, by the model's own logits: `chosen`'s, and (token, logarithm) of the likeliest,
+    """Natural logarithms of probabilities, by the model's own logits: of `chosen`, and (token, logarithm) of the likeliest,
     in descending order."""
 
     chosen: float
