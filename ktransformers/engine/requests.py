@@ -68,8 +68,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Logprobs:
-    """Natural logarithms of probabilities, by the model's own logits: of `chosen`, and (token, logarithm) of the likeliest,
-    in descending order."""
+    """Natural logarithms of probabilities by the model's own logits: of the token, and (token, logarithm) of the
+    likeliest in descending order."""
 
     chosen: float
     top: tuple[tuple[int, float], ...] = ()

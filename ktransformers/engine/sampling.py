@@ -5,7 +5,7 @@ it means there. What one streamed answer cannot honour is in two tables below.
 """
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -133,14 +133,24 @@ class Chooser:
         prompt: the token ids that the answer follows.
         max_new_tokens: where a `forced_eos_token_id` is forced.
         tokenizer: needed for `stop_strings` only.
+        generator: of this answer's own chance; None is torch's global one, and the numbers that `generate` would draw.
+        adjust: changes scores, float32 [vocab], in place, before all else.
 
     Raises:
         KTransformersError: a value that transformers refuses, or stop strings without a tokenizer.
     """
 
     def __init__(
-        self, sampling: Sampling, model: nn.Module, prompt: Sequence[int], max_new_tokens: int, tokenizer: Any = None
+        self,
+        sampling: Sampling,
+        model: nn.Module,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        tokenizer: Any = None,
+        generator: torch.Generator | None = None,
+        adjust: Callable[[torch.Tensor], None] | None = None,
     ):
+        self._generator, self._adjust = generator, adjust
         config = copy.deepcopy(sampling.config)
         config.eos_token_id = sorted(sampling.stop_ids) or None
         config.max_length = len(prompt) + max_new_tokens
@@ -164,13 +174,15 @@ class Chooser:
                 "logits: the model gave NaN. Its weights are damaged, or numbers outgrew float16: check them, "
                 "or set dtype in config.json to bfloat16 or float32."
             )
-        if not self.processors and not self._criteria and not self._do_sample:
+        if not self.processors and not self._criteria and not self._do_sample and self._adjust is None:
             return likeliest
-        scores = logits[None].to(self._ids.device, torch.float32)
+        scores = logits[None].to(self._ids.device, torch.float32, copy=self._adjust is not None)
+        if self._adjust is not None:
+            self._adjust(scores[0])
         if self.processors:
             scores = self.processors(self._ids, scores)
         if self._do_sample:
-            token = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)
+            token = _drawn(torch.softmax(scores, dim=-1), self._generator)
         else:
             token = scores.argmax(dim=-1, keepdim=True)
         if self.processors or self._criteria:
@@ -180,6 +192,15 @@ class Chooser:
     def ended(self) -> bool:
         """Whether the last token completed a stop string, or time is up."""
         return bool(self._criteria) and bool(self._criteria(self._ids, None).all())
+
+
+def _drawn(probabilities: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """[1, 1] of [1, vocab]. With a generator by one number of chance, looked up in the sums."""
+    if generator is None:
+        return torch.multinomial(probabilities, num_samples=1)
+    sums = probabilities.cumsum(-1, dtype=torch.float64)
+    where = torch.rand(1, 1, generator=generator, dtype=torch.float64).to(sums.device) * sums[:, -1:]
+    return torch.searchsorted(sums, where, right=True).clamp(max=sums.shape[-1] - 1)
 
 
 def largest(logits: torch.Tensor) -> int:

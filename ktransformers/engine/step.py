@@ -5,6 +5,7 @@ A prompt goes through the model's forward in chunks. A single token after it goe
 forward too.
 """
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +19,7 @@ from ktransformers.models import ONE_BY_ONE
 from ktransformers.native import Decode
 from ktransformers.operators.fixed_cache import FixedCache, fixed_cache
 from ktransformers.operators.host_experts import finish
-from ktransformers.operators.paged_cache import paged_cache
+from ktransformers.operators.paged_cache import PagedCache, paged_cache
 from ktransformers.operators.stack import decode_of
 
 
@@ -32,19 +33,31 @@ class Steps:
         self._recorded: Decode | None = None
         self._looked_up = False
 
-    @torch.inference_mode()
     def prompt(self, ids: Sequence[int], chunk_size: int) -> Tensor | None:
         """Compute what the cache lacks of `ids`, `chunk_size` tokens at a time; the logits [V] after the last.
 
         None where the cache lacks nothing.
         """
         logits = None
-        later = 1 if getattr(self.model.config, "model_type", None) in ONE_BY_ONE else chunk_size
         while len(self.cache.ids) < len(ids):
-            begin = len(self.cache.ids)
-            logits = self._forward(ids[begin : begin + (later if begin else chunk_size)])
-        self._looked_up = False  # the cache may be another one, and may change until the next token
+            logits = self.chunk(ids, chunk_size)[-1]
         return logits
+
+    @torch.inference_mode()
+    def chunk(self, ids: Sequence[int], chunk_size: int, every: bool = False) -> Tensor:
+        """Compute at most `chunk_size` of the tokens of `ids` that the cache lacks; the logits [1, V] after the last,
+        or with `every` [T, V] after each."""
+        begin = len(self.cache.ids)
+        later = 1 if getattr(self.model.config, "model_type", None) in ONE_BY_ONE else chunk_size
+        self._looked_up = False  # the cache may be another one, and may change until the next token
+        return self._forward(ids[begin : begin + (later if begin else chunk_size)], every)
+
+    def share(self, other: "Steps") -> bool:
+        """Let `other` begin where this one is, on pages that they share until one writes; whether that can be done."""
+        if type(self.cache.cache) is not PagedCache:
+            return False
+        other.cache.cache, other.cache.ids = copy.deepcopy(self.cache.cache), list(self.cache.ids)
+        return True
 
     @torch.inference_mode()
     def next(self, token: int) -> Tensor:
@@ -60,17 +73,17 @@ class Steps:
         """By the graph over the cache. A first token makes what a graph cannot: it goes by the forward."""
         cache, streams = self.cache, self._streams
         if streams is None or type(cache.cache) is not FixedCache or not cache.cache.graphable:
-            return self._forward([token])
+            return self._forward([token])[-1]
         cache.cache.reserve(len(cache.ids) + 1)
         first, cache.cache.stepped = not cache.cache.stepped, True
         step = None if first else graph_of(self.model, cache.cache, streams, self._device)
         if step is None:
-            return self._forward([token])
+            return self._forward([token])[-1]
         with cache.extending([token]):
             return step(token, len(cache.ids))
 
-    def _forward(self, ids: Sequence[int]) -> Tensor:
-        """One forward pass over `ids` [T] that extends the cache; the logits [V] of the last position."""
+    def _forward(self, ids: Sequence[int], every: bool = False) -> Tensor:
+        """One forward pass over `ids` [T] that extends the cache; the logits [1, V] of the last position, or [T, V]."""
         cache = self.cache
         if cache.cache is None:  # a rule file may leave the model, which would make one, to transformers
             cache.cache = (fixed_cache if self._streams else paged_cache)(self.model)
@@ -78,7 +91,8 @@ class Steps:
             cache.cache.reserve(len(cache.ids) + len(ids))
         input_ids = torch.tensor([list(ids)], device=self._device)
         with cache.extending(ids):
-            output = self.model(input_ids=input_ids, past_key_values=cache.cache, use_cache=True, logits_to_keep=1)
+            keep = 0 if every else 1  # 0 keeps all
+            output = self.model(input_ids=input_ids, past_key_values=cache.cache, use_cache=True, logits_to_keep=keep)
             cache.cache = output.past_key_values
             finish(self._device)
-        return output.logits[0, -1]
+        return output.logits[0] if every else output.logits[0, -1:]

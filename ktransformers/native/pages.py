@@ -215,12 +215,23 @@ class Pages:
     def clear(self) -> None:
         self._set([], [], [])
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Pages:
-        """Another of the same tokens, which shares pages until either writes."""
+    def __del__(self) -> None:
+        for page in (page for table in getattr(self, "tables", ()) for page in table if page is not None):
+            page.users -= 1  # or the last who holds it would copy it before it writes
+
+    def alone(self, i: int) -> Pages:
+        """Sequence `i` by itself, which shares pages until either writes."""
+        return self._shared([self.tables[i]], [self.sequences[i].length], [self.held_from[i]])
+
+    def _shared(self, tables: list[list[Page | None]], lengths: list[int], held_from: list[int]) -> Pages:
         other = Pages(self.kind, self.heads, self.size, self.value_size, self.name, self.joined, self.window)
-        other._set(self.tables, self.lengths, self.held_from)
+        other._set(tables, lengths, held_from)
         self.room = 0  # its last page is shared now
         return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pages:
+        """Another of the same tokens, which shares pages until either writes."""
+        return self._shared(self.tables, self.lengths, self.held_from)
 
     def __copy__(self) -> Pages:
         return copy.deepcopy(self)

@@ -164,7 +164,9 @@ class Attending:
     def query_factor(self, held: "PagedLayer | Cache", tokens: int, kwargs: Mapping[str, Any]) -> Tensor | None:
         """What the queries of `tokens` more tokens are multiplied by, [B or 1, S]; None for nothing."""
         if self.growth is not None:
-            return self.growth.at(held.get_seq_length(), tokens)[None]
+            pages = getattr(held, "pages", None)
+            lengths = pages.lengths if pages is not None and pages.ragged else [held.get_seq_length()]
+            return torch.stack([self.growth.at(length, tokens) for length in lengths])
         given = None if self.given_factor is None else kwargs.get(self.given_factor)
         return None if given is None else given[:, 0, :, 0]
 

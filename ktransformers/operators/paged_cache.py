@@ -274,6 +274,19 @@ class PagedCache(Cache):
             made.append(layer)
         return cls(made)
 
+    def alone(self, i: int) -> "PagedCache":
+        """A cache of sequence `i`, which shares pages until somebody writes."""
+        made = []
+        for layer in self.layers:
+            if type(layer) in (PagedLayer, PagedWindowLayer) and layer.pages is not None:
+                other = copy.copy(layer)
+                other.pages = layer.pages.alone(i)
+            else:
+                other = copy.deepcopy(layer)
+                other.batch_select_indices(torch.tensor([i], device="cpu"))
+            made.append(other)
+        return type(self)(made)
+
     def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
         """Keys, values and the window of each layer, as DynamicCache has it; keys and values are copies."""
         for layer in self.layers:

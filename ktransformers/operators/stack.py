@@ -222,6 +222,17 @@ def decode_of(model: nn.Module, cache: Any) -> native.Decode | None:
     return made.decode(cache, packed_of(head))
 
 
+def takes_ragged(model: nn.Module, cache: Any) -> bool:
+    """Whether sequences such as that of `cache`, of any lengths, can be decoded as one batch (`PagedCache.together`),
+    with their positions and no mask."""
+    decoder = next((child for child in model.children() if isinstance(getattr(child, "stack", None), Stack)), None)
+    if decoder is None or type(cache) is not PagedCache or torch.is_grad_enabled():
+        return False
+    made = decoder.stack.ready()
+    held = None if made is None else made.held(cache, 1)
+    return held is not None and all(isinstance(part, PagedLayer) and part.pages is not None for part in held)
+
+
 def _is_plain(kwargs: Mapping[str, Any], config: Any) -> bool:
     """Whether only the last hidden state is wanted, of nothing but tokens."""
     shown = any(kwargs.get(name, getattr(config, name, False)) for name in _SHOWN)
