@@ -11,7 +11,7 @@ NATIVE := $(shell find native setup.py -name '*.[ch]' -o -name '*.py' 2>/dev/nul
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev chat doctor test test-fast support pages bench bench-setup bench-start bench-peers sanitize \
-        bench-model bench-whole bench-open bench-plan bench-attention bench-encode native train wheel clean tools FORCE
+        bench-model bench-whole bench-serve bench-open bench-plan bench-attention bench-encode native train wheel clean tools FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -82,6 +82,9 @@ bench-attention: setup-dev ## attention over a cache beside torch's and the memo
 
 bench-whole: setup-dev ## prefill and decode of whole models beside llama.cpp (JSON=file ARGS="--types Q4_K_M --depths 128")
 	$(PY) -m tests.bench.bench_whole $(if $(JSON),--json $(JSON)) $(ARGS)
+
+bench-serve: setup-dev ## kt serve under several streams, beside its engine and llama.cpp alone (JSON=file ARGS="--rounds 3")
+	$(PY) -m tests.bench.bench_serve $(if $(JSON),--json $(JSON)) $(ARGS)
 
 bench-encode: setup-dev ## how fast kt quantize encodes each type, beside reading and the torch encoder
 	$(PY) -m tests.bench.bench_encode $(if $(JSON),--json $(JSON)) $(ARGS)
