@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ktransformers import load_rules, open_weights
-from ktransformers.cli.conversation import _read_prompt_file
+from ktransformers.cli.conversation import read_prompt_file
 from ktransformers.cli.profile import read_prompts
 from ktransformers.configs import model_path, read_config
 from ktransformers.engine.load import read_config_and_tokenizer
@@ -19,7 +19,7 @@ READERS = {
     "weights": (open_weights, WeightError),
     "rule file": (load_rules, RuleError),
     "model": (read_config_and_tokenizer, KTransformersError),
-    "prompt file": (_read_prompt_file, KTransformersError),
+    "prompt file": (read_prompt_file, KTransformersError),
     "--prompts": (lambda text: read_prompts(Path(text)), KTransformersError),
     "routing profile": (RoutingProfile.read, KTransformersError),
 }

@@ -7,6 +7,7 @@ import typer
 
 from ktransformers.cli import published_flags
 from ktransformers.cli.common import CacheOption, DevicesOption, complete_rule
+from ktransformers.errors import KTransformersError
 
 Command = published_flags.command_class(
     {"model": "", "weights": "--weights", "rule": "--rule", "threads": "--threads", "devices": "--devices",
@@ -54,15 +55,26 @@ def chat(
     force_think: Annotated[
         bool, typer.Option("--force-think", help="Begin answers with <think>, for reasoning models.")
     ] = False,
+    server: Annotated[
+        str, typer.Option("--server", metavar="URL", help="Talk to a running kt serve, or any server of OpenAI's API.")
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per answer and nothing else.")] = False,
 ) -> None:
     """Chat with a model, or answer the lines of standard input."""
+    prompt = "" if prompt_file is None else str(prompt_file)
+    if server:
+        from ktransformers.cli import remote
+
+        if model or weights or rule or devices:
+            raise KTransformersError("--server: it has its model. Leave MODEL, --weights, --rule and --devices out.")
+        return remote.talk(server, prompt, max_new_tokens, greedy, as_json)
+
     from ktransformers.cli.conversation import Options, talk
 
     talk(
         Options(
             model_path=model, weights=weights, rule=rule, devices=tuple(devices), threads=threads,
-            prompt_file="" if prompt_file is None else str(prompt_file), max_new_tokens=max_new_tokens,
+            prompt_file=prompt, max_new_tokens=max_new_tokens,
             chunk_size=chunk_size, cache=cache, greedy=greedy, force_think=force_think, as_json=as_json,
         )
     )  # fmt: skip

@@ -7,8 +7,7 @@ conversation; `engine/` loads and computes, `messages.py` reads what is said.
 import json
 import sys
 import time
-import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.text import Text
 
-from ktransformers import env
 from ktransformers.cli import messages
-from ktransformers.cli.common import drop_output, err, error_object, note, print_error, renamed_devices
+from ktransformers.cli.common import drop_output, err, note, print_error, renamed_devices
+from ktransformers.cli.turns import OutputError, Turns
 from ktransformers.configs import text_config
 from ktransformers.errors import KTransformersError
 from ktransformers.paths import existing_path
@@ -55,7 +54,7 @@ class Options:
 def talk(options: Options) -> None:
     """Run the program. Raises KTransformersError for what cannot start, typer.Exit with the exit code at the end."""
     devices = renamed_devices(options.devices)
-    prompt = _read_prompt_file(options.prompt_file)
+    prompt = read_prompt_file(options.prompt_file)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks is not the end of the program
     with _loading(options) as on_step:
@@ -68,8 +67,13 @@ def talk(options: Options) -> None:
             devices=devices, cache=options.cache, progress=not options.as_json, notify=note, on_step=on_step,
         )  # fmt: skip
         chat = Chat(model, tokenizer, options)
+    hold(chat, prompt)
+
+
+def hold(chat: Turns, prompt: str) -> None:
+    """Answer the one `prompt`, or without it what is typed or piped. Raises typer.Exit with the exit code."""
     try:
-        code = chat.run([prompt], commands=False) if prompt else chat.run(messages.read(options.as_json))
+        code = chat.run([prompt], commands=False) if prompt else chat.run(messages.read(chat.as_json))
         code = 0 if messages.at_terminal() and not prompt else code  # who sat there has seen what failed
     except OutputError as error:
         drop_output()
@@ -127,7 +131,7 @@ def _set_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
-def _read_prompt_file(path: str) -> str:
+def read_prompt_file(path: str) -> str:
     if not path:
         return ""
     there = existing_path(path, "prompt file") or Path(path)
@@ -146,21 +150,14 @@ def _read_prompt_file(path: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class OutputError(Exception):
-    """Standard output cannot be written: whoever reads it went away, or the disk is full."""
-
-
-class Chat:
-    """One conversation: its messages, its KV cache, and how answers are shown.
-
-    Whatever goes wrong in a turn, the message that failed is not part of the conversation and the cache agrees with
-    what is.
-    """
+class Chat(Turns):
+    """One conversation with a model of this process, and its KV cache, which agrees with the messages."""
 
     def __init__(self, model: Any, tokenizer: Any, options: Options):
         from ktransformers.engine.cache import PrefixCache
         from ktransformers.engine.sampling import Chooser, Sampling
 
+        super().__init__(options.as_json)
         self.model, self.tokenizer, self.options = model, tokenizer, options
         stop = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         sampling = Sampling(model.generation_config, stop)
@@ -170,46 +167,9 @@ class Chat:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in unhonoured.items())
             note(f"generation_config asks for what has no effect here ({reasons})")
         self.cache = PrefixCache()
-        self.messages: list[dict[str, str]] = []
 
-    def run(self, said: Iterable[str], commands: bool = True) -> int:
-        """Answer each message; returns the exit code: 0, or 1 when one of them failed."""
-        code, coming, text = 0, iter(said), ""
-        while True:
-            try:
-                text = next(coming)
-                if commands and messages.is_command(text):
-                    self._command(text.strip())
-                else:
-                    self.answer(text)
-            except StopIteration:
-                return code
-            except OutputError:
-                raise
-            except KeyboardInterrupt:  # at a prompt or between two answers; one in an answer stops that
-                if not messages.at_terminal():
-                    raise
-                messages.say_how_to_quit()
-            except Exception as error:
-                self._failed(text, error)
-                code = 1
-
-    def _command(self, text: str) -> None:
-        name = messages.resolve(text)
-        if name == "/new":
-            self.messages.clear()
-        elif name == "/help":
-            messages.show_help()
-
-    def _failed(self, question: str, error: Exception) -> None:
-        """Report an error in one line. One that nobody expected may have left anything in the cache."""
-        if not isinstance(error, KTransformersError):
-            self.cache.clear()
-            if env.debug():
-                traceback.print_exception(error)
-        print_error(_one_line(error))
-        if self.options.as_json:
-            self._write(json.dumps({"question": question, **error_object(error)}) + "\n")
+    def forget(self) -> None:
+        self.cache.clear()
 
     def answer(self, text: str) -> str:
         """Stream the answer to `text`, then say how fast it came. Ctrl-C keeps what was said so far."""
@@ -287,17 +247,6 @@ class Chat:
             return ids, ""
         return [*ids, *self.tokenizer.encode(THINK, add_special_tokens=False)], THINK
 
-    def _show(self, piece: str) -> None:
-        if piece and not self.options.as_json:
-            self._write(piece)
-
-    def _write(self, text: str) -> None:
-        try:
-            sys.stdout.write(text)
-            sys.stdout.flush()
-        except OSError as error:
-            raise OutputError(str(error)) from error
-
     def _finish(self, question: str, answer: str, timing: "Timing", stopped: bool) -> None:
         if self.options.as_json:
             data = {"question": question, "answer": answer, "stopped": stopped, **asdict(timing)}
@@ -309,14 +258,3 @@ class Chat:
             f"prefill {timing.prefill_tokens} tokens, {timing.prefill_rate:.1f} tokens/s · "
             f"decode {timing.decode_tokens} tokens, {timing.decode_rate:.1f} tokens/s[/dim]"
         )
-
-
-def _one_line(error: Exception) -> str:
-    """What a person reads: our own errors as they are, any other with its kind and the next step."""
-    if isinstance(error, KTransformersError):
-        return str(error)
-    lines = str(error).strip().splitlines() or ["no message"]
-    return (
-        f"{type(error).__name__}: {lines[0]}. This answer failed; the conversation goes on without it. "
-        "KT_DEBUG=1 shows where it happened."
-    )
