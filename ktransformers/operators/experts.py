@@ -137,7 +137,9 @@ class KExpertsCPU(KExpertsBase):
     @property
     def experts(self) -> native.Experts | None:
         """In C, with the limits that the module has now; None where nothing is loaded."""
-        if self._experts is not None and not self._numbers.unchanged():
+        if self._experts is None or torch.compiler.is_compiling():  # a tracer sees no identity of numbers
+            return self._experts
+        if not self._numbers.unchanged():
             self._make()
             self._hosts.clear()
         return self._experts
