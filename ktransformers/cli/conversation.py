@@ -115,12 +115,13 @@ def _loading(options: Options) -> Iterator[Any]:
 
 def _set_threads(count: int) -> None:
     """Give the C library and torch `count` threads; more than the cores would make both crawl, so they are the most."""
+    if count == 0:
+        return
+    import numpy  # noqa: F401  before torch, whose own import of it would swallow a Ctrl-C
     import torch
 
     from ktransformers import native
 
-    if count == 0:
-        return
     cores = native.default_threads()
     if count < 0:
         raise KTransformersError(f"{count} CPU threads: expected 1 to {cores}, or 0 for all cores.")

@@ -49,6 +49,7 @@ def load(
         KTransformersError: a path, config, tokenizer, rule or checkpoint that cannot be used.
     """
     on_step("importing torch and transformers")
+    import numpy  # noqa: F401  before torch, whose own import of it would swallow a Ctrl-C
     from transformers.utils import logging
 
     from ktransformers.models import DEFAULT_RULES
