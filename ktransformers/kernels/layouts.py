@@ -6,10 +6,11 @@ Letters: N rows, K columns, G groups of columns that share a scale, P rows padde
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from ktransformers.errors import UnsupportedError, WeightError
+from ktransformers.errors import UnsupportedError
 from ktransformers.quants.blocks import Packed, QuantType
 from ktransformers.quants.scaled import ScaledWeight
 
@@ -66,12 +67,11 @@ class Layout:
         return self.minimum == "U8" or self.scale == "NIBBLES"
 
     def groups(self, columns: int) -> int:
-        """G of a weight of `columns`. Raises WeightError where the kernels cannot take so many."""
+        """G of a weight of `columns`. Raises UnsupportedError where the kernels cannot take so many."""
         unit = math.lcm(COLUMNS_OF_32, self.group or 1, 256 if self.super_blocks else 1)
         if columns % unit or columns < 1:
-            raise WeightError(
-                f"{self.name} with {columns} columns: on a GPU packed weights need a multiple of {unit}. "
-                "Use an operator that dequantizes (KLinearTorch, KExpertsTorch)."
+            raise UnsupportedError(
+                f"{self.name} with {columns} columns: on a GPU packed weights need a multiple of {unit}."
             )
         return columns // self.group if self.group else 1
 
@@ -134,16 +134,17 @@ def padded(rows: int) -> int:
     return -(-rows // ROWS_OF_16) * ROWS_OF_16
 
 
-def layout_of(weight: Packed | ScaledWeight | QuantType | str) -> Layout:
-    """The layout of a weight, or of a GGUF type. Raises UnsupportedError where there is none."""
+def layout_of(weight: Any) -> Layout:
+    """The layout of a weight (`words.Weight`), or of a GGUF type. Raises UnsupportedError where there is none."""
+    if isinstance(own := getattr(weight, "layout", None), Layout):
+        return own  # of floats, which have that of what they are quantized to
     if isinstance(weight, ScaledWeight):
         return _scaled_layout(weight)
     kind = weight.type if isinstance(weight, Packed) else weight
     name = kind if isinstance(kind, str) else kind.name
     if name not in _GGUF:
         raise UnsupportedError(
-            f"Weights of type {name} have no packed form on a GPU (there are {', '.join(_GGUF)}). "
-            "Use an operator that dequantizes (KLinearTorch, KExpertsTorch)."
+            f"Weights of type {name} have no packed form on a GPU (there are {', '.join((*_GGUF, *_SCALED))})."
         )
     return _GGUF[name]
 
@@ -166,8 +167,7 @@ def scaled_layout(
     if not fits or (scale == "E8M0" and name != "F4_E2M1"):
         raise UnsupportedError(
             f"{name} in groups of {group} with scales of {scale} has no packed form on a GPU (there are "
-            f"{', '.join(_SCALED)}, groups 16, 32, 64, ... or whole rows, E8M0 for F4_E2M1 only). "
-            "Use an operator that dequantizes (KLinearTorch, KExpertsTorch)."
+            f"{', '.join(_SCALED)}, groups 16, 32, 64, ... or whole rows, E8M0 for F4_E2M1 only)."
         )
     return replace(
         _SCALED[name], group=0 if whole else group, scale="F16" if scale == "E4M3" else scale,
@@ -193,8 +193,7 @@ def _check_order(weight: ScaledWeight) -> None:
     even = torch.arange(columns, dtype=torch.int32) // group
     if columns % group or not torch.equal(weight.order.sort().values, even):
         raise UnsupportedError(
-            f"{weight}: its groups have different numbers of columns, so it has no packed form on a GPU. "
-            "Use an operator that dequantizes (KLinearTorch)."
+            f"{weight}: its groups have different numbers of columns, so it has no packed form on a GPU."
         )
 
 

@@ -6,6 +6,7 @@ import torch
 from ktransformers.errors import UnsupportedError, WeightError
 from ktransformers.kernels import layouts
 from ktransformers.kernels import words as w
+from ktransformers.kernels.floats import Floats, Loss
 from ktransformers.quants.blocks import QUANT_TYPES, Packed
 from tests.kernels.weights import GGUF, SCALED, random_weight
 
@@ -89,7 +90,7 @@ def test_what_has_no_words_is_refused():
         w.from_packed(random_weight("IQ2_XS", 16, 256), "cpu")
     with pytest.raises(UnsupportedError, match="no packed form"):
         w.from_packed(random_weight("FP8", 128, 256), "cpu")
-    with pytest.raises(WeightError, match="48 columns.*multiple of 32"):
+    with pytest.raises(UnsupportedError, match="48 columns.*multiple of 32"):
         w.from_packed(random_weight("INT8_GROUP", 16, 48), "cpu")
     uneven = random_weight("GPTQ_ORDER", 16, 256)
     uneven.order[:] = 0
@@ -108,7 +109,8 @@ def test_quantized_at_load(bits, worst, group):
     """Half a step at most is lost, and what rounding the scale to bf16 takes from the widest weight."""
     weight = torch.randn(40, 512, generator=torch.Generator().manual_seed(4)).bfloat16()
     weight[5] = 0
-    words, error = w.quantize(weight, bits, group)
+    floats = Floats(weight, bits, group)
+    words, error = w.from_packed(floats, "cpu"), floats.loss.share
     back = w.dequantize(words)
     step = words.scales[:, :40].T.float().repeat_interleave(512 // len(words.scales), 1)
     assert bool(((back - weight.float()).abs() <= (0.5 + 2 ** (bits - 1) * 2**-8) * step).all())
@@ -117,8 +119,21 @@ def test_quantized_at_load(bits, worst, group):
     assert words.nbytes == layouts.words_bytes(words.layout, (40, 512))
 
 
-def test_numbers_that_are_not_finite_are_not_quantized():
+def test_published_floats_are_quantized_as_those_in_memory(monkeypatch):
+    weight = torch.randn(48, 512, generator=torch.Generator().manual_seed(4)).bfloat16()
+    packed, loss = Packed(weight.view(torch.uint8).view(-1), QUANT_TYPES["BF16"], (48, 512)), Loss()
+    one = w.from_packed(Floats(weight), "cpu")
+    monkeypatch.setattr(w, "WEIGHTS_AT_ONCE", 512 * 16)
+    experts = w.from_experts([Floats(packed, loss=loss)] * 2, "cpu", below=[Floats(weight, loss=loss)] * 2)
+    assert experts.shape == (2, 96, 512) and loss.total == pytest.approx(4 * float(weight.float().square().sum()), 1e-5)
+    assert torch.equal(w.dequantize(experts), w.dequantize(one).repeat(2, 2, 1))
+
+
+def test_what_cannot_be_quantized():
     with pytest.raises(WeightError, match="NaN or infinity"):
-        w.quantize(torch.full((16, 128), float("inf")))
-    with pytest.raises(UnsupportedError, match="num_bits 4 or 8"):
-        w.quantize(torch.zeros(16, 128), 3)
+        w.from_packed(Floats(torch.full((16, 128), float("inf"))), "cpu")
+    for bits, group in ((3, 128), (4, 48)):
+        with pytest.raises(UnsupportedError, match="num_bits 4 or 8, group_size 32, 64, 128, or -1"):
+            Floats(torch.zeros(16, 128), bits, group)
+    with pytest.raises(UnsupportedError, match="160 columns.*multiple of 64"):
+        w.from_packed(Floats(torch.zeros(16, 160), 4, 64), "cpu")
