@@ -1,4 +1,4 @@
-"""Weights of floats, quantized when they become words: upstream's Marlin form, symmetric codes about 8 or 128.
+"""Numbers that are quantized when they become words: upstream's Marlin form, symmetric codes about 8 or 128.
 
 Letters: N rows, K columns, G groups of columns that share a scale.
 """
@@ -9,13 +9,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ktransformers.errors import UnsupportedError, WeightError
-from ktransformers.kernels.layouts import Layout, scaled_layout
+from ktransformers.errors import WeightError
+from ktransformers.kernels.layouts import Layout, quantized_layout
 from ktransformers.kernels.parts import Parts
 from ktransformers.quants.blocks import Packed
-
-NUM_BITS, GROUP_SIZES = (4, 8), (32, 64, 128, -1)
-"""What weights can be quantized to; -1 is one scale a row."""
+from ktransformers.quants.scaled import ScaledWeight
 
 
 @dataclass
@@ -33,19 +31,13 @@ class Loss:
 
 @dataclass(frozen=True, eq=False)
 class Floats:
-    """A matrix [N, K] of floats, in memory or in its published bytes, used like `Packed`."""
+    """A matrix [N, K] in memory or in its published bytes, used like `Packed`. `dtype`: what its numbers stand for."""
 
-    weight: Tensor | Packed
+    weight: Tensor | Packed | ScaledWeight
+    dtype: torch.dtype
     num_bits: int = 4
     group_size: int = 128
     loss: Loss = field(default_factory=Loss)
-
-    def __post_init__(self) -> None:
-        if self.num_bits not in NUM_BITS or self.group_size not in GROUP_SIZES:
-            raise UnsupportedError(
-                f"Quantizing to {self.num_bits} bits in groups of {self.group_size}: expected num_bits 4 or 8, "
-                "group_size 32, 64, 128, or -1 for one scale a row."
-            )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -53,29 +45,26 @@ class Floats:
 
     @property
     def type(self) -> str:
-        return f"floats for {self.num_bits} bits"
+        return self.layout.name
 
     @property
     def layout(self) -> Layout:
-        columns = self.shape[-1]
-        dtype = self.weight.type.torch_dtype if isinstance(self.weight, Packed) else self.weight.dtype
-        # Scales have the weight's own type: they reach as far as it does.
-        scale = {torch.float16: "F16", torch.bfloat16: "BF16"}.get(dtype, "F32")
-        group = columns if self.group_size == -1 else self.group_size
-        kind = "U8" if self.num_bits == 8 else "I4"
-        return replace(scaled_layout(kind, columns, group, scale), name=f"INT{self.num_bits}")
+        return quantized_layout(self.dtype, self.shape[-1], self.num_bits, self.group_size)
 
     def rows(self, start: int, stop: int) -> "Floats":
-        weight = self.weight.rows(start, stop) if isinstance(self.weight, Packed) else self.weight[start:stop]
-        return replace(self, weight=weight)
+        weight = self.weight
+        return replace(self, weight=weight[start:stop] if isinstance(weight, Tensor) else weight.rows(start, stop))
+
+    def _row_unit(self, step: int) -> int:
+        return self.weight._row_unit(step) if isinstance(self.weight, ScaledWeight) else 1
 
     def parts(self, device: torch.device, scale: torch.dtype) -> Parts:
         """Codes and scales, made on `device`. Raises WeightError for numbers that are not finite."""
         weight = self.weight
-        numbers = weight.dequantize(device=device) if isinstance(weight, Packed) else weight.to(device).float()
+        numbers = weight.to(device).float() if isinstance(weight, Tensor) else weight.dequantize(device=device)
         if not bool(numbers.isfinite().all()):
             raise WeightError(f"Cannot quantize a weight of {self.shape[-1]} columns: it holds NaN or infinity.")
-        groups = numbers.view(len(numbers), -1, self.layout.group or self.shape[-1])
+        groups = numbers.reshape(len(numbers), -1, self.layout.group or self.shape[-1])
         # The widest weight of a group is half a step beyond the last code.
         half = 1 << (self.num_bits - 1)
         scales = (groups.abs().amax(-1) * 2 / (2 * half - 1)).to(scale)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ktransformers.errors import UnsupportedError
+from ktransformers.errors import UnsupportedError, WeightError
 from ktransformers.quants.blocks import Packed, QuantType
 from ktransformers.quants.scaled import ScaledWeight
 
@@ -67,10 +67,10 @@ class Layout:
         return self.minimum == "U8" or self.scale == "NIBBLES"
 
     def groups(self, columns: int) -> int:
-        """G of a weight of `columns`. Raises UnsupportedError where the kernels cannot take so many."""
+        """G of a weight of `columns`. Raises WeightError where the kernels cannot take so many."""
         unit = math.lcm(COLUMNS_OF_32, self.group or 1, 256 if self.super_blocks else 1)
         if columns % unit or columns < 1:
-            raise UnsupportedError(
+            raise WeightError(
                 f"{self.name} with {columns} columns: on a GPU packed weights need a multiple of {unit}."
             )
         return columns // self.group if self.group else 1
@@ -173,6 +173,17 @@ def scaled_layout(
         _SCALED[name], group=0 if whole else group, scale="F16" if scale == "E4M3" else scale,
         minimum="ZEROS" if zeros else "", zero_bias=zero_bias if zeros else 0, order=order,
     )  # fmt: skip
+
+
+def quantized_layout(dtype: torch.dtype, columns: int, num_bits: int = 4, group_size: int = 128) -> Layout:
+    """Of floats in upstream's Marlin form: symmetric codes about 8 or 128, scales of the weight's own type, which reach
+    as far as it does. `group_size` -1: one scale a row. Raises UnsupportedError for other bits and odd groups."""
+    if num_bits not in (4, 8):
+        raise UnsupportedError(f"Quantizing to {num_bits} bits: expected num_bits 4 or 8.")
+    scale = {torch.float16: "F16", torch.bfloat16: "BF16"}.get(dtype, "F32")
+    group = columns if group_size == -1 else group_size
+    layout = scaled_layout("U8" if num_bits == 8 else "I4", columns, group, scale)
+    return replace(layout, name=f"INT{num_bits}")
 
 
 def _scaled_layout(weight: ScaledWeight) -> Layout:

@@ -53,6 +53,15 @@ def workspace_size(words: Words, rows: int, x: torch.dtype = torch.bfloat16) -> 
     return cdiv(_columns_at_once(words) * words.shape[1] * x.itemsize, 4)
 
 
+def most_workspace(words: Words, x: torch.dtype = torch.bfloat16) -> int:
+    """float32 elements that `linear` needs for any number of rows up to DOT_ROWS.
+
+    The dot takes a block of up to 64 rows at a time, so its shares change where another block begins.
+    """
+    full = range(64, DOT_ROWS + 1, 64)
+    return max(workspace_size(words, rows, x) for rows in (GEMV_ROWS, *full, DOT_ROWS))
+
+
 def _columns_at_once(words: Words) -> int:
     n, k = words.shape
     return min(cdiv(n, 16) * 16, max(16, DENSE_AT_ONCE // k // 16 * 16))

@@ -115,7 +115,7 @@ def empty(layout: Layout, shape: Sequence[int], device: torch.device | str) -> W
 def from_packed(weight: Weight, device: torch.device | str) -> Words:
     """A checkpoint's weight as words on `device`. Peak memory: the words and a few `WEIGHTS_AT_ONCE` there.
 
-    Raises UnsupportedError for a type without words, and for columns that make no whole groups.
+    Raises UnsupportedError for a type without words and WeightError for columns that make no whole groups.
     """
     made = empty(layout_of(weight), weight.shape, device)
     if len(weight.shape) == 2:
@@ -173,7 +173,7 @@ def _parts(piece: Weight, words: Words) -> Parts:
 def _chunks(weight: Weight) -> Iterator[tuple[int, int]]:
     """Rows to be taken at a time: bounded memory, cut where the words of the file may be."""
     rows, columns = weight.shape
-    unit = math.lcm(ROWS_OF_16, weight._row_unit(1)) if isinstance(weight, ScaledWeight) else ROWS_OF_16
+    unit = ROWS_OF_16 if isinstance(weight, Packed) else math.lcm(ROWS_OF_16, weight._row_unit(1))
     step = max(1, WEIGHTS_AT_ONCE // (columns * unit)) * unit
     return ((start, min(start + step, rows)) for start in range(0, rows, step))
 

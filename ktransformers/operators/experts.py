@@ -60,27 +60,6 @@ METHODS = ("BF16", "FP8", "FP8_PERCHANNEL", "FP8_PERTENSOR", "MXFP8", "RAWINT4",
 `backend` or `method`; all mean the C library, and a checkpoint that stores them otherwise is refused."""
 
 
-class KExpertsBase:
-    """An inner operator for the experts under `key`: `load` reads them, `unload` gives the memory back."""
-
-    ids: Sequence[int] | None = None
-    """The experts to hold, ascending; None is all. Those of others come as -1, or are skipped, and take no memory."""
-
-    def __init__(self, key: str, gguf_loader: WeightSource, config: Any, orig_module: nn.Module, device: Any = "cpu"):
-        self.key, self.gguf_loader, self.config = key, gguf_loader, config
-        self.orig_module, self.device = orig_module, device
-
-    def load(self, w: Any = None, device: Any = None) -> None:
-        raise NotImplementedError
-
-    def unload(self) -> None:
-        raise NotImplementedError
-
-    def forward(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """hidden [T, H], ids int64 [T, K], weights float [T, K] -> [T, H], dtype and device as `hidden`."""
-        raise NotImplementedError
-
-
 class KExpertsCPU(KExpertsBase):
     """The checkpoint's own bytes, computed by the C library: no conversion, and no copy of the weights."""
 
