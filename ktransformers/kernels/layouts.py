@@ -75,6 +75,13 @@ class Layout:
             )
         return columns // self.group if self.group else 1
 
+    def takes(self, columns: int) -> bool:
+        """Whether a weight of so many columns can be packed so."""
+        try:
+            return self.groups(columns) > 0
+        except WeightError:
+            return False
+
     def lines(self, columns: int) -> dict[str, tuple[int, torch.dtype]]:
         """Part of a weight -> how many lines of P elements it has, and of which type."""
         groups = self.groups(columns)

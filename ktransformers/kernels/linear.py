@@ -82,3 +82,16 @@ def _dense(x: Tensor, words: Words, bias: Tensor | None, out: Tensor | None, wor
         else:
             torch.addmm(bias[start : start + width], x, piece, out=to)
     return out
+
+
+def gradient(of_out: Tensor, words: Words) -> Tensor:
+    """The gradient of x [.., K], from that of `linear`'s result [.., N]: its product with W, some rows at a time."""
+    (n, k), step = words.shape, _columns_at_once(words)
+    rows = of_out.reshape(-1, n)
+    made = torch.zeros(len(rows), k, dtype=torch.float32, device=rows.device)
+    for start in range(0, n, step):
+        piece = rows[:, start : start + step]
+        numbers = piece.new_empty(k, piece.shape[1])
+        dequantize.dequantize_into(numbers, words, start)
+        made += piece @ numbers.T
+    return made.to(of_out.dtype).view(*of_out.shape[:-1], k)

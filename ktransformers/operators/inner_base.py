@@ -60,19 +60,23 @@ class KLinearBase:
         device = self.device if device is None else device
         dtype = torch.get_default_dtype() if dtype is None else dtype
         weight = self.gguf_loader.tensor(f"{key}.weight", device=device, dtype=dtype)
-        if tuple(weight.shape) != (self.out_features, self.in_features):
-            expected = [self.out_features, self.in_features]
-            raise WeightError(
-                f"{key}.weight: the checkpoint holds {list(weight.shape)}, the layer expects {expected}."
-            )
+        self.check_shape(weight.shape, key)
         weight = nn.Parameter(weight, requires_grad=False)
         if getattr(self.orig_module, "bias", None) is None:
             return weight
         bias = self.gguf_loader.tensor(f"{key}.bias", device=device, dtype=dtype)
         return weight, nn.Parameter(bias, requires_grad=False)
 
+    def check_shape(self, found: Sequence[int], key: str) -> None:
+        """Raise WeightError where the checkpoint's weight of `key` does not fit the layer."""
+        if tuple(found) != (expected := (self.out_features, self.in_features)):
+            raise WeightError(
+                f"{key}.weight: the checkpoint holds {list(found)}, the layer expects {list(expected)}."
+            )
 
-def _weight_and_bias(w: Weight, key: str) -> tuple[Tensor, Tensor | None]:
+
+def weight_and_bias(w: Weight, key: str) -> tuple[Tensor, Tensor | None]:
+    """What a `Weight` that is not None holds."""
     weight, bias = w if isinstance(w, tuple) else (w, None)
     if not isinstance(weight, Tensor):
         raise WeightError(f"{key}: found {type(weight).__name__}, expected the weight or (weight, bias).")
