@@ -282,7 +282,7 @@ class ExpertsOf(DictWeights):
 
 
 def experts_module(weights):
-    count, width, hidden = weights.tensors[f"{LAYER}.gate_up_proj"].shape
+    _, width, hidden = weights.tensors[f"{LAYER}.gate_up_proj"].shape
     config = tiny_config("qwen3_moe", hidden_size=hidden, moe_intermediate_size=width // 2)
     return meta_model(config).get_submodule(LAYER)
 
