@@ -43,7 +43,7 @@ TABLES = {
 class Layout:
     """What all weights of one kind have in common: all that decides their bytes, and which kernel computes them.
 
-    `group`: columns that share a scale, 0 for all. `values`: "" where a code is its own value, or a key of TABLES.
+    `group`: columns that share a scale, 0 for all. `values`: "" where codes are values, E4M3, or a key of TABLES.
     `order`: the columns of a matrix are sorted by their groups, `Words.order` says how.
     """
 
@@ -129,6 +129,7 @@ _SCALED = {
     "GPTQ8": Layout("GPTQ8", 8, 0, "F16", zero=128),
     "AWQ4": Layout("AWQ4", 4, 0, "F16", zero=8),
     "F4_E2M1": Layout("F4_E2M1", 4, 0, "F16", values="E2M1"),
+    "F8_E4M3": Layout("F8_E4M3", 8, 0, "F32", values="E4M3"),
 }
 """Without what a checkpoint says of the scales."""
 
@@ -171,10 +172,10 @@ def scaled_layout(
     """
     whole = group >= columns
     fits = name in _SCALED and (whole or (group >= 16 and group & (group - 1) == 0))
-    if not fits or (scale == "E8M0" and name != "F4_E2M1"):
+    if not fits or (scale == "E8M0" and not _SCALED[name].values):
         raise UnsupportedError(
             f"{name} in groups of {group} with scales of {scale} has no packed form on a GPU (there are "
-            f"{', '.join(_SCALED)}, groups 16, 32, 64, ... or whole rows, E8M0 for F4_E2M1 only)."
+            f"{', '.join(_SCALED)}, groups 16, 32, 64, ... or whole rows, E8M0 for floats only)."
         )
     return replace(
         _SCALED[name], group=0 if whole else group, scale="F16" if scale == "E4M3" else scale,

@@ -246,13 +246,20 @@ def _values(words: Words, start: int, stop: int) -> Tensor:
     if layout.values:
         # MXFP4 is published as twice the value times half the scale, which matters at the ends of fp32.
         double = 2.0 if layout.scale == "E8M0" else 1.0
-        value = torch.tensor(TABLES[layout.values], dtype=torch.float32, device=code.device)[code] * double
+        value = _value(layout.values, code) * double
     elif layout.minimum == "ZEROS":
         value = code.float() - of_group(words.minima).float() - layout.zero_bias
     else:
         value = code.float() - layout.zero
     value = value * scale.repeat_interleave(columns // len(scale), 0)
     return value if minimum is None else value - minimum.repeat_interleave(columns // len(minimum), 0)
+
+
+def _value(kind: str, code: Tensor) -> Tensor:
+    """The float32 values of codes that are no integers."""
+    if kind == "E4M3":
+        return code.to(torch.uint8).view(torch.float8_e4m3fn).float()
+    return torch.tensor(TABLES[kind], dtype=torch.float32, device=code.device)[code]
 
 
 def _scale_and_minimum(words: Words, start: int, stop: int) -> tuple[Tensor, Tensor | None]:

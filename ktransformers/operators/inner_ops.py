@@ -34,7 +34,7 @@ STAND_INS = {
 }
 """Operators for GPUs -> what takes their place on the CPU, and on a GPU that they do not compute on."""
 
-BUILT = ("KLinearMarlin", "VLinearMarlin", "KExpertsMarlin")
+BUILT = ("KLinearMarlin", "VLinearMarlin", "KLinearFP8", "KExpertsMarlin")
 """Those of them that are there."""
 
 

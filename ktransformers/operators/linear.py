@@ -30,7 +30,7 @@ from ktransformers.operators.inner_ops import (
     resolve_op,
     stored_problem,
 )
-from ktransformers.operators.linear_packed import KLinearMarlin, KLinearPacked
+from ktransformers.operators.linear_packed import KLinearFP8, KLinearMarlin, KLinearPacked
 from ktransformers.operators.on_gpu import GROUP_SIZE, NUM_BITS, quantizing_problems
 from ktransformers.quants.blocks import Packed, quant_type
 
@@ -103,7 +103,7 @@ class KLinearCPUInfer(KLinearBase):
 
 LINEAR_MAP: dict[str, type[InnerOperator]] = {
     "KLinearTorch": KLinearTorch, "KLinearCPUInfer": KLinearCPUInfer,
-    "KLinearMarlin": KLinearMarlin, "VLinearMarlin": KLinearMarlin,
+    "KLinearMarlin": KLinearMarlin, "VLinearMarlin": KLinearMarlin, "KLinearFP8": KLinearFP8,
 }  # fmt: skip
 """Names a rule may give as `generate_op` and `prefill_op`; authors may add theirs."""
 

@@ -112,6 +112,10 @@ class KLinearMarlin(KLinearPacked):
     quantizing = (NUM_BITS, GROUP_SIZE)
 
 
+class KLinearFP8(KLinearPacked):
+    """`KLinearPacked`, under the name of rule files for FP8: such weights keep their 8 bits, activations theirs."""
+
+
 class _WithGradient(torch.autograd.Function):
     """(x, a KLinearPacked) -> its result; the gradient is of x."""
 

@@ -40,15 +40,15 @@ def layout_on_gpu(
 ) -> Layout | None:
     """The packed form of a weight of `columns` on a GPU, or None where it is dense there.
 
-    name: the operator that a rule names, None for none: then weights keep their own bits, and those that have no
+    name: the operator that a rule names. With None, or KLinearFP8, weights keep their own bits, and those that have no
     packed form are dense. stored: the form of the checkpoint's bits, None for none. dtype: the model's.
     """
     today = OBSOLETE_OPS.get(given(name), given(name))
-    if today is not None and today not in PACKS:
+    if today not in (None, "KLinearFP8", *PACKS):
         return None
     if stored is not None and stored.takes(columns):
         return stored
-    if today is None:
+    if today not in PACKS:
         return None
     kwargs = kwargs or {}
     made = quantized_layout(dtype, columns, kwargs.get("num_bits", NUM_BITS), kwargs.get("group_size", GROUP_SIZE))

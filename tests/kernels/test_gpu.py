@@ -152,7 +152,7 @@ def on(device, weights, op, *args):
     return made
 
 
-@pytest.mark.parametrize("name", ["Q4_K", "Q8_0", "IQ4_XS", "MXFP4", "GPTQ_ORDER", "AWQ", "RAWINT4", "IQ2_XS"])
+@pytest.mark.parametrize("name", ["Q4_K", "Q8_0", "IQ4_XS", "MXFP4", "GPTQ_ORDER", "AWQ", "RAWINT4", "FP8", "IQ2_XS"])
 def test_linear_operators(name):
     """Named and not; the last type has no packed form: quantized where named, else dense."""
     weights = One("Q4_K")

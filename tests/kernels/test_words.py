@@ -88,8 +88,8 @@ def test_gate_and_up_in_one_weight_and_an_expert_replaced():
 def test_what_has_no_words_is_refused():
     with pytest.raises(UnsupportedError, match="IQ2_XS have no packed form"):
         w.from_packed(random_weight("IQ2_XS", 16, 256), "cpu")
-    with pytest.raises(UnsupportedError, match="no packed form"):
-        w.from_packed(random_weight("FP8", 128, 256), "cpu")
+    with pytest.raises(UnsupportedError, match="I8 in groups of 32 with scales of E8M0 has no packed form"):
+        layouts.scaled_layout("I8", 256, 32, "E8M0")
     with pytest.raises(WeightError, match="48 columns.*multiple of 32"):
         w.from_packed(random_weight("INT8_GROUP", 16, 48), "cpu")
     uneven = random_weight("GPTQ_ORDER", 16, 256)

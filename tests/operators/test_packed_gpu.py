@@ -22,7 +22,7 @@ from ktransformers.operators.experts import KExpertsCPU, KExpertsTorch, KTransfo
 from ktransformers.operators.experts_packed import KExpertsMarlin, KExpertsPacked
 from ktransformers.operators.inner_ops import final_name
 from ktransformers.operators.linear import KLinearTorch, KTransformersLinear
-from ktransformers.operators.linear_packed import KLinearMarlin, KLinearPacked
+from ktransformers.operators.linear_packed import KLinearFP8, KLinearMarlin, KLinearPacked
 from ktransformers.quants.blocks import QUANT_TYPES, Packed
 from tests.dict_weights import DictWeights
 from tests.kernels.weights import random_weight
@@ -86,7 +86,7 @@ def inputs(rows, k, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q8_0", "Q2_K", "Q4_K", "Q6_K", "IQ4_XS", "MXFP4", "GPTQ_INT4", "GPTQ_ORDER",
-                                  "GPTQ_INT8", "AWQ", "RAWINT4", "INT8_ROW", "NVFP4_SEPARATE"])  # fmt: skip
+                                  "GPTQ_INT8", "AWQ", "RAWINT4", "INT8_ROW", "NVFP4_SEPARATE", "FP8", "MXFP8"])  # fmt: skip
 def test_published_weights_are_computed_as_they_are(name, interpreter, monkeypatch):
     """One row, few and many, each by its kernel, with a bias and without; nothing is lost, and nothing said."""
     monkeypatch.setattr(linear, "DOT_ROWS", 4)
@@ -109,7 +109,7 @@ def test_activations_keep_their_type(dtype, interpreter):
 
 
 @pytest.mark.parametrize("bits, group, worst", [(4, 32, 0.12), (4, 128, 0.13), (8, 64, 0.008), (8, -1, 0.01)])
-@pytest.mark.parametrize("stored", ["F32", "BF16", "FP8", "IQ2_XS"])
+@pytest.mark.parametrize("stored", ["F32", "BF16", "IQ2_XS"])
 def test_what_has_no_packed_form_is_quantized_and_that_is_said_once(stored, bits, group, worst, interpreter):
     weight = torch.randn(48, 512, generator=torch.Generator().manual_seed(0))
     weight = floats(weight, stored) if stored in ("F32", "BF16") else random_weight(stored, 128, 512)
@@ -167,6 +167,14 @@ def test_without_a_name_a_gpu_takes_packed_what_has_a_packed_form(interpreter, m
         weight = floats(torch.randn(16, 256)) if name == "F32" else random_weight(name, 16, 256)
         packed, dense = two(weight, None)
         assert type(packed.active) is kind and relative_error(packed(inputs(1, 256)), dense(inputs(1, 256))) < EXACT
+
+
+def test_fp8_keeps_its_bits_and_other_weights_are_dense_under_its_name(interpreter):
+    packed, dense = two(random_weight("FP8", 144, 256), "KLinearFP8")
+    assert type(packed.active) is KLinearFP8 and packed.active.words.layout.name == "F8_E4M3"
+    assert relative_error(packed(inputs(1, 256)), dense(inputs(1, 256))) < EXACT
+    with pytest.warns(UserWarning, match="KLinearFP8 on cpu: Weights of type F32 have no packed form.*KLinearTorch takes"):
+        assert type(two(floats(torch.ones(16, 64)), "KLinearFP8")[0].active) is KLinearTorch
 
 
 def test_gradients_pass(interpreter):
@@ -298,7 +306,7 @@ def routing(tokens=7, k=3, hidden=HIDDEN, seed=0):
     return torch.randn(tokens, hidden), torch.randint(-1, COUNT + 1, (tokens, k)), torch.rand(tokens, k)
 
 
-@pytest.mark.parametrize("types", [("Q8_0", "Q8_0", "Q4_0"), ("Q4_0", "Q8_0", "MXFP4"), ("RAWINT4", "RAWINT4", "INT8_ROW")])
+@pytest.mark.parametrize("types", [("Q8_0", "Q8_0", "Q4_0"), ("Q4_0", "Q8_0", "MXFP4"), ("FP8", "FP8", "INT8_ROW")])
 @pytest.mark.parametrize("pairs", [0, 1 << 20])
 def test_experts_are_computed_as_they_are(types, pairs, interpreter, monkeypatch):
     """Few tokens and many; ids of nobody, and one named twice."""
@@ -472,9 +480,9 @@ def rule_file(tmp_path, linear_op, experts_op):
 @pytest.mark.parametrize("family, kind, worst", [("qwen3_moe", "Q8_0", 1e-3), ("deepseek_v3", "Q4_0", 3e-2)])
 def test_a_model_by_a_rule_file_says_the_same_tokens(family, kind, worst, interpreter, tmp_path):
     """DeepSeek's file has a few tensors in F16, which are quantized to 8 bits."""
-    model = tiny_model(family, num_hidden_layers=2)
+    model = tiny_model(family, num_hidden_layers=2, num_experts_per_tok=2)
     quantize_folder(save(model, tmp_path / "m"), gguf := tmp_path / "model.gguf", kind)
-    ids, found = random_ids(1, 4), {}
+    ids, found = random_ids(1, 3), {}
     for linear_op, experts_op in (("KLinearMarlin", "KExpertsMarlin"), ("KLinearTorch", "KExpertsTorch")):
         rules = str(rule_file(tmp_path, linear_op, experts_op))
         ours = optimize_and_load(meta_model(model.config), rules, gguf, devices={"cuda": "cpu"}, progress=False)
