@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from ktransformers import env
+
 try:
     import triton
     import triton.language as tl
@@ -40,6 +42,8 @@ def why_not(device: torch.device) -> str:
     """Why kernels do not compute what is on `device`, or ``""``. Starts no device."""
     if device.type == "cpu" and not ON_CPU or device.type not in ("cpu", "cuda"):
         return "its kernels run on GPUs of NVIDIA and AMD only"
+    if not env.kernels():
+        return "KT_KERNELS=0 wants none of its kernels"
     if triton is None:
         return f"its kernels need Triton, which cannot be imported ({missing}); pip install triton"
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -241,7 +241,10 @@ def main() -> None:
     console.print(name)
     for cases in (linears, experts, attention):
         for case in cases(args, device):
-            results.append(measure(case, bandwidth, peak, 4 * getattr(properties, "L2_cache_size", 64 << 20)))
+            try:
+                results.append(measure(case, bandwidth, peak, 4 * getattr(properties, "L2_cache_size", 64 << 20)))
+            except torch.OutOfMemoryError:
+                console.print(f"{case.kernel}, {case.what}, {case.shape}, {case.size}: does not fit")
             torch.cuda.empty_cache()
     console.print(table_of(results))
     if args.json:

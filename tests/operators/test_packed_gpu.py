@@ -259,6 +259,11 @@ def test_a_gpu_that_triton_does_not_compile_for(interpreter, monkeypatch):
     assert type(packed.active) is KLinearTorch
 
 
+def test_a_variable_switches_kernels_off(interpreter, monkeypatch):
+    monkeypatch.setenv("KT_KERNELS", "0")
+    assert final_name("KLinearMarlin", "cuda") == "KLinearTorch" and final_name("KExpertsMarlin", "cpu") == "KExpertsCPU"
+
+
 def test_kernels_and_c_know_the_same_activations():
     assert {*gating._ACTIVATIONS, "swigluoai"} == set(native.ACTIVATIONS)
 
