@@ -16,9 +16,10 @@ from ktransformers import native
 from ktransformers.errors import WeightError
 from ktransformers.loaders import WeightSource
 from ktransformers.models.traits import is_linear
-from ktransformers.operators.base_operator import BaseInjectedModule, InferenceState, forward_only
+from ktransformers.operators.base_operator import BaseInjectedModule, InferenceState, forward_only, warn_once
 from ktransformers.operators.inner_base import KLinearBase, Weight, weight_and_bias
 from ktransformers.operators.inner_ops import (
+    DENSE,
     OBSOLETE_OPS,
     InnerOperator,
     StagedOperator,
@@ -146,7 +147,11 @@ class KTransformersLinear(StagedOperator, nn.Linear):
             return LINEAR_MAP[today], torch.device(device)
         # Nothing named, or a GPU operator that gave way: the best this device has for this weight.
         if not is_cpu(device):
-            packs = not no_kernels(device) and KLinearPacked.keeps(self.key, self.gguf_loader)
+            if no_kernels(device):
+                return KLinearTorch, torch.device(device)
+            packs = KLinearPacked.keeps(self.key, self.gguf_loader)
+            if not packs and (types := _quantized(self.key, self.gguf_loader)):
+                warn_once(f"KTransformersLinear on {device}: {types} has no packed form there; KLinearTorch {DENSE}")
             return (KLinearPacked if packs else KLinearTorch), torch.device(device)
         dtype = getattr(getattr(self.orig_module, "weight", None), "dtype", None)
         usable = not KLinearCPUInfer.problem(self.key, self.gguf_loader, dtype)
@@ -206,6 +211,14 @@ class KTransformersLinear(StagedOperator, nn.Linear):
     def extra_repr(self) -> str:
         sizes = f"{self.in_features} -> {self.out_features}"
         return f"{sizes}, {type(self.active).__name__} on {self.generate_device}{getattr(self.active, 'form', '')}"
+
+
+def _quantized(key: str, weights: WeightSource | None) -> str:
+    """The types of a weight that is stored in quantized ones, or ``""``."""
+    name = f"{key}.weight"
+    if weights is None or not weights.has(name):
+        return ""
+    return "+".join(dict.fromkeys(i.type.name for i in weights.infos(name) if i.type.torch_dtype is None))
 
 
 def packed_of(linear: nn.Module | None) -> tuple[Packed, Tensor | None] | None:

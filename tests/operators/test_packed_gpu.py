@@ -162,11 +162,17 @@ def test_groups_of_different_sizes_are_found_when_loading(interpreter):
 
 
 def test_without_a_name_a_gpu_takes_packed_what_has_a_packed_form(interpreter, monkeypatch):
+    """Dense is what has none, and that is said of what was quantized."""
     monkeypatch.setattr(linear_module, "is_cpu", lambda device: False)
-    for name, kind in (("Q4_K", KLinearPacked), ("IQ2_XS", KLinearTorch), ("F32", KLinearTorch)):
-        weight = floats(torch.randn(16, 256)) if name == "F32" else random_weight(name, 16, 256)
-        packed, dense = two(weight, None)
+    for name, kind in (("Q4_K", KLinearPacked), ("F32", KLinearTorch), ("IQ2_XS", KLinearTorch)):
+        weight = floats(torch.randn(16, 256)) if name == "F32" else random_weight(name, 128, 256)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            packed, dense = two(weight, None)
         assert type(packed.active) is kind and relative_error(packed(inputs(1, 256)), dense(inputs(1, 256))) < EXACT
+        assert [str(one.message).partition(";")[0] for one in told] == (
+            ["KTransformersLinear on cpu: IQ2_XS has no packed form there"] if name == "IQ2_XS" else []
+        )
 
 
 def test_fp8_keeps_its_bits_and_other_weights_are_dense_under_its_name(interpreter):
@@ -319,7 +325,7 @@ def test_experts_are_computed_as_they_are(types, pairs, interpreter, monkeypatch
     weights = ExpertsOf(*types)
     packed, dense = layer(weights), layer(weights, "KExpertsTorch")
     assert type(packed.active) is KExpertsMarlin and len(packed.active.experts.first) == 1 + (types[0] != types[1])
-    hidden, ids, w = routing()
+    hidden, ids, w = routing(4)
     ids[1], ids[2] = 5, -1
     for args in ((hidden, ids, w), routing(0), (hidden[:2].bfloat16(), ids[:2].int(), w[:2].bfloat16())):
         found, expected = packed(*args), dense(*args)
