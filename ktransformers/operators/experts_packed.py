@@ -110,13 +110,14 @@ class KExpertsPacked(KExpertsBase):
 
     def forward(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         device = self.experts.down.device
-        there = hidden.to(device, computable(hidden.dtype)), ids.to(device), weights.to(device)
+        x, ids, weights = hidden.to(device, computable(hidden.dtype)), ids.to(device), weights.to(device)
 
-        def compute(x: Tensor, weights: Tensor) -> Tensor:
-            call = torch_ops.experts if torch_ops.is_watched(x) else None
-            return self.compute(x, there[1], weights) if call is None else call(x, there[1], weights, self.number)
+        def call(x: Tensor, weights: Tensor) -> Tensor:
+            if torch_ops.is_watched(x):
+                return torch_ops.experts(x, ids, weights, self.number)
+            return self.compute(x, ids, weights)
 
-        out = forward_only(compute, f"{self.key} ({type(self).__name__})", there[0], there[2])
+        out = forward_only(call, f"{self.key} ({type(self).__name__})", x, weights)
         return out.to(hidden.device, hidden.dtype)
 
     def compute(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -125,8 +126,7 @@ class KExpertsPacked(KExpertsBase):
             count = len(self.slots) - 1
             ids = self.slots[ids.where((ids >= 0) & (ids < count), count)]
         hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
-        size = kernels.workspace_size(self.experts, *ids.shape, hidden.dtype)
-        workspace = self.workspace.take(size)
+        workspace = self.workspace.take(kernels.workspace_size(self.experts, *ids.shape, hidden.dtype))
         return kernels.forward(self.experts, hidden, ids.contiguous(), weights.contiguous(), workspace=workspace)
 
 
