@@ -10,8 +10,8 @@ OBJECTS := build/clib/.compiled
 NATIVE := $(shell find native setup.py -name '*.[ch]' -o -name '*.py' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev chat doctor test test-fast support pages bench bench-setup bench-start bench-peers sanitize \
-        bench-model bench-whole bench-serve bench-open bench-plan bench-attention bench-encode native train wheel clean tools FORCE
+.PHONY: help setup setup-dev chat doctor test test-fast test-gpu support pages bench bench-setup bench-start bench-peers sanitize \
+        bench-model bench-whole bench-serve bench-open bench-plan bench-attention bench-encode bench-gpu native train wheel clean tools FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,9 @@ test: setup-dev ## every test
 test-fast: setup-dev ## some cases of every kind of test
 	$(PY) -m pytest -m "not slow" $(ARGS)
 
+test-gpu: setup-dev ## what needs a GPU, skipped where there is none (SANITIZER="compute-sanitizer --error-exitcode 1")
+	TRITON_INTERPRET=0 $(SANITIZER) $(PY) -m pytest -rs tests/kernels/test_gpu.py $(ARGS)
+
 bench-setup: ## time from a fresh clone to the first answer, by parts (PIP_ARGS=..., JSON=file)
 	$(PYTHON) tests/bench/bench_setup.py $(if $(JSON),--json $(JSON)) $(ARGS)
 
@@ -91,6 +94,9 @@ bench-encode: setup-dev ## how fast kt quantize encodes each type, beside readin
 
 bench-plan: setup-dev ## what kt plan predicts against what is measured, memory and tokens/s
 	$(PY) -m tests.bench.bench_plan $(if $(JSON),--json $(JSON)) $(ARGS)
+
+bench-gpu: setup-dev ## the GPU kernels beside cuBLAS in bf16 and the measured bandwidth (JSON=file ARGS="--quick ...")
+	TRITON_INTERPRET=0 $(PY) -m tests.bench.bench_gpu $(if $(JSON),--json $(JSON)) $(ARGS)
 
 sanitize: ## the C library under AddressSanitizer and UBSan
 	$(MAKE) -C native sanitize

@@ -26,6 +26,7 @@ VARIABLES = {
     "KT_HISTORY": "file that keeps what was typed in kt chat, or off; default: in the user's state folder",
     "KT_HUGE_PAGES": "1 reads checkpoints into huge pages instead of mapping them: faster decoding, slower to open",
     "KT_ISA": f"highest instruction set the C library may use: {', '.join(ISAS)}",
+    "KT_KERNELS": "1 (default) computes packed weights on a GPU by the Triton kernels, 0 takes dense weights and torch",
     "KT_NUMA": "CPUs of each NUMA node, such as 0-3,8;4-7; default: what the system reports",
     "KT_PIN": "0 leaves the C library's threads to the system, 1 (default) binds them to cores and NUMA nodes",
     "KT_RULE_MODULES": "comma-separated modules that rule files may import beyond torch, transformers, ktransformers",
@@ -56,6 +57,11 @@ def build() -> str | None:
 def debug() -> int:
     """KT_DEBUG as an integer, 0 when unset."""
     return _integer("KT_DEBUG", 0, 0, 1)
+
+
+def kernels() -> bool:
+    """KT_KERNELS: whether the GPU kernels of packed weights are used."""
+    return bool(_integer("KT_KERNELS", 1, 0, 1))
 
 
 def graphs() -> bool:

@@ -3,12 +3,13 @@
 import os
 import signal
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # tests/kernels: to be set before torch._dynamo imports Triton
+os.environ.setdefault("TRITON_INTERPRET", "1")  # `interpreter`: to be set before torch._dynamo imports Triton
 
 import pytest
 import torch
 
 from ktransformers import native
+from ktransformers.kernels import compiler
 from tests.fast import mark_slow
 from tests.tiny import FAMILIES, save, tiny_model
 
@@ -18,6 +19,16 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 
 def pytest_collection_modifyitems(items):
     mark_slow(items)
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+    """The kernels of GPUs are launched on the CPU, in Triton's interpreter. Skips where Triton is not there."""
+    if compiler.triton is None:
+        pytest.skip("Triton is not installed")
+    if not compiler.triton.knobs.runtime.interpret:
+        pytest.skip("TRITON_INTERPRET=0 in the environment")
+    monkeypatch.setattr(compiler, "ON_CPU", True)
 
 
 @pytest.fixture(scope="session")

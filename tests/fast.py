@@ -30,6 +30,7 @@ SLOW = (
     "tests/native/test_threads.py",
     "tests/operators/test_compile.py",
     "tests/operators/test_every_multimodal.py::test_the_program_takes_such_a_folder",
+    "tests/operators/test_packed_gpu.py::test_a_model_by_a_rule_file_says_the_same_tokens",
     "tests/planner/test_plan.py::test_a_gguf_or_a_folder_with_weights_is_planned_by_its_own_headers",
     "tests/planner/test_plan.py::test_what_cannot_fit_at_all_is_said",
     "tests/planner/test_plan.py::test_what_is_planned_on_gpus_is_what_a_simulation_finds_there",

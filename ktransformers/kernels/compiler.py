@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 
+from ktransformers import env
+
 try:
     import triton
     import triton.language as tl
 
-    jit = triton.jit
-except ImportError:
-    triton = None
+    jit, missing = triton.jit, ""
+except Exception as error:  # a Triton that does not fit torch or numpy fails in other ways than by its absence
+    triton, missing = None, f"{type(error).__name__}: {error}"
 
     class tl:  # type: ignore[no-redef]
         """What the signatures of kernels name."""
@@ -27,9 +29,33 @@ ON_CPU = False
 """Whether to launch kernels on tensors of the CPU too, in Triton's interpreter (TRITON_INTERPRET=1). For tests."""
 
 
+LEAST = (8, 0)
+"""The first compute capability that Triton supports."""
+
+
 def launchable(device: torch.device) -> bool:
     """Whether kernels can be launched on tensors of `device`. Elsewhere the reference computes."""
     return triton is not None and (device.type != "cpu" or ON_CPU)
+
+
+def why_not(device: torch.device) -> str:
+    """Why kernels do not compute what is on `device`, or ``""``. Starts no device."""
+    if device.type == "cpu" and not ON_CPU or device.type not in ("cpu", "cuda"):
+        return "its kernels run on GPUs of NVIDIA and AMD only"
+    if not env.kernels():
+        return "KT_KERNELS=0 wants none of its kernels"
+    if triton is None:
+        return f"its kernels need Triton, which cannot be imported ({missing}); pip install triton"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "this machine has no such GPU"
+    return ""
+
+
+def too_old(device: torch.device) -> str:
+    """Why Triton does not compile for a GPU that is there, or ``""``. Starts the device."""
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) >= LEAST:
+        return ""
+    return "Triton compiles for GPUs of compute capability 8.0 (RTX 30, A100) and later only."
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, arguments: dict[str, Any]) -> None:

@@ -78,13 +78,16 @@ def value_at(
     low, high, table, one,
     C: tl.constexpr, TO: tl.constexpr, BITS0: tl.constexpr, BITS1: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """Code `C` as a float32: 1 + code / FACTOR, or the value of a table; of E2M1 2^-126 times the value.
+    """Code `C` as a float32: 1 + code / FACTOR, or a table's value; of E2M1 2^-126 times, of E4M3 2^-120 times that.
 
-    E2M1 has an exponent and a mantissa already: they go where a float has its lowest ones, and 0.5 is a subnormal.
+    These have an exponent and a mantissa already: they go where a float has its lowest ones, and subnormals stay so.
     """
     if VALUES == "E2M1":
         sign = (low << (28 - C * 4)) & -2147483648
         return (field(low, C * 4, 3, 22) | sign).to(tl.float32, bitcast=True)
+    elif VALUES == "E4M3":
+        sign = (low << (24 - C * 8)) & -2147483648
+        return (field(low, C * 8, 7, 20) | sign).to(tl.float32, bitcast=True)
     elif VALUES == "IQ4":
         return tl.load(table + code_at(low, high, 0, C, BITS0, BITS1, 0))
     else:

@@ -56,6 +56,9 @@ def dequantize_kernel(
         if VALUES == "E2M1":
             value = value_at(low, high, table, one, c, TO, BITS0, BITS1, VALUES)
             value = value * 85070591730234615865843651857942052864.0  # 2^126
+        elif VALUES == "E4M3":
+            value = value_at(low, high, table, one, c, TO, BITS0, BITS1, VALUES)
+            value = value * 1329227995784915872903807060280344576.0  # 2^120
         elif VALUES == "IQ4":
             value = value_at(low, high, table, one, c, TO, BITS0, BITS1, VALUES)
         else:

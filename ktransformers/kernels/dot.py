@@ -107,6 +107,8 @@ def dot_kernel(
             value = value_at(low, high, table, one, c, TO, BITS0, BITS1, VALUES)
             if VALUES == "E2M1":
                 weight = value * 85070591730234615865843651857942052864.0 * scale  # 2^126
+            elif VALUES == "E4M3":
+                weight = value * 1329227995784915872903807060280344576.0 * scale  # 2^120
             elif VALUES == "IQ4":
                 weight = value * scale
             else:

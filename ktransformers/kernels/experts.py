@@ -224,9 +224,4 @@ def joined(gate: Sequence[Any], up: Sequence[Any], device: torch.device | str) -
     """Matrices of E experts as what `Experts.first` is: one weight where gate and up are of one type, else two."""
     if layout_of(gate[0]) != layout_of(up[0]) or gate[0].shape[0] % ROWS_OF_16:
         return w.from_experts(gate, device), w.from_experts(up, device)
-    rows, columns = gate[0].shape
-    made = w.empty(layout_of(gate[0]), (len(gate), 2 * rows, columns), device)
-    for e, pair in enumerate(zip(gate, up, strict=True)):
-        for i, weight in enumerate(pair):
-            w.write(made.expert(e), weight, i * rows)
-    return (made,)
+    return (w.from_experts(gate, device, up),)

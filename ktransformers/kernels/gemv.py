@@ -92,8 +92,8 @@ def gemv_kernel(
                 xk = tl.load(x + tl.load(order + k + c)).to(tl.float32)
             else:
                 xk = tl.load(x_at + c).to(tl.float32)
-            if VALUES == "E2M1":
-                xk *= 79228162514264337593543950336.0  # 2^96: the values are 2^-126 too small
+            if VALUES == "E2M1" or VALUES == "E4M3":
+                xk *= 79228162514264337593543950336.0  # 2^96: the values are 2^-126 or 2^-120 too small
             dot += value_at(low, high, table, one, c % PER0, TO, BITS0, BITS1, VALUES) * xk
             total += xk
             if c % SUB == SUB - 1:
@@ -104,6 +104,8 @@ def gemv_kernel(
                 )  # fmt: skip
                 if VALUES == "E2M1":
                     sums += dot * 1073741824.0 * scale  # 2^30
+                elif VALUES == "E4M3":
+                    sums += dot * 16777216.0 * scale  # 2^24
                 elif VALUES == "IQ4":
                     sums += dot * scale
                 else:

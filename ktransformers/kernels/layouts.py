@@ -6,6 +6,7 @@ Letters: N rows, K columns, G groups of columns that share a scale, P rows padde
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -42,7 +43,7 @@ TABLES = {
 class Layout:
     """What all weights of one kind have in common: all that decides their bytes, and which kernel computes them.
 
-    `group`: columns that share a scale, 0 for all. `values`: "" where a code is its own value, or a key of TABLES.
+    `group`: columns that share a scale, 0 for all. `values`: "" where codes are values, E4M3, or a key of TABLES.
     `order`: the columns of a matrix are sorted by their groups, `Words.order` says how.
     """
 
@@ -70,10 +71,16 @@ class Layout:
         unit = math.lcm(COLUMNS_OF_32, self.group or 1, 256 if self.super_blocks else 1)
         if columns % unit or columns < 1:
             raise WeightError(
-                f"{self.name} with {columns} columns: on a GPU packed weights need a multiple of {unit}. "
-                "Use an operator that dequantizes (KLinearTorch, KExpertsTorch)."
+                f"{self.name} with {columns} columns: on a GPU packed weights need a multiple of {unit}."
             )
         return columns // self.group if self.group else 1
+
+    def takes(self, columns: int) -> bool:
+        """Whether a weight of so many columns can be packed so."""
+        try:
+            return self.groups(columns) > 0
+        except WeightError:
+            return False
 
     def lines(self, columns: int) -> dict[str, tuple[int, torch.dtype]]:
         """Part of a weight -> how many lines of P elements it has, and of which type."""
@@ -122,6 +129,7 @@ _SCALED = {
     "GPTQ8": Layout("GPTQ8", 8, 0, "F16", zero=128),
     "AWQ4": Layout("AWQ4", 4, 0, "F16", zero=8),
     "F4_E2M1": Layout("F4_E2M1", 4, 0, "F16", values="E2M1"),
+    "F8_E4M3": Layout("F8_E4M3", 8, 0, "F32", values="E4M3"),
 }
 """Without what a checkpoint says of the scales."""
 
@@ -134,16 +142,17 @@ def padded(rows: int) -> int:
     return -(-rows // ROWS_OF_16) * ROWS_OF_16
 
 
-def layout_of(weight: Packed | ScaledWeight | QuantType | str) -> Layout:
-    """The layout of a weight, or of a GGUF type. Raises UnsupportedError where there is none."""
+def layout_of(weight: Any) -> Layout:
+    """The layout of a weight (`words.Weight`), or of a GGUF type. Raises UnsupportedError where there is none."""
+    if isinstance(own := getattr(weight, "layout", None), Layout):
+        return own  # of floats, which have that of what they are quantized to
     if isinstance(weight, ScaledWeight):
         return _scaled_layout(weight)
     kind = weight.type if isinstance(weight, Packed) else weight
     name = kind if isinstance(kind, str) else kind.name
     if name not in _GGUF:
         raise UnsupportedError(
-            f"Weights of type {name} have no packed form on a GPU (there are {', '.join(_GGUF)}). "
-            "Use an operator that dequantizes (KLinearTorch, KExpertsTorch)."
+            f"Weights of type {name} have no packed form on a GPU (there are {', '.join((*_GGUF, *_SCALED))})."
         )
     return _GGUF[name]
 
@@ -163,16 +172,26 @@ def scaled_layout(
     """
     whole = group >= columns
     fits = name in _SCALED and (whole or (group >= 16 and group & (group - 1) == 0))
-    if not fits or (scale == "E8M0" and name != "F4_E2M1"):
+    if not fits or (scale == "E8M0" and not _SCALED[name].values):
         raise UnsupportedError(
             f"{name} in groups of {group} with scales of {scale} has no packed form on a GPU (there are "
-            f"{', '.join(_SCALED)}, groups 16, 32, 64, ... or whole rows, E8M0 for F4_E2M1 only). "
-            "Use an operator that dequantizes (KLinearTorch, KExpertsTorch)."
+            f"{', '.join(_SCALED)}, groups 16, 32, 64, ... or whole rows, E8M0 for floats only)."
         )
     return replace(
         _SCALED[name], group=0 if whole else group, scale="F16" if scale == "E4M3" else scale,
         minimum="ZEROS" if zeros else "", zero_bias=zero_bias if zeros else 0, order=order,
     )  # fmt: skip
+
+
+def quantized_layout(dtype: torch.dtype, columns: int, num_bits: int = 4, group_size: int = 128) -> Layout:
+    """Of floats in upstream's Marlin form: symmetric codes about 8 or 128, scales of the weight's own type, which reach
+    as far as it does. `group_size` -1: one scale a row. Raises UnsupportedError for other bits and odd groups."""
+    if num_bits not in (4, 8):
+        raise UnsupportedError(f"Quantizing to {num_bits} bits: expected num_bits 4 or 8.")
+    scale = {torch.float16: "F16", torch.bfloat16: "BF16"}.get(dtype, "F32")
+    group = columns if group_size == -1 else group_size
+    layout = scaled_layout("U8" if num_bits == 8 else "I4", columns, group, scale)
+    return replace(layout, name=f"INT{num_bits}")
 
 
 def _scaled_layout(weight: ScaledWeight) -> Layout:
@@ -193,8 +212,7 @@ def _check_order(weight: ScaledWeight) -> None:
     even = torch.arange(columns, dtype=torch.int32) // group
     if columns % group or not torch.equal(weight.order.sort().values, even):
         raise UnsupportedError(
-            f"{weight}: its groups have different numbers of columns, so it has no packed form on a GPU. "
-            "Use an operator that dequantizes (KLinearTorch)."
+            f"{weight}: its groups have different numbers of columns, so it has no packed form on a GPU."
         )
 
 

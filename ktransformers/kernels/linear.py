@@ -53,6 +53,15 @@ def workspace_size(words: Words, rows: int, x: torch.dtype = torch.bfloat16) -> 
     return cdiv(_columns_at_once(words) * words.shape[1] * x.itemsize, 4)
 
 
+def most_workspace(words: Words, x: torch.dtype = torch.bfloat16) -> int:
+    """float32 elements that `linear` needs for any number of rows up to DOT_ROWS.
+
+    The dot takes a block of up to 64 rows at a time, so its shares change where another block begins.
+    """
+    full = range(64, DOT_ROWS + 1, 64)
+    return max(workspace_size(words, rows, x) for rows in (GEMV_ROWS, *full, DOT_ROWS))
+
+
 def _columns_at_once(words: Words) -> int:
     n, k = words.shape
     return min(cdiv(n, 16) * 16, max(16, DENSE_AT_ONCE // k // 16 * 16))
@@ -73,3 +82,16 @@ def _dense(x: Tensor, words: Words, bias: Tensor | None, out: Tensor | None, wor
         else:
             torch.addmm(bias[start : start + width], x, piece, out=to)
     return out
+
+
+def gradient(of_out: Tensor, words: Words) -> Tensor:
+    """The gradient of x [.., K], from that of `linear`'s result [.., N]: its product with W, some rows at a time."""
+    (n, k), step = words.shape, _columns_at_once(words)
+    rows = of_out.reshape(-1, n)
+    made = torch.zeros(len(rows), k, dtype=torch.float32, device=rows.device)
+    for start in range(0, n, step):
+        piece = rows[:, start : start + step]
+        numbers = piece.new_empty(k, piece.shape[1])
+        dequantize.dequantize_into(numbers, words, start)
+        made += piece @ numbers.T
+    return made.to(of_out.dtype).view(*of_out.shape[:-1], k)

@@ -127,6 +127,8 @@ def of_scaled(weight: ScaledWeight, device: torch.device) -> Parts:
     data, kind = _dense(weight.data, device), weight.type
     if kind.name == "I8":
         codes = data ^ 0x80
+    elif kind.name == "F8_E4M3":
+        codes = data
     elif kind.name == "F4_E2M1":
         codes = b._fields(data, 4).transpose(-1, -2).flatten(-2)
     else:

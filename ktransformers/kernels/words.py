@@ -17,10 +17,13 @@ import torch
 from torch import Tensor
 
 from ktransformers.errors import UnsupportedError, WeightError
-from ktransformers.kernels.layouts import PLANES, ROWS_OF_16, TABLES, Layout, layout_of, padded, scaled_layout
+from ktransformers.kernels.floats import Floats
+from ktransformers.kernels.layouts import PLANES, ROWS_OF_16, TABLES, Layout, layout_of, padded
 from ktransformers.kernels.parts import Parts, of_blocks, of_scaled
 from ktransformers.quants.blocks import WEIGHTS_AT_ONCE, Packed
 from ktransformers.quants.scaled import ScaledWeight
+
+Weight = Packed | ScaledWeight | Floats
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +112,7 @@ def empty(layout: Layout, shape: Sequence[int], device: torch.device | str) -> W
     return _assemble(layout, tuple(shape), parts, order)
 
 
-def from_packed(weight: Packed | ScaledWeight, device: torch.device | str) -> Words:
+def from_packed(weight: Weight, device: torch.device | str) -> Words:
     """A checkpoint's weight as words on `device`. Peak memory: the words and a few `WEIGHTS_AT_ONCE` there.
 
     Raises UnsupportedError for a type without words and WeightError for columns that make no whole groups.
@@ -122,23 +125,25 @@ def from_packed(weight: Packed | ScaledWeight, device: torch.device | str) -> Wo
     return made
 
 
-def from_experts(weights: Sequence[Packed | ScaledWeight], device: torch.device | str) -> Words:
-    """Matrices of one type and shape as words [E, N, K]."""
-    layouts = {layout_of(weight) for weight in weights}
-    shapes = {tuple(weight.shape) for weight in weights}
+def from_experts(weights: Sequence[Weight], device: torch.device | str, below: Sequence[Weight] = ()) -> Words:
+    """Matrices of one type and shape as words [E, N, K]; `below`: as many to come below them, as up's below gate's."""
+    layouts = {layout_of(weight) for weight in (*weights, *below)}
+    shapes = {tuple(weight.shape) for weight in (*weights, *below)}
     if len(layouts) != 1 or len(shapes) != 1 or any(layout.order for layout in layouts):
-        kinds = sorted({str(weight.type) for weight in weights})
+        kinds = sorted({str(weight.type) for weight in (*weights, *below)})
         raise UnsupportedError(
             f"Experts of {', '.join(kinds)} in shapes {sorted(shapes)}: on a GPU packed experts need one type and "
-            "shape, and columns in their order. Use KExpertsTorch."
+            "shape, and columns in their order."
         )
-    made = empty(layouts.pop(), (len(weights), *shapes.pop()), device)
-    for e, weight in enumerate(weights):
-        write(made.expert(e), weight)
+    rows, columns = shapes.pop()
+    made = empty(layouts.pop(), (len(weights), rows * (2 if below else 1), columns), device)
+    for start, matrices in ((0, weights), (rows, below)):
+        for e, weight in enumerate(matrices):
+            write(made.expert(e), weight, start)
     return made
 
 
-def write(words: Words, weight: Packed | ScaledWeight, row: int = 0) -> None:
+def write(words: Words, weight: Weight, row: int = 0) -> None:
     """Write the matrix `weight` into the rows of `words` from `row` on: a whole weight, or gate and up in turn.
 
     Raises WeightError where type or shape differ.
@@ -153,14 +158,19 @@ def write(words: Words, weight: Packed | ScaledWeight, row: int = 0) -> None:
             raise WeightError(f"Cannot write {weight} at row {row} of {words}: its columns have another order.")
         words.order.copy_(order)
     for start, stop in _chunks(weight):
-        piece = weight.rows(start, stop)
-        parts = of_blocks(piece, words.device) if isinstance(piece, Packed) else of_scaled(piece, words.device)
+        parts = _parts(weight.rows(start, stop), words)
         if order is not None:
             parts = replace(parts, codes=parts.codes[:, order])
         _store(words, parts, row + start)
 
 
-def _chunks(weight: Packed | ScaledWeight) -> Iterator[tuple[int, int]]:
+def _parts(piece: Weight, words: Words) -> Parts:
+    if isinstance(piece, Floats):
+        return piece.parts(words.device, words.scales.dtype)
+    return of_blocks(piece, words.device) if isinstance(piece, Packed) else of_scaled(piece, words.device)
+
+
+def _chunks(weight: Weight) -> Iterator[tuple[int, int]]:
     """Rows to be taken at a time: bounded memory, cut where the words of the file may be."""
     rows, columns = weight.shape
     unit = ROWS_OF_16 if isinstance(weight, Packed) else math.lcm(ROWS_OF_16, weight._row_unit(1))
@@ -236,13 +246,20 @@ def _values(words: Words, start: int, stop: int) -> Tensor:
     if layout.values:
         # MXFP4 is published as twice the value times half the scale, which matters at the ends of fp32.
         double = 2.0 if layout.scale == "E8M0" else 1.0
-        value = torch.tensor(TABLES[layout.values], dtype=torch.float32, device=code.device)[code] * double
+        value = _value(layout.values, code) * double
     elif layout.minimum == "ZEROS":
         value = code.float() - of_group(words.minima).float() - layout.zero_bias
     else:
         value = code.float() - layout.zero
     value = value * scale.repeat_interleave(columns // len(scale), 0)
     return value if minimum is None else value - minimum.repeat_interleave(columns // len(minimum), 0)
+
+
+def _value(kind: str, code: Tensor) -> Tensor:
+    """The float32 values of codes that are no integers."""
+    if kind == "E4M3":
+        return code.to(torch.uint8).view(torch.float8_e4m3fn).float()
+    return torch.tensor(TABLES[kind], dtype=torch.float32, device=code.device)[code]
 
 
 def _scale_and_minimum(words: Words, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
@@ -262,46 +279,3 @@ def _scale_and_minimum(words: Words, start: int, stop: int) -> tuple[Tensor, Ten
     if layout.super_minima:
         minimum = part["dmin"].float().repeat_interleave(each, 0) * minimum.float()
     return scale.float(), None if minimum is None or layout.minimum == "ZEROS" else minimum.float()
-
-
-# --- quantizing at load ---------------------------------------------------------------------------------------------
-
-
-def quantize(weight: Tensor, num_bits: int = 4, group_size: int = 128) -> tuple[Words, float]:
-    """Floats [N, K] as words in upstream's Marlin form, symmetric codes about 8 or 128, made where `weight` is.
-
-    `group_size` -1: one scale a row. Also returns the error: the root mean square of what was lost, as a share of the
-    weight's. Raises WeightError for numbers that are not finite.
-    """
-    rows, columns = weight.shape
-    group = columns if group_size == -1 else group_size
-    if num_bits not in (4, 8):
-        raise UnsupportedError(f"Quantizing to {num_bits} bits: expected num_bits 4 or 8.")
-    layout = scaled_layout("U8" if num_bits == 8 else "I4", columns, group, _scale_type(weight.dtype))
-    words = empty(replace(layout, name=f"INT{num_bits}"), (rows, columns), weight.device)
-    words.layout.groups(columns)
-    lost = total = 0.0
-    step = max(ROWS_OF_16, WEIGHTS_AT_ONCE // columns // ROWS_OF_16 * ROWS_OF_16)
-    for start in range(0, rows, step):
-        piece = weight[start : start + step].float()
-        if not bool(piece.isfinite().all()):
-            raise WeightError(f"Cannot quantize a weight {list(weight.shape)}: it holds NaN or infinity.")
-        parts = _quantize(piece.view(len(piece), -1, group), num_bits, words.scales.dtype)
-        _store(words, parts, start)
-        lost += float((_values(words, start, start + len(piece)).T - piece).square().sum())
-        total += float(piece.square().sum())
-    return words, math.sqrt(lost / total) if total else 0.0
-
-
-def _scale_type(dtype: torch.dtype) -> str:
-    """Scales have the weight's own type: they reach as far as it does."""
-    return {torch.float16: "F16", torch.bfloat16: "BF16"}.get(dtype, "F32")
-
-
-def _quantize(groups: Tensor, bits: int, dtype: torch.dtype) -> Parts:
-    """float32 [N, G, group] -> codes and scales: the widest weight of a group is half a step beyond the last code."""
-    half = 1 << (bits - 1)
-    scales = (groups.abs().amax(-1) * 2 / (2 * half - 1)).to(dtype)
-    step = scales.float().unsqueeze(-1)
-    levels = torch.where(step > 0, groups / step, torch.zeros_like(groups)).round() + half
-    return Parts(levels.clamp(0, 2 * half - 1).to(torch.uint8).flatten(1), scales)

@@ -1,4 +1,5 @@
-"""The C calls as operators of torch (`torch.ops.ktransformers`), which the dispatcher knows by name and shape.
+"""The C calls as operators of torch (`torch.ops.ktransformers`), which the dispatcher knows by name and shape; linears
+and experts that kernels compute on a GPU, too.
 
 So torch.compile and torch.export put each into their graphs as one step, fake and meta tensors get shapes without a
 computation, and profilers show it. A schema has no type for a handle of C: torch's own class objects need C++, and its
@@ -25,7 +26,7 @@ from ktransformers.native.checks import DTYPES
 
 
 class LinearCall(Protocol):
-    """What `linear` needs of the object that a number names: native.Linear."""
+    """What `linear` needs of the object that a number names: native.Linear. `on_gpu` is false where there is none."""
 
     name: str
     in_features: int
@@ -142,19 +143,19 @@ def _attention_shape(
     q_factor: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     call = _find(number)
-    _check_fake(hidden, call.hidden, call.name)
+    _check_fake(hidden, call.hidden, call)
     return hidden.new_empty(hidden.shape)
 
 
 def _linear_shape(x: Tensor, number: int) -> Tensor:
     call = _find(number)
-    _check_fake(x, call.in_features, call.name)
+    _check_fake(x, call.in_features, call)
     return x.new_empty((*x.shape[:-1], call.out_features))
 
 
 def _experts_shape(hidden: Tensor, ids: Tensor, weights: Tensor, number: int) -> Tensor:
     call = _find(number)
-    _check_fake(hidden, call.hidden, call.name)
+    _check_fake(hidden, call.hidden, call)
     return hidden.new_empty(hidden.shape)
 
 
@@ -164,7 +165,7 @@ def _router(hidden: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _router_shape(hidden: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
     call = _find(number)
-    _check_fake(hidden, call.hidden, call.name)
+    _check_fake(hidden, call.hidden, call)
     tokens, k = hidden.shape[0], call.choice.top_k
     ids, weights = hidden.new_empty((tokens, k), dtype=torch.int64), hidden.new_empty((tokens, k), dtype=torch.float32)
     return ids, weights, hidden.new_empty((tokens, call.count), dtype=torch.float32)
@@ -176,15 +177,16 @@ def _moe(hidden: Tensor, number: int) -> Tensor:
 
 def _moe_shape(hidden: Tensor, number: int) -> Tensor:
     call = _find(number)
-    _check_fake(hidden, call.hidden, call.name)
+    _check_fake(hidden, call.hidden, call)
     return hidden.new_empty(hidden.shape)
 
 
-def _check_fake(x: Tensor, cols: int, name: str) -> None:
+def _check_fake(x: Tensor, cols: int, call: Any) -> None:
     """As much of `checks.checked_input` as holds for a tensor without values."""
-    if x.device.type not in ("cpu", "meta") or x.dtype not in DTYPES or x.dim() < 1 or x.shape[-1] != cols:
+    here = x.device.type in ("cpu", "meta") or getattr(call, "on_gpu", False)
+    if not here or x.dtype not in DTYPES or x.dim() < 1 or x.shape[-1] != cols:
         found, known = f"{x.dtype} {list(x.shape)} on {x.device}", "float32, bfloat16 or float16"
-        raise NativeError(f"{name}: found input of {found}, expected {known} [..., {cols}] on the cpu.")
+        raise NativeError(f"{call.name}: found input of {found}, expected {known} [..., {cols}] on the cpu.")
 
 
 _library = torch.library.Library("ktransformers", "DEF")  # kept, for the operators end with it

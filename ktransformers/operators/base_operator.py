@@ -291,10 +291,10 @@ def join(prefix: str, name: str) -> str:
 _told: set[str] = set()
 
 
-def warn_once(message: str) -> None:
-    """Warn with `message`, but only once per process: rules apply to many layers alike."""
-    if message not in _told:
-        _told.add(message)
+def warn_once(message: str, about: str = "") -> None:
+    """Warn with `message`, but only once per process, or once `about` something: rules apply to many layers alike."""
+    if (about or message) not in _told:
+        _told.add(about or message)
         warnings.warn(message, UserWarning, stacklevel=3)
 
 

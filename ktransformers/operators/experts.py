@@ -9,7 +9,7 @@ ways of gating. Some experts of a layer may be on a GPU and the others elsewhere
 Letters: T tokens, H hidden, I intermediate, E experts, K experts per token.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,14 +24,17 @@ from ktransformers.models.traits import identity_experts, is_transposed
 from ktransformers.operators import hot_experts
 from ktransformers.operators.base_operator import InferenceState, forward_only, load_children, warn_once
 from ktransformers.operators.combining import has_hooks
-from ktransformers.operators.gating import Gating, apply_gate, gating_of
+from ktransformers.operators.experts_packed import KExpertsMarlin, KExpertsPacked
+from ktransformers.operators.gating import apply_gate, gating_of, uncomputed
 from ktransformers.operators.host_experts import MOST_TOKENS, HostExperts
+from ktransformers.operators.inner_base import KExpertsBase
 from ktransformers.operators.inner_ops import (
     InnerOperator,
     StagedOperator,
     dtype_problem,
     final_name,
     given,
+    no_kernels,
     op_problem,
     resolve_op,
     stored_problem,
@@ -50,6 +53,7 @@ from ktransformers.operators.moe import (  # noqa: F401  rule files name the blo
     KQwen3NextSparseMoeBlockV2,
     KSmallthinkerMoeBlock,
 )
+from ktransformers.operators.on_gpu import GROUP_SIZE, NUM_BITS, quantizing_problems
 from ktransformers.operators.watching import Numbers
 
 BACKENDS = ("llamafile", "AMXBF16", "AMXInt8")
@@ -59,27 +63,6 @@ METHODS = ("BF16", "FP8", "FP8_PERCHANNEL", "FP8_PERTENSOR", "MXFP8", "RAWINT4",
            "GPTQ_INT4", "GPTQ_INT8", "AWQ_INT4", "MXFP4", "NVFP4", "LLAMAFILE")  # fmt: skip
 """How experts are stored, in upstream's words where it has one (LLAMAFILE is any GGUF type). A rule may name one as
 `backend` or `method`; all mean the C library, and a checkpoint that stores them otherwise is refused."""
-
-
-class KExpertsBase:
-    """An inner operator for the experts under `key`: `load` reads them, `unload` gives the memory back."""
-
-    ids: Sequence[int] | None = None
-    """The experts to hold, ascending; None is all. Those of others come as -1, or are skipped, and take no memory."""
-
-    def __init__(self, key: str, gguf_loader: WeightSource, config: Any, orig_module: nn.Module, device: Any = "cpu"):
-        self.key, self.gguf_loader, self.config = key, gguf_loader, config
-        self.orig_module, self.device = orig_module, device
-
-    def load(self, w: Any = None, device: Any = None) -> None:
-        raise NotImplementedError
-
-    def unload(self) -> None:
-        raise NotImplementedError
-
-    def forward(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """hidden [T, H], ids int64 [T, K], weights float [T, K] -> [T, H], dtype and device as `hidden`."""
-        raise NotImplementedError
 
 
 class KExpertsCPU(KExpertsBase):
@@ -102,7 +85,7 @@ class KExpertsCPU(KExpertsBase):
         if problem := dtype_problem(experts.down_proj.dtype, "KExpertsTorch"):
             return problem
         gating = gating_of(experts)
-        if problem := _not_in_c(experts, gating):
+        if problem := uncomputed(experts, gating):
             return f"the C library does not compute {problem}; use KExpertsTorch"
         if weights is None or not weights.has_experts(key):
             return ""
@@ -155,6 +138,10 @@ class KExpertsCPU(KExpertsBase):
             out = self.forward(hidden, ids, weights)
             return lambda: out
         return host.start(hidden, ids, weights).end
+
+    def runs_beside(self, hidden: Tensor, weights: Tensor) -> bool:
+        """Whether `start` waits for nothing."""
+        return self._host(hidden, weights) is not None
 
     def _host(self, hidden: Tensor, weights: Tensor) -> HostExperts | None:
         """What computes tokens of another device without waiting for it; None where nothing does."""
@@ -252,7 +239,9 @@ class KExpertsTorch(KExpertsBase):
         return F.linear(y, self.down[e], second)
 
 
-EXPERTS_MAP: dict[str, type[InnerOperator]] = {"KExpertsTorch": KExpertsTorch, "KExpertsCPU": KExpertsCPU}
+EXPERTS_MAP: dict[str, type[InnerOperator]] = {
+    "KExpertsTorch": KExpertsTorch, "KExpertsCPU": KExpertsCPU, "KExpertsMarlin": KExpertsMarlin,
+}  # fmt: skip
 """Names a rule may give as `generate_op` and `prefill_op`; authors may add theirs."""
 
 
@@ -261,9 +250,13 @@ class KTransformersExperts(StagedOperator):
 
     Their weights are neither parameters nor buffers. The result is on `out_device`, or where the input was.
     `backend` and `method` (upstream's old and new word for it) say how the weights are stored; see `METHODS`.
-    `gpu_experts` names experts (see `hot_experts.expert_ids`) that torch computes on `gpu_device` from dense weights;
-    that is `out_device` unless given, else "cuda". The inner operator computes all others.
+    `gpu_experts` names experts (see `hot_experts.expert_ids`) that are computed on `gpu_device`: packed where kernels
+    run there and the checkpoint's weights have a packed form, else by torch from dense weights. That is `out_device`
+    unless given, else "cuda". The inner operator computes all others. `num_bits` and `group_size` are for
+    `KExpertsMarlin`, as KTransformersLinear has them for KLinearMarlin.
     """
+
+    dense = KExpertsTorch
 
     def __init__(
         self,
@@ -280,9 +273,11 @@ class KTransformersExperts(StagedOperator):
         method: str | None = None,
         gpu_experts: hot_experts.GpuExperts = None,
         gpu_device: str | None = None,
+        num_bits: int = NUM_BITS,
+        group_size: int = GROUP_SIZE,
     ):
         super().__init__(key, gguf_loader, config, orig_module, prefill_device, generate_device)
-        self.out_device = out_device
+        self.out_device, self.quantizing = out_device, (num_bits, group_size)
         self.n_experts, self.idle = len(orig_module.down_proj), identity_experts(orig_module)
         if backend in BACKENDS[1:]:
             warn_once(
@@ -293,7 +288,8 @@ class KTransformersExperts(StagedOperator):
         self.split: hot_experts.Split | None = None
         if ids := hot_experts.expert_ids(gpu_experts, hot_experts.layer_of(key), self.n_experts):
             place = hot_experts.gpu_device({"gpu_device": gpu_device, "out_device": out_device})
-            hot = self._make(KExpertsTorch, torch.device(place))
+            packs = not no_kernels(place) and KExpertsPacked.keeps(key, orig_module, gguf_loader)
+            hot = self._make(KExpertsPacked if packs else KExpertsTorch, torch.device(place))
             hot.ids = ids
             self.split = hot_experts.Split(hot, self.n_experts)
         generate = self._op(given(generate_op) or "KExpertsCPU", generate_device)
@@ -305,9 +301,16 @@ class KTransformersExperts(StagedOperator):
 
     def _make(self, operator: type[InnerOperator], device: Any) -> InnerOperator:
         inner = super()._make(operator, device)
+        if isinstance(inner, KExpertsMarlin):
+            inner.quantizing = self.quantizing
         if self.split is not None:
             inner.ids = self.split.rest_ids
         return inner
+
+    def _stand_in(self, inner: InnerOperator) -> InnerOperator:
+        other = super()._stand_in(inner)
+        other.ids = inner.ids
+        return other
 
     @classmethod
     def check(
@@ -332,7 +335,7 @@ class KTransformersExperts(StagedOperator):
         for word in ("backend", "method"):
             if (name := kwargs.get(word)) is not None and (problem := _method_problem(name, key, weights)):
                 problems.append(f"{word}: {problem}")
-        return problems
+        return problems + quantizing_problems(kwargs)
 
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
@@ -352,8 +355,10 @@ class KTransformersExperts(StagedOperator):
     def start(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Callable[[], Tensor]:
         """Begin a call; the value gives its result. What the caller computes meanwhile runs beside it where it can."""
         plain = type(self).forward is KTransformersExperts.forward and not has_hooks(self) and self.out_device is None
-        alone = plain and self.split is None and not self.idle and not hasattr(self, "post_expert_norm")
-        if not alone or not isinstance(self.active, KExpertsCPU):
+        alone = plain and not self.idle and not hasattr(self, "post_expert_norm")
+        if alone and self.split is not None and (end := self.split.start(self.active, hidden, ids, weights)):
+            return end
+        if not alone or self.split is not None or not isinstance(self.active, KExpertsCPU):
             out = self(hidden, ids, weights)
             return lambda: out
         return self.active.start(hidden, ids, weights)
@@ -383,10 +388,10 @@ class KTransformersExperts(StagedOperator):
         """As for any staged operator; the GPU's part stays as it is when the inner operator changes."""
         super().load(w, mode)
         load_children(self, self.gguf_loader, self.key, self.devices)
-        if self.split is None or mode is InferenceState.UNLOAD or self.split.hot.down is not None:
+        if self.split is None or mode is InferenceState.UNLOAD or self.split.loaded:
             return
         try:
-            self.split.hot.load()
+            self.split.hot, self.split.loaded = self._loaded(self.split.hot), True
         except torch.OutOfMemoryError as error:
             n, device = len(self.split.hot.ids), self.split.hot.device
             raise DeviceError(f"{self.key}: {n} experts do not fit on {device}. Name fewer in gpu_experts.") from error
@@ -394,10 +399,10 @@ class KTransformersExperts(StagedOperator):
     def unload(self) -> None:
         super().unload()
         if self.split is not None:
-            self.split.hot.unload()
+            self.split.unload()
 
     def extra_repr(self) -> str:
-        text = f"{type(self.active).__name__} on {self.generate_device}"
+        text = f"{type(self.active).__name__} on {self.generate_device}{getattr(self.active, 'form', '')}"
         if self.split is None:
             return text
         return f"{text}, {len(self.split.hot.ids)} of {self.n_experts} experts on {self.split.hot.device}"
@@ -436,16 +441,6 @@ def _method_problem(name: Any, key: str, weights: WeightSource | None) -> str:
 def first_projection(experts: nn.Module) -> str:
     """The name of what multiplies the input: gate and up in one, or up alone."""
     return "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
-
-
-def _not_in_c(experts: nn.Module, gating: Gating | None) -> str:
-    """What about these experts the C library does not compute, or ``""``."""
-    if gating is None:
-        act_fn = getattr(experts, "act_fn", None)
-        own = getattr(type(experts), "_apply_gate", None)
-        usual = own is None or own.__name__ == "_default_apply_gate"
-        return f"the activation {type(act_fn).__name__}" if usual else "their own gating (_apply_gate)"
-    return "" if gating.activation in native.ACTIVATIONS else f"the activation {gating.activation!r}"
 
 
 def layout_problem(experts: nn.Module) -> str:

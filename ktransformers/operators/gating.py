@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from ktransformers.models.traits import is_interleaved
+from ktransformers.native import ACTIVATIONS
 
 
 @dataclass(frozen=True)
@@ -100,3 +101,13 @@ def probes() -> tuple[Tensor, Tensor]:
 
 def _interleaved(gate: Tensor, up: Tensor) -> Tensor:
     return torch.stack((gate, up), -1).flatten(-2)
+
+
+def uncomputed(experts: nn.Module, gating: Gating | None) -> str:
+    """What about these experts neither the C library nor the GPU kernels compute, or ``""``."""
+    if gating is None:
+        act_fn = getattr(experts, "act_fn", None)
+        own = getattr(type(experts), "_apply_gate", None)
+        usual = own is None or own.__name__ == "_default_apply_gate"
+        return f"the activation {type(act_fn).__name__}" if usual else "their own gating (_apply_gate)"
+    return "" if gating.activation in ACTIVATIONS else f"the activation {gating.activation!r}"

@@ -1,4 +1,4 @@
-"""A layer's experts in two parts: some on a GPU, computed by torch, all others where their rule puts them.
+"""A layer's experts in two parts: some on a GPU, all others where their rule puts them.
 
 Here are the words for which experts (`gpu_experts` of a rule, `expert_ids`, `ranges`), how their weights become dense
 one by one, and how two parts make one result. What either part computes is said in experts.py; which experts are worth
@@ -7,7 +7,7 @@ Letters: T tokens, H hidden, I intermediate, E experts of the layer, n of them i
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -200,11 +200,32 @@ class Split:
     """
 
     def __init__(self, hot: Any, n_experts: int):
-        self.hot, self.n_experts = hot, n_experts
+        self.hot, self.n_experts, self.loaded = hot, n_experts, False
         self.rest_ids = sorted(set(range(n_experts)) - set(hot.ids))
         self._places = torch.full((n_experts + 1,), REST, device="cpu")
         self._places[n_experts] = NOWHERE
         self._places[list(hot.ids)] = HOT
+        self._there = {self._places.device: self._places}  # by device: a captured graph copies none
+
+    def unload(self) -> None:
+        self.hot.unload()
+        self.loaded = False
+
+    def start(self, rest: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Callable[[], Tensor] | None:
+        """Begin both parts side by side; the value gives the result, where `hidden` is. None where one of them has to
+        wait for the GPU: for dense weights, whose experts are counted, or on a CPU that runs beside nothing."""
+        beside = getattr(rest, "runs_beside", None)
+        if not self.rest_ids or not getattr(self.hot, "on_gpu", False) or beside is None or not beside(hidden, weights):
+            return None
+        end = rest.start(hidden, ids.where(self._of(ids) == REST, -1), weights)
+        hot = self._hot(hidden, ids, weights)
+        return lambda: hot + end()
+
+    def _of(self, ids: Tensor) -> Tensor:
+        """Which part has the expert of each id."""
+        if ids.device not in self._there:
+            self._there[ids.device] = self._places.to(ids.device)
+        return self._there[ids.device][ids.where((ids >= 0) & (ids < self.n_experts), self.n_experts)]
 
     def forward(self, rest: Any, hidden: Tensor, ids: Tensor, weights: Tensor, out_device: Any = None) -> Tensor:
         """The contract of experts.py, with `rest` for all other experts. The result is on `out_device`, or where
@@ -212,10 +233,11 @@ class Split:
         target = hidden.device if out_device is None else out_device
         if not self.rest_ids:
             return self._hot(hidden, ids, weights).to(target)
+        if (end := self.start(rest, hidden, ids, weights)) is not None:
+            return end().to(target)
         # What the other part needs comes first: once the GPU has work, a copy from it waits for that work.
         near = ids.to(rest.device)
-        known = near.where((near >= 0) & (near < self.n_experts), self.n_experts)
-        places = self._places.to(near.device)[known]
+        places = self._of(near)
         to_rest = some(places == REST)
         x, w = (hidden.to(rest.device), weights.to(rest.device)) if to_rest else (None, None)
         parts = [self._hot(hidden, ids, weights)] if some(places == HOT) else []  # goes on while the next part computes

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ktransformers import native
-from ktransformers.errors import did_you_mean
+from ktransformers.errors import UnsupportedError, did_you_mean
+from ktransformers.kernels import compiler
 from ktransformers.loaders import WeightSource
 from ktransformers.loaders.schemes import ScaledInfo
 from ktransformers.operators.base_operator import BaseInjectedModule, InferenceState, warn_once
@@ -31,7 +32,13 @@ STAND_INS = {
     **dict.fromkeys(("KLinearMarlin", "VLinearMarlin", "KLinearFP8", "KLinearQ8", "KLinearIPEXLLM"), _LINEAR),
     "KExpertsMarlin": _EXPERTS,
 }
-"""Operators with GPU kernels, none of them built yet -> what takes their place on the CPU, and elsewhere."""
+"""Operators for GPUs -> what takes their place on the CPU, and on a GPU that they do not compute on."""
+
+BUILT = ("KLinearMarlin", "VLinearMarlin", "KLinearFP8", "KExpertsMarlin")
+"""Those of them that are there."""
+
+
+DENSE = "takes its place, with dense weights in the model's dtype: mind the memory"
 
 
 def is_cpu(device: Any) -> bool:
@@ -44,10 +51,22 @@ def given(name: Any) -> str | None:
     return None if name in (None, "None") else name
 
 
+def no_kernels(device: Any) -> str:
+    """Why packed weights are not computed on `device`, as the end of a sentence, or ``""``. Starts no device."""
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        return "a simulation counts dense weights there"
+    try:
+        return compiler.why_not(torch.device(device))
+    except (RuntimeError, TypeError, ValueError):  # whoever checks devices says so
+        return "there is no such device"
+
+
 def final_name(name: str | None, device: Any) -> str | None:
     """What `name` comes to on `device`: today's name, or the stand-in of a GPU operator. Tells nobody."""
     today = OBSOLETE_OPS.get(name, name)
-    return STAND_INS[today][0 if is_cpu(device) else 1] if today in STAND_INS else today
+    if today not in STAND_INS or today in BUILT and not no_kernels(device):
+        return today
+    return STAND_INS[today][0 if is_cpu(device) else 1]
 
 
 def resolve_op(name: str, device: Any) -> str:
@@ -58,10 +77,8 @@ def resolve_op(name: str, device: Any) -> str:
     if final != today and is_cpu(device):
         warn_once(f"{today} runs on GPUs only; on {device} {final} takes its place")
     elif final != today:
-        warn_once(
-            f"{today}: its GPU kernel is not built yet; {final} takes its place, with dense weights in the model's "
-            "dtype: mind the memory"
-        )
+        reason = no_kernels(device) if today in BUILT else "its GPU kernel is not built yet"
+        warn_once(f"{today} on {device}: {reason}; {final} {DENSE}")
     return final
 
 
@@ -71,7 +88,7 @@ def op_problem(kwarg: str, name: Any, device: Any, table: Mapping[str, type]) ->
         return ""
     today = final_name(name, device)
     if today not in table:
-        known = [*table, *(op for op, (cpu, _) in STAND_INS.items() if cpu in table)]
+        known = dict.fromkeys((*table, *(op for op, (cpu, _) in STAND_INS.items() if cpu in table)))
         return f"{kwarg}: {name!r} unknown{did_you_mean(str(name), known)}; known: {', '.join(known)}"
     if getattr(table[today], "cpu_only", False) and not is_cpu(device):
         device_kwarg = kwarg.replace("_op", "_device")
@@ -140,6 +157,8 @@ class StagedOperator(BaseInjectedModule):
     """
 
     adopts = False
+    dense: type[InnerOperator]
+    """What computes any weights, on any device."""
 
     def hold(self, generate: tuple[type[InnerOperator], Any], prefill: tuple[type[InnerOperator], Any] | None) -> None:
         """Make the inner operators, each a (class, device). With `prefill` None or equal, one serves both."""
@@ -167,7 +186,25 @@ class StagedOperator(BaseInjectedModule):
             self.active.unload()
         self.mode = mode
         self.loads += 1
-        self.active.load(w)
+        old, new = self.active, self._loaded(self.active, w)
+        if new is not old:
+            self._inner = {mode: new if inner is old else inner for mode, inner in self._inner.items()}
+
+    def _loaded(self, inner: InnerOperator, w: Any = None) -> InnerOperator:
+        """Load `inner`, or the dense operator in its stead where it is one of GPUs and cannot compute these weights."""
+        try:
+            inner.load(w)
+            return inner
+        except UnsupportedError as error:
+            if not getattr(inner, "on_gpu", False):
+                raise
+            other = self._stand_in(inner)
+            warn_once(f"{type(inner).__name__} on {inner.device}: {error} {type(other).__name__} {DENSE}")
+        other.load(w)
+        return other
+
+    def _stand_in(self, inner: InnerOperator) -> InnerOperator:
+        return self._make(self.dense, inner.device)
 
     def unload(self) -> None:
         self.loads += 1

@@ -1,12 +1,12 @@
-"""Linear layers: the wrapper that a rule names, its inner operators, and the base for authors.
+"""Linear layers: the wrapper that a rule names, and its inner operators.
 
-`KTransformersLinear` holds inner operators, each of which knows one way of computing. Packed GPU kernels
-(Marlin, FP8) are not built: another operator stands in for them, see inner_ops.py.
+`KTransformersLinear` holds inner operators, each of which knows one way of computing; linear_packed.py has those for
+packed weights on a GPU. Where one cannot compute, another stands in for it, see inner_ops.py.
 Letters: N output features, K input features.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,85 +16,24 @@ from ktransformers import native
 from ktransformers.errors import WeightError
 from ktransformers.loaders import WeightSource
 from ktransformers.models.traits import is_linear
-from ktransformers.operators.base_operator import BaseInjectedModule, InferenceState, forward_only
+from ktransformers.operators.base_operator import BaseInjectedModule, InferenceState, forward_only, warn_once
+from ktransformers.operators.inner_base import KLinearBase, Weight, weight_and_bias
 from ktransformers.operators.inner_ops import (
+    DENSE,
     OBSOLETE_OPS,
     InnerOperator,
     StagedOperator,
     dtype_problem,
     given,
     is_cpu,
+    no_kernels,
     op_problem,
     resolve_op,
     stored_problem,
 )
+from ktransformers.operators.linear_packed import KLinearFP8, KLinearMarlin, KLinearPacked
+from ktransformers.operators.on_gpu import GROUP_SIZE, NUM_BITS, quantizing_problems
 from ktransformers.quants.blocks import Packed, quant_type
-
-Weight = dict | nn.Parameter | tuple | None
-"""What `load(w=...)` takes: nothing (read the checkpoint), the weight [N, K], or (weight, bias)."""
-
-
-class KLinearBase:
-    """Reads the weight of a linear layer from the checkpoint, whatever its format. Two ways to use it:
-
-    - as a mixin beside `BaseInjectedModule`, with ``KLinearBase.__init__(self)`` after the other constructor;
-    - as the base of an inner operator, constructed with all arguments.
-
-    Gives `in_features`, `out_features` and `load_weight()`; subclasses write `load`, `unload` and `forward`.
-    """
-
-    adopts: ClassVar[bool] = False
-    """A linear operator keeps the weight in a form of its own, so the original's (meta) parameters go."""
-
-    def __init__(
-        self,
-        key: str | None = None,
-        gguf_loader: WeightSource | None = None,
-        config: Any = None,
-        orig_module: nn.Module | None = None,
-        device: str | None = None,
-        **kwargs: Any,
-    ):
-        if key is not None:
-            super().__init__()
-            self.key, self.gguf_loader, self.config = key, gguf_loader, config
-            self.device = "cuda" if device is None else device
-            object.__setattr__(self, "orig_module", orig_module)  # past nn.Module, which would register it
-        self.has_bias = getattr(self.orig_module, "bias", None) is not None
-        if self.orig_module is not None:
-            self.in_features, self.out_features = self.orig_module.in_features, self.orig_module.out_features
-        else:
-            self.out_features, self.in_features = self.gguf_loader.shape(f"{self.key}.weight")
-
-    def load_weight(
-        self, override_key: str | None = None, device: Any = None, dtype: torch.dtype | None = None
-    ) -> nn.Parameter | tuple[nn.Parameter, nn.Parameter]:
-        """Read the weight [N, K], or (weight, bias [N]) if the layer has a bias. Neither requires gradients.
-
-        `dtype` None is torch's default dtype; quantized weights are dequantized into it. `device` None is the
-        operator's. Raises WeightError when the shape does not fit the layer.
-        """
-        key = override_key or self.key
-        device = self.device if device is None else device
-        dtype = torch.get_default_dtype() if dtype is None else dtype
-        weight = self.gguf_loader.tensor(f"{key}.weight", device=device, dtype=dtype)
-        if tuple(weight.shape) != (self.out_features, self.in_features):
-            expected = [self.out_features, self.in_features]
-            raise WeightError(
-                f"{key}.weight: the checkpoint holds {list(weight.shape)}, the layer expects {expected}."
-            )
-        weight = nn.Parameter(weight, requires_grad=False)
-        if getattr(self.orig_module, "bias", None) is None:
-            return weight
-        bias = self.gguf_loader.tensor(f"{key}.bias", device=device, dtype=dtype)
-        return weight, nn.Parameter(bias, requires_grad=False)
-
-
-def _weight_and_bias(w: Weight, key: str) -> tuple[Tensor, Tensor | None]:
-    weight, bias = w if isinstance(w, tuple) else (w, None)
-    if not isinstance(weight, Tensor):
-        raise WeightError(f"{key}: found {type(weight).__name__}, expected the weight or (weight, bias).")
-    return weight, bias
 
 
 class KLinearTorch(KLinearBase, nn.Module):
@@ -111,7 +50,7 @@ class KLinearTorch(KLinearBase, nn.Module):
         device = self.device if device is None else device
         if w is None:
             w = self.load_weight(device=device, dtype=self.dtype)
-        weight, bias = _weight_and_bias(w, self.key)
+        weight, bias = weight_and_bias(w, self.key)
         self.weight = nn.Parameter(weight.detach().to(device, self.dtype), requires_grad=False)
         if bias is not None:
             self.bias = nn.Parameter(bias.detach().to(device, self.dtype), requires_grad=False)
@@ -163,17 +102,24 @@ class KLinearCPUInfer(KLinearBase):
         return forward_only(lambda t: self.linear.forward(t.cpu()).to(t.device), what, x)
 
 
-LINEAR_MAP: dict[str, type[InnerOperator]] = {"KLinearTorch": KLinearTorch, "KLinearCPUInfer": KLinearCPUInfer}
+LINEAR_MAP: dict[str, type[InnerOperator]] = {
+    "KLinearTorch": KLinearTorch, "KLinearCPUInfer": KLinearCPUInfer,
+    "KLinearMarlin": KLinearMarlin, "VLinearMarlin": KLinearMarlin, "KLinearFP8": KLinearFP8,
+}  # fmt: skip
 """Names a rule may give as `generate_op` and `prefill_op`; authors may add theirs."""
 
 
 class KTransformersLinear(StagedOperator, nn.Linear):
     """A linear layer that computes with the inner operator a rule names (see `StagedOperator`).
 
-    Without a name the device decides: on the CPU `KLinearCPUInfer` for weights that the C library computes,
-    else `KLinearTorch`. The input may be on any device; the result is on `out_device`, or
-    where the input was. It is an `nn.Linear`, for that is what PEFT puts adapters on.
+    Without a name the device decides: on the CPU `KLinearCPUInfer` for weights that the C library computes, on a GPU
+    `KLinearPacked` for weights that have a packed form there, else `KLinearTorch`. A rule that names `KLinearMarlin`
+    has all other weights quantized, to `num_bits` with a scale for each `group_size` columns. The input may be on any
+    device; the result is on `out_device`, or where the input was. It is an `nn.Linear`, for that is what PEFT puts
+    adapters on.
     """
+
+    dense = KLinearTorch
 
     def __init__(
         self,
@@ -186,9 +132,11 @@ class KTransformersLinear(StagedOperator, nn.Linear):
         prefill_device: str = "cuda",
         prefill_op: str | None = None,
         out_device: str | None = None,
+        num_bits: int = NUM_BITS,
+        group_size: int = GROUP_SIZE,
     ):
         super().__init__(key, gguf_loader, config, orig_module, prefill_device, generate_device)
-        self.out_device = out_device
+        self.out_device, self.quantizing = out_device, (num_bits, group_size)
         generate = self._op(generate_op, generate_device)
         self.hold(generate, self._op(prefill_op, prefill_device) if given(prefill_op) else None)
         self.in_features, self.out_features = self.active.in_features, self.active.out_features
@@ -198,9 +146,22 @@ class KTransformersLinear(StagedOperator, nn.Linear):
         if today is not None and (today == OBSOLETE_OPS.get(name, name) or today != "KLinearCPUInfer"):
             return LINEAR_MAP[today], torch.device(device)
         # Nothing named, or a GPU operator that gave way: the best this device has for this weight.
+        if not is_cpu(device):
+            if no_kernels(device):
+                return KLinearTorch, torch.device(device)
+            packs = KLinearPacked.keeps(self.key, self.gguf_loader)
+            if not packs and (types := _quantized(self.key, self.gguf_loader)):
+                warn_once(f"KTransformersLinear on {device}: {types} has no packed form there; KLinearTorch {DENSE}")
+            return (KLinearPacked if packs else KLinearTorch), torch.device(device)
         dtype = getattr(getattr(self.orig_module, "weight", None), "dtype", None)
-        usable = is_cpu(device) and not KLinearCPUInfer.problem(self.key, self.gguf_loader, dtype)
+        usable = not KLinearCPUInfer.problem(self.key, self.gguf_loader, dtype)
         return (KLinearCPUInfer if usable else KLinearTorch), torch.device(device)
+
+    def _make(self, operator: type[InnerOperator], device: Any) -> InnerOperator:
+        inner = super()._make(operator, device)
+        if isinstance(inner, KLinearMarlin):
+            inner.quantizing = self.quantizing
+        return inner
 
     @classmethod
     def check(
@@ -216,7 +177,7 @@ class KTransformersLinear(StagedOperator, nn.Linear):
                 reason = KLinearCPUInfer.problem(key, weights, orig_module.weight.dtype)
                 problem = reason and f"{stage}_op: {reason}"
             problems += [problem] if problem else []
-        return problems
+        return problems + quantizing_problems(kwargs)
 
     def load(self, w: Weight = None, mode: InferenceState = InferenceState.GENERATE) -> None:
         super().load(w, mode)
@@ -233,7 +194,7 @@ class KTransformersLinear(StagedOperator, nn.Linear):
     def __getattr__(self, name: str) -> Any:
         """Called for what is not found: `weight` and `bias` while the inner operator has no dense ones."""
         inner = self.active if name in ("weight", "bias") and "_inner" in self.__dict__ else None
-        if not isinstance(inner, KLinearCPUInfer):
+        if not isinstance(inner, (KLinearCPUInfer, KLinearPacked)):
             return super().__getattr__(name)
         if name == "bias" and not inner.has_bias:
             return None  # as nn.Linear
@@ -249,7 +210,15 @@ class KTransformersLinear(StagedOperator, nn.Linear):
 
     def extra_repr(self) -> str:
         sizes = f"{self.in_features} -> {self.out_features}"
-        return f"{sizes}, {type(self.active).__name__} on {self.generate_device}"
+        return f"{sizes}, {type(self.active).__name__} on {self.generate_device}{getattr(self.active, 'form', '')}"
+
+
+def _quantized(key: str, weights: WeightSource | None) -> str:
+    """The types of a weight that is stored in quantized ones, or ``""``."""
+    name = f"{key}.weight"
+    if weights is None or not weights.has(name):
+        return ""
+    return "+".join(dict.fromkeys(i.type.name for i in weights.infos(name) if i.type.torch_dtype is None))
 
 
 def packed_of(linear: nn.Module | None) -> tuple[Packed, Tensor | None] | None:
@@ -320,7 +289,7 @@ class LinearTorchInject(BaseInjectedModule, KLinearBase):
         device = self.device if device is None else device
         if w is None:
             w = self.load_weight(device=device)
-        weight, bias = _weight_and_bias(w, self.key)
+        weight, bias = weight_and_bias(w, self.key)
         self.w = weight.detach().to(device, self.dtype).T
         self.bias = None if bias is None else bias.detach().to(device, self.dtype)
 

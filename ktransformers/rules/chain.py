@@ -14,7 +14,7 @@ from ktransformers.errors import ranges
 from ktransformers.models.traits import TRAITS
 from ktransformers.operators.attention import KDeepseekV2Attention
 from ktransformers.operators.experts import KTransformersExperts
-from ktransformers.operators.inner_ops import final_name, is_cpu
+from ktransformers.operators.inner_ops import final_name, given, is_cpu
 from ktransformers.operators.linear import KTransformersLinear
 from ktransformers.operators.models import DecoderModel
 from ktransformers.rules.layers import BEFORE
@@ -351,11 +351,11 @@ def _owns(module: nn.Module) -> bool:
 
 
 def _is_dense_linear(placed: Replacement | None) -> bool:
-    """Whether a replaced linear layer keeps a parameter: one that the C library computes has none."""
+    """Whether a replaced linear layer keeps a parameter: packed ones have none. Unnamed on a GPU it is taken to."""
     if placed is None or placed.operator is None or not issubclass(placed.operator, KTransformersLinear):
         return False
-    op = placed.kwargs.get("generate_op")
-    return final_name(op, placed.device) == "KLinearTorch" or not is_cpu(placed.device)
+    final = final_name(given(placed.kwargs.get("generate_op")), placed.device)
+    return final == "KLinearTorch" or final is None and not is_cpu(placed.device)
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -33,6 +33,7 @@ TYPES = {
     "GPTQ4 g128": layouts.scaled_layout("GPTQ4", K, 128),
     "AWQ4 g128": layouts.scaled_layout("AWQ4", K, 128, zeros=True),
     "I8 by row": layouts.scaled_layout("I8", K, K, "F32"),
+    "FP8 128x128": layouts.scaled_layout("F8_E4M3", K, 128, "F32"),
 }
 
 CHIPS = {"H200": ("sm_90", 132, 1.83, 4800), "A100 80G": ("sm_80", 108, 1.41, 2039),

@@ -6,6 +6,7 @@ import torch
 from ktransformers.errors import UnsupportedError, WeightError
 from ktransformers.kernels import layouts
 from ktransformers.kernels import words as w
+from ktransformers.kernels.floats import Floats, Loss
 from ktransformers.quants.blocks import QUANT_TYPES, Packed
 from tests.kernels.weights import GGUF, SCALED, random_weight
 
@@ -87,8 +88,8 @@ def test_gate_and_up_in_one_weight_and_an_expert_replaced():
 def test_what_has_no_words_is_refused():
     with pytest.raises(UnsupportedError, match="IQ2_XS have no packed form"):
         w.from_packed(random_weight("IQ2_XS", 16, 256), "cpu")
-    with pytest.raises(UnsupportedError, match="no packed form"):
-        w.from_packed(random_weight("FP8", 128, 256), "cpu")
+    with pytest.raises(UnsupportedError, match="I8 in groups of 32 with scales of E8M0 has no packed form"):
+        layouts.scaled_layout("I8", 256, 32, "E8M0")
     with pytest.raises(WeightError, match="48 columns.*multiple of 32"):
         w.from_packed(random_weight("INT8_GROUP", 16, 48), "cpu")
     uneven = random_weight("GPTQ_ORDER", 16, 256)
@@ -108,7 +109,8 @@ def test_quantized_at_load(bits, worst, group):
     """Half a step at most is lost, and what rounding the scale to bf16 takes from the widest weight."""
     weight = torch.randn(40, 512, generator=torch.Generator().manual_seed(4)).bfloat16()
     weight[5] = 0
-    words, error = w.quantize(weight, bits, group)
+    floats = Floats(weight, weight.dtype, bits, group)
+    words, error = w.from_packed(floats, "cpu"), floats.loss.share
     back = w.dequantize(words)
     step = words.scales[:, :40].T.float().repeat_interleave(512 // len(words.scales), 1)
     assert bool(((back - weight.float()).abs() <= (0.5 + 2 ** (bits - 1) * 2**-8) * step).all())
@@ -117,8 +119,24 @@ def test_quantized_at_load(bits, worst, group):
     assert words.nbytes == layouts.words_bytes(words.layout, (40, 512))
 
 
-def test_numbers_that_are_not_finite_are_not_quantized():
+def test_what_is_published_is_quantized_as_what_is_in_memory(monkeypatch):
+    """Of any type, in pieces; experts, gate and up one below the other, share one sum of what is lost."""
+    fp8 = random_weight("FP8", 256, 512)
+    weight, loss = fp8.dequantize(), Loss()
+    expected = w.dequantize(w.from_packed(Floats(weight, torch.bfloat16), "cpu"))
+    monkeypatch.setattr(w, "WEIGHTS_AT_ONCE", 512 * 16)
+    assert torch.equal(w.dequantize(w.from_packed(Floats(fp8, torch.bfloat16), "cpu")), expected)
+    packed = Packed(weight.view(torch.uint8).view(-1), QUANT_TYPES["F32"], (256, 512))
+    gate, up = ([Floats(one, torch.bfloat16, loss=loss)] * 2 for one in (packed, weight))
+    experts = w.from_experts(gate, "cpu", below=up)
+    assert experts.shape == (2, 512, 512) and loss.total == pytest.approx(4 * float(weight.square().sum()), 1e-4)
+    assert torch.equal(w.dequantize(experts), expected.repeat(2, 2, 1))
+
+
+def test_what_cannot_be_quantized():
     with pytest.raises(WeightError, match="NaN or infinity"):
-        w.quantize(torch.full((16, 128), float("inf")))
+        w.from_packed(Floats(torch.full((16, 128), float("inf")), torch.float32), "cpu")
     with pytest.raises(UnsupportedError, match="num_bits 4 or 8"):
-        w.quantize(torch.zeros(16, 128), 3)
+        w.from_packed(Floats(torch.zeros(16, 128), torch.float32, 3), "cpu")
+    with pytest.raises(WeightError, match="160 columns.*multiple of 64"):
+        w.from_packed(Floats(torch.zeros(16, 160), torch.float32, 4, 64), "cpu")
