@@ -14,15 +14,17 @@ from typing import Any
 from torch import nn
 
 from ktransformers.configs import meta_model, read_config, text_config
-from ktransformers.errors import UnsupportedError
+from ktransformers.errors import KTransformersError, UnsupportedError
 from ktransformers.machine.hardware import Hardware
 from ktransformers.machine.units import GIB, format_bytes
 from ktransformers.models import DEFAULT_RULES
 from ktransformers.models.traits import TRAITS
-from ktransformers.operators.inner_ops import is_cpu
+from ktransformers.operators.inner_ops import is_cpu, op_problem
+from ktransformers.operators.linear import LINEAR_MAP
 from ktransformers.operators.paged_cache import check_kind
 from ktransformers.planner import formats, masks, sizes, speed
 from ktransformers.planner import probes as torch_probes
+from ktransformers.planner.gpu_shares import ESTIMATE, READ
 from ktransformers.planner.placement import (
     Layer,
     Placement,
@@ -43,6 +45,8 @@ BASE_RAM = 360 << 20
 BASE_GPU = 600 << 20
 SCORES = 256 << 20
 """Bytes of scores that latent attention may hold at a time on a GPU; the rule's chunck_size follows."""
+QUANTIZES = "KLinearMarlin"
+"""The operator of linear layers that is packed on a GPU whatever the checkpoint has."""
 PROMPT = 1024
 """Tokens of the prompt whose prefill is predicted, and that decoding follows, where the context is not shorter."""
 
@@ -51,7 +55,8 @@ PROMPT = 1024
 class Request:
     """What a plan is for: `context` tokens for each of `batch` sequences, prompts computed `chunk` tokens at a time.
 
-    `cache`: how pages keep keys and values, one of `native.pages.TYPES`; None is the model's dtype.
+    `cache`: how pages keep keys and values, one of `native.pages.TYPES`; None is the model's dtype. `linear_op`: the
+    operator of linear layers, which may quantize while loading (KLinearMarlin); None leaves it to their device.
     """
 
     context: int = 8192
@@ -60,15 +65,17 @@ class Request:
     strategy: str = "uniform"
     profile: RoutingProfile | None = None
     cache: str | None = None
+    linear_op: str | None = None
 
 
 @dataclass
 class Memory:
-    """Bytes on one device. `mapped` is the part of `weights` that is pages of the checkpoint's file."""
+    """Bytes on one device. Of `weights`, `mapped` are pages of the checkpoint's file, `dense` in the model's dtype."""
 
     limit: int
     weights: int = 0
     mapped: int = 0
+    dense: int = 0
     cache: int = 0
     work: int = 0
 
@@ -79,7 +86,8 @@ class Memory:
 
 @dataclass
 class Plan:
-    """The answer. Sizes are bytes; `decode` follows a prompt of PROMPT tokens, `decode_full` a full context."""
+    """The answer. Sizes are bytes; `decode` follows a prompt of PROMPT tokens, `decode_full` a full context.
+    `cpu_experts`: how many routed experts of all layers are on the CPU, `dense_experts` how many are dense on GPUs."""
 
     model: str
     family: str
@@ -94,6 +102,8 @@ class Plan:
     decode: speed.Pass
     decode_full: speed.Pass
     rule: str
+    cpu_experts: int = 0
+    dense_experts: int = 0
     problems: list[str] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -101,6 +111,11 @@ class Plan:
     @property
     def fits(self) -> bool:
         return not self.problems
+
+    @property
+    def basis(self) -> str:
+        """What the speed is, where it is less than a prediction from measurements."""
+        return ESTIMATE if any(device != "cpu" for device in self.placement.layers) else ""
 
 
 class Planner:
@@ -146,16 +161,28 @@ class Planner:
         return found
 
     def _check(self, request: Request) -> None:
-        """Raise KTransformersError for a strategy, a profile or a type of cache that is not for this model."""
+        """Raise KTransformersError for an operator, strategy, profile or type of cache that is not for this model."""
         check_kind(request.cache)
+        if problem := op_problem("--linear-op", request.linear_op, "cuda", LINEAR_MAP):
+            raise KTransformersError(f"{problem}.")
         routed = {i: layer.experts for i, layer in enumerate(self._layers(request)[0]) if layer.experts}
         masks.gpu_experts(request.strategy, list(routed), max(routed.values(), default=0), 0, request.profile)
 
     def answer(self, hardware: Hardware, request: Request, probes: torch_probes.Probes) -> Plan:
-        """The plan without ways out and notes, for who asks often."""
-        return self._place(hardware, request, self.form, probes)
+        """The plan without ways out and notes, for who asks often.
 
-    def _place(self, hardware: Hardware, request: Request, form: formats.Format, probes: torch_probes.Probes) -> Plan:
+        Dense experts on a GPU beside others on the CPU, which no graph takes, must be worth it.
+        """
+        found = self._place(hardware, request, self.form, probes)
+        if not found.cpu_experts or not found.dense_experts:
+            return found
+        without = self._place(hardware, request, self.form, probes, experts=False)
+        return without if without.fits and without.decode.rate > found.decode.rate else found
+
+    def _place(
+        self, hardware: Hardware, request: Request, form: formats.Format, probes: torch_probes.Probes,
+        experts: bool = True,
+    ) -> Plan:  # fmt: skip
         rooms = [
             Room(f"cuda:{i}", gpu.memory, BASE_GPU + self._gpu_work(request) + gpu.memory // 50)
             for i, gpu in enumerate(hardware.gpus)
@@ -163,9 +190,9 @@ class Planner:
         layers, first, last = self._layers(request)
         devices = place_layers(layers, rooms, first, last) if rooms else ["cpu"] * self.layers
         extra = {devices[0]: first, devices[-1]: last} if devices[0] != devices[-1] else {devices[0]: first + last}
-        experts = place_experts(layers, devices, rooms, extra, request.strategy, request.profile)
-        placement = Placement(devices, experts)
-        content = rule_content(self.base, placement, self._score_chunk(request) if rooms else None)
+        chosen = place_experts(layers, devices, rooms, extra, request.strategy, request.profile) if experts else {}
+        placement = Placement(devices, chosen)
+        content = rule_content(self.base, placement, self._score_chunk(request) if rooms else None, request.linear_op)
         plan = self._planned(content, len(rooms))
         parts = sizes.parts(self.model, plan, form, _hits(request.profile))
         caches = sizes.caches(self.model, request.cache, plan) if request.cache else self.caches
@@ -181,14 +208,14 @@ class Planner:
 
     def _layers(self, request: Request) -> tuple[list[Layer], int, int]:
         """What each layer would take on a GPU, and what goes with the first and the last."""
-        content = rule_content(self.base, Placement(["cuda:0"] * self.layers))
+        content = rule_content(self.base, Placement(["cuda:0"] * self.layers), linear_op=request.linear_op)
         parts = sizes.parts(self.model, self._planned(content, 1), self.form)
         matrices: dict[int | None, int] = defaultdict(int)
         routed: dict[int | None, tuple[int, int]] = {}
         last = 0
         for part in parts:
             if part.kind == "experts":
-                routed[part.layer] = (part.experts, self._dense_expert(part))
+                routed[part.layer] = (part.experts, part.each_on_gpu)
             elif not is_cpu(part.device):
                 matrices[part.layer] += part.held
                 last += part.held if part.kind == "head" else 0
@@ -196,14 +223,10 @@ class Planner:
         layers = [Layer(matrices[i], cached.get(i, 0), *routed.get(i, (0, 0))) for i in range(self.layers)]
         return layers, matrices[None] - last, last
 
-    def _dense_expert(self, part: sizes.Part) -> int:
-        dtype = next(self.model.parameters()).dtype
-        return part.weights * dtype.itemsize // max(1, part.experts)
-
     def _gpu_work(self, request: Request) -> int:
         tokens = min(request.chunk, request.context) * request.batch
         scores = 3 * SCORES if self._is_latent() else 0
-        return sizes.work_bytes(self.model, tokens, experts=False) + scores
+        return sizes.work_bytes(self.model, tokens, experts=False) + sizes.kernel_bytes(self.model, tokens) + scores
 
     def _is_latent(self) -> bool:
         return any(cache.is_latent for cache in self.caches)
@@ -222,10 +245,13 @@ class Planner:
         where = dict(enumerate(placement.layers))
         memory = self._memory(hardware, request, placement, parts, caches)
 
+        graph = request.batch == 1 and self._is_graph(placement, parts)
+
         def predict(tokens: int, context: int) -> speed.Pass:
             return speed.forward(
-                parts, caches, where, hardware, probes, tokens, context, request.batch, self.hidden
-            )
+                parts, caches, where, hardware, probes, tokens, context, request.batch, self.hidden,
+                captured=graph and tokens == 1,
+            )  # fmt: skip
 
         prompt = max(1, min(PROMPT, request.context - 1))
         weights = sum(part.weights for part in parts)
@@ -238,6 +264,8 @@ class Planner:
             self.name, self.config.model_type, form.name, weights, self._active(parts), request, hardware, placement,
             memory, predict(prompt, 0), predict(1, prompt), predict(1, max(prompt, request.context - 1)),
             rule_text(content, header), notes=list(hardware.assumptions),
+            cpu_experts=sum(part.experts for part in parts if is_cpu(part.device)),
+            dense_experts=sum(part.experts for part in parts if part.type == sizes.DENSE and not is_cpu(part.device)),
         )  # fmt: skip
         found.problems = _problems(memory)
         if request.cache and (kept := sum(cache.kind is not None for cache in caches)) < self.layers:
@@ -246,6 +274,15 @@ class Planner:
                 "pages of the CPU, keep the model's dtype."
             )
         return found
+
+    def _is_graph(self, placement: Placement, parts: list[sizes.Part]) -> bool:
+        """Whether a step of one token is a captured graph (engine/step.py): all layers on one GPU, caches of keys and
+        values of all tokens, and no dense experts there, whose choice torch waits for."""
+        if len(set(placement.layers)) != 1 or is_cpu(placement.layers[0]):
+            return False
+        whole = [cache for cache in self.caches if cache.heads and cache.window is None and not cache.constant]
+        dense = any(part.kind == "experts" and part.type == sizes.DENSE and not is_cpu(part.device) for part in parts)
+        return len(whole) == self.layers and not dense
 
     def _active(self, parts: list[sizes.Part]) -> int:
         """Parameters that one token meets: of a layer's experts K, the embedding not counted."""
@@ -269,6 +306,7 @@ class Planner:
             device = memory["cpu" if is_cpu(part.device) else part.device]
             device.weights += part.held
             device.mapped += part.held if part.mapped else 0
+            device.dense += part.held if part.type == sizes.DENSE else 0
         for cache in caches:
             device = placement.layers[cache.layer] if cache.layer < len(placement.layers) else "cpu"
             memory[device].cache += cache.nbytes(request.context, request.batch)
@@ -282,10 +320,7 @@ class Planner:
 
     def _notes(self, hardware: Hardware, found: Plan) -> list[str]:
         notes = []
-        if hardware.gpus:
-            notes.append(
-                "GPU: weights there are dense, in the model's dtype: packed GPU kernels are not built yet."
-            )
+        notes += _gpu_notes(found)
         positions = getattr(text_config(self.config), "max_position_embeddings", None)
         if isinstance(positions, int) and found.request.context > positions:
             notes.append(f"Context: {found.request.context} tokens, but the model is made for at most {positions}.")
@@ -297,14 +332,20 @@ class Planner:
         """How much GPU memory all layers would take, where some are on the CPU for want of it."""
         if not hardware.gpus or "cpu" not in found.placement.layers:
             return ""
-        layers, first, last = self._layers(request)
-        need = sum(layer.matrices + layer.cache for layer in layers) + first + last
-        left = found.placement.layers.count("cpu")
-        room = BASE_GPU + self._gpu_work(request)
-        return (
+        left, room = found.placement.layers.count("cpu"), BASE_GPU + self._gpu_work(request)
+        need, quantized = self._need(request), self._need(replace(request, linear_op=QUANTIZES))
+        text = (
             f"{left} of {self.layers} layers stay on the CPU: all layers need {format_bytes(need + room)} of GPU "
-            f"memory ({format_bytes(room)} as work space)."
+            f"memory ({format_bytes(room)} as work space)"
         )
+        if quantized < 0.9 * need:
+            text += f"; {format_bytes(quantized + room)} with --linear-op {QUANTIZES}, which quantizes while loading"
+        return text + "."
+
+    def _need(self, request: Request) -> int:
+        """Bytes of all layers on GPUs, their routed experts left out."""
+        layers, first, last = self._layers(request)
+        return sum(layer.matrices + layer.cache for layer in layers) + first + last
 
     def _changes(self, hardware: Hardware, request: Request, probes: torch_probes.Probes, found: Plan) -> list[str]:
         """The smallest changes that make it fit, each alone, cheapest first."""
@@ -344,6 +385,21 @@ def _machine(hardware: Hardware) -> str:
         for (name, size), count in counts.items()
     ]
     return " and ".join([*gpus, f"{format_bytes(hardware.cpu.ram)} of RAM"])
+
+
+def _gpu_notes(found: Plan) -> list[str]:
+    """What weights are on the GPUs that have some."""
+    gpus = [memory for device, memory in found.memory.items() if device != "cpu" and memory.weights]
+    dense, weights = sum(memory.dense for memory in gpus), sum(memory.weights for memory in gpus)
+    if not gpus:
+        return []
+    if dense == weights:
+        return [f"GPU: the {format_bytes(dense)} of weights there are dense, in the model's dtype."]
+    return [
+        f"GPU: {format_bytes(weights - dense)} of weights stay packed there, {format_bytes(dense)} are dense. Packed "
+        f"matrices are taken to be read with {100 * READ['matrix']:.0f} % of its bandwidth, experts with "
+        f"{100 * READ['experts']:.0f} %: not measured on a GPU."
+    ]
 
 
 def _problems(memory: Mapping[str, Memory]) -> list[str]:
