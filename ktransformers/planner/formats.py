@@ -80,13 +80,13 @@ def bits(name: str) -> float | None:
 @dataclass(frozen=True)
 class Format:
     """`stored(name, shape, dtype)` gives a tensor's type and bytes, `layout(name, shape, dtype)` the packed form that
-    its bits have on a GPU, or None. `name` is what people call it; `source` the open checkpoint
-    (`loaders.ModelWeights`) whose headers say so, if any; `same(name, other)` whether two tensors that the config ties
-    are one."""
+    its bits have on a GPU, or None; None in its place: nothing is packed there. `name` is what people call it; `source`
+    the open checkpoint (`loaders.ModelWeights`) whose headers say so, if any; `same(name, other)` whether two tensors
+    that the config ties are one."""
 
     name: str
     stored: Callable[[str, tuple[int, ...], Any], tuple[str, int]]
-    layout: Callable[[str, tuple[int, ...], Any], Layout | None]
+    layout: Callable[[str, tuple[int, ...], Any], Layout | None] | None
     source: Any = None
     same: Callable[[str, str], bool] = lambda name, other: True
 

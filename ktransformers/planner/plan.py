@@ -15,6 +15,7 @@ from torch import nn
 
 from ktransformers.configs import meta_model, read_config, text_config
 from ktransformers.errors import KTransformersError, UnsupportedError
+from ktransformers.kernels import compiler
 from ktransformers.machine.hardware import Hardware
 from ktransformers.machine.units import GIB, format_bytes
 from ktransformers.models import DEFAULT_RULES
@@ -165,7 +166,7 @@ class Planner:
         check_kind(request.cache)
         if problem := op_problem("--linear-op", request.linear_op, "cuda", LINEAR_MAP):
             raise KTransformersError(f"{problem}.")
-        routed = {i: layer.experts for i, layer in enumerate(self._layers(request)[0]) if layer.experts}
+        routed = {i: layer.experts for i, layer in enumerate(self._layers(request, self.form)[0]) if layer.experts}
         masks.gpu_experts(request.strategy, list(routed), max(routed.values(), default=0), 0, request.profile)
 
     def answer(self, hardware: Hardware, request: Request, probes: torch_probes.Probes) -> Plan:
@@ -183,11 +184,12 @@ class Planner:
         self, hardware: Hardware, request: Request, form: formats.Format, probes: torch_probes.Probes,
         experts: bool = True,
     ) -> Plan:  # fmt: skip
+        form = _computed_on(hardware, form)
         rooms = [
             Room(f"cuda:{i}", gpu.memory, BASE_GPU + self._gpu_work(request) + gpu.memory // 50)
             for i, gpu in enumerate(hardware.gpus)
         ]
-        layers, first, last = self._layers(request)
+        layers, first, last = self._layers(request, form)
         devices = place_layers(layers, rooms, first, last) if rooms else ["cpu"] * self.layers
         extra = {devices[0]: first, devices[-1]: last} if devices[0] != devices[-1] else {devices[0]: first + last}
         chosen = place_experts(layers, devices, rooms, extra, request.strategy, request.profile) if experts else {}
@@ -206,10 +208,10 @@ class Planner:
                 self._plans[key] = plan_rules(self.model, content, gpus=gpus)
         return self._plans[key]
 
-    def _layers(self, request: Request) -> tuple[list[Layer], int, int]:
+    def _layers(self, request: Request, form: formats.Format) -> tuple[list[Layer], int, int]:
         """What each layer would take on a GPU, and what goes with the first and the last."""
         content = rule_content(self.base, Placement(["cuda:0"] * self.layers), linear_op=request.linear_op)
-        parts = sizes.parts(self.model, self._planned(content, 1), self.form)
+        parts = sizes.parts(self.model, self._planned(content, 1), form)
         matrices: dict[int | None, int] = defaultdict(int)
         routed: dict[int | None, tuple[int, int]] = {}
         last = 0
@@ -333,7 +335,8 @@ class Planner:
         if not hardware.gpus or "cpu" not in found.placement.layers:
             return ""
         left, room = found.placement.layers.count("cpu"), BASE_GPU + self._gpu_work(request)
-        need, quantized = self._need(request), self._need(replace(request, linear_op=QUANTIZES))
+        form = _computed_on(hardware, self.form)
+        need, quantized = self._need(request, form), self._need(replace(request, linear_op=QUANTIZES), form)
         text = (
             f"{left} of {self.layers} layers stay on the CPU: all layers need {format_bytes(need + room)} of GPU "
             f"memory ({format_bytes(room)} as work space)"
@@ -342,9 +345,9 @@ class Planner:
             text += f"; {format_bytes(quantized + room)} with --linear-op {QUANTIZES}, which quantizes while loading"
         return text + "."
 
-    def _need(self, request: Request) -> int:
+    def _need(self, request: Request, form: formats.Format) -> int:
         """Bytes of all layers on GPUs, their routed experts left out."""
-        layers, first, last = self._layers(request)
+        layers, first, last = self._layers(request, form)
         return sum(layer.matrices + layer.cache for layer in layers) + first + last
 
     def _changes(self, hardware: Hardware, request: Request, probes: torch_probes.Probes, found: Plan) -> list[str]:
@@ -387,6 +390,11 @@ def _machine(hardware: Hardware) -> str:
     return " and ".join([*gpus, f"{format_bytes(hardware.cpu.ram)} of RAM"])
 
 
+def _computed_on(hardware: Hardware, form: formats.Format) -> formats.Format:
+    """`form`, without packed weights on the GPUs of this machine where it lacks what their kernels need."""
+    return form if compiler.triton is not None or not hardware.measured else replace(form, layout=None)
+
+
 def _gpu_notes(found: Plan) -> list[str]:
     """What weights are on the GPUs that have some."""
     gpus = [memory for device, memory in found.memory.items() if device != "cpu" and memory.weights]
@@ -394,7 +402,9 @@ def _gpu_notes(found: Plan) -> list[str]:
     if not gpus:
         return []
     if dense == weights:
-        return [f"GPU: the {format_bytes(dense)} of weights there are dense, in the model's dtype."]
+        lacking = found.hardware.measured and compiler.triton is None
+        why = ": kernels of packed ones need Triton, which cannot be imported" if lacking else ""
+        return [f"GPU: the {format_bytes(dense)} of weights there are dense, in the model's dtype{why}."]
     return [
         f"GPU: {format_bytes(weights - dense)} of weights stay packed there, {format_bytes(dense)} are dense. Packed "
         f"matrices are taken to be read with {100 * READ['matrix']:.0f} % of its bandwidth, experts with "

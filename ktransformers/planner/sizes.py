@@ -160,6 +160,8 @@ def on_gpu(
     `name`, `kwargs`: as `layout_on_gpu` takes them. `transposed`: matrices [E, K, N], which are packed as [E, N, K].
     """
     found, nbytes = [], 0
+    if form.layout is None:
+        return None
     for key, tensor in own.items():
         if tensor.dim() < 2 or key.endswith("_bias"):
             nbytes += tensor.numel() * tensor.element_size()

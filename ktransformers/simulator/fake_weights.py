@@ -25,7 +25,7 @@ from ktransformers.loaders.base import TensorInfo
 from ktransformers.loaders.schemes import ScaledInfo
 from ktransformers.models.traits import TRAITS, identity_experts, is_transposed
 from ktransformers.operators import experts as experts_module
-from ktransformers.operators import hot_experts
+from ktransformers.operators import experts_packed, hot_experts
 from ktransformers.operators.on_gpu import layout_of_infos
 from ktransformers.quants.blocks import QUANT_TYPES
 from ktransformers.quants.scaled import SCALED_TYPES
@@ -36,8 +36,8 @@ _COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, eq=False)
 class FakePacked:
-    """Stands for a `Packed`. C that computes from it holds `nbytes` bytes (see `_held`), a GPU what `layout` says; None:
-    what its type says."""
+    """Stands for a `Packed`. C that computes from it holds `nbytes` bytes (see `_held`), a GPU what `layout` says, or
+    else its type."""
 
     type: Any
     shape: tuple[int, ...]
@@ -310,8 +310,10 @@ def stand_ins() -> Iterator[None]:
         swapped(native, "nodes", lambda: [1]),
         swapped(compiler, "why_not", lambda device: "" if device.type == "cuda" else "it is no GPU"),
         swapped(words, "write", lambda words, weight, row=0: None),
+        swapped(words.Words, "expert", lambda self, e: self),  # which is only asked for to be written to
         swapped(hot_experts, "some", lambda mask: True),
         swapped(experts_module, "gating_of", with_numbers),
+        swapped(experts_packed, "gating_of", with_numbers),
         swapped(experts_module.KExpertsTorch, "forward", _shared_evenly),
     ):
         yield

@@ -14,7 +14,7 @@ from ktransformers.errors import KTransformersError, WeightError
 from ktransformers.gguf_files.write import quantize_folder
 from ktransformers.kernels.linear import DOT_ROWS
 from ktransformers.machine import hardware
-from ktransformers.machine.units import GIB
+from ktransformers.machine.units import GIB, format_bytes
 from ktransformers.operators.experts import KTransformersExperts
 from ktransformers.planner import gpu_shares, placement, probes, shares, sizes, speed
 from ktransformers.planner.placement import Layer, Placement, Room
@@ -326,6 +326,25 @@ def test_a_step_is_a_graph_where_one_can_be_captured(planner):
     assert launches(windows) > 24 * 1e-4 and windows.cpu_experts == 0
 
 
+def test_without_triton_weights_on_this_machine_s_gpus_are_dense(planner, monkeypatch):
+    gpu = hardware.Gpu("this machine's", 24 * GIB, 1e12, 1e14, 25e9)
+    here, elsewhere = (hardware.Hardware(box().cpu, (gpu,), measured=measured) for measured in (True, False))
+    monkeypatch.setattr("ktransformers.kernels.compiler.triton", object())
+    assert planner.plan(here).memory["cuda:0"].dense < GIB
+    monkeypatch.setattr("ktransformers.kernels.compiler.triton", None)
+    found = planner.plan(here)
+    assert found.memory["cuda:0"].dense == found.memory["cuda:0"].weights and any("need Triton" in note for note in found.notes)
+    assert planner.plan(elsewhere).memory["cuda:0"].dense < GIB
+
+
+def test_what_is_proposed_to_fit_is_placed_by_its_own_sizes(deepseek):
+    """A smaller format has smaller experts, of which a GPU takes more."""
+    machine = box("24GiB", ram="256GiB")
+    proposed = next(text for text in deepseek.plan(machine).changes if "--format Q2_K fits" in text)
+    ram = Planner("deepseek-v3", form="Q2_K").plan(machine).memory["cpu"].total
+    assert format_bytes(ram) in proposed
+
+
 def test_speed_on_a_gpu_is_called_an_estimate(planner):
     assert planner.plan(box("24GiB")).basis == gpu_shares.ESTIMATE == "estimate (not measured on a GPU)"
     assert planner.plan(box()).basis == ""
@@ -363,22 +382,65 @@ def test_a_placement_s_rule_file_computes_what_transformers_computes(checkpoint,
     assert {name.split(".")[2] for name, text in experts.items() if " of 8" in text} == {"1", "2"}, experts
 
 
+WIDE = {"hidden_size": 256, "moe_intermediate_size": 256, "intermediate_size": 512}
+"""So that matrices have the columns of GGUF's blocks of 256."""
+
+
+def agreed(planner, config, request, sizes_of):
+    """The plan for two GPUs that have room for all but some layers, after a simulation that finds the same there."""
+    layers, first, _ = planner._layers(request, planner.form)
+    size = sizes_of(layers) + first
+    gpu = hardware.Gpu("tiny", (size + planner._gpu_work(request) + (600 << 20)) * 50 // 49, 1e12, 1e14, 25e9)
+    found = planner.plan(hardware.Hardware(box().cpu, (gpu, gpu)), request)
+    form = planner.form
+    simulation = simulate(
+        config, yaml.safe_load(found.rule), gpus=2, tokens=39, context=0, weights=form.source, size=form.stored,
+        form=form.layout,
+    )  # fmt: skip
+    assert not simulation.problems, "\n".join(map(str, simulation.problems))
+    for device in set(found.placement.layers) - {"cpu"}:
+        assert simulation.weights[device] == pytest.approx(found.memory[device].weights, rel=0.01), device
+        assert simulation.cache[device] == found.memory[device].cache, device
+    return found
+
+
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
 def test_what_is_planned_on_gpus_is_what_a_simulation_finds_there(checkpoint, family):
     """Weights and cache of every device, against a forward with fake tensors under the plan's rule file."""
     reference, folder = checkpoint(family, num_hidden_layers=12)
     planner = Planner(str(folder), weights=folder)
-    request = Request(context=40)
-    layers, first, _ = planner._layers(request)
-    size = 2 * max(layer.matrices + layer.cache for layer in layers) + first
-    gpu = hardware.Gpu("tiny", (size + planner._gpu_work(request) + (600 << 20)) * 50 // 49, 1e12, 1e14, 25e9)
-    found = planner.plan(hardware.Hardware(box().cpu, (gpu, gpu)), request)
-    assert {"cuda:0", "cuda:1", "cpu"} == set(found.placement.layers)
-    simulation = simulate(reference.config, yaml.safe_load(found.rule), gpus=2, tokens=39, context=0)
-    assert not simulation.problems
-    for device in ("cuda:0", "cuda:1"):
-        assert simulation.weights[device] == pytest.approx(found.memory[device].weights, rel=0.01)
-        assert simulation.cache[device] == found.memory[device].cache, device
+    found = agreed(planner, reference.config, Request(context=40), lambda all: 2 * max(each.matrices + each.cache for each in all))
+    assert {"cuda:0", "cuda:1", "cpu"} == set(found.placement.layers) and found.dense_experts == 0
+
+
+@pytest.mark.parametrize("form", ["Q4_K_M", "Q6_K", "INT4", "GPTQ_INT4", "INT8"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
+def test_packed_weights_on_gpus_are_planned_as_simulated(checkpoint, family, form):
+    """All layers with some packed experts; of types whose scales lie within, and apart."""
+    reference, folder = checkpoint(family, num_hidden_layers=4, **WIDE)
+    planner = Planner(str(folder), form=form)
+
+    def room(layers):
+        return sum(each.matrices + each.cache for each in layers) + 6 * max(each.expert for each in layers)
+
+    found = agreed(planner, reference.config, Request(context=40), room)
+    packed = [memory.weights - memory.dense for device, memory in found.memory.items() if device != "cpu"]
+    assert "cpu" not in found.placement.layers and found.cpu_experts and all(packed)
+    assert sum(map(len, found.placement.gpu_experts.values())) >= 6 and found.dense_experts == 0
+
+
+@pytest.mark.parametrize("request_", [Request(context=40), Request(context=40, linear_op="KLinearMarlin")], ids=["as published", "quantized"])
+def test_a_gguf_on_gpus_is_planned_as_simulated(checkpoint, tmp_path, request_):
+    """By the headers of a file, and with dense embeddings and norms quantized or not."""
+    reference, folder = checkpoint("qwen3_moe", num_hidden_layers=4, tie_word_embeddings=True, **WIDE)
+    for mix in ("Q4_K_M", "BF16"):
+        path = tmp_path / f"{mix}.gguf"
+        quantize_folder(folder, path, mix)
+        planner = Planner(str(folder), weights=path)
+        found = agreed(planner, reference.config, request_, lambda all: 2 * sum(each.matrices + each.cache for each in all))
+        types = {type_ for _, type_ in where(planner, found)["attention"]}
+        assert ("INT4" in types) is (mix == "BF16" and request_.linear_op is not None), types
+        assert ("Q4_K" in types) is (mix == "Q4_K_M")
 
 
 def test_headers_that_disagree_with_the_config_are_refused(checkpoint):
