@@ -16,6 +16,7 @@ from torch import nn
 from ktransformers.configs import meta_model, read_config, text_config
 from ktransformers.errors import KTransformersError, UnsupportedError
 from ktransformers.kernels import compiler
+from ktransformers.machine.gpus import BEFORE_AMPERE, find_gpu
 from ktransformers.machine.hardware import Hardware
 from ktransformers.machine.units import GIB, format_bytes
 from ktransformers.models import DEFAULT_RULES
@@ -391,8 +392,16 @@ def _machine(hardware: Hardware) -> str:
 
 
 def _computed_on(hardware: Hardware, form: formats.Format) -> formats.Format:
-    """`form`, without packed weights on the GPUs of this machine where it lacks what their kernels need."""
-    return form if compiler.triton is not None or not hardware.measured else replace(form, layout=None)
+    """`form`, without packed weights on the GPUs of a machine that cannot compute them."""
+    return replace(form, layout=None) if _unpacked(hardware) else form
+
+
+def _unpacked(hardware: Hardware) -> str:
+    """Why weights are dense on the GPUs of a machine whatever their type, or ``""``."""
+    if hardware.measured and compiler.triton is None:
+        return "kernels of packed ones need Triton, which cannot be imported"
+    old = [gpu.name for gpu in hardware.gpus if (model := find_gpu(gpu.name)) and model.name in BEFORE_AMPERE]
+    return f"Triton has no kernels for a {old[0]}" if old else ""
 
 
 def _gpu_notes(found: Plan) -> list[str]:
@@ -402,8 +411,7 @@ def _gpu_notes(found: Plan) -> list[str]:
     if not gpus:
         return []
     if dense == weights:
-        lacking = found.hardware.measured and compiler.triton is None
-        why = ": kernels of packed ones need Triton, which cannot be imported" if lacking else ""
+        why = f": {reason}" if (reason := _unpacked(found.hardware)) else ""
         return [f"GPU: the {format_bytes(dense)} of weights there are dense, in the model's dtype{why}."]
     return [
         f"GPU: {format_bytes(weights - dense)} of weights stay packed there, {format_bytes(dense)} are dense. Packed "

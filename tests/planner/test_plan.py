@@ -337,6 +337,13 @@ def test_without_triton_weights_on_this_machine_s_gpus_are_dense(planner, monkey
     assert planner.plan(elsewhere).memory["cuda:0"].dense < GIB
 
 
+def test_a_gpu_that_triton_has_no_kernels_for_has_dense_weights(planner):
+    for gpus in (["v100-32g"], ["4090", "T4"]):
+        found = planner.plan(box(*gpus))
+        assert all(m.dense == m.weights for device, m in found.memory.items() if device != "cpu")
+        assert any("Triton has no kernels for a " in note for note in found.notes)
+
+
 def test_what_is_proposed_to_fit_is_placed_by_its_own_sizes(deepseek):
     """A smaller format has smaller experts, of which a GPU takes more."""
     machine = box("24GiB", ram="256GiB")
