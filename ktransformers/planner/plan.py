@@ -120,6 +120,10 @@ class Plan:
         return ESTIMATE if any(device != "cpu" for device in self.placement.layers) else ""
 
 
+_Sizes = tuple[dict[int | None, int], dict[int | None, tuple[int, int]], int]
+"""See `Planner._sizes_on_gpu`."""
+
+
 class Planner:
     """One model, ready to be planned for many machines, formats and lengths; building it takes a second or two."""
 
@@ -143,6 +147,7 @@ class Planner:
         self.caches = sizes.caches(self.model)
         self.form = formats.format_of(model, self.config, self.model, weights, form)
         self._plans: dict[str, Mapping[str, Replacement]] = {}
+        self._on_gpu: dict[tuple[formats.Format, str | None], _Sizes] = {}
 
     def probes(self, hardware: Hardware, here: bool) -> torch_probes.Probes:
         """What torch costs: measured where the processor is this machine's, assumed elsewhere."""
@@ -211,20 +216,27 @@ class Planner:
 
     def _layers(self, request: Request, form: formats.Format) -> tuple[list[Layer], int, int]:
         """What each layer would take on a GPU, and what goes with the first and the last."""
-        content = rule_content(self.base, Placement(["cuda:0"] * self.layers), linear_op=request.linear_op)
-        parts = sizes.parts(self.model, self._planned(content, 1), form)
+        key = form, request.linear_op
+        if key not in self._on_gpu:
+            self._on_gpu[key] = self._sizes_on_gpu(*key)
+        matrices, routed, last = self._on_gpu[key]
+        cached = {cache.layer: cache.nbytes(request.context, request.batch) for cache in self.caches}
+        layers = [Layer(matrices[i], cached.get(i, 0), *routed.get(i, (0, 0))) for i in range(self.layers)]
+        return layers, matrices[None] - last, last
+
+    def _sizes_on_gpu(self, form: formats.Format, linear_op: str | None) -> _Sizes:
+        """Bytes of each layer's matrices, how many experts it has and the bytes of one, and bytes of the head."""
+        content = rule_content(self.base, Placement(["cuda:0"] * self.layers), linear_op=linear_op)
         matrices: dict[int | None, int] = defaultdict(int)
         routed: dict[int | None, tuple[int, int]] = {}
         last = 0
-        for part in parts:
+        for part in sizes.parts(self.model, self._planned(content, 1), form):
             if part.kind == "experts":
                 routed[part.layer] = (part.experts, part.each_on_gpu)
             elif not is_cpu(part.device):
                 matrices[part.layer] += part.held
                 last += part.held if part.kind == "head" else 0
-        cached = {cache.layer: cache.nbytes(request.context, request.batch) for cache in self.caches}
-        layers = [Layer(matrices[i], cached.get(i, 0), *routed.get(i, (0, 0))) for i in range(self.layers)]
-        return layers, matrices[None] - last, last
+        return matrices, routed, last
 
     def _gpu_work(self, request: Request) -> int:
         tokens = min(request.chunk, request.context) * request.batch
@@ -354,9 +366,11 @@ class Planner:
     def _changes(self, hardware: Hardware, request: Request, probes: torch_probes.Probes, found: Plan) -> list[str]:
         """The smallest changes that make it fit, each alone, cheapest first."""
         changes = []
+        over = found.memory["cpu"].total - found.memory["cpu"].limit
+        freed = sum(memory.cache + memory.work for memory in found.memory.values())
         for what, value in (("chunk_size", request.chunk), ("context", request.context)):
             halved = value // 2
-            while halved >= 256:
+            while halved >= 256 and over <= freed:
                 smaller = replace(request, **{_FIELDS[what]: halved})
                 if self._place(hardware, smaller, self.form, probes).fits:
                     changes.append(f"--{what.replace('_', '-')} {halved} fits.")
@@ -369,7 +383,6 @@ class Planner:
             if plan.fits and sum(m.weights for m in plan.memory.values()) < size:
                 changes.append(f"--format {name} fits: {format_bytes(plan.memory['cpu'].total)} of RAM.")
                 break
-        over = found.memory["cpu"].total - found.memory["cpu"].limit
         if over > 0:
             ram = hardware.cpu.ram + over
             changes.append(f"{format_bytes(over)} more RAM fits: {format_bytes(-(-ram // GIB) * GIB)} in total.")
