@@ -7,7 +7,7 @@ bytes mean is in quants/blocks.py and quants/scaled.py.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -150,21 +150,21 @@ def named_format(name: str, layers: int, tied: bool) -> Format:
         known, hint = ", ".join(format_names()), did_you_mean(name.upper(), format_names())
         raise KTransformersError(f"--format {name!r}: unknown{hint}; known: published, {known}.")
     if found in _SCALED and found not in QUANT_TYPES:
-        return _format(found, lambda tensor, shape, dtype: _scaled(found, tensor, shape, dtype))
+        return _format(found, lambda tensor, shape, dtype: _scaled(found, tensor, shape, dtype), found)
     mix = re.sub(r"_S$", "", found) if found.startswith("Q") else found
     return _format(found, lambda tensor, shape, dtype: _gguf(mix, tensor, shape, dtype, layers, tied))
 
 
-def _format(name: str, stored: Callable[[str, tuple[int, ...], Any], tuple[str, int]]) -> Format:
-    """Where types alone say how weights are packed on a GPU."""
-    return Format(name, stored, lambda tensor, shape, dtype: _layout(stored(tensor, shape, dtype)[0], shape[-1]))
+def _format(name: str, stored: Callable[[str, tuple[int, ...], Any], tuple[str, int]], *apart: str) -> Format:
+    """Where types say how weights are packed on a GPU, and of scales that lie apart the formats `apart`."""
+    return Format(name, stored, lambda tensor, shape, dtype: _layout(stored(tensor, shape, dtype)[0], shape[-1], apart))
 
 
-def _layout(kind: str, columns: int) -> Layout | None:
-    """The packed form of a type, whose scales are as those that publish it have them."""
+def _layout(kind: str, columns: int, apart: Iterable[str]) -> Layout | None:
+    """The packed form of a type; its scales are as the one of the formats `apart` that has it says."""
     if kind in GGUF_TYPES:
         return layout_of(kind)
-    known = next((known for known in _SCALED.values() if known.type == kind), None)
+    known = next((_SCALED[name] for name in apart if _SCALED[name].type == kind), None)
     if known is None or kind not in SCALED_TYPES:
         return None
     return scaled_layout(kind, columns, known.group or columns, known.scale, known.zeros)
@@ -197,7 +197,7 @@ def published_format(config: Any) -> Format:
             return _plain(shape, dtype)
         return _scaled(experts if routed else kind, tensor, shape, dtype)
 
-    return _format(f"published ({'+'.join(dict.fromkeys((kind, experts)))})", stored)
+    return _format(f"published ({'+'.join(dict.fromkeys((kind, experts)))})", stored, kind, experts)
 
 
 def weights_format(source: Any) -> Format:

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from ktransformers import env
 from ktransformers.configs import meta_model, read_config, text_config
 from ktransformers.errors import KTransformersError, UnsupportedError
 from ktransformers.kernels import compiler
@@ -411,6 +412,8 @@ def _computed_on(hardware: Hardware, form: formats.Format) -> formats.Format:
 
 def _unpacked(hardware: Hardware) -> str:
     """Why weights are dense on the GPUs of a machine whatever their type, or ``""``."""
+    if hardware.measured and not env.kernels():
+        return "KT_KERNELS=0 wants no kernels"
     if hardware.measured and compiler.triton is None:
         return "kernels of packed ones need Triton, which cannot be imported"
     old = [gpu.name for gpu in hardware.gpus if (model := find_gpu(gpu.name)) and model.name in BEFORE_AMPERE]

@@ -178,15 +178,20 @@ def test_a_30b_model_is_on_a_4090_as_a_whole(planner):
     assert 100 < found.decode.rate < 1 / reads  # no more than the memory gives for the weights that a token meets
 
 
-def test_published_int4_stays_as_it_is_and_fits():
-    """Kimi-K2-Thinking: attention is published in BF16, all else packed."""
-    found = Planner("kimi-k2-thinking").plan(box("24GiB", ram="1TiB"))
+@pytest.mark.parametrize(("name", "type_"), [("deepseek-v3", "F8_E4M3"), ("kimi-k2-thinking", "I4")])
+def test_published_fp8_and_int4_stay_as_they_are_and_fit(name, type_):
+    """Kimi publishes all but routed experts in BF16."""
+    planner = Planner(name)
+    found = planner.plan(box("24GiB", ram="1TiB"))
     assert found.fits and found.placement.layers == ["cuda:0"] * 61
+    kinds = where(planner, found)
+    assert (("cuda:0", type_) in kinds["attention"]) is (name == "deepseek-v3")
+    assert ("cuda:0", type_) in [*kinds["dense"], *kinds["experts"]]
 
 
-@pytest.mark.parametrize(("name", "layers", "gpu"), [("deepseek-v3", 61, "16GiB"), ("glm-4.5-air", 46, "12GiB")])
+@pytest.mark.parametrize(("name", "layers", "gpu"), [("glm-4.5-air", 46, "12GiB"), ("kimi-k2-thinking", 61, "16GiB")])
 def test_published_weights_without_a_packed_form_are_quantized_where_that_is_asked_for(name, layers, gpu):
-    """FP8 and BF16; nothing is quantized unasked."""
+    """BF16; nothing is quantized unasked."""
     planner, machine = Planner(name), box(gpu, ram="1TiB")
     found = planner.plan(machine)
     assert "cpu" in found.placement.layers and any("with --linear-op KLinearMarlin" in note for note in found.notes)
@@ -203,13 +208,12 @@ def test_an_operator_of_linear_layers_that_is_none_is_refused(planner):
 
 
 def test_dense_experts_stay_in_ram_where_they_would_cost_the_graph():
-    """FP8 experts are dense on a GPU: a few of them win less than a captured step."""
-    planner = Planner("deepseek-v3")
-    request = Request(linear_op="KLinearMarlin")
-    few = planner.plan(box("24GiB", ram="1TiB"), request)
-    assert few.dense_experts == 0 and few.placement.gpu_experts == {}
-    with_them = planner._place(box("24GiB", ram="1TiB"), request, planner.form, probes.assumed(32))
-    assert with_them.dense_experts > 100 and with_them.decode.rate < few.decode.rate
+    """BF16 experts: a few of them win less than a captured step."""
+    planner, machine = Planner("glm-4.5-air"), box("16GiB", ram="1TiB")
+    few = planner.plan(machine)
+    assert few.dense_experts == 0 and few.placement.gpu_experts == {} and "cpu" not in few.placement.layers
+    with_them = planner._place(machine, Request(), planner.form, probes.assumed(32))
+    assert with_them.dense_experts > 0 and with_them.decode.rate < few.decode.rate
 
 
 def test_a_gpu_expert_takes_no_ram(planner):
@@ -335,6 +339,9 @@ def test_without_triton_weights_on_this_machine_s_gpus_are_dense(planner, monkey
     found = planner.plan(here)
     assert found.memory["cuda:0"].dense == found.memory["cuda:0"].weights and any("need Triton" in note for note in found.notes)
     assert planner.plan(elsewhere).memory["cuda:0"].dense < GIB
+    monkeypatch.setattr("ktransformers.kernels.compiler.triton", object())
+    monkeypatch.setenv("KT_KERNELS", "0")
+    assert any("KT_KERNELS=0" in note for note in planner.plan(here).notes)
 
 
 def test_a_gpu_that_triton_has_no_kernels_for_has_dense_weights(planner):

@@ -389,7 +389,7 @@ LINEARS = {"match": {"name": r"(q|k|v|o)_proj$"}, "replace": {"class": "ktransfo
 @pytest.mark.parametrize(
     ("name", "form", "layout"),
     [(None, "Q4_K", "Q4_K"), ("KLinearMarlin", "Q4_K", "Q4_K"), (None, "INT4", "I4"), (None, "BF16", None),
-     ("KLinearTorch", "Q4_K", None), ("VLinearMarlin", "BF16", "INT4"), ("KLinearMarlin", "FP8", "INT4")],
+     ("KLinearTorch", "Q4_K", None), ("VLinearMarlin", "BF16", "INT4"), ("KLinearMarlin", "FP8", "F8_E4M3"), ("KLinearFP8", "FP8", "F8_E4M3"), ("KLinearFP8", "BF16", None)],
 )  # fmt: skip
 def test_linear_layers_on_a_gpu_take_their_packed_bytes(name, form, layout):
     """By what the checkpoint has; what has no packed form is quantized where a rule names the operator."""
