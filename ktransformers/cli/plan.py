@@ -50,6 +50,11 @@ class PlanOptions:
         typer.Option("--strategy", help="Which experts go to the GPU: uniform, frequency, front-loading, random; "
                      "default: frequency with --profile, else uniform."),
     ] = ""  # fmt: skip
+    linear_op: Annotated[
+        str,
+        typer.Option("--linear-op", help="Operator of linear layers on GPUs: KLinearMarlin quantizes to 4 bits, while "
+                     "loading, what has no packed form there. Default: such layers are dense."),
+    ] = ""  # fmt: skip
     profile: Annotated[str, typer.Option("--profile", help="Routing profile, from `kt profile`.")] = ""
     output: Annotated[str, typer.Option("-o", "--output", help="Write the rule file there.")] = ""
     plot: Annotated[str, typer.Option("--plot", help="Write plots of memory and speed there, as PNG.")] = ""
@@ -63,7 +68,8 @@ class PlanOptions:
 
         seen = RoutingProfile.read(self.profile) if self.profile else None
         strategy = self.strategy or ("frequency" if seen else "uniform")
-        return Request(self.context, self.batch, self.chunk_size, strategy, seen, self.cache or None)
+        return Request(self.context, self.batch, self.chunk_size, strategy, seen, self.cache or None,
+                       self.linear_op or None)  # fmt: skip
 
 
 @taking(PlanOptions)
@@ -107,7 +113,7 @@ def as_data(found: "Plan", output: str = "") -> dict[str, Any]:
         return {"tokens": one.tokens, "tokens_per_second": one.rate, "bottleneck": one.bottleneck, "seconds": seconds}
 
     memory = {
-        device: {**{k: getattr(m, k) for k in ("limit", "weights", "mapped", "cache", "work", "total")}}
+        device: {**{k: getattr(m, k) for k in ("limit", "weights", "mapped", "dense", "cache", "work", "total")}}
         for device, m in found.memory.items()
     }
     machine = {"cpu": found.hardware.cpu, "gpus": list(found.hardware.gpus), "measured": found.hardware.measured}
@@ -118,6 +124,7 @@ def as_data(found: "Plan", output: str = "") -> dict[str, Any]:
         "fits": found.fits, "problems": found.problems, "changes": found.changes, "notes": found.notes,
         "hardware": machine, "memory": memory, "layers": found.placement.spans(),
         "gpu_experts": sum(map(len, found.placement.gpu_experts.values())),
+        "speed_basis": found.basis or None,
         "prefill": speed(found.prefill), "decode": speed(found.decode), "decode_full_context": speed(found.decode_full),
         "rule": found.rule, "output": output or None,
     }  # fmt: skip
@@ -171,11 +178,12 @@ def _contents(found: "Plan", device: str) -> str:
     routed = f"{experts} experts" if experts else ""
     if device == "cpu":
         routed = "routed experts" + (" not on a GPU" if any(found.placement.gpu_experts.values()) else "")
+        routed = routed if found.cpu_experts else "embedding" if found.memory["cpu"].weights else ""
     return "; ".join(part for part in (whole, routed) if part) or "-"
 
 
 def _speed(found: "Plan") -> Table:
-    table = Table(title="Expected speed", title_justify="left")
+    table = Table(title="Expected speed" + (f": {found.basis}" if found.basis else ""), title_justify="left")
     for column, justify in (("", "left"), ("tokens/s", "right"), ("bottleneck", "left"), ("next", "left")):
         table.add_column(column, justify=justify)
     rows = [

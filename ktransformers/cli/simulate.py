@@ -63,7 +63,7 @@ def simulate(
     with _bar() as on_layer:
         found = simulation.simulate(
             net, file, gpus=gpus, tokens=tokens, batch=batch, context=context, weights=stored.source,
-            size=stored.stored, on_layer=on_layer,
+            size=stored.stored, form=stored.layout, on_layer=on_layer,
         )  # fmt: skip
     show(found.to_dict(), as_json, lambda: _tables(found))
     if not found.ok:

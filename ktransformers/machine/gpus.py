@@ -89,6 +89,9 @@ GPU_MODELS = {
 }
 """Name -> model."""
 
+BEFORE_AMPERE = ("2080ti", "v100-16g", "v100-32g", "t4")
+"""Of a compute capability below 8.0, the first that Triton compiles for."""
+
 TYPICAL = ("4060", "3080", "2080ti", "3060", "4060ti-16g", "7900xt", "4090", "5090", "a100-40g", "a6000", "mi210",
            "a100-80g", "rtx-pro-6000", "h200", "b200", "mi300x", "mi325x", "mi355x")  # fmt: skip
 """One model per size: what a GPU is taken for when only its size is given. Where several have the size, one of the most

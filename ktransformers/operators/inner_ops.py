@@ -53,8 +53,6 @@ def given(name: Any) -> str | None:
 
 def no_kernels(device: Any) -> str:
     """Why packed weights are not computed on `device`, as the end of a sentence, or ``""``. Starts no device."""
-    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
-        return "a simulation counts dense weights there"
     try:
         return compiler.why_not(torch.device(device))
     except (RuntimeError, TypeError, ValueError):  # whoever checks devices says so

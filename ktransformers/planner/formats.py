@@ -7,7 +7,7 @@ bytes mean is in quants/blocks.py and quants/scaled.py.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,21 +19,36 @@ from ktransformers.checks import check_weights
 from ktransformers.configs import model_path, text_config
 from ktransformers.errors import KTransformersError, did_you_mean
 from ktransformers.gguf_files.write import choose_type
+from ktransformers.kernels.layouts import GGUF_TYPES, SCALED_TYPES, Layout, layout_of, scaled_layout
 from ktransformers.loaders import bind, open_weights
+from ktransformers.operators.on_gpu import layout_of_infos
 from ktransformers.quants.blocks import QUANT_TYPES
 
+
+@dataclass(frozen=True)
+class _Apart:
+    """A format of safetensors, whose scales lie apart: the type as native.py calls it, bytes a weight, and the scales:
+    one for so many columns (0: for a row), of which type, and whether there are zero points."""
+
+    type: str
+    nbytes: float
+    group: int
+    scale: str
+    zeros: bool = False
+
+
 _SCALED = {
-    "FP8": ("F8_E4M3", 1 + 4 / (128 * 128)),  # an fp32 scale for 128 x 128
-    "FP8_PERCHANNEL": ("F8_E4M3", 1.0),  # and one a row, which is added below
-    "MXFP4": ("MXFP4", 17 / 32),  # an e8m0 byte for 32
-    "INT4": ("I4", 0.5 + 2 / 32),  # a bf16 scale for 32
-    "RAWINT4": ("I4", 0.5 + 2 / 32),
-    "GPTQ_INT4": ("GPTQ4", 0.5 + 2.5 / 128),  # fp16 scale and packed zero for 128
-    "AWQ_INT4": ("AWQ4", 0.5 + 2.5 / 128),
-    "NVFP4": ("F4_E2M1", 0.5 + 1 / 16),
-    "INT8": ("I8", 1.0),
+    "FP8": _Apart("F8_E4M3", 1 + 4 / (128 * 128), 128, "F32"),  # a scale for 128 x 128
+    "FP8_PERCHANNEL": _Apart("F8_E4M3", 1.0, 0, "F32"),  # scales of rows are added below
+    "MXFP4": _Apart("MXFP4", 17 / 32, 32, "E8M0"),
+    "INT4": _Apart("I4", 0.5 + 2 / 32, 32, "BF16"),
+    "RAWINT4": _Apart("I4", 0.5 + 2 / 32, 32, "BF16"),
+    "GPTQ_INT4": _Apart("GPTQ4", 0.5 + 2.5 / 128, 128, "F16", True),
+    "AWQ_INT4": _Apart("AWQ4", 0.5 + 2.5 / 128, 128, "F16", True),
+    "NVFP4": _Apart("F4_E2M1", 0.5 + 1 / 16, 16, "F32"),  # E4M3 and a factor for all, together fp32 on a GPU
+    "INT8": _Apart("I8", 1.0, 0, "F32"),
 }
-"""Formats of safetensors: name -> (type as native.py calls it, bytes a weight)."""
+"""By the names that people give them."""
 
 MIXES = ("Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q2_K_S")
 """Names of published GGUF files that are no type: what `quantize` writes under them, others' mixes differ a little."""
@@ -59,17 +74,19 @@ def bits(name: str) -> float | None:
     """Bits per weight of a large matrix, scales included; None for a mix, where that depends on the model."""
     if (kind := QUANT_TYPES.get(name)) is not None:
         return 8 * kind.nbytes / kind.block
-    return 8 * _SCALED[name][1] if name in _SCALED else None
+    return 8 * _SCALED[name].nbytes if name in _SCALED else None
 
 
 @dataclass(frozen=True)
 class Format:
-    """`stored(name, shape, dtype)` gives a tensor's type and bytes. `name` is what people call it; `source` the open
-    checkpoint (`loaders.ModelWeights`) whose headers say so, if any; `same(name, other)` whether two tensors that the
-    config ties are one."""
+    """`stored(name, shape, dtype)` gives a tensor's type and bytes, `layout(name, shape, dtype)` the packed form that
+    its bits have on a GPU, or None; None in its place: nothing is packed there. `name` is what people call it; `source`
+    the open checkpoint (`loaders.ModelWeights`) whose headers say so, if any; `same(name, other)` whether two tensors
+    that the config ties are one."""
 
     name: str
     stored: Callable[[str, tuple[int, ...], Any], tuple[str, int]]
+    layout: Callable[[str, tuple[int, ...], Any], Layout | None] | None
     source: Any = None
     same: Callable[[str, str], bool] = lambda name, other: True
 
@@ -133,9 +150,24 @@ def named_format(name: str, layers: int, tied: bool) -> Format:
         known, hint = ", ".join(format_names()), did_you_mean(name.upper(), format_names())
         raise KTransformersError(f"--format {name!r}: unknown{hint}; known: published, {known}.")
     if found in _SCALED and found not in QUANT_TYPES:
-        return Format(found, lambda tensor, shape, dtype: _scaled(found, tensor, shape, dtype))
+        return _format(found, lambda tensor, shape, dtype: _scaled(found, tensor, shape, dtype), found)
     mix = re.sub(r"_S$", "", found) if found.startswith("Q") else found
-    return Format(found, lambda tensor, shape, dtype: _gguf(mix, tensor, shape, dtype, layers, tied))
+    return _format(found, lambda tensor, shape, dtype: _gguf(mix, tensor, shape, dtype, layers, tied))
+
+
+def _format(name: str, stored: Callable[[str, tuple[int, ...], Any], tuple[str, int]], *apart: str) -> Format:
+    """Where types say how weights are packed on a GPU, and of scales that lie apart the formats `apart`."""
+    return Format(name, stored, lambda tensor, shape, dtype: _layout(stored(tensor, shape, dtype)[0], shape[-1], apart))
+
+
+def _layout(kind: str, columns: int, apart: Iterable[str]) -> Layout | None:
+    """The packed form of a type; its scales are as the one of the formats `apart` that has it says."""
+    if kind in GGUF_TYPES:
+        return layout_of(kind)
+    known = next((_SCALED[name] for name in apart if _SCALED[name].type == kind), None)
+    if known is None or kind not in SCALED_TYPES:
+        return None
+    return scaled_layout(kind, columns, known.group or columns, known.scale, known.zeros)
 
 
 def published_format(config: Any) -> Format:
@@ -145,7 +177,7 @@ def published_format(config: Any) -> Format:
         text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
         quantization = getattr(text, "quantization_config", None)
     if not isinstance(quantization, dict):
-        return Format("published", lambda tensor, shape, dtype: _plain(shape, dtype))
+        return _format("published", lambda tensor, shape, dtype: _plain(shape, dtype))
     method = str(quantization.get("quant_method") or "").lower()
     kinds = {"mxfp4": "MXFP4", "compressed-tensors": "INT4", "gptq": "GPTQ_INT4", "awq": "AWQ_INT4", "fp8": "FP8"}
     kind = kinds.get(method)
@@ -165,7 +197,7 @@ def published_format(config: Any) -> Format:
             return _plain(shape, dtype)
         return _scaled(experts if routed else kind, tensor, shape, dtype)
 
-    return Format(f"published ({'+'.join(dict.fromkeys((kind, experts)))})", stored)
+    return _format(f"published ({'+'.join(dict.fromkeys((kind, experts)))})", stored, kind, experts)
 
 
 def weights_format(source: Any) -> Format:
@@ -177,7 +209,10 @@ def weights_format(source: Any) -> Format:
         kinds = source.quant_type(tensor).split("+")
         return kinds[-1], source.nbytes(tensor)
 
-    return Format(source.path.name, stored, source, cache(source.same))
+    def layout(tensor: str, shape: tuple[int, ...], dtype: Any) -> Layout | None:
+        return layout_of_infos(source.infos(tensor)) if source.has(tensor) else None
+
+    return Format(source.path.name, stored, layout, source, cache(source.same))
 
 
 def _skipped(quantization: dict[str, Any]) -> Callable[[str], bool]:
@@ -211,9 +246,9 @@ def _scaled(kind: str, tensor: str, shape: tuple[int, ...], dtype: Any) -> tuple
     outside = tensor.endswith(("embed_tokens.weight", "embeddings.weight")) or tensor.startswith("lm_head")
     if is_vector_like(tensor, shape) or outside or "_bias" in tensor:
         return _plain(shape, dtype)
-    name, each = _SCALED[kind]
-    extra = 4 * math.prod(shape[:-1]) if kind in ("FP8_PERCHANNEL", "INT8") else 0
-    return name, round(math.prod(shape) * each) + extra
+    known = _SCALED[kind]
+    extra = 0 if known.group else 4 * math.prod(shape[:-1])
+    return known.type, round(math.prod(shape) * known.nbytes) + extra
 
 
 def _gguf(mix: str, tensor: str, shape: tuple[int, ...], dtype: Any, layers: int, tied: bool) -> tuple[str, int]:

@@ -118,14 +118,31 @@ def place_experts(
         if not routed:
             continue
         used = sum(layers[i].matrices + layers[i].cache for i in mine) + extra.get(room.device, 0)
-        each, count = max(layers[i].expert for i in routed), layers[routed[0]].experts
-        total = min((room.free - used) // each if each else 0, count * len(routed))
-        if total <= 0:
-            continue
         seen = profile and RoutingProfile(profile.model_type, {i: profile.layers[i] for i in routed}, profile.tokens)
-        ids = masks.gpu_experts(strategy, routed, count, total, seen)
+        ids = _most_experts(layers, routed, room.free - used, strategy, seen)
         chosen.update({layer: found for layer, found in ids.items() if found})
     return chosen
+
+
+def _most_experts(
+    layers: Sequence[Layer], routed: Sequence[int], free: int, strategy: str, profile: RoutingProfile | None
+) -> dict[int, list[int]]:
+    """As many experts of the layers `routed` as fit into `free` bytes; those of some layers may be larger."""
+    count = layers[routed[0]].experts
+    sizes = [max(1, layers[i].expert) for i in routed]
+
+    def masked(total: int) -> dict[int, list[int]]:
+        return masks.gpu_experts(strategy, routed, count, total, profile)
+
+    def fits(total: int) -> bool:
+        return sum(len(ids) * layers[layer].expert for layer, ids in masked(total).items()) <= free
+
+    most = count * len(routed)
+    least, most = (min(most, max(0, free) // each) for each in (max(sizes), min(sizes)))
+    while least < most:  # `least` fits
+        middle = (least + most + 1) // 2
+        least, most = (middle, most) if fits(middle) else (least, middle - 1)
+    return masked(least)
 
 
 def packaged_file(name: str) -> str:
@@ -139,8 +156,11 @@ def packaged_content(name: str) -> dict[str, Any]:
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
-def rule_content(base: Mapping[str, Any], placement: Placement, chunk: int | None = None) -> dict[str, Any]:
-    """The rule file `base` with this placement. `chunk`: queries whose scores latent attention holds at a time."""
+def rule_content(
+    base: Mapping[str, Any], placement: Placement, chunk: int | None = None, linear_op: str | None = None
+) -> dict[str, Any]:
+    """The rule file `base` with this placement. `chunk`: queries whose scores latent attention holds at a time.
+    `linear_op`: the operator of linear layers, None for that of the file."""
     content = copy.deepcopy(dict(base))
     content["devices"] = placement.spans()
     for rule in content["rules"]:
@@ -150,6 +170,8 @@ def rule_content(base: Mapping[str, Any], placement: Placement, chunk: int | Non
             kwargs["gpu_device"] = "layer"
         if rule["match"].get("trait") == "mla" and chunk:
             kwargs["chunck_size"] = chunk
+        if rule["match"].get("trait") == "linear" and linear_op:
+            kwargs["generate_op"] = linear_op
         if not kwargs:
             del rule["replace"]["kwargs"]
     return content

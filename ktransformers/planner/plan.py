@@ -13,16 +13,21 @@ from typing import Any
 
 from torch import nn
 
+from ktransformers import env
 from ktransformers.configs import meta_model, read_config, text_config
-from ktransformers.errors import UnsupportedError
+from ktransformers.errors import KTransformersError, UnsupportedError
+from ktransformers.kernels import compiler
+from ktransformers.machine.gpus import BEFORE_AMPERE, find_gpu
 from ktransformers.machine.hardware import Hardware
 from ktransformers.machine.units import GIB, format_bytes
 from ktransformers.models import DEFAULT_RULES
 from ktransformers.models.traits import TRAITS
-from ktransformers.operators.inner_ops import is_cpu
+from ktransformers.operators.inner_ops import is_cpu, op_problem
+from ktransformers.operators.linear import LINEAR_MAP
 from ktransformers.operators.paged_cache import check_kind
 from ktransformers.planner import formats, masks, sizes, speed
 from ktransformers.planner import probes as torch_probes
+from ktransformers.planner.gpu_shares import ESTIMATE, READ
 from ktransformers.planner.placement import (
     Layer,
     Placement,
@@ -43,6 +48,8 @@ BASE_RAM = 360 << 20
 BASE_GPU = 600 << 20
 SCORES = 256 << 20
 """Bytes of scores that latent attention may hold at a time on a GPU; the rule's chunck_size follows."""
+QUANTIZES = "KLinearMarlin"
+"""The operator of linear layers that is packed on a GPU whatever the checkpoint has."""
 PROMPT = 1024
 """Tokens of the prompt whose prefill is predicted, and that decoding follows, where the context is not shorter."""
 
@@ -51,7 +58,8 @@ PROMPT = 1024
 class Request:
     """What a plan is for: `context` tokens for each of `batch` sequences, prompts computed `chunk` tokens at a time.
 
-    `cache`: how pages keep keys and values, one of `native.pages.TYPES`; None is the model's dtype.
+    `cache`: how pages keep keys and values, one of `native.pages.TYPES`; None is the model's dtype. `linear_op`: the
+    operator of linear layers, which may quantize while loading (KLinearMarlin); None leaves it to their device.
     """
 
     context: int = 8192
@@ -60,15 +68,17 @@ class Request:
     strategy: str = "uniform"
     profile: RoutingProfile | None = None
     cache: str | None = None
+    linear_op: str | None = None
 
 
 @dataclass
 class Memory:
-    """Bytes on one device. `mapped` is the part of `weights` that is pages of the checkpoint's file."""
+    """Bytes on one device. Of `weights`, `mapped` are pages of the checkpoint's file, `dense` in the model's dtype."""
 
     limit: int
     weights: int = 0
     mapped: int = 0
+    dense: int = 0
     cache: int = 0
     work: int = 0
 
@@ -79,7 +89,8 @@ class Memory:
 
 @dataclass
 class Plan:
-    """The answer. Sizes are bytes; `decode` follows a prompt of PROMPT tokens, `decode_full` a full context."""
+    """The answer. Sizes are bytes; `decode` follows a prompt of PROMPT tokens, `decode_full` a full context.
+    `cpu_experts`: how many routed experts of all layers are on the CPU, `dense_experts` how many are dense on GPUs."""
 
     model: str
     family: str
@@ -94,6 +105,8 @@ class Plan:
     decode: speed.Pass
     decode_full: speed.Pass
     rule: str
+    cpu_experts: int = 0
+    dense_experts: int = 0
     problems: list[str] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -101,6 +114,15 @@ class Plan:
     @property
     def fits(self) -> bool:
         return not self.problems
+
+    @property
+    def basis(self) -> str:
+        """What the speed is, where it is less than a prediction from measurements."""
+        return ESTIMATE if any(device != "cpu" for device in self.placement.layers) else ""
+
+
+_Sizes = tuple[dict[int | None, int], dict[int | None, tuple[int, int]], int]
+"""See `Planner._sizes_on_gpu`."""
 
 
 class Planner:
@@ -126,6 +148,7 @@ class Planner:
         self.caches = sizes.caches(self.model)
         self.form = formats.format_of(model, self.config, self.model, weights, form)
         self._plans: dict[str, Mapping[str, Replacement]] = {}
+        self._on_gpu: dict[tuple[formats.Format, str | None], _Sizes] = {}
 
     def probes(self, hardware: Hardware, here: bool) -> torch_probes.Probes:
         """What torch costs: measured where the processor is this machine's, assumed elsewhere."""
@@ -146,26 +169,39 @@ class Planner:
         return found
 
     def _check(self, request: Request) -> None:
-        """Raise KTransformersError for a strategy, a profile or a type of cache that is not for this model."""
+        """Raise KTransformersError for an operator, strategy, profile or type of cache that is not for this model."""
         check_kind(request.cache)
-        routed = {i: layer.experts for i, layer in enumerate(self._layers(request)[0]) if layer.experts}
+        if problem := op_problem("--linear-op", request.linear_op, "cuda", LINEAR_MAP):
+            raise KTransformersError(f"{problem}.")
+        routed = {i: layer.experts for i, layer in enumerate(self._layers(request, self.form)[0]) if layer.experts}
         masks.gpu_experts(request.strategy, list(routed), max(routed.values(), default=0), 0, request.profile)
 
     def answer(self, hardware: Hardware, request: Request, probes: torch_probes.Probes) -> Plan:
-        """The plan without ways out and notes, for who asks often."""
-        return self._place(hardware, request, self.form, probes)
+        """The plan without ways out and notes, for who asks often.
 
-    def _place(self, hardware: Hardware, request: Request, form: formats.Format, probes: torch_probes.Probes) -> Plan:
+        Dense experts on a GPU beside others on the CPU, which no graph takes, must be worth it.
+        """
+        found = self._place(hardware, request, self.form, probes)
+        if not found.cpu_experts or not found.dense_experts:
+            return found
+        without = self._place(hardware, request, self.form, probes, experts=False)
+        return without if without.fits and without.decode.rate > found.decode.rate else found
+
+    def _place(
+        self, hardware: Hardware, request: Request, form: formats.Format, probes: torch_probes.Probes,
+        experts: bool = True,
+    ) -> Plan:  # fmt: skip
+        form = _computed_on(hardware, form)
         rooms = [
             Room(f"cuda:{i}", gpu.memory, BASE_GPU + self._gpu_work(request) + gpu.memory // 50)
             for i, gpu in enumerate(hardware.gpus)
         ]
-        layers, first, last = self._layers(request)
+        layers, first, last = self._layers(request, form)
         devices = place_layers(layers, rooms, first, last) if rooms else ["cpu"] * self.layers
         extra = {devices[0]: first, devices[-1]: last} if devices[0] != devices[-1] else {devices[0]: first + last}
-        experts = place_experts(layers, devices, rooms, extra, request.strategy, request.profile)
-        placement = Placement(devices, experts)
-        content = rule_content(self.base, placement, self._score_chunk(request) if rooms else None)
+        chosen = place_experts(layers, devices, rooms, extra, request.strategy, request.profile) if experts else {}
+        placement = Placement(devices, chosen)
+        content = rule_content(self.base, placement, self._score_chunk(request) if rooms else None, request.linear_op)
         plan = self._planned(content, len(rooms))
         parts = sizes.parts(self.model, plan, form, _hits(request.profile))
         caches = sizes.caches(self.model, request.cache, plan) if request.cache else self.caches
@@ -179,31 +215,34 @@ class Planner:
                 self._plans[key] = plan_rules(self.model, content, gpus=gpus)
         return self._plans[key]
 
-    def _layers(self, request: Request) -> tuple[list[Layer], int, int]:
+    def _layers(self, request: Request, form: formats.Format) -> tuple[list[Layer], int, int]:
         """What each layer would take on a GPU, and what goes with the first and the last."""
-        content = rule_content(self.base, Placement(["cuda:0"] * self.layers))
-        parts = sizes.parts(self.model, self._planned(content, 1), self.form)
-        matrices: dict[int | None, int] = defaultdict(int)
-        routed: dict[int | None, tuple[int, int]] = {}
-        last = 0
-        for part in parts:
-            if part.kind == "experts":
-                routed[part.layer] = (part.experts, self._dense_expert(part))
-            elif not is_cpu(part.device):
-                matrices[part.layer] += part.held
-                last += part.held if part.kind == "head" else 0
+        key = form, request.linear_op
+        if key not in self._on_gpu:
+            self._on_gpu[key] = self._sizes_on_gpu(*key)
+        matrices, routed, last = self._on_gpu[key]
         cached = {cache.layer: cache.nbytes(request.context, request.batch) for cache in self.caches}
         layers = [Layer(matrices[i], cached.get(i, 0), *routed.get(i, (0, 0))) for i in range(self.layers)]
         return layers, matrices[None] - last, last
 
-    def _dense_expert(self, part: sizes.Part) -> int:
-        dtype = next(self.model.parameters()).dtype
-        return part.weights * dtype.itemsize // max(1, part.experts)
+    def _sizes_on_gpu(self, form: formats.Format, linear_op: str | None) -> _Sizes:
+        """Bytes of each layer's matrices, how many experts it has and the bytes of one, and bytes of the head."""
+        content = rule_content(self.base, Placement(["cuda:0"] * self.layers), linear_op=linear_op)
+        matrices: dict[int | None, int] = defaultdict(int)
+        routed: dict[int | None, tuple[int, int]] = {}
+        last = 0
+        for part in sizes.parts(self.model, self._planned(content, 1), form):
+            if part.kind == "experts":
+                routed[part.layer] = (part.experts, part.each_on_gpu)
+            elif not is_cpu(part.device):
+                matrices[part.layer] += part.held
+                last += part.held if part.kind == "head" else 0
+        return matrices, routed, last
 
     def _gpu_work(self, request: Request) -> int:
         tokens = min(request.chunk, request.context) * request.batch
         scores = 3 * SCORES if self._is_latent() else 0
-        return sizes.work_bytes(self.model, tokens, experts=False) + scores
+        return sizes.work_bytes(self.model, tokens, experts=False) + sizes.kernel_bytes(self.model, tokens) + scores
 
     def _is_latent(self) -> bool:
         return any(cache.is_latent for cache in self.caches)
@@ -222,10 +261,13 @@ class Planner:
         where = dict(enumerate(placement.layers))
         memory = self._memory(hardware, request, placement, parts, caches)
 
+        graph = request.batch == 1 and self._is_graph(placement, parts)
+
         def predict(tokens: int, context: int) -> speed.Pass:
             return speed.forward(
-                parts, caches, where, hardware, probes, tokens, context, request.batch, self.hidden
-            )
+                parts, caches, where, hardware, probes, tokens, context, request.batch, self.hidden,
+                captured=graph and tokens == 1,
+            )  # fmt: skip
 
         prompt = max(1, min(PROMPT, request.context - 1))
         weights = sum(part.weights for part in parts)
@@ -238,6 +280,8 @@ class Planner:
             self.name, self.config.model_type, form.name, weights, self._active(parts), request, hardware, placement,
             memory, predict(prompt, 0), predict(1, prompt), predict(1, max(prompt, request.context - 1)),
             rule_text(content, header), notes=list(hardware.assumptions),
+            cpu_experts=sum(part.experts for part in parts if is_cpu(part.device)),
+            dense_experts=sum(part.experts for part in parts if part.type == sizes.DENSE and not is_cpu(part.device)),
         )  # fmt: skip
         found.problems = _problems(memory)
         if request.cache and (kept := sum(cache.kind is not None for cache in caches)) < self.layers:
@@ -246,6 +290,15 @@ class Planner:
                 "pages of the CPU, keep the model's dtype."
             )
         return found
+
+    def _is_graph(self, placement: Placement, parts: list[sizes.Part]) -> bool:
+        """Whether a step of one token is a captured graph (engine/step.py): all layers on one GPU, caches of keys and
+        values of all tokens, and no dense experts there, whose choice torch waits for."""
+        if len(set(placement.layers)) != 1 or is_cpu(placement.layers[0]):
+            return False
+        whole = [cache for cache in self.caches if cache.heads and cache.window is None and not cache.constant]
+        dense = any(part.kind == "experts" and part.type == sizes.DENSE and not is_cpu(part.device) for part in parts)
+        return len(whole) == self.layers and not dense
 
     def _active(self, parts: list[sizes.Part]) -> int:
         """Parameters that one token meets: of a layer's experts K, the embedding not counted."""
@@ -269,6 +322,7 @@ class Planner:
             device = memory["cpu" if is_cpu(part.device) else part.device]
             device.weights += part.held
             device.mapped += part.held if part.mapped else 0
+            device.dense += part.held if part.type == sizes.DENSE else 0
         for cache in caches:
             device = placement.layers[cache.layer] if cache.layer < len(placement.layers) else "cpu"
             memory[device].cache += cache.nbytes(request.context, request.batch)
@@ -282,10 +336,7 @@ class Planner:
 
     def _notes(self, hardware: Hardware, found: Plan) -> list[str]:
         notes = []
-        if hardware.gpus:
-            notes.append(
-                "GPU: weights there are dense, in the model's dtype: packed GPU kernels are not built yet."
-            )
+        notes += _gpu_notes(found)
         positions = getattr(text_config(self.config), "max_position_embeddings", None)
         if isinstance(positions, int) and found.request.context > positions:
             notes.append(f"Context: {found.request.context} tokens, but the model is made for at most {positions}.")
@@ -297,21 +348,30 @@ class Planner:
         """How much GPU memory all layers would take, where some are on the CPU for want of it."""
         if not hardware.gpus or "cpu" not in found.placement.layers:
             return ""
-        layers, first, last = self._layers(request)
-        need = sum(layer.matrices + layer.cache for layer in layers) + first + last
-        left = found.placement.layers.count("cpu")
-        room = BASE_GPU + self._gpu_work(request)
-        return (
+        left, room = found.placement.layers.count("cpu"), BASE_GPU + self._gpu_work(request)
+        form = _computed_on(hardware, self.form)
+        need, quantized = self._need(request, form), self._need(replace(request, linear_op=QUANTIZES), form)
+        text = (
             f"{left} of {self.layers} layers stay on the CPU: all layers need {format_bytes(need + room)} of GPU "
-            f"memory ({format_bytes(room)} as work space)."
+            f"memory ({format_bytes(room)} as work space)"
         )
+        if quantized < 0.9 * need:
+            text += f"; {format_bytes(quantized + room)} with --linear-op {QUANTIZES}, which quantizes while loading"
+        return text + "."
+
+    def _need(self, request: Request, form: formats.Format) -> int:
+        """Bytes of all layers on GPUs, their routed experts left out."""
+        layers, first, last = self._layers(request, form)
+        return sum(layer.matrices + layer.cache for layer in layers) + first + last
 
     def _changes(self, hardware: Hardware, request: Request, probes: torch_probes.Probes, found: Plan) -> list[str]:
         """The smallest changes that make it fit, each alone, cheapest first."""
         changes = []
+        over = found.memory["cpu"].total - found.memory["cpu"].limit
+        freed = sum(memory.cache + memory.work for memory in found.memory.values())
         for what, value in (("chunk_size", request.chunk), ("context", request.context)):
             halved = value // 2
-            while halved >= 256:
+            while halved >= 256 and over <= freed:
                 smaller = replace(request, **{_FIELDS[what]: halved})
                 if self._place(hardware, smaller, self.form, probes).fits:
                     changes.append(f"--{what.replace('_', '-')} {halved} fits.")
@@ -324,7 +384,6 @@ class Planner:
             if plan.fits and sum(m.weights for m in plan.memory.values()) < size:
                 changes.append(f"--format {name} fits: {format_bytes(plan.memory['cpu'].total)} of RAM.")
                 break
-        over = found.memory["cpu"].total - found.memory["cpu"].limit
         if over > 0:
             ram = hardware.cpu.ram + over
             changes.append(f"{format_bytes(over)} more RAM fits: {format_bytes(-(-ram // GIB) * GIB)} in total.")
@@ -344,6 +403,37 @@ def _machine(hardware: Hardware) -> str:
         for (name, size), count in counts.items()
     ]
     return " and ".join([*gpus, f"{format_bytes(hardware.cpu.ram)} of RAM"])
+
+
+def _computed_on(hardware: Hardware, form: formats.Format) -> formats.Format:
+    """`form`, without packed weights on the GPUs of a machine that cannot compute them."""
+    return replace(form, layout=None) if _unpacked(hardware) else form
+
+
+def _unpacked(hardware: Hardware) -> str:
+    """Why weights are dense on the GPUs of a machine whatever their type, or ``""``."""
+    if hardware.measured and not env.kernels():
+        return "KT_KERNELS=0 wants no kernels"
+    if hardware.measured and compiler.triton is None:
+        return "kernels of packed ones need Triton, which cannot be imported"
+    old = [gpu.name for gpu in hardware.gpus if (model := find_gpu(gpu.name)) and model.name in BEFORE_AMPERE]
+    return f"Triton has no kernels for a {old[0]}" if old else ""
+
+
+def _gpu_notes(found: Plan) -> list[str]:
+    """What weights are on the GPUs that have some."""
+    gpus = [memory for device, memory in found.memory.items() if device != "cpu" and memory.weights]
+    dense, weights = sum(memory.dense for memory in gpus), sum(memory.weights for memory in gpus)
+    if not gpus:
+        return []
+    if dense == weights:
+        why = f": {reason}" if (reason := _unpacked(found.hardware)) else ""
+        return [f"GPU: the {format_bytes(dense)} of weights there are dense, in the model's dtype{why}."]
+    return [
+        f"GPU: {format_bytes(weights - dense)} of weights stay packed there, {format_bytes(dense)} are dense. Packed "
+        f"matrices are taken to be read with {100 * READ['matrix']:.0f} % of its bandwidth, experts with "
+        f"{100 * READ['experts']:.0f} %: not measured on a GPU."
+    ]
 
 
 def _problems(memory: Mapping[str, Memory]) -> list[str]:

@@ -12,13 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ktransformers.models.traits import TRAITS, is_beside_text, layer_of
+from ktransformers.kernels.experts import PAIRS_AT_ONCE
+from ktransformers.kernels.linear import DENSE_AT_ONCE
+from ktransformers.models.traits import TRAITS, is_beside_text, is_transposed, layer_of
 from ktransformers.native.pages import PAGE, Pages
 from ktransformers.operators.embedding import KTransformersEmbedding
 from ktransformers.operators.experts import KTransformersExperts
 from ktransformers.operators.hot_experts import gpu_device, ids_of
 from ktransformers.operators.inner_ops import final_name, given, is_cpu
 from ktransformers.operators.linear import KTransformersLinear
+from ktransformers.operators.on_gpu import layout_on_gpu
 from ktransformers.planner.formats import Format
 from ktransformers.quants.scaled import BLOCKS_IN_C, SCALED_IN_C
 from ktransformers.rules.chain import placed_by
@@ -36,13 +39,14 @@ class Part:
         name, layer: the module's, and the number of its layer (None outside of layers).
         kind: "experts", "attention", "dense" (other matrices in a layer), "embedding", "head" or "rest".
         device: where it computes.
-        type: as which the weights are computed: a type of the C library, or DENSE.
+        type: as which the weights are computed: a type of the C library, of kernels/layouts.py on a GPU, or DENSE.
         held: bytes in that device's memory; `mapped` says that they are the checkpoint's own pages.
         read: bytes read for one token alone, on average.
         ops: operations for one token.
         weights: how many weights there are.
         share: of a layer's experts, which of the K choices fall on this part, 0.0 to 1.0; 1.0 for all else.
         experts, chosen: E and K; 0 for all but experts.
+        each_on_gpu: bytes of one of these experts on a GPU; 0 for all but experts.
     """
 
     name: str
@@ -58,6 +62,7 @@ class Part:
     share: float = 1.0
     experts: int = 0
     chosen: int = 0
+    each_on_gpu: int = 0
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ def parts(
         elif own:
             found.append(_matrix(name, module, own, placed, form))
     for target, origin in tied.items():
-        found += _untied(target, origin, plan, found, model)
+        found += _untied(target, origin, plan, found, model, form)
     return found
 
 
@@ -147,6 +152,29 @@ def _dense(own: Mapping[str, torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in own.values())
 
 
+def on_gpu(
+    own: Mapping[str, torch.Tensor], name: str | None, kwargs: Mapping[str, Any], form: Format, transposed: bool = False
+) -> tuple[str, int] | None:
+    """Type and bytes of a module's tensors on a GPU where the operator `name` keeps its matrices packed, else None.
+
+    `name`, `kwargs`: as `layout_on_gpu` takes them. `transposed`: matrices [E, K, N], which are packed as [E, N, K].
+    """
+    found, nbytes = [], 0
+    if form.layout is None:
+        return None
+    for key, tensor in own.items():
+        if tensor.dim() < 2 or key.endswith("_bias"):
+            nbytes += tensor.numel() * tensor.element_size()
+            continue
+        shape = (*tensor.shape[:-2], tensor.shape[-1], tensor.shape[-2]) if transposed else tuple(tensor.shape)
+        stored = form.layout(key, shape, tensor.dtype)
+        layout = layout_on_gpu(name, stored, shape[-1], tensor.dtype, kwargs)
+        if layout is None or len(shape) > 2 and layout.order:
+            return None
+        found.append((layout.nbytes(shape), layout.name))
+    return (max(found)[1], nbytes + sum(size for size, _ in found)) if found else None
+
+
 def _matrix(
     name: str, module: nn.Module, own: Mapping[str, torch.Tensor], placed: Replacement | None, form: Format
 ) -> Part:
@@ -160,9 +188,10 @@ def _matrix(
             type_, held, mapped = stored, size, True
     elif operator is not None and issubclass(operator, KTransformersLinear):
         stored, size = _stored(own, form)
-        named = final_name(given(placed.kwargs.get("generate_op")), device)
-        packed = named in (None, "KLinearCPUInfer") and is_cpu(device) and in_c(stored)
-        if packed:
+        named = given(placed.kwargs.get("generate_op"))
+        if not is_cpu(device):
+            type_, held = on_gpu(own, named, placed.kwargs, form) or (DENSE, held)
+        elif final_name(named, device) in (None, "KLinearCPUInfer") and in_c(stored):
             type_, held, mapped = stored, size, True
     weights = sum(tensor.numel() for tensor in own.values())
     kind = _kind(name, module)
@@ -205,21 +234,22 @@ def _experts(
     used = (hits or {}).get(layer or 0)
     share = sum(used.get(e, 0.0) for e in hot) if used else len(hot) / count
     device = str(kwargs.get("generate_device") or "cpu")
-    op = final_name(given(kwargs.get("generate_op")) or "KExpertsCPU", device)
-    stored, size = _stored(own, form)
-    if op != "KExpertsCPU":
-        stored, size = DENSE, dense
+    named = given(kwargs.get("generate_op")) or "KExpertsCPU"
+    on_its_gpu = on_gpu(own, None, kwargs, form, is_transposed(module)) or (DENSE, dense)
+    if final_name(named, device) == "KExpertsCPU":
+        stored, size = _stored(own, form)
+    else:
+        packed = None if is_cpu(device) else on_gpu(own, named, kwargs, form, is_transposed(module))
+        stored, size = packed or (DENSE, dense)
     found = []
-    for where, ids, type_, whole, part in (
-        (device, count - len(hot), stored, size, 1.0 - share),
-        (gpu_device(kwargs), len(hot), DENSE, dense, share),
-    ):
+    for where, ids, (type_, whole), part in (
+        (device, count - len(hot), (stored, size), 1.0 - share), (gpu_device(kwargs), len(hot), on_its_gpu, share)
+    ):  # fmt: skip
         if ids:
             read, ops = whole * chosen / count * part, 2 * weights * chosen / count * part
-            mapped = type_ != DENSE
-            held = whole * ids // count
-            found.append(Part(name, layer, "experts", str(where), type_, held, mapped, read, ops,
-                              weights * ids // count, part, ids, chosen))  # fmt: skip
+            mapped = type_ != DENSE and is_cpu(where)
+            found.append(Part(name, layer, "experts", str(where), type_, whole * ids // count, mapped, read, ops,
+                              weights * ids // count, part, ids, chosen, on_its_gpu[1] // count))  # fmt: skip
     return found
 
 
@@ -231,7 +261,7 @@ def per_token(config: Any) -> int:
 
 
 def _untied(
-    target: str, origin: str, plan: Mapping[str, Replacement], found: list[Part], model: nn.Module
+    target: str, origin: str, plan: Mapping[str, Replacement], found: list[Part], model: nn.Module, form: Format
 ) -> list[Part]:
     """A tied matrix that another device, or packed bytes, need a copy of; else its reads and operations only."""
     module, source = target.rpartition(".")[0], origin.rpartition(".")[0]
@@ -240,9 +270,13 @@ def _untied(
         return []
     placed = placed_by(module, plan)
     device = str(placed.device) if placed else shared.device
-    size = shared.weights * model.get_submodule(module).weight.element_size()
-    held = 0 if device == shared.device else size
-    return [Part(module, None, "head", device, DENSE, held, False, size, 2.0 * shared.weights, 0)]
+    weight = model.get_submodule(module).weight
+    type_, size = DENSE, shared.weights * weight.element_size()
+    if placed and placed.operator and issubclass(placed.operator, KTransformersLinear) and not is_cpu(device):
+        named = given(placed.kwargs.get("generate_op"))
+        type_, size = on_gpu({origin: weight}, named, placed.kwargs, form) or (type_, size)
+    held = 0 if device == shared.device and type_ == DENSE else size
+    return [Part(module, None, "head", device, type_, held, False, size, 2.0 * shared.weights, 0)]
 
 
 # --- cache ------------------------------------------------------------------------------------------------
@@ -333,3 +367,10 @@ def work_bytes(model: nn.Module, tokens: int, dense: bool = True, experts: bool 
         routed = max((m.down_proj.shape[-1] for m in model.modules() if TRAITS["experts"](m)), default=0)
         each += per_token(config) * (2 * routed + hidden) * 4
     return tokens * each + (config.vocab_size * 8 if dense else 0)
+
+
+def kernel_bytes(model: nn.Module, tokens: int) -> int:
+    """Bytes that products with packed weights take on a GPU for `tokens` tokens: numbers made, and pairs of experts."""
+    pairs = min(tokens * per_token(model.config), PAIRS_AT_ONCE)
+    routed = max((m.down_proj.shape[-1] for m in model.modules() if TRAITS["experts"](m)), default=0)
+    return 2 * DENSE_AT_ONCE + 2 * pairs * (3 * routed + model.config.get_text_config(decoder=True).hidden_size)

@@ -3,7 +3,8 @@
 A forward pass is the sum of its parts: nothing overlaps, as layers follow one another and operators wait for each other
 (but for experts split between a GPU and the CPU, whose parts run side by side). Memory-bound work takes the bandwidth
 times the share of it that the kernel was measured to reach, the rest the multiplier's peak times such a share: the
-shares are shares.py's. What is measured about this machine's torch is probes.py's.
+shares are shares.py's, those of GPUs, which are assumed, gpu_shares.py's. What is measured about this machine's torch
+is probes.py's.
 """
 
 from collections import defaultdict
@@ -13,6 +14,7 @@ from itertools import pairwise
 
 from ktransformers.machine.hardware import Hardware
 from ktransformers.operators.inner_ops import is_cpu
+from ktransformers.planner import gpu_shares
 from ktransformers.planner.probes import Probes
 from ktransformers.planner.shares import FEW, TILES, TILES_FROM, peak_share, read_share
 from ktransformers.planner.sizes import DENSE, Cache, Part
@@ -20,12 +22,6 @@ from ktransformers.planner.sizes import DENSE, Cache, Part
 BF16_TYPES = frozenset({"BF16", "F8_E4M3", DENSE})
 F32_TYPES = frozenset({"F16", "F32"})
 """Types by the multiplier they are computed with; all others take int8's."""
-
-PUBLISHED = 0.75
-"""The share of a GPU's published figures that a program reaches; measured figures count whole."""
-
-GPU_EXPERTS = 1e-4
-"""Seconds for a layer's experts on a GPU on top of their work: sorting tokens, one launch per expert, a wait."""
 
 DENSE_CALL = 1.5e-4
 """Seconds that torch's product with a dense matrix takes on a CPU on top of reading it: waking threads, packing."""
@@ -65,10 +61,12 @@ def forward(
     context: int,
     batch: int = 1,
     hidden: int = 0,
+    captured: bool = False,
 ) -> Pass:
     """Predict a pass of `tokens` tokens a sequence after `context` tokens in the cache.
 
-    `devices` is layer -> device; `hidden` is H, for what elementwise work and copies between devices move.
+    `devices` is layer -> device; `hidden` is H, for what elementwise work and copies between devices move. `captured`:
+    whether the pass is one replayed graph of a GPU.
     """
     found = Pass(tokens, batch)
     many = tokens * batch
@@ -84,10 +82,15 @@ def forward(
         found.seconds[(part.device, _WORDS["experts"])] += seconds
     for cache in caches:
         device = devices.get(cache.layer, "cpu")
-        seconds = _attention(cache, device, hardware, probes, tokens, context, batch)
+        seconds = _attention(cache, device, hardware, probes, tokens, context, batch, captured)
         found.seconds[(device, "attention over the cache")] += seconds
-    for device in devices.values():
-        found.seconds[(device, "launching and elementwise work")] += _besides(device, hardware, probes, many, hidden)
+    packed = {part.layer for part in parts if not is_cpu(part.device) and part.type != DENSE}
+    for layer, device in devices.items():
+        launches = 0.0 if is_cpu(device) else _launches(layer in packed, captured)
+        seconds = launches + _besides(device, hardware, probes, many, hidden)
+        found.seconds[(device, "launching and elementwise work")] += seconds
+    if captured:
+        found.seconds[(devices[0], "launching and elementwise work")] += gpu_shares.REPLAY
     _copies(found, parts, devices, hardware, many, hidden)
     return found
 
@@ -99,11 +102,23 @@ _WORDS = {
 
 
 def _gpu(device: str, hardware: Hardware) -> tuple[float, float, float]:
-    """Bandwidth, bf16 rate and link of a GPU, as a program reaches them."""
+    """Bandwidth, bf16 rate and link of a GPU, as a copy and a large product reach them."""
     index = int(device.partition(":")[2] or 0)
     gpu = hardware.gpus[min(index, len(hardware.gpus) - 1)]
-    share = 1.0 if hardware.measured else PUBLISHED
-    return gpu.bandwidth * share, gpu.bf16_ops * share, gpu.link
+    if hardware.measured:
+        return gpu.bandwidth, gpu.bf16_ops, gpu.link
+    return gpu.bandwidth * gpu_shares.PUBLISHED_BANDWIDTH, gpu.bf16_ops * gpu_shares.PUBLISHED_PEAK, gpu.link
+
+
+def _gpu_part(part: Part, hardware: Hardware, many: int, read: float, ops: float) -> float:
+    """Seconds of a part on a GPU that reads `read` bytes for `many` tokens and takes `ops` operations."""
+    bandwidth, peak, _ = _gpu(part.device, hardware)
+    kind = DENSE if part.type == DENSE else "experts" if part.kind == "experts" else "matrix"
+    reading = read / (bandwidth * gpu_shares.READ[kind])
+    if kind == "matrix" and many > gpu_shares.MADE_FROM:
+        reading += gpu_shares.MADE * part.weights / bandwidth
+    launches = gpu_shares.DENSE_EXPERTS if kind == DENSE and part.kind == "experts" and part.share else 0.0
+    return max(reading, ops / (peak * gpu_shares.PRODUCT[kind])) + launches
 
 
 def _part(part: Part, hardware: Hardware, many: int) -> float:
@@ -119,9 +134,7 @@ def _part(part: Part, hardware: Hardware, many: int) -> float:
     else:
         many_read, ops = part.read, part.ops * many
     if not is_cpu(part.device):
-        bandwidth, peak, _ = _gpu(part.device, hardware)
-        launches = GPU_EXPERTS if part.kind == "experts" and part.share else 0.0
-        return max(many_read / bandwidth, ops / (peak * peak_share(DENSE))) + launches
+        return _gpu_part(part, hardware, 1 if part.kind == "head" else many, many_read, ops)
     cpu = hardware.cpu
     reading = many_read / (cpu.read_bandwidth * read_share(part.type))
     if part.type == DENSE and part.kind != "experts" and ops:
@@ -147,25 +160,35 @@ def _cpu_rate(part: Part, hardware: Hardware, per_matrix: float) -> float:
 
 
 def _attention(
-    cache: Cache, device: str, hardware: Hardware, probes: Probes, tokens: int, context: int, batch: int
+    cache: Cache, device: str, hardware: Hardware, probes: Probes, tokens: int, context: int, batch: int, captured: bool
 ) -> float:
     """Scores and sums over what a layer has cached, and making the cache longer."""
     length = cache.tokens(context + tokens)
     if not cache.heads:
         return 0.0
-    grown = 3 * cache.nbytes(context + tokens, batch)  # read, written, and fetched to be written
-    ops = batch * cache.attention_ops(tokens, length)
     if is_cpu(device):
         return batch * probes.attention(cache, tokens, length)  # pages grow in place
+    ops = batch * cache.attention_ops(tokens, length)
     bandwidth, peak, _ = _gpu(device, hardware)
-    return (grown + cache.nbytes(context + tokens, batch)) / bandwidth + ops / (peak * 0.4)
+    nbytes = cache.nbytes(context + tokens, batch)
+    grown = 0 if captured else 3 * nbytes  # transformers' cache: read, written elsewhere, and that read into the caches
+    product = gpu_shares.PRODUCT["attention of one token" if tokens == 1 else "attention"]
+    return max(nbytes / (bandwidth * gpu_shares.READ["attention"]), ops / (peak * product)) + grown / bandwidth
+
+
+def _launches(packed: bool, captured: bool) -> float:
+    """Seconds that a layer on a GPU takes beside the work of its kernels."""
+    if captured:
+        return gpu_shares.KERNELS * gpu_shares.GAP
+    return gpu_shares.KERNELS * gpu_shares.LAUNCH if packed else gpu_shares.DENSE_LAYER
 
 
 def _besides(device: str, hardware: Hardware, probes: Probes, many: int, hidden: int) -> float:
-    """Python and small operations of a layer, and elementwise work on `many` tokens."""
+    """Elementwise work on `many` tokens in a layer, and on the CPU its small operations."""
+    moved = many * hidden * probes.elementwise_bytes
     if is_cpu(device):
-        return probes.layer_seconds + many * hidden * probes.elementwise_bytes / hardware.cpu.read_bandwidth
-    return GPU_LAYER_SECONDS + many * hidden * probes.elementwise_bytes / _gpu(device, hardware)[0]
+        return probes.layer_seconds + moved / hardware.cpu.read_bandwidth
+    return moved / _gpu(device, hardware)[0]
 
 
 def _copies(
@@ -181,11 +204,5 @@ def _copies(
     for device, times in crossings:
         if not is_cpu(device):
             link = _gpu(device, hardware)[2]
-            found.seconds[(device, "copies from and to RAM")] += times * (COPY_LATENCY + nbytes / link)
+            found.seconds[(device, "copies from and to RAM")] += times * (gpu_shares.COPY + nbytes / link)
 
-
-GPU_LAYER_SECONDS = 5e-4
-"""Seconds of Python and kernel launches for a layer on a GPU: about what eager layers take, not measured."""
-
-COPY_LATENCY = 2e-5
-"""Seconds that a copy between RAM and a GPU takes on top of its bytes: starting it, and waiting for its end."""

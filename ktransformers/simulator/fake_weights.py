@@ -9,7 +9,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +18,15 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ktransformers import native
 from ktransformers.errors import NativeError, WeightError, did_you_mean
+from ktransformers.kernels import compiler, words
+from ktransformers.kernels.layouts import Layout
 from ktransformers.loaders import ExpertWeights
+from ktransformers.loaders.base import TensorInfo
+from ktransformers.loaders.schemes import ScaledInfo
 from ktransformers.models.traits import TRAITS, identity_experts, is_transposed
 from ktransformers.operators import experts as experts_module
-from ktransformers.operators import hot_experts
+from ktransformers.operators import experts_packed, hot_experts
+from ktransformers.operators.on_gpu import layout_of_infos
 from ktransformers.quants.blocks import QUANT_TYPES
 from ktransformers.quants.scaled import SCALED_TYPES
 from ktransformers.simulator.fake import swapped
@@ -31,11 +36,18 @@ _COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, eq=False)
 class FakePacked:
-    """Stands for a `Packed`. Whoever computes from it holds `nbytes` bytes (see `_held`)."""
+    """Stands for a `Packed`. C that computes from it holds `nbytes` bytes (see `_held`), a GPU what `layout` says, or
+    else its type."""
 
     type: Any
     shape: tuple[int, ...]
     nbytes: int
+    layout: Layout | None = None
+
+    @property
+    def name(self) -> str:
+        """The type's, for `layouts.layout_of`."""
+        return self.type.name
 
     def dequantize(self, dtype: torch.dtype = torch.float32, device: Any = "cpu") -> Tensor:
         return torch.empty(self.shape, dtype=dtype, device=device)
@@ -47,6 +59,8 @@ class FakePacked:
 
 Size = Callable[[str, tuple[int, ...], torch.dtype], tuple[str, int]]
 """(a tensor's name, shape and dtype in the model) -> (name of its stored type, see quants, and its bytes)."""
+Form = Callable[[str, tuple[int, ...], torch.dtype], Layout | None]
+"""The same -> the packed form that its bits have on a GPU."""
 
 
 def _dense(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[str, int]:
@@ -62,13 +76,16 @@ class FakeWeights:
         stored: the bound weights of a real checkpoint, whose types and bytes count.
         size: without a checkpoint, what tells a tensor's type and bytes by (name, shape, dtype); None: every tensor is
             stored as the model has it.
+        form: likewise of types whose scales lie apart, what tells their packed form on a GPU; None: they have none.
     """
 
     format = "fake"
     path = "fake weights"
 
-    def __init__(self, model: nn.Module, stored: Any = None, size: Size | None = None) -> None:
-        self.stored, self.size = stored, size or _dense
+    def __init__(
+        self, model: nn.Module, stored: Any = None, size: Size | None = None, form: Form | None = None
+    ) -> None:
+        self.stored, self.size, self.form = stored, size or _dense, form or (lambda name, shape, dtype: None)
         self._tensors = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
         self._experts = {name: _Layout.of(m) for name, m in model.named_modules() if TRAITS["experts"](m)}
 
@@ -87,7 +104,19 @@ class FakeWeights:
         return self._tensors[name]
 
     def infos(self, name: str) -> list[Any]:
-        return self.stored.infos(name) if self.stored else [SimpleNamespace(type=self._type(name))]
+        if self.stored:
+            return self.stored.infos(name)
+        kind, shape, layout = self._type(name), self.shape(name), self._layout(name)
+        plain = TensorInfo(name, shape, kind, self.nbytes(name), Path(self.path), 0)
+        if layout is None or kind.name not in SCALED_TYPES:
+            return [plain]
+        apart = {"codes": plain, "scales": plain, "scale_rows": 1, "scale_cols": layout.group or shape[-1]}
+        zeros = plain if layout.minimum == "ZEROS" else None
+        return [ScaledInfo(**vars(plain), **apart, scale_type=layout.scale, zeros=zeros)]
+
+    def _layout(self, name: str) -> Layout | None:
+        """The packed form of a tensor on a GPU."""
+        return layout_of_infos(self.stored.infos(name)) if self.stored else self.form(name, *self._known(name))
 
     def _type(self, name: str) -> Any:
         kind = self.size(name, *self._known(name))[0]
@@ -114,7 +143,7 @@ class FakeWeights:
         return self.stored.can_pack(name) if self.stored else self.has(name)
 
     def packed(self, name: str) -> FakePacked:
-        return FakePacked(self._type(name), self._known(name)[0], self.nbytes(name))
+        return FakePacked(self._type(name), self._known(name)[0], self.nbytes(name), self._layout(name))
 
     def same(self, name: str, other: str) -> bool:
         return self.stored is None or self.stored.same(name, other)
@@ -144,8 +173,8 @@ class FakeWeights:
         """`count` matrices, which `name` holds `parts` times."""
         if not self.has(name):
             return []
-        kind, nbytes = self._type(name), self.nbytes(name) // (count * parts)
-        return [FakePacked(kind, (rows, columns), nbytes) for _ in range(count)]
+        kind, nbytes, layout = self._type(name), self.nbytes(name) // (count * parts), self._layout(name)
+        return [FakePacked(kind, (rows, columns), nbytes, layout) for _ in range(count)]
 
     def close(self) -> None:
         """There is nothing to close."""
@@ -262,7 +291,7 @@ def _shared_evenly(self: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> T
 
 @contextlib.contextmanager
 def stand_ins() -> Iterator[None]:
-    """Inside, the C library and the torch experts check their operands and return empty results.
+    """Inside, the C library, kernels and the torch experts check their operands and return empty results.
 
     It works without the C library built. Process-wide, so not while a model computes in another thread.
     """
@@ -279,8 +308,12 @@ def stand_ins() -> Iterator[None]:
         swapped(native, "Experts", _Experts),
         swapped(native, "available", lambda: True),
         swapped(native, "nodes", lambda: [1]),
+        swapped(compiler, "why_not", lambda device: "" if device.type == "cuda" else "it is no GPU"),
+        swapped(words, "write", lambda words, weight, row=0: None),
+        swapped(words.Words, "expert", lambda self, e: self),  # which is only asked for to be written to
         swapped(hot_experts, "some", lambda mask: True),
         swapped(experts_module, "gating_of", with_numbers),
+        swapped(experts_packed, "gating_of", with_numbers),
         swapped(experts_module.KExpertsTorch, "forward", _shared_evenly),
     ):
         yield

@@ -33,7 +33,7 @@ from ktransformers.rules.chain import ChainProblem, Plan, chain_problems, placed
 from ktransformers.rules.plan import RulesLike, rule_label
 from ktransformers.rules.plan import plan as plan_rules
 from ktransformers.simulator.fake import fake_devices
-from ktransformers.simulator.fake_weights import FakeWeights, Size, stand_ins
+from ktransformers.simulator.fake_weights import FakeWeights, Form, Size, stand_ins
 from ktransformers.simulator.recorder import CACHE, WEIGHTS, Failure, Operand, PassRecord, Recorder, watch_modules
 
 CHUNK_TOKENS = 8192
@@ -104,6 +104,7 @@ def simulate(
     devices: Mapping[str, str] | None = None,
     weights: Any = None,
     size: Size | None = None,
+    form: Form | None = None,
     on_layer: Callable[[int, int], None] | None = None,
 ) -> Simulation:
     """Run a prefill of [batch, tokens] and one decode step with fake tensors.
@@ -119,6 +120,7 @@ def simulate(
         weights: bound weights of a real checkpoint, for the types and bytes that packed weights have.
         size: without a checkpoint, what tells them by (name, shape, dtype), such as `planner.formats.Format.stored`;
             None: packed weights too are counted in the model's dtype.
+        form: without a checkpoint, what tells their packed form on a GPU likewise, such as `Format.layout`.
         on_layer: called with (layers done, layers in all), for a progress bar.
 
     Returns:
@@ -134,7 +136,7 @@ def simulate(
         plan = plan_rules(model, rule, devices=devices, gpus=gpus)
         found = Simulation(type(model).__name__, gpus, batch, context, chain_problems(model, plan))
         run = _Run(model, plan, found, on_layer or (lambda done, total: None))
-        source = run.inject(FakeWeights(model, weights, size))
+        source = run.inject(FakeWeights(model, weights, size, form))
         with fake_devices(), run.recorder:  # once: the tensors of one fake mode are foreign to another
             run.load(source)
             run.passes(tokens)

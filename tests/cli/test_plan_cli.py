@@ -47,6 +47,22 @@ def test_json_is_one_object_with_bytes_and_tokens_per_second():
     assert load_rules_of(data["rule"])
 
 
+def test_speed_on_a_gpu_is_called_an_estimate():
+    words = "estimate (not measured on a GPU)"
+    for gpu in ((), ("--gpu", "24GiB")):
+        ran, data = kt("qwen3-30b-a3b", *BOX, *gpu), json.loads(kt("qwen3-30b-a3b", *BOX, *gpu, "--json").stdout)
+        assert (words in ran.stdout) is bool(gpu) and data["speed_basis"] == (words if gpu else None)
+    assert data["memory"]["cuda:0"]["dense"] == data["memory"]["cuda:0"]["weights"]  # published in BF16
+
+
+def test_linear_layers_are_quantized_where_asked_for(tmp_path):
+    path = tmp_path / "rule.yaml"
+    said = re.sub(r"\s+", " ", kt("glm-4.5-air", "--ram", "1TiB", "--gpu", "12GiB").stdout)
+    assert "with --linear-op KLinearMarlin, which quantizes while loading" in said
+    ran = kt("glm-4.5-air", "--ram", "1TiB", "--gpu", "12GiB", "--linear-op", "KLinearMarlin", "-o", str(path))
+    assert "layers 0-45" in ran.stdout and "generate_op: KLinearMarlin" in path.read_text() and load_rules(path)
+
+
 def load_rules_of(text):
     import yaml
 
@@ -98,6 +114,7 @@ def test_several_gpus_are_given_at_once(gpus):
         (("/no/such/folder", *BOX), "/no/such/folder"),
         (("qwen3-30b-a3b", *BOX, "--format", "Q4_K_X"), "--format 'Q4_K_X': unknown"),
         (("qwen3-30b-a3b", *BOX, "--strategy", "best"), "strategy: 'best' unknown"),
+        (("qwen3-30b-a3b", *BOX, "--linear-op", "KLinearMarlyn"), "did you mean 'KLinearMarlin'"),
         (("qwen3-30b-a3b", *BOX, "--gpu", "24GiB", "--strategy", "frequency"), "kt profile"),
         (("qwen3-30b-a3b", *BOX, "--profile", "/no/profile.json"), "/no/profile.json"),
         (("qwen3-30b-a3b", *BOX, "--weights", "/no/weights"), "/no/weights"),

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 from importlib import resources
 
 import pytest
@@ -11,10 +12,11 @@ import yaml
 from ktransformers import optimize_and_load
 from ktransformers.errors import KTransformersError, WeightError
 from ktransformers.gguf_files.write import quantize_folder
+from ktransformers.kernels.linear import DOT_ROWS
 from ktransformers.machine import hardware
-from ktransformers.machine.units import GIB
+from ktransformers.machine.units import GIB, format_bytes
 from ktransformers.operators.experts import KTransformersExperts
-from ktransformers.planner import placement, probes, shares, speed
+from ktransformers.planner import gpu_shares, placement, probes, shares, sizes, speed
 from ktransformers.planner.placement import Layer, Placement, Room
 from ktransformers.planner.plan import Planner, Request
 from ktransformers.planner.profile import RoutingProfile
@@ -63,17 +65,29 @@ def placed(layers, rooms):
 def test_gpus_too_small_for_all_experts_are_all_full_of_them():
     """Dense layers first, as DeepSeek's: one GPU of them alone would keep room that no expert can use."""
     layers = [Layer(200, 10)] * 3 + [Layer(60, 10, 256, 8)] * 58
-    for sizes in ([8000] * 8, [4000] * 4 + [12000] * 2, [2500, 30000]):
-        rooms = [Room(f"cuda:{i}", size, 0) for i, size in enumerate(sizes)]
+    for rooms_of in ([8000] * 8, [4000] * 4 + [12000] * 2, [2500, 30000]):
+        rooms = [Room(f"cuda:{i}", size, 0) for i, size in enumerate(rooms_of)]
         devices, _, left = placed(layers, rooms)
         assert "cpu" not in devices
-        assert all(free < 8 for free in left.values()), (sizes, left)
+        assert all(free < 8 for free in left.values()), (rooms_of, left)
 
 
 def test_gpus_large_enough_have_every_expert():
     layers = [Layer(200, 10)] * 3 + [Layer(60, 10, 256, 8)] * 58
     devices, counts, _ = placed(layers, [Room(f"cuda:{i}", 20000, 0) for i in range(8)])
     assert sum(counts.values()) == 58 * 256 and len(set(devices)) == 8
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "front-loading", "random"])
+def test_experts_of_different_sizes_fill_a_gpu_to_the_last_one(strategy):
+    """As in Q4_K_M files, where some layers' matrices are of more bits."""
+    layers = [Layer(10, 0, 16, 7 + 5 * (i % 2)) for i in range(6)]
+    whole = 16 * 3 * (7 + 12)
+    for free in (0, 5, 200, whole - 1, whole, 2 * whole):
+        rooms = [Room("cuda:0", 60 + free, 0)]
+        chosen = placement.place_experts(layers, ["cuda:0"] * 6, rooms, {}, strategy)
+        used = sum(layers[layer].expert * len(ids) for layer, ids in chosen.items())
+        assert used <= free and (used == whole or used + 12 > free), (free, used)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -117,11 +131,89 @@ def test_everything_on_a_large_gpu(planner):
     assert found.memory["cpu"].weights < 2 * GIB and found.prefill.rate > found.decode.rate > found.decode_full.rate
 
 
-def test_deepseek_v3_on_eight_large_gpus_fills_them_with_experts():
-    found = Planner("deepseek-v3", form="Q4_K_M").plan(box(*["80GiB"] * 8, ram="512GiB"))
-    assert found.fits
+@pytest.fixture(scope="module")
+def deepseek():
+    return Planner("deepseek-v3", form="Q4_K_M")
+
+
+def where(planner, found):
+    """(device, type) of every part that holds weights in a layer, by kind."""
+    parts = sizes.parts(planner.model, planner._planned(yaml.safe_load(found.rule), len(found.hardware.gpus)), planner.form)
+    kinds = {}
+    for part in parts:
+        kinds.setdefault(part.kind, []).append((part.device, part.type))
+    return kinds
+
+
+@pytest.mark.parametrize("gpu", ["24GiB", "4090"])
+def test_deepseek_v3_on_one_gpu_keeps_all_but_experts_there(deepseek, gpu):
+    """Attention, shared experts, dense layers and the head of all 61 layers, packed but for what attention absorbs."""
+    found = deepseek.plan(box(gpu, ram="400GiB"))
+    assert found.fits and found.placement.layers == ["cuda:0"] * 61
+    kinds = where(deepseek, found)
+    matrices = [*kinds["attention"], *kinds["dense"], *kinds["head"]]
+    assert {device for device, _ in matrices} == {"cuda:0"} and {type_ for _, type_ in matrices} >= {"Q4_K", "Q6_K"}
+    absorbed = 61 * 512 * 128 * 256 * 2  # kv_b_proj, in bf16
+    assert absorbed < found.memory["cuda:0"].dense < 1.15 * absorbed and found.memory["cuda:0"].weights > 8 * GIB
+    assert found.cpu_experts > 0.95 * 58 * 256 and found.memory["cpu"].cache == 0
+    assert found.decode.bottleneck.startswith("routed experts on cpu")
+
+
+def test_deepseek_v3_fills_several_gpus_with_packed_experts(deepseek):
+    found = deepseek.plan(box(*["40GiB"] * 8, ram="512GiB"))
+    assert found.fits and found.dense_experts == 0
     for device, memory in found.memory.items():
-        assert device == "cpu" or memory.total > 0.94 * memory.limit, (device, memory)
+        assert device == "cpu" or memory.total > 0.97 * memory.limit, (device, memory)
+    whole = deepseek.plan(box(*["80GiB"] * 8, ram="512GiB"))
+    assert whole.cpu_experts == 0 and sum(map(len, whole.placement.gpu_experts.values())) == 58 * 256
+    assert whole.memory["cpu"].weights < GIB  # the embedding
+
+
+def test_a_30b_model_is_on_a_4090_as_a_whole(planner):
+    found = planner.plan(box("4090"))
+    gpu = found.memory["cuda:0"]
+    assert found.cpu_experts == 0 and found.placement.layers == ["cuda:0"] * 48
+    assert 17e9 < gpu.weights < 19.5e9 and gpu.dense < 0.01 * gpu.weights
+    reads = 3.0e9 * 0.62 / (1008e9 * gpu_shares.PUBLISHED_BANDWIDTH)
+    assert 100 < found.decode.rate < 1 / reads  # no more than the memory gives for the weights that a token meets
+
+
+@pytest.mark.parametrize(("name", "type_"), [("deepseek-v3", "F8_E4M3"), ("kimi-k2-thinking", "I4")])
+def test_published_fp8_and_int4_stay_as_they_are_and_fit(name, type_):
+    """Kimi publishes all but routed experts in BF16."""
+    planner = Planner(name)
+    found = planner.plan(box("24GiB", ram="1TiB"))
+    assert found.fits and found.placement.layers == ["cuda:0"] * 61
+    kinds = where(planner, found)
+    assert (("cuda:0", type_) in kinds["attention"]) is (name == "deepseek-v3")
+    assert ("cuda:0", type_) in [*kinds["dense"], *kinds["experts"]]
+
+
+@pytest.mark.parametrize(("name", "layers", "gpu"), [("glm-4.5-air", 46, "12GiB"), ("kimi-k2-thinking", 61, "16GiB")])
+def test_published_weights_without_a_packed_form_are_quantized_where_that_is_asked_for(name, layers, gpu):
+    """BF16; nothing is quantized unasked."""
+    planner, machine = Planner(name), box(gpu, ram="1TiB")
+    found = planner.plan(machine)
+    assert "cpu" in found.placement.layers and any("with --linear-op KLinearMarlin" in note for note in found.notes)
+    assert all(type_ != "INT4" for parts in where(planner, found).values() for _, type_ in parts)
+    asked = planner.plan(machine, Request(linear_op="KLinearMarlin"))
+    assert asked.fits and asked.placement.layers == ["cuda:0"] * layers and asked.decode.rate > found.decode.rate
+    assert ("cuda:0", "INT4") in where(planner, asked)["attention"] and "generate_op: KLinearMarlin" in asked.rule
+    assert not any("--linear-op" in note for note in asked.notes)
+
+
+def test_an_operator_of_linear_layers_that_is_none_is_refused(planner):
+    with pytest.raises(KTransformersError, match=r"--linear-op: 'KLinearMarlyn' unknown \(did you mean 'KLinearMarlin'"):
+        planner.plan(box("24GiB"), Request(linear_op="KLinearMarlyn"))
+
+
+def test_dense_experts_stay_in_ram_where_they_would_cost_the_graph():
+    """BF16 experts: a few of them win less than a captured step."""
+    planner, machine = Planner("glm-4.5-air"), box("16GiB", ram="1TiB")
+    few = planner.plan(machine)
+    assert few.dense_experts == 0 and few.placement.gpu_experts == {} and "cpu" not in few.placement.layers
+    with_them = planner._place(machine, Request(), planner.form, probes.assumed(32))
+    assert with_them.dense_experts > 0 and with_them.decode.rate < few.decode.rate
 
 
 def test_a_gpu_expert_takes_no_ram(planner):
@@ -180,7 +272,7 @@ def test_frequency_puts_the_most_used_experts_on_the_gpu_and_is_faster(planner):
 
 
 def test_the_sum_of_a_pass_is_its_parts(planner):
-    found = planner.plan(box("24GiB"))
+    found = planner.plan(box("12GiB"))
     for one in (found.prefill, found.decode, found.decode_full):
         assert one.total == pytest.approx(sum(one.seconds.values())) and one.rate == pytest.approx(one.tokens / one.total)
         assert all(seconds >= 0 for seconds in one.seconds.values())
@@ -199,6 +291,77 @@ def test_experts_by_hand():
     many = speed.forward([part], [], {}, machine, probes.assumed(1), 10_000, 0)
     ops = 50.0 * 10_000 / (machine.cpu.int8_ops * shares.KERNELS["Q4_K"].peak)
     assert many.seconds["cpu", "routed experts"] == pytest.approx(max(800 / (10e9 * 0.93), ops), rel=0.01)
+
+
+def gpu_seconds(part, machine, tokens, captured=False):
+    return speed.forward([part], [], {0: "cuda:0"}, machine, probes.assumed(1), tokens, 0, captured=captured)
+
+
+def test_packed_matrices_on_a_gpu_by_hand():
+    """Words over the bandwidth, numbers made for many tokens, and the matrix units; launches by the layer."""
+    part = sizes.Part("q", 0, "attention", "cuda:0", "Q4_K", 10**9, False, 1e9, 4e9, 2 * 10**9)
+    machine = hardware.Hardware(box().cpu, (hardware.Gpu("a", 24 * GIB, 1e12, 1e14, 25e9),), measured=True)
+    key = ("cuda:0", "attention's matrices")
+    assert gpu_seconds(part, machine, 1).seconds[key] == pytest.approx(1e9 / 0.7e12)
+    assert gpu_seconds(part, machine, DOT_ROWS).seconds[key] == pytest.approx(4e9 * DOT_ROWS / 0.95e14)
+    made = 1e9 / 0.7e12 + 4 * 2e9 / 1e12
+    assert gpu_seconds(part, machine, DOT_ROWS + 1).seconds[key] == pytest.approx(max(made, 4e9 * (DOT_ROWS + 1) / 0.95e14))
+    dense = replace(part, type=sizes.DENSE)
+    assert gpu_seconds(dense, machine, 1).seconds[key] == pytest.approx(1e9 / 0.8e12)
+    besides = [gpu_seconds(p, machine, 1, captured).seconds["cuda:0", "launching and elementwise work"]
+               for p, captured in ((dense, False), (part, False), (part, True))]  # fmt: skip
+    assert besides == pytest.approx([5e-4, 12 * 2.5e-5, 12 * 1.5e-6 + 5e-5])
+
+
+def test_what_is_assumed_of_gpus_is_possible_and_of_the_kernels_that_there_are():
+    assert all(0 < share <= 1 for share in (*gpu_shares.READ.values(), *gpu_shares.PRODUCT.values()))
+    assert gpu_shares.MADE_FROM == DOT_ROWS and gpu_shares.KERNELS <= 12
+
+
+def test_a_step_is_a_graph_where_one_can_be_captured(planner):
+    """One GPU with all layers, caches of all tokens, one sequence."""
+    def launches(found):
+        return sum(seconds for (_, what), seconds in found.decode.seconds.items() if what.startswith("launching"))
+
+    one = planner.plan(box("24GiB"))
+    assert launches(one) < 48 * 1e-4 < launches(planner.plan(box("24GiB"), Request(batch=2)))
+    assert launches(planner.plan(box("16GiB", "16GiB"))) > 48 * 1e-4
+    windows = Planner("gpt-oss-20b").plan(box("24GiB"))
+    assert launches(windows) > 24 * 1e-4 and windows.cpu_experts == 0
+
+
+def test_without_triton_weights_on_this_machine_s_gpus_are_dense(planner, monkeypatch):
+    gpu = hardware.Gpu("this machine's", 24 * GIB, 1e12, 1e14, 25e9)
+    here, elsewhere = (hardware.Hardware(box().cpu, (gpu,), measured=measured) for measured in (True, False))
+    monkeypatch.setattr("ktransformers.kernels.compiler.triton", object())
+    assert planner.plan(here).memory["cuda:0"].dense < GIB
+    monkeypatch.setattr("ktransformers.kernels.compiler.triton", None)
+    found = planner.plan(here)
+    assert found.memory["cuda:0"].dense == found.memory["cuda:0"].weights and any("need Triton" in note for note in found.notes)
+    assert planner.plan(elsewhere).memory["cuda:0"].dense < GIB
+    monkeypatch.setattr("ktransformers.kernels.compiler.triton", object())
+    monkeypatch.setenv("KT_KERNELS", "0")
+    assert any("KT_KERNELS=0" in note for note in planner.plan(here).notes)
+
+
+def test_a_gpu_that_triton_has_no_kernels_for_has_dense_weights(planner):
+    for gpus in (["v100-32g"], ["4090", "T4"]):
+        found = planner.plan(box(*gpus))
+        assert all(m.dense == m.weights for device, m in found.memory.items() if device != "cpu")
+        assert any("Triton has no kernels for a " in note for note in found.notes)
+
+
+def test_what_is_proposed_to_fit_is_placed_by_its_own_sizes(deepseek):
+    """A smaller format has smaller experts, of which a GPU takes more."""
+    machine = box("24GiB", ram="256GiB")
+    proposed = next(text for text in deepseek.plan(machine).changes if "--format Q2_K fits" in text)
+    ram = Planner("deepseek-v3", form="Q2_K").plan(machine).memory["cpu"].total
+    assert format_bytes(ram) in proposed
+
+
+def test_speed_on_a_gpu_is_called_an_estimate(planner):
+    assert planner.plan(box("24GiB")).basis == gpu_shares.ESTIMATE == "estimate (not measured on a GPU)"
+    assert planner.plan(box()).basis == ""
 
 
 def test_shares_are_of_types_that_exist_and_below_the_limit():
@@ -233,22 +396,65 @@ def test_a_placement_s_rule_file_computes_what_transformers_computes(checkpoint,
     assert {name.split(".")[2] for name, text in experts.items() if " of 8" in text} == {"1", "2"}, experts
 
 
+WIDE = {"hidden_size": 256, "moe_intermediate_size": 256, "intermediate_size": 512}
+"""So that matrices have the columns of GGUF's blocks of 256."""
+
+
+def agreed(planner, config, request, sizes_of):
+    """The plan for two GPUs that have room for all but some layers, after a simulation that finds the same there."""
+    layers, first, _ = planner._layers(request, planner.form)
+    size = sizes_of(layers) + first
+    gpu = hardware.Gpu("tiny", (size + planner._gpu_work(request) + (600 << 20)) * 50 // 49, 1e12, 1e14, 25e9)
+    found = planner.plan(hardware.Hardware(box().cpu, (gpu, gpu)), request)
+    form = planner.form
+    simulation = simulate(
+        config, yaml.safe_load(found.rule), gpus=2, tokens=39, context=0, weights=form.source, size=form.stored,
+        form=form.layout,
+    )  # fmt: skip
+    assert not simulation.problems, "\n".join(map(str, simulation.problems))
+    for device in set(found.placement.layers) - {"cpu"}:
+        assert simulation.weights[device] == pytest.approx(found.memory[device].weights, rel=0.01), device
+        assert simulation.cache[device] == found.memory[device].cache, device
+    return found
+
+
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
 def test_what_is_planned_on_gpus_is_what_a_simulation_finds_there(checkpoint, family):
     """Weights and cache of every device, against a forward with fake tensors under the plan's rule file."""
     reference, folder = checkpoint(family, num_hidden_layers=12)
     planner = Planner(str(folder), weights=folder)
-    request = Request(context=40)
-    layers, first, _ = planner._layers(request)
-    size = 2 * max(layer.matrices + layer.cache for layer in layers) + first
-    gpu = hardware.Gpu("tiny", (size + planner._gpu_work(request) + (600 << 20)) * 50 // 49, 1e12, 1e14, 25e9)
-    found = planner.plan(hardware.Hardware(box().cpu, (gpu, gpu)), request)
-    assert {"cuda:0", "cuda:1", "cpu"} == set(found.placement.layers)
-    simulation = simulate(reference.config, yaml.safe_load(found.rule), gpus=2, tokens=39, context=0)
-    assert not simulation.problems
-    for device in ("cuda:0", "cuda:1"):
-        assert simulation.weights[device] == pytest.approx(found.memory[device].weights, rel=0.01)
-        assert simulation.cache[device] == found.memory[device].cache, device
+    found = agreed(planner, reference.config, Request(context=40), lambda all: 2 * max(each.matrices + each.cache for each in all))
+    assert {"cuda:0", "cuda:1", "cpu"} == set(found.placement.layers) and found.dense_experts == 0
+
+
+@pytest.mark.parametrize("form", ["Q4_K_M", "Q6_K", "INT4", "GPTQ_INT4", "INT8"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
+def test_packed_weights_on_gpus_are_planned_as_simulated(checkpoint, family, form):
+    """All layers with some packed experts; of types whose scales lie within, and apart."""
+    reference, folder = checkpoint(family, num_hidden_layers=4, **WIDE)
+    planner = Planner(str(folder), form=form)
+
+    def room(layers):
+        return sum(each.matrices + each.cache for each in layers) + 6 * max(each.expert for each in layers)
+
+    found = agreed(planner, reference.config, Request(context=40), room)
+    packed = [memory.weights - memory.dense for device, memory in found.memory.items() if device != "cpu"]
+    assert "cpu" not in found.placement.layers and found.cpu_experts and all(packed)
+    assert sum(map(len, found.placement.gpu_experts.values())) >= 6 and found.dense_experts == 0
+
+
+@pytest.mark.parametrize("request_", [Request(context=40), Request(context=40, linear_op="KLinearMarlin")], ids=["as published", "quantized"])
+def test_a_gguf_on_gpus_is_planned_as_simulated(checkpoint, tmp_path, request_):
+    """By the headers of a file, and with dense embeddings and norms quantized or not."""
+    reference, folder = checkpoint("qwen3_moe", num_hidden_layers=4, tie_word_embeddings=True, **WIDE)
+    for mix in ("Q4_K_M", "BF16"):
+        path = tmp_path / f"{mix}.gguf"
+        quantize_folder(folder, path, mix)
+        planner = Planner(str(folder), weights=path)
+        found = agreed(planner, reference.config, request_, lambda all: 2 * sum(each.matrices + each.cache for each in all))
+        types = {type_ for _, type_ in where(planner, found)["attention"]}
+        assert ("INT4" in types) is (mix == "BF16" and request_.linear_op is not None), types
+        assert ("Q4_K" in types) is (mix == "Q4_K_M")
 
 
 def test_headers_that_disagree_with_the_config_are_refused(checkpoint):

@@ -1,5 +1,6 @@
 """What the planner says that parts and caches take, against the modules, files and caches themselves."""
 
+import contextlib
 import copy
 
 import pytest
@@ -11,10 +12,16 @@ from safetensors.torch import save_file
 from ktransformers import open_weights, optimize_and_load, plan
 from ktransformers.configs import meta_model as known_model
 from ktransformers.configs import read_config
-from ktransformers.errors import KTransformersError
+from ktransformers.errors import KTransformersError, UnsupportedError, WeightError
 from ktransformers.gguf_files.write import quantize_folder
+from ktransformers.kernels import words
+from ktransformers.kernels.floats import Floats
 from ktransformers.loaders import bind
+from ktransformers.operators import on_gpu
 from ktransformers.planner import formats, sizes
+from tests.loaders import published
+from tests.operators.test_published_checkpoints import checkpoint as published_checkpoint
+from tests.operators.test_published_checkpoints import qwen3_moe_config
 from tests.tiny import build, meta_model, random_ids, tiny_config
 
 CACHED = [*DEFAULT_RULES, "olmoe", "phimoe", "dots1", "exaone_moe", "afmoe"]
@@ -166,3 +173,75 @@ def test_experts_split_between_devices_share_bytes_and_choices(checkpoint):
     assert experts[0, "cpu"].held == whole * 6 // 8 and experts[2, "cpu"].held == whole * 7 // 8
     assert experts[0, "cuda:0"].held == whole * 2 // 8  # fp32 here and there
     assert experts[0, "cuda:0"].read == pytest.approx(whole * 3 / 8 * 0.75)
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+def words_of(source, name):
+    """Bytes of a matrix's words, made; None where it has none."""
+    try:
+        return words.from_packed(source.packed(name), "cpu").nbytes
+    except (UnsupportedError, WeightError):
+        return None
+
+
+def counts_what_is_made(source, model):
+    """The planner's bytes of every linear layer and of all experts on a GPU, against words made of the checkpoint."""
+    form, seen = formats.weights_format(source), set()
+    for name, module in model.named_modules():
+        own = {f"{name}.{key}": tensor for key, tensor in module.named_parameters(recurse=False)}
+        told = sizes.on_gpu(own, None, {}, form)
+        if isinstance(module, torch.nn.Linear):
+            made = words_of(source, f"{name}.weight")
+            assert (told and told[1]) == made, (name, told, made)
+            seen.add(told and told[0])
+        elif f"{name}.down_proj" in own:
+            parts = source.experts(name)
+            each = [parts.gate, parts.up, parts.down]
+            made = None
+            with contextlib.suppress(UnsupportedError, WeightError):
+                made = sum(words.from_experts(matrices, "cpu").nbytes for matrices in each)
+            assert (told and told[1]) == made, (name, told, made)
+    return seen
+
+
+@pytest.mark.parametrize("form", published.FORMATS)
+def test_words_on_a_gpu_take_what_is_told_of_published_formats(form, tmp_path):
+    folder, _ = published_checkpoint(tmp_path, form)
+    model = meta_model(qwen3_moe_config())
+    with open_weights(folder) as files:
+        seen = counts_what_is_made(bind(files, model), model)
+    assert None in seen and len(seen) == 2, seen  # the head is dense
+
+
+@pytest.mark.parametrize("mix", ["Q4_K_M", "Q8_0", "Q2_K", "IQ4_XS", "BF16"])
+def test_words_on_a_gpu_take_what_is_told_of_gguf_files(checkpoint, tmp_path, mix):
+    sizes_of = {"hidden_size": 256, "moe_intermediate_size": 256, "intermediate_size": 256}
+    reference, folder = checkpoint("qwen3_moe", **sizes_of)
+    quantize_folder(folder, tmp_path / "model.gguf", mix)
+    model = meta_model(reference.config)
+    with open_weights(tmp_path / "model.gguf") as files:
+        counts_what_is_made(bind(files, model), model)
+
+
+@pytest.mark.parametrize(("name", "kwargs", "bits"), [("KLinearMarlin", {}, 4), ("QuantizedLinearMarlin", {}, 4), ("VLinearMarlin", {"num_bits": 8}, 8)])
+def test_what_has_no_packed_form_is_quantized_where_a_rule_names_it(name, kwargs, bits):
+    own = {"x.weight": torch.empty(48, 256, dtype=torch.bfloat16, device="meta"), "x.bias": torch.empty(48, dtype=torch.bfloat16, device="meta")}
+    form = formats.named_format("BF16", 1, False)
+    made = words.from_packed(Floats(torch.randn(48, 256), torch.bfloat16, bits, on_gpu.GROUP_SIZE), "cpu")
+    assert sizes.on_gpu(own, name, kwargs, form) == (f"INT{bits}", made.nbytes + 96)
+    assert sizes.on_gpu(own, None, kwargs, form) is sizes.on_gpu(own, "KLinearTorch", kwargs, form) is None
+    odd = {"x.weight": torch.empty(48, 40, device="meta")}
+    assert sizes.on_gpu(odd, name, kwargs, form) is None
+
+
+def test_a_format_by_name_has_the_words_of_its_file():
+    """Of published formats by their names: what a publisher's file of them has."""
+    shape = (512, 1024)
+    for name, each in {"INT4": 0.5 + 2 / 32, "GPTQ_INT4": 0.5 + 3 / 128, "AWQ_INT4": 0.5 + 3 / 128, "Q6_K": 13 / 16 + 2 / 256,
+                       "INT8": 1 + 4 / 1024, "FP8": 1 + 4 / 128, "FP8_PERCHANNEL": 1 + 4 / 1024, "Q4_K": 0.5 + 2 / 32 + 4 / 256}.items():  # fmt: skip
+        layout = formats.named_format(name, 1, False).layout("model.layers.0.mlp.up_proj.weight", shape, torch.bfloat16)
+        assert layout.nbytes(shape) == pytest.approx(each * 512 * 1024), name
+    for name in ("BF16", "IQ2_XXS", "TQ1_0"):
+        assert formats.named_format(name, 1, False).layout("model.layers.0.mlp.up_proj.weight", shape, torch.bfloat16) is None

@@ -17,8 +17,11 @@ from ktransformers import cli, configs, native
 from ktransformers.cli import simulate as command
 from ktransformers.errors import KTransformersError, RuleError
 from ktransformers.gguf_files.write import quantize_folder
+from ktransformers.kernels import compiler, words
+from ktransformers.kernels.layouts import layout_of, quantized_layout
 from ktransformers.machine.hardware import describe
 from ktransformers.operators.base_operator import BaseInjectedModule
+from ktransformers.planner import formats
 from ktransformers.planner.plan import Planner
 from ktransformers.rules.chain import chain_problems
 from ktransformers.rules.plan import plan
@@ -380,6 +383,51 @@ def test_torch_experts_are_counted_on_their_gpu():
     assert found.ok and found.weights["cuda:1"] == 3 * 8 * 3 * 64 * 32 * FP32 and "cpu" not in found.devices()
 
 
+LINEARS = {"match": {"name": r"(q|k|v|o)_proj$"}, "replace": {"class": "ktransformers.operators.linear.KTransformersLinear", "kwargs": {"generate_device": "cuda:0"}}}
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "layout"),
+    [(None, "Q4_K", "Q4_K"), ("KLinearMarlin", "Q4_K", "Q4_K"), (None, "INT4", "I4"), (None, "BF16", None),
+     ("KLinearTorch", "Q4_K", None), ("VLinearMarlin", "BF16", "INT4"), ("KLinearMarlin", "FP8", "F8_E4M3"), ("KLinearFP8", "FP8", "F8_E4M3"), ("KLinearFP8", "BF16", None)],
+)  # fmt: skip
+def test_linear_layers_on_a_gpu_take_their_packed_bytes(name, form, layout):
+    """By what the checkpoint has; what has no packed form is quantized where a rule names the operator."""
+    config = tiny_config("qwen3_moe", dtype=torch.bfloat16, hidden_size=256, head_dim=64)
+    rules = copy.deepcopy([LINEARS, *RIGHT])
+    if name:
+        rules[0]["replace"]["kwargs"]["generate_op"] = name
+    stored = formats.named_format(form, config.num_hidden_layers, False)
+
+    def weights(rules):
+        found = simulate(config, rules, gpus=1, tokens=8, size=stored.stored, form=stored.layout)
+        assert found.ok, say(found.problems)
+        return found.weights["cuda:0"]
+
+    model = meta_model(config)
+    matrices = [m.weight for name, m in model.named_modules() if re.search(LINEARS["match"]["name"], name)]
+    dense = sum(2 * matrix.numel() for matrix in matrices)
+    if layout == "INT4":
+        packed = quantized_layout(torch.bfloat16, 256, group_size=64)
+    else:
+        packed = layout and stored.layout("x_proj.weight", (1, 256), torch.bfloat16)
+    expected = sum(packed.nbytes(matrix.shape) for matrix in matrices) if packed else dense
+    assert weights(rules) - weights(RIGHT) == expected - dense
+
+
+def test_experts_of_whole_layers_on_a_gpu_take_their_packed_bytes():
+    config = tiny_config("qwen3_moe", dtype=torch.bfloat16, hidden_size=256, moe_intermediate_size=256)
+    rules = copy.deepcopy(RIGHT)
+    rules[0]["replace"]["kwargs"].update(generate_device="cuda:1", generate_op="KExpertsMarlin")
+    for form, name in (("Q4_K", "Q4_K"), ("BF16", "INT4")):
+        stored = formats.named_format(form, config.num_hidden_layers, False)
+        found = simulate(config, rules, gpus=2, tokens=8, size=stored.stored, form=stored.layout)
+        assert found.ok, say(found.problems)
+        words = layout_of("Q4_K") if name == "Q4_K" else quantized_layout(torch.bfloat16, 256, group_size=64)
+        each = words.nbytes((8, 2 * 256, 256)) + words.nbytes((8, 256, 256))
+        assert found.weights["cuda:1"] == config.num_hidden_layers * each and "cpu" not in found.weights
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("hot", [0, 3, 8])
 def test_experts_on_a_gpu_take_its_memory_and_none_of_the_cpu_s(family, hot):
@@ -413,12 +461,15 @@ def test_a_device_beyond_the_pretended_ones_is_a_mistake_in_the_rules():
         simulate(tiny_config("deepseek_v3", num_hidden_layers=6), mistaken(), gpus=1)
 
 
-def test_the_model_given_stays_as_it_is_and_so_does_the_c_library():
-    model, before = meta_model(tiny_config("qwen3_moe")), (native.Experts, native.Linear, native.available)
+def test_the_model_given_stays_as_it_is_and_so_do_the_c_library_and_the_kernels():
+    def now():
+        return native.Experts, native.Linear, native.available, words.write, words.Words.expert, compiler.why_not
+
+    model, before = meta_model(tiny_config("qwen3_moe")), now()
     found = simulate(model, "Qwen3-MoE", gpus=1, tokens=8)
     assert found.ok and all(p.is_meta for p in model.parameters())
     assert not any(isinstance(module, BaseInjectedModule) for module in model.modules())
-    assert before == (native.Experts, native.Linear, native.available)
+    assert before == now()
     with pytest.raises(KTransformersError, match="weights in memory"):
         simulate(nn.Linear(2, 2), "Qwen3-MoE")
 
