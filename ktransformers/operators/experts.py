@@ -108,7 +108,7 @@ class KExpertsCPU(KExpertsBase):
 
     def _make(self) -> None:
         packed, gating = self._packed, gating_of(self.orig_module)
-        if problem := _not_in_c(self.orig_module, gating):
+        if problem := uncomputed(self.orig_module, gating):
             found = f"the C library does not compute {problem}"
             raise UnsupportedError(f"{self.key}, as it is set now: {found}; use KExpertsTorch")
         glu = native.Glu(
