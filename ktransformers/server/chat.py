@@ -36,6 +36,7 @@ async def run_of(service: Service, body: ChatRequest) -> Run:
         raise ApiError(400, f"n: found {body.n}, expected at most {limits.choices}.", param="n")
     stops = wishes.stops_for(body, served, limits)
     conversation = conversation_of(body)
+    service.check_fits(conversation.size())
     work = functools.partial(_prepared, service, body, conversation)
     prompt, constraint = await service.text_work(conversation.size(), work)
     note_prompt(service, prompt.text)
@@ -112,9 +113,9 @@ def note_prompt(service: Service, text: str) -> None:
 
 async def answer(service: Service, body: ChatRequest, request: Request) -> Response:
     """The endpoint."""
+    shape = Shape(service, service.name_for(body.model), bool(body.logprobs))
     run = await run_of(service, body)
     run.start()
-    shape = Shape(service, service.name_for(body.model), bool(body.logprobs))
     if body.stream:
         usage = bool(body.stream_options and body.stream_options.include_usage)
         return EventStream(run, ChatFrames(shape, run.n, usage))

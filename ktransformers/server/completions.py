@@ -28,21 +28,22 @@ NEW_TOKENS = 16
 
 async def answer(service: Service, body: CompletionRequest, request: Request) -> Response:
     """The endpoint."""
-    served, limits = service.ready(), service.settings.limits
+    served, limits, name = service.ready(), service.settings.limits, service.name_for(body.model)
     given = _given(body)
     if len(given) * (body.n or 1) > limits.choices:
         text = f"prompt: {len(given)} prompts times n are more than {limits.choices} answers, the most at once."
         raise ApiError(400, text, param="prompt")
     stops = wishes.stops_for(body, served, limits)
     size = sum(map(len, given))
+    service.check_fits(max(map(len, given)))
     prompted, constraint = await service.text_work(size, functools.partial(_prepared, service, body, given))
     requests = wishes.requests_for(
         served, body, [prompt.ids for prompt in prompted], NEW_TOKENS if body.max_tokens is None else body.max_tokens,
         logprobs=body.logprobs, prompt_logprobs=body.logprobs if body.echo else None, constraint=constraint,
     )  # fmt: skip
     run = Run(service, Asked(prompted, requests, stops, joined=True))
+    shape = Shape(service, body, name, prompted)
     run.start()
-    shape = Shape(service, body, prompted)
     if body.stream:
         return EventStream(run, CompletionFrames(shape, run.n, body))
     whole = await gathered(run, request)
@@ -75,12 +76,12 @@ def _prepared(service: Service, body: CompletionRequest, given: list[Any]) -> tu
 class Shape:
     """The objects of one answer."""
 
-    def __init__(self, service: Service, body: CompletionRequest, prompted: list[Prompted]) -> None:
+    def __init__(self, service: Service, body: CompletionRequest, name: str, prompted: list[Prompted]) -> None:
         self._service, self._body, self._prompted = service, body, prompted
         self._n = body.n or 1
         self.head = {
             "id": "cmpl-" + secrets.token_hex(12), "object": "text_completion", "created": int(time.time()),
-            "model": service.name_for(body.model), "system_fingerprint": FINGERPRINT,
+            "model": name, "system_fingerprint": FINGERPRINT,
         }  # fmt: skip
 
     def choice(self, delta: Delta, prompt: Prompt | None, before: int | None = None) -> dict[str, Any]:

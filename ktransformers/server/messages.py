@@ -21,12 +21,12 @@ from ktransformers.server.streaming import EventStream, event, gathered
 
 async def answer(service: Service, body: MessagesRequest, request: Request) -> Response:
     """The endpoint that answers."""
-    run = await run_of(service, chat_of(body))
-    run.start()
     head = {
         "id": "msg_" + secrets.token_hex(12), "type": "message", "role": "assistant",
         "model": service.name_for(body.model),
     }  # fmt: skip
+    run = await run_of(service, chat_of(body))
+    run.start()
     if body.stream:
         return EventStream(run, MessageFrames(head, request.scope["kt_id"], run.usage))
     delta = (await gathered(run, request)).choices[0]

@@ -21,9 +21,9 @@ Event = tuple[str, dict[str, Any]]
 
 async def answer(service: Service, body: ResponsesRequest, request: Request) -> Response:
     """The endpoint."""
+    shape = Shape(service, body)
     run = await run_of(service, chat_of(body))
     run.start()
-    shape = Shape(service, body)
     if body.stream:
         return EventStream(run, ResponseFrames(shape))
     whole = await gathered(run, request)

@@ -89,7 +89,7 @@ COMMON_REFUSED = {
 
 def _one_of_best(given: Any) -> Any:
     """`best_of` that is `n`, which says nothing, is left out."""
-    if isinstance(given, dict) and "best_of" in given and given["best_of"] == given.get("n", 1):
+    if isinstance(given, dict) and "best_of" in given and given["best_of"] == (given.get("n") or 1):
         return {name: value for name, value in given.items() if name != "best_of"}
     return given
 

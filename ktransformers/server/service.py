@@ -75,6 +75,7 @@ class Service:
         self._texts = ThreadPoolExecutor(1, "tokenizer")  # a tokenizer of transformers is not for two threads
         self._bell: Bell | None = None
         self._vocabulary: Vocabulary | None = None
+        self._longest_token = 0
 
     def _load(self) -> Load | None:
         return self.served.engine.load() if self.served else None
@@ -113,6 +114,18 @@ class Service:
         if self._vocabulary is None:
             self._vocabulary = Vocabulary(self.ready().tokenizer)
         return self._vocabulary
+
+    def check_fits(self, characters: int) -> None:
+        """Raises ApiError for a prompt of so many characters that no tokens could be long enough: to count those of a
+        million words takes seconds. Half as many may fit by a normalizer that drops some."""
+        served = self.ready()
+        if self._longest_token == 0:
+            self._longest_token = max(map(len, served.tokenizer.get_vocab()), default=1)
+        if characters > 2 * self._longest_token * served.engine.context:
+            raise ApiError(
+                400, f"The prompt has {characters} characters, more than the context of {served.engine.context} tokens "
+                "can hold. Shorten it.", param="messages", code="context_length_exceeded",
+            )  # fmt: skip
 
     async def text_work(self, size: int, work: Callable[[], T]) -> T:
         """What `work` returns, which takes time by `size`, in characters; long work in a thread of its own."""
