@@ -1,8 +1,8 @@
-"""What an answer's text is made of. A stand-in that takes all of it for content."""
+"""What an answer's text is made of. A stand-in that takes all of it for content and holds it to nothing."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from ktransformers.engine.requests import Constraint
 from ktransformers.errors import KTransformersError
@@ -29,15 +29,7 @@ class ToolCall:
 Piece = Content | Reasoning | ToolCall
 
 
-class Reader(Protocol):
-    keep: frozenset[int]
-    over: bool
-
-    def add(self, text: str) -> list[Piece]: ...
-    def end(self) -> list[Piece]: ...
-
-
-class _Plain:
+class Reader:
     keep: frozenset[int] = frozenset()
     over = False
 
@@ -48,13 +40,15 @@ class _Plain:
         return []
 
 
-def reader(tokenizer: Any, prompt_text: str, tools: list | None, tool_choice: Any, parallel: bool) -> Reader:
-    return _Plain()
+def reader(
+    tokenizer: Any, prompt_text: str, tools: Sequence[dict] | None = None, tool_choice: Any = None, parallel: bool = True
+) -> Reader:
+    return Reader()
 
 
 def constraint(
-    tokenizer: Any, vocab_size: int, fields: Mapping[str, Any], tools: list | None = None
+    tokenizer: Any, vocab_size: int, *, tools: Any, tool_choice: Any, prompt_text: str, parallel: bool, stop: Any, **form
 ) -> Callable[[], Constraint] | None:
-    if fields.get("response_format", {}).get("type", "text") != "text":
-        raise KTransformersError("response_format: only text is built here.")
+    if form:
+        raise KTransformersError(f"{min(form)}: is not built here.")
     return None

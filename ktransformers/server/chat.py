@@ -3,24 +3,25 @@
 import functools
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import Request, Response
 
 from ktransformers import __version__
-from ktransformers.errors import KTransformersError
 from ktransformers.server import answers, scores, wishes
 from ktransformers.server.answers import Content, Piece, Reasoning
 from ktransformers.server.choice import Delta
 from ktransformers.server.encoding import JsonResponse
 from ktransformers.server.errors import ApiError, error_object
+from ktransformers.server.forms import constraint_of, form_of
 from ktransformers.server.middleware import log
 from ktransformers.server.parts import Call, Parts
-from ktransformers.server.prompts import Conversation, of_messages
+from ktransformers.server.prompts import Conversation, Prompted, of_messages
 from ktransformers.server.run import Asked, Run, Started, Update, Usage
 from ktransformers.server.schemas import ChatRequest, NamedTool
-from ktransformers.server.service import Service
+from ktransformers.server.service import Served, Service
 from ktransformers.server.streaming import DONE, EventStream, Whole, event, gathered
 
 FINGERPRINT = f"ktransformers-{__version__}"
@@ -37,32 +38,25 @@ async def run_of(service: Service, body: ChatRequest) -> Run:
     stops = wishes.stops_for(body, served, limits)
     conversation = conversation_of(body)
     service.check_fits(conversation.size())
-    work = functools.partial(_prepared, service, body, conversation)
-    prompt, constraint = await service.text_work(conversation.size(), work)
+    form, choice = form_of(body), _choice(body)
+    work = functools.partial(_prepared, served, body, conversation, form, choice)
+    long = bool(form) or choice not in (None, "none", "auto")
+    prompt = await service.text_work(conversation.size(), work, long)
     note_prompt(service, prompt.text)
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    requests = wishes.requests_for(
-        served, body, [prompt.ids], wanted, constraint=constraint,
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-    )  # fmt: skip
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    requests = wishes.requests_for(served, body, [prompt], wanted, logprobs=logprobs)
     reader = functools.partial(_reader, served.tokenizer, body)
     return Run(service, Asked([prompt], requests, stops, reader, joined=conversation.continued))
 
 
-def _prepared(service: Service, body: ChatRequest, conversation: Conversation) -> tuple[Any, Any]:
+def _prepared(
+    served: Served, body: ChatRequest, conversation: Conversation, form: Mapping[str, Any], choice: Any
+) -> Prompted:
     """Prompt and constraint: what takes time by the size of what was sent."""
-    served = service.ready()
     prompt = of_messages(served.tokenizer, conversation)
-    return prompt, constraint_of(service, body.shape() | {"tool_choice": _choice(body)}, _tools(body))
-
-
-def constraint_of(service: Service, shape: dict[str, Any], tools: list[dict[str, Any]] | None) -> Any:
-    """What makes the constraint of an answer, None without one. Raises ApiError for a schema that cannot be used."""
-    served = service.ready()
-    try:
-        return answers.constraint(served.tokenizer, served.vocab_size, shape, tools)
-    except KTransformersError as error:
-        raise ApiError(400, str(error)) from error
+    parallel = body.parallel_tool_calls is not False
+    return replace(prompt, constraint=constraint_of(served, form, prompt.text, _tools(body), choice, parallel))
 
 
 def conversation_of(body: ChatRequest) -> Conversation:

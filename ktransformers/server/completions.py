@@ -4,7 +4,8 @@ import functools
 import itertools
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from fastapi import Request, Response
@@ -12,14 +13,15 @@ from fastapi import Request, Response
 from ktransformers.engine.detokenize import Detokenizer, special_ids
 from ktransformers.engine.requests import Logprobs, Prompt
 from ktransformers.server import prompts, scores, wishes
-from ktransformers.server.chat import FINGERPRINT, constraint_of, note_prompt
+from ktransformers.server.chat import FINGERPRINT, note_prompt
 from ktransformers.server.choice import Delta
 from ktransformers.server.encoding import JsonResponse
 from ktransformers.server.errors import ApiError, error_object
+from ktransformers.server.forms import constraint_of, form_of
 from ktransformers.server.prompts import Prompted
 from ktransformers.server.run import Asked, Run, Started, Update, Usage
 from ktransformers.server.schemas import CompletionRequest
-from ktransformers.server.service import Service
+from ktransformers.server.service import Served, Service
 from ktransformers.server.streaming import DONE, EventStream, event, gathered
 
 NEW_TOKENS = 16
@@ -36,10 +38,13 @@ async def answer(service: Service, body: CompletionRequest, request: Request) ->
     stops = wishes.stops_for(body, served, limits)
     size = sum(map(len, given))
     service.check_fits(max(map(len, given)))
-    prompted, constraint = await service.text_work(size, functools.partial(_prepared, service, body, given))
+    form = form_of(body)
+    prompted = await service.text_work(size, functools.partial(_prepared, served, body, given, form), bool(form))
+    for prompt in prompted:
+        note_prompt(service, prompt.text)
     requests = wishes.requests_for(
-        served, body, [prompt.ids for prompt in prompted], NEW_TOKENS if body.max_tokens is None else body.max_tokens,
-        logprobs=body.logprobs, prompt_logprobs=body.logprobs if body.echo else None, constraint=constraint,
+        served, body, prompted, NEW_TOKENS if body.max_tokens is None else body.max_tokens,
+        logprobs=body.logprobs, prompt_logprobs=body.logprobs if body.echo else None,
     )  # fmt: skip
     run = Run(service, Asked(prompted, requests, stops, joined=True))
     shape = Shape(service, body, name, prompted)
@@ -60,17 +65,14 @@ def _given(body: CompletionRequest) -> list[str] | list[list[int]]:
     return [prompt] if not prompt or isinstance(prompt[0], int) else prompt
 
 
-def _prepared(service: Service, body: CompletionRequest, given: list[Any]) -> tuple[list[Prompted], Any]:
-    served = service.ready()
+def _prepared(served: Served, body: CompletionRequest, given: list[Any], form: Mapping[str, Any]) -> list[Prompted]:
     found = [
         prompts.of_text(served.tokenizer, one, body.add_special_tokens)
         if isinstance(one, str)
         else prompts.of_ids(served.tokenizer, one, served.vocab_size)
         for one in given
     ]
-    for prompt in found:
-        note_prompt(service, prompt.text)
-    return found, constraint_of(service, body.shape(), None)
+    return [replace(prompt, constraint=constraint_of(served, form, prompt.text)) for prompt in found]
 
 
 class Shape:

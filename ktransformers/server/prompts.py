@@ -1,11 +1,12 @@
 """Prompts: messages by the model's chat template, or plain texts, into token ids."""
 
-import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
+from ktransformers.engine.requests import Constraint
 from ktransformers.server.errors import ApiError, refused
 from ktransformers.server.schemas import Message
 
@@ -15,10 +16,11 @@ _ROLES = {"developer": "system"}
 
 @dataclass(frozen=True)
 class Prompted:
-    """A prompt. `text` is what its ids say."""
+    """A prompt. `text` is what its ids say; `constraint` makes what an answer to it is held to."""
 
     ids: list[int]
     text: str
+    constraint: Callable[[], Constraint] | None = None
 
 
 def of_text(tokenizer: Any, text: str, special: bool = True) -> Prompted:
@@ -70,10 +72,8 @@ def of_messages(tokenizer: Any, conversation: Conversation) -> Prompted:
             "Use /v1/completions, or serve an instruction-tuned model.", param="messages",
         )  # fmt: skip
     arguments = dict(conversation.arguments or {})
-    taken = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages"} & arguments.keys()
-    if taken:
-        name = f"chat_template_kwargs.{min(taken)}"
-        raise refused(name, "is not the template's to know.")
+    if arguments and (taken := {*signature(tokenizer.apply_chat_template).parameters, "messages"} & arguments.keys()):
+        raise refused(f"chat_template_kwargs.{min(taken)}", "is not the template's to know.")
     continued = conversation.continued
     try:
         text = tokenizer.apply_chat_template(

@@ -58,20 +58,18 @@ class Sampled(Body):
     """Above 0: others go first. Nobody can put himself before others."""
 
 
-class Grammar(Body):
-    """What shape an answer must have, by any of the names that clients use."""
+class Form(Body):
+    """What an answer must be like, by any of the names that clients use; `forms` makes one of them."""
 
     response_format: dict[str, Any] | None = None
+    json_schema: dict[str, Any] | str | None = None
+    regex: str | None = None
+    grammar: str | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    guided_choice: list[str] | None = None
     structured_outputs: dict[str, Any] | None = None
-    grammar: str | None = None
-
-    def shape(self) -> dict[str, Any]:
-        """The fields that were given."""
-        return {name: value for name in Grammar.model_fields if (value := getattr(self, name)) is not None}
 
 
 class StreamOptions(Body):
@@ -94,7 +92,7 @@ def _one_of_best(given: Any) -> Any:
     return given
 
 
-class CompletionRequest(Sampled, Grammar):
+class CompletionRequest(Sampled, Form):
     REFUSED = {**COMMON_REFUSED, "suffix": "this server does not fill in the middle of a text."}
 
     prompt: str | list[Token] | Annotated[list[str], Field(min_length=1)] | list[list[Token]]
@@ -147,7 +145,7 @@ class NamedTool(Body):
 ToolChoice = Literal["none", "auto", "required"] | NamedTool
 
 
-class ChatRequest(Sampled, Grammar):
+class ChatRequest(Sampled, Form):
     REFUSED = {
         **COMMON_REFUSED,
         "functions": "is not supported; use tools.",

@@ -124,12 +124,12 @@ class Service:
         if characters > 2 * self._longest_token * served.engine.context:
             raise ApiError(
                 400, f"The prompt has {characters} characters, more than the context of {served.engine.context} tokens "
-                "can hold. Shorten it.", param="messages", code="context_length_exceeded",
+                "can hold. Shorten it.", code="context_length_exceeded",
             )  # fmt: skip
 
-    async def text_work(self, size: int, work: Callable[[], T]) -> T:
-        """What `work` returns, which takes time by `size`, in characters; long work in a thread of its own."""
-        if size <= _INLINE:
+    async def text_work(self, size: int, work: Callable[[], T], long: bool = False) -> T:
+        """What `work` returns, which takes time by `size`, in characters; `long` work in a thread of its own."""
+        if size <= _INLINE and not long:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._texts, work)
 

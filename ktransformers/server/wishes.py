@@ -1,14 +1,15 @@
 """From what a client asks for to what the engine is asked: sampling, lengths, stop strings."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import GenerationConfig
 
-from ktransformers.engine.requests import Constraint, Request
+from ktransformers.engine.requests import Request
 from ktransformers.engine.sampling import Sampling
 from ktransformers.server.errors import ApiError
+from ktransformers.server.prompts import Prompted
 from ktransformers.server.schemas import Sampled
 from ktransformers.server.service import Limits, Served
 
@@ -78,15 +79,15 @@ def length_for(served: Served, prompt: int, wanted: int | None) -> int:
     if room < 0 or room == 0 and wanted != 0:
         raise ApiError(
             400, f"The prompt has {prompt} tokens; the context is {served.engine.context} tokens for prompt and answer "
-            "together. Shorten it.", param="messages", code="context_length_exceeded",
+            "together. Shorten it.", code="context_length_exceeded",
         )  # fmt: skip
     wanted = served.generation_config.max_new_tokens if wanted is None else wanted
     return room if wanted is None else min(wanted, room)
 
 
 def requests_for(
-    served: Served, wishes: Sampled, prompts: list[list[int]], wanted: int | None, *, logprobs: int | None = None,
-    prompt_logprobs: int | None = None, constraint: Callable[[], Constraint] | None = None,
+    served: Served, wishes: Sampled, prompts: Sequence[Prompted], wanted: int | None, *, logprobs: int | None = None,
+    prompt_logprobs: int | None = None,
 ) -> list[Request]:  # fmt: skip
     """One request to the engine for each prompt."""
     sampling, bias = sampling_for(served, wishes), bias_for(wishes, served.vocab_size)
@@ -96,9 +97,10 @@ def requests_for(
     seed = None if wishes.seed is None else wishes.seed % (1 << 62)  # the engine counts on from it
     return [
         Request(
-            ids, length_for(served, len(ids), wanted), sampling, seed=seed, n=wishes.n or 1, logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs, bias=bias, frequency_penalty=wishes.frequency_penalty or 0.0,
-            presence_penalty=wishes.presence_penalty or 0.0, constraint=constraint, priority=wishes.priority or 0,
+            prompt.ids, length_for(served, len(prompt.ids), wanted), sampling, seed=seed, n=wishes.n or 1,
+            logprobs=logprobs, prompt_logprobs=prompt_logprobs, bias=bias, constraint=prompt.constraint,
+            frequency_penalty=wishes.frequency_penalty or 0.0, presence_penalty=wishes.presence_penalty or 0.0,
+            priority=wishes.priority or 0,
         )
-        for ids in prompts
+        for prompt in prompts
     ]  # fmt: skip

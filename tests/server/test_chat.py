@@ -88,7 +88,7 @@ def test_logprobs_have_bytes_and_the_likeliest():
     content = ask(service(), PATH, body).json()["choices"][0]["logprobs"]["content"]
     assert [one["token"] for one in content] == [tokenizer().decode([token]) for token in ids(TEXT)[:4]]
     assert all(one["logprob"] == -0.5 and [top["logprob"] for top in one["top_logprobs"]] == [-0.5, -1.5] for one in content)
-    assert bytes(sum((one["bytes"] for one in content), [])).decode() == tokenizer().decode(ids(TEXT)[:4])
+    assert b"".join(bytes(one["bytes"]) for one in content).decode() == tokenizer().decode(ids(TEXT)[:4])
     chunks = events(ask(service(), PATH, body | {"stream": True}))[:-1]
     streamed = [one for chunk in chunks if chunk["choices"][0]["logprobs"] for one in chunk["choices"][0]["logprobs"]["content"]]
     assert streamed == content
@@ -214,7 +214,8 @@ REFUSED = [
     ({"messages": "hi"}, "messages"), ({"messages": [{"role": "king", "content": "x"}]}, "messages.0.role"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
     ({"stop_token_ids": [5000]}, "stop_token_ids"), ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
-    ({"priority": -1}, "priority"), ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}}, None),
+    ({"priority": -1}, "priority"), ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}}, "response_format"),
+    ({"guided_regex": "a", "grammar": "b"}, "grammar"), ({"guided_choice": []}, "guided_choice"), ({"structured_outputs": {"tag": 1}}, "structured_outputs.tag"),
 ]  # fmt: skip
 
 

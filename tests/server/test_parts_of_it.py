@@ -75,7 +75,7 @@ def test_a_file_is_read_again_and_a_bad_one_changes_nothing(tmp_path):
 
 def test_keys_are_not_in_what_python_shows_of_them(tmp_path):
     keys = Keys(None, "sesame")
-    assert "sesame" not in repr(keys) and "sesame" not in repr([digest for digest in keys._digests])
+    assert "sesame" not in repr(keys) and "sesame" not in repr(keys._digests)
 
 
 # ---- the text of tokens ------------------------------------------------------------------------------------
