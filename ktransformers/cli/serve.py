@@ -1,6 +1,7 @@
 """`kt serve`, and `kt run`, upstream's name for it: a model behind the APIs that clients speak."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,8 +60,8 @@ class ServeOptions:
         int, typer.Option(min=0, help="Most tokens of prompt and answer together; 0: what the model takes.")
     ] = 0
     cache_ram: Annotated[
-        str, typer.Option(metavar="SIZE", help="Memory for beginnings of prompts, such as 8GiB; default: none is kept.")
-    ] = ""
+        str, typer.Option(metavar="SIZE", help="Memory for beginnings of prompts that may come again; 0: none is kept.")
+    ] = "2GiB"
     cache_dir: Annotated[str, typer.Option(metavar="FOLDER", help="Keep them on disk too, across restarts.")] = ""
     cache_disk: Annotated[str, typer.Option(metavar="SIZE", help="Most that the folder may hold.")] = "32GiB"
     cors: Annotated[
@@ -91,6 +92,7 @@ def run(options: ServeOptions) -> None:
 def _serve(options: ServeOptions) -> None:
     _need_extra()
     renamed_devices(options.devices)
+    _sizes(options)
     keys = _keys(options)
 
     from ktransformers.server.service import Service
@@ -134,10 +136,15 @@ def _check_model(options: ServeOptions) -> None:
 def _settings(options: ServeOptions) -> "Settings":
     from ktransformers.server.service import Limits, Settings
 
-    own = Path(options.model or options.weights).resolve().name if options.model or options.weights else "embedded"
-    names = dict.fromkeys([*options.served_name, own.removesuffix(".gguf")])
+    names = dict.fromkeys([*options.served_name, _own_name(options)])
     limits = Limits(request_seconds=options.request_timeout)
     return Settings(tuple(names), options.strict_names, tuple(options.cors), options.log_prompts, limits)
+
+
+def _own_name(options: ServeOptions) -> str:
+    """What the model is called where nobody says."""
+    path = options.model or options.weights
+    return Path(path).resolve().name.removesuffix(".gguf") if path else "embedded"
 
 
 def _log_to_stderr() -> None:
@@ -162,19 +169,37 @@ def open_model(options: ServeOptions) -> "Served":
         options.model, options.weights, options.rule, devices=renamed_devices(options.devices), cache=options.cache,
         needs_template=False, progress=not options.as_json, notify=note,
     )  # fmt: skip
+    prefixes, after = _prefixes(options, model)
     engine = BatchingEngine(
         model, max_running=options.max_running, max_waiting=options.max_waiting, chunk_size=options.chunk_size,
-        context=options.context or None, prefixes=_prefixes(options, model),
+        context=options.context or None, prefixes=prefixes,
     )  # fmt: skip
     facts = _facts(options, model)
-    return Served(engine, tokenizer, text_config(model.config).vocab_size, model.generation_config, facts)
+    return Served(engine, tokenizer, text_config(model.config).vocab_size, model.generation_config, facts, after)
 
 
-def _prefixes(options: ServeOptions, model: Any) -> Any:
-    """What keeps beginnings of prompts, None where nothing is to."""
-    if not (options.cache_ram or options.cache_dir):
-        return None
-    raise KTransformersError("--cache-ram, --cache-dir: this version keeps no beginnings of prompts. Leave them out.")
+def _sizes(options: ServeOptions) -> tuple[int, int]:
+    """Bytes of --cache-ram and --cache-disk. Raises KTransformersError."""
+    from ktransformers.machine.units import parse_bytes
+
+    ram = 0 if options.cache_ram.strip() == "0" else parse_bytes(options.cache_ram, "--cache-ram")
+    return ram, parse_bytes(options.cache_disk, "--cache-disk")
+
+
+def _prefixes(options: ServeOptions, model: Any) -> tuple[Any, Callable[[], None]]:
+    """What keeps beginnings of prompts, None where nothing is to; and what to call in the end."""
+    ram, disk_bytes = _sizes(options)
+    if not (ram or options.cache_dir):
+        return None, lambda: None
+    from ktransformers.engine.disk_blocks import DiskBlocks
+    from ktransformers.engine.fingerprint import fingerprint
+    from ktransformers.engine.prefix_tree import PrefixTree
+
+    key = fingerprint(model)
+    if not options.cache_dir:
+        return PrefixTree(model, key, ram), lambda: None
+    disk = DiskBlocks(options.cache_dir, disk_bytes, key, title=_own_name(options), notify=note)
+    return PrefixTree(model, key, ram, disk), disk.close
 
 
 def _facts(options: ServeOptions, model: Any) -> dict[str, Any]:

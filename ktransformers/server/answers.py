@@ -40,15 +40,14 @@ class Reader:
         return []
 
 
-def reader(
-    tokenizer: Any, prompt_text: str, tools: Sequence[dict] | None = None, tool_choice: Any = None, parallel: bool = True
-) -> Reader:
+def reader(tokenizer: Any, prompt_text: str, tools: Sequence[dict] | None, tool_choice: Any, parallel: bool) -> Reader:
     return Reader()
 
 
 def constraint(
-    tokenizer: Any, vocab_size: int, *, tools: Any, tool_choice: Any, prompt_text: str, parallel: bool, stop: Any, **form
-) -> Callable[[], Constraint] | None:
+    tokenizer: Any, vocab_size: int, *, tools: Any, tool_choice: Any, prompt_text: str, parallel: bool, stop: Any,
+    **form: Any,
+) -> Callable[[], Constraint] | None:  # fmt: skip
     if form:
         raise KTransformersError(f"{min(form)}: is not built here.")
     return None

@@ -54,13 +54,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Served:
-    """A loaded model. `facts`: what /props tells of it, in JSON types."""
+    """A loaded model. `facts`: what /props tells of it, in JSON types. `after`: is called when the engine has ended."""
 
     engine: Engine
     tokenizer: Any
     vocab_size: int
     generation_config: GenerationConfig = field(default_factory=GenerationConfig)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    after: Callable[[], None] = lambda: None
 
 
 class Service:

@@ -87,6 +87,7 @@ class Server(uvicorn.Server):
             return
         if self.should_exit:
             served.engine.close()
+            served.after()
         else:
             self.service.served = served
             log.info("ready: %s", ", ".join(self.service.names()))
@@ -128,6 +129,7 @@ class Server(uvicorn.Server):
             if engine.drain(min(0.25, left)):
                 break
         engine.close()
+        self.service.served.after()
 
 
 def _allow_many_files() -> None:
