@@ -104,7 +104,7 @@ def _serve(options: ServeOptions) -> None:
     bound = bind(options.host, options.port)
     server = Server(service, bound, options.drain_timeout)
     url, names = url_of(bound), service.names()
-    said = f"{names[0]} on {url}  (OpenAI: {url}/v1, Anthropic: {url})"
+    said = [f"{names[0]} on {url}", f"for OpenAI's clients {url}/v1, for Anthropic's {url}"]
     show({"url": url, "names": names, "keys": keys.needed}, options.as_json, lambda: said)
     server.answer(lambda: open_model(options))
 

@@ -19,6 +19,10 @@ OPEN = {"/health"}
 """Paths without a key, beside those of the page."""
 
 
+_ASKED_OFTEN = {"/health", "/metrics"}
+"""By programs, all the time: no lines of the log."""
+
+
 def _headers(scope: Scope) -> dict[bytes, bytes]:
     return dict(scope["headers"])
 
@@ -67,7 +71,9 @@ class Outermost:
         self._service.metrics.seconds.labels(endpoint).observe(seconds)
         details = "".join(f" {name}={value}" for name, value in scope["kt_log"].items())
         path = quote(scope["path"][:200])
-        log.info("%s %s %s %.3f s%s id=%s", scope["method"], path, status or "gone", seconds, details, scope["kt_id"])
+        level = logging.DEBUG if scope["path"] in _ASKED_OFTEN else logging.INFO
+        said = "%s %s %s %.3f s%s id=%s"
+        log.log(level, said, scope["method"], path, status or "gone", seconds, details, scope["kt_id"])
 
 
 class Door:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.server.support import HELLO, TEXT, ids, listening, saying, service
+from tests.server.support import HELLO, TEXT, ids, listening, service
 from tests.server.test_responses import scripted  # noqa: F401  (a fixture)
 
 openai = pytest.importorskip("openai")
@@ -148,4 +148,3 @@ def test_errors_are_anthropics_own(claude):
     with listening(service(max_waiting=0)) as url, anthropic.Anthropic(base_url=url, api_key="x", max_retries=0) as client:
         with pytest.raises(anthropic.RateLimitError):
             client.messages.create(model="tiny", max_tokens=5, messages=HELLO)
-        assert saying("x")

@@ -29,7 +29,7 @@ GOOD = {
                                    {"type": "function_call_output", "call_id": "c", "output": "x"},
                                    {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "h"}]}],
         "instructions": "I", "max_output_tokens": 4, "stream": True, "tools": [{"type": "function", "name": "f", "parameters": {}}],
-        "tool_choice": {"type": "function", "name": "f"}, "text": {"format": {"type": "text"}}, "reasoning": {"effort": "low"},
+        "tool_choice": "auto", "text": {"format": {"type": "text"}}, "reasoning": {"effort": "low"},
     },
     "/v1/messages": {
         "model": "tiny", "max_tokens": 4, "system": [{"type": "text", "text": "S"}], "stream": True, "stop_sequences": ["x"],

@@ -21,7 +21,7 @@ from ktransformers.errors import KTransformersError
 from ktransformers.server.keys import Keys
 from ktransformers.server.service import Limits, Service
 from ktransformers.server.serving import Server, bind, url_of
-from tests.server.support import HELLO, TEXT, events, listening, saying, served, service, wait_for
+from tests.server.support import HELLO, TEXT, events, listening, saying, service, wait_for
 
 CHAT = "/v1/chat/completions"
 LONG = saying((TEXT + " ") * 35)
@@ -270,4 +270,3 @@ def test_signals(tmp_path):
         assert process.wait(10) == 0 and process.stdout.read() == "ended\n"
     finally:
         process.kill()
-    assert served

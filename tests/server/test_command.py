@@ -9,7 +9,6 @@ from ktransformers import cli
 from ktransformers.cli import serve
 from ktransformers.cli.serve import ServeOptions
 from ktransformers.server import serving
-from tests.server.support import served
 
 
 def invoke(*arguments):
@@ -71,4 +70,3 @@ def test_keys_of_the_environment_are_shown_by_no_command(monkeypatch):
 def test_a_model_is_called_by_its_folder_or_file(tmp_path):
     for path, name in (("", "embedded"), (tmp_path / "Big-Q4.gguf", "Big-Q4"), (tmp_path / "Model-1.5", "Model-1.5")):
         assert serve._own_name(ServeOptions(str(path))) == name
-    assert served
