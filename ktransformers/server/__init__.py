@@ -1,0 +1,1 @@
+"""HTTP in front of an engine: the OpenAI and Anthropic APIs. Imports nothing by itself."""
