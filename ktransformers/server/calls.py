@@ -10,7 +10,7 @@ import regex
 
 from ktransformers.server import arguments
 from ktransformers.server.formats import Format
-from ktransformers.server.pieces import Content, Parser, Reasoning, Source, ToolCall, pattern
+from ktransformers.server.pieces import Content, Parser, Reasoning, Source, ToolCall, mark, pattern
 
 
 @dataclass
@@ -50,15 +50,15 @@ def new_id(kind: str, name: str, index: int) -> str:
 
 
 @cache
-def _marks(*texts: str) -> regex.Pattern:
-    return pattern(r"\s*(?:" + "|".join(regex.escape(text) for text in texts) + ")")
+def _mark(text: str) -> regex.Pattern:
+    return pattern(mark(text))
 
 
 @cache
 def _unquoted(format: Format) -> regex.Pattern:
     """What matters in JSON outside strings: quotes, brackets, and the mark after which it cannot go on."""
-    ends = [mark for mark in format.markers if mark.startswith(("</", "[/")) or mark.endswith(("end｜>", "end|>"))]
-    return pattern("|".join(regex.escape(mark) for mark in ('"', "{", "}", "[", "]", *ends)))
+    ends = [text for text in format.markers if text.startswith("</") or text.endswith(("end｜>", "end|>"))]
+    return pattern("|".join(map(regex.escape, ('"', "{", "}", "[", "]", *ends))))
 
 
 _NEWLINE = pattern(r"\n")
@@ -68,10 +68,10 @@ _NEVER = pattern(r"(?!)")
 def reasoning(answer: Answer, opened: bool) -> Parser[None]:
     """Read reasoning, where the answer begins with it or the prompt did."""
     source, (begin, end) = answer.source, answer.format.think
-    if not opened and (yield from source.match(_marks(begin))) is None:
+    if not opened and (yield from source.match(_mark(begin))) is None:
         return
     yield from source.skip_space()
-    stop = _marks(end)
+    stop = _mark(end)
     if answer.format.ends_thought and answer.tools:
         stop = pattern(f"{stop.pattern}|{answer.format.opens.pattern}")
     found = yield from source.until(stop, Reasoning)
@@ -90,10 +90,9 @@ def answer_with_calls(answer: Answer) -> Parser[None]:
     if format.bare:
         yield from _calls(answer)
     while not answer.over and (found := (yield from source.until(format.opens, Content))):
-        mark = found[0]
         if not (yield from _calls(answer)):  # not as a call is written: text, like all else
-            yield Content(mark)
-            source.at += len(mark)
+            yield Content(found[0])
+            source.at += len(found[0])
 
 
 def _calls(answer: Answer) -> Parser[bool]:
@@ -143,18 +142,24 @@ def _one(answer: Answer, found: regex.Match) -> Parser[None]:
 
 def _whole(answer: Answer) -> Parser[bool]:
     """Read a call whose JSON is not in the usual order, or has its arguments as a string."""
-    found = yield from answer.source.match(answer.format.whole)
+    source, (begin, end) = answer.source, answer.format.whole
+    found = yield from source.match(begin)
     if found is None:
         return False
+    source.at = found.start()
+    found = yield from source.wait(end)
+    if found is None:
+        return False
+    text = source.text[source.at : found.start()]
     try:
-        call = json.loads(found["whole"])
+        call = json.loads(text[text.index("{") :])
         values = call.get("arguments", call.get("parameters", {}))
         values = json.loads(values) if isinstance(values, str) else values
     except (ValueError, RecursionError):
         call, values = {}, None
     if not isinstance(call.get("name"), str) or not isinstance(values, dict):
-        answer.source.at = found.start()
         return False
+    source.at = found.end()
     yield answer.begin(call["name"])
     yield answer.delta(json.dumps(values, ensure_ascii=False))
     return True

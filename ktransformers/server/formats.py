@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import regex
 
-from ktransformers.server.pieces import pattern
+from ktransformers.server.pieces import mark, pattern
 
 THINK = ("<think>", "</think>")
 
@@ -45,7 +45,7 @@ class Format:
         head: up to the arguments, with the groups `name` and perhaps `id`. White space before it belongs to it.
         tails: from the arguments to the call's end, the likeliest first.
         more: another call right after one, where that does not begin with `opens`.
-        whole: a call in one piece, with its JSON as group `whole`, where `head` does not fit.
+        whole: the beginning, with the brace, and the end of a call that is read at once where `head` does not fit.
         parameter: the beginning of an argument with the groups `key` and perhaps `string`, where they are not JSON.
         value_end: the end of such an argument.
         padding: one of these on each side of such an argument is not a part of it.
@@ -63,7 +63,7 @@ class Format:
     head: regex.Pattern | None = None
     tails: tuple[regex.Pattern, ...] = ()
     more: regex.Pattern | None = None
-    whole: regex.Pattern | None = None
+    whole: tuple[regex.Pattern, regex.Pattern] | None = None
     parameter: regex.Pattern | None = None
     value_end: regex.Pattern | None = None
     padding: str = ""
@@ -74,13 +74,13 @@ class Format:
 
 
 def _opens(*marks: str) -> regex.Pattern:
-    return pattern(rf"\s*(?:{'|'.join(map(regex.escape, marks))})")
+    return pattern(mark(*marks))
 
 
-_NAME = r'"name"\s*:\s*"(?P<name>(?:[^"\\]|\\.)+)"'
+_NAME = r'"name"\s*:\s*"(?P<name>(?:[^"\\]|\\.){1,256})"'
 _JSON = rf'\{{\s*(?:"type"\s*:\s*"function"\s*,\s*)?{_NAME}\s*,\s*"(?:arguments|parameters)"\s*:\s*(?P<rest>\{{)'
 """A call as an object of name and arguments, up to the arguments' brace."""
-_OTHER_KEYS = r'(?:\s*,\s*"\w+"\s*:\s*(?:"[^"]*"|[\w.+-]+))*\s*\}'
+_OTHER_KEYS = r'(?:\s*,\s*"\w{1,64}"\s*:\s*(?:"[^"]{0,256}"|[\w.+-]{1,64})){0,8}\s*\}'
 
 HARMONY = Format(
     "harmony (gpt-oss)",
@@ -92,8 +92,11 @@ HARMONY = Format(
 """The whole answer is messages on channels: `harmony.py` reads it."""
 
 # V3.2 says function_calls, later models tool_calls; both are seen with two bars
-_DSML_BEGIN = r"\s*<｜+DSML｜+(?:function|tool)_calls>"
-_DSML_INVOKE = r'\s*<｜+DSML｜+invoke name="(?P<name>[^"<>]+)">\s*(?P<rest><｜+DSML｜+parameter |</｜+DSML｜+invoke>)'
+_DSML_BEGIN = r"\s{0,64}+<｜{1,2}DSML｜{1,2}(?:function|tool)_calls>"
+_DSML_INVOKE = (
+    r'\s*<｜{1,2}DSML｜{1,2}invoke name="(?P<name>[^"<>]{1,256})">'
+    r"\s*(?P<rest><｜{1,2}DSML｜{1,2}parameter |</｜{1,2}DSML｜{1,2}invoke>)"
+)
 _DSML = Format(
     "DSML (DeepSeek V3.2)",
     signs=("｜DSML｜",),
@@ -101,11 +104,13 @@ _DSML = Format(
     opens=pattern(_DSML_BEGIN),
     head=pattern(_DSML_BEGIN + _DSML_INVOKE),
     more=pattern(_DSML_INVOKE),
-    parameter=pattern(r'\s*<｜+DSML｜+parameter name="(?P<key>[^"]+)"(?: string="(?P<string>true|false)")?>'),
-    value_end=pattern(r"</｜+DSML｜+parameter>"),
+    parameter=pattern(
+        r'\s*<｜{1,2}DSML｜{1,2}parameter name="(?P<key>[^"]{1,256})"(?: string="(?P<string>true|false)")?>'
+    ),
+    value_end=pattern(r"</｜{1,2}DSML｜{1,2}parameter>"),
     tails=(
-        pattern(r"\s*</｜+DSML｜+invoke>\s*</｜+DSML｜+(?:function|tool)_calls>"),
-        pattern(r"\s*</｜+DSML｜+invoke>"),
+        pattern(r"\s*</｜{1,2}DSML｜{1,2}invoke>\s*</｜{1,2}DSML｜{1,2}(?:function|tool)_calls>"),
+        pattern(r"\s*</｜{1,2}DSML｜{1,2}invoke>"),
     ),
     ends_thought=True,
     written=Written(
@@ -119,8 +124,8 @@ _DSML = Format(
 
 _DEEPSEEK_HEAD = (
     r"\s*(?:<｜tool▁calls▁begin｜>\s*)?<｜tool▁call▁begin｜>\s*(?:"
-    r"(?P<name>[^\s<]+)<｜tool▁sep｜>\s*(?P<rest>\{)|"  # V3.1
-    r"\w+<｜tool▁sep｜>(?P<name>[^\s<`{]+)\s*```(?:json)?\s*(?P<rest>\{))"  # V3, R1
+    r"(?P<name>[^\s<]{1,256})<｜tool▁sep｜>\s*(?P<rest>\{)|"  # V3.1
+    r"\w{1,64}<｜tool▁sep｜>(?P<name>[^\s<`{]{1,256})\s*```(?:json)?\s*(?P<rest>\{))"  # V3, R1
 )
 _DEEPSEEK = dict(
     markers=(
@@ -147,7 +152,7 @@ _KIMI = Format(
     opens=_opens("<|tool_calls_section_begin|>", "<|tool_call_begin|>"),
     head=pattern(
         r"\s*(?:<\|tool_calls_section_begin\|>\s*)?<\|tool_call_begin\|>\s*"
-        r"(?:(?P<id>functions\.(?P<name>[^\s<:]+):\d+)|(?:functions\.)?(?P<name>[^\s<:]+)(?::\d+)?)"
+        r"(?:(?P<id>functions\.(?P<name>[^\s<:]{1,256}):\d{1,9})|(?:functions\.)?(?P<name>[^\s<:]{1,256})(?::\d{1,9})?)"
         r"\s*<\|tool_call_argument_begin\|>\s*(?P<rest>\{)"
     ),
     tails=(
@@ -164,7 +169,7 @@ _KIMI = Format(
     ),
 )  # fmt: skip
 
-_INVOKE = r'<invoke name="(?P<name>[^"<>]+)">\s*(?P<rest><parameter |</invoke>)'
+_INVOKE = r'<invoke name="(?P<name>[^"<>]{1,256})">\s*(?P<rest><parameter |</invoke>)'
 _MINIMAX = Format(
     "MiniMax M2",
     signs=("<minimax:tool_call>",),
@@ -172,7 +177,7 @@ _MINIMAX = Format(
     opens=_opens("<minimax:tool_call>"),
     head=pattern(rf"\s*<minimax:tool_call>\s*{_INVOKE}"),
     more=pattern(rf"\s*{_INVOKE}"),
-    parameter=pattern(r'\s*<parameter name="(?P<key>[^"]+)">'),
+    parameter=pattern(r'\s*<parameter name="(?P<key>[^"]{1,256})">'),
     value_end=pattern(r"</parameter>"),
     tails=(pattern(r"\s*</invoke>\s*</minimax:tool_call>"), pattern(r"\s*</invoke>")),
     written=Written(
@@ -189,8 +194,8 @@ _GLM = Format(
     signs=("<arg_key>", "<arg_value>"),
     markers=("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
     opens=_opens("<tool_call>"),
-    head=pattern(r"\s*<tool_call>\s*(?P<name>[^\s<>{}\"]+)\s*(?P<rest><arg_key>|</tool_call>)"),
-    parameter=pattern(r"\s*<arg_key>\s*(?P<key>[^<]+?)\s*</arg_key>\s*<arg_value>"),
+    head=pattern(r"\s*<tool_call>\s*(?P<name>[^\s<>{}\"]{1,256})\s*(?P<rest><arg_key>|</tool_call>)"),
+    parameter=pattern(r"\s*<arg_key>\s*(?P<key>[^<]{1,256}?)\s*</arg_key>\s*<arg_value>"),
     value_end=pattern(r"</arg_value>"),
     tails=(pattern(r"\s*</tool_call>"),),
     written=Written(
@@ -207,9 +212,9 @@ _QWEN_CODER = Format(
     markers=("<tool_call>", "</tool_call>"),
     opens=_opens("<tool_call>", "<function="),
     head=pattern(
-        r"\s*(?:<tool_call>\s*)?<function=(?P<name>[^\s<>]+)>\s*(?P<rest><parameter=|</function>|</tool_call>)"
+        r"\s*(?:<tool_call>\s*)?<function=(?P<name>[^\s<>]{1,256})>\s*(?P<rest><parameter=|</function>|</tool_call>)"
     ),
-    parameter=pattern(r"\s*<parameter=(?P<key>[^<>\n]+)>"),
+    parameter=pattern(r"\s*<parameter=(?P<key>[^<>\n]{1,256})>"),
     value_end=pattern(r"\n?</parameter>"),
     padding="\n",
     tails=(
@@ -231,7 +236,7 @@ _HERMES = Format(
     markers=("<tool_call>", "</tool_call>"),
     opens=_opens("<tool_call>"),
     head=pattern(rf"\s*<tool_call>\s*{_JSON}"),
-    whole=pattern(r"\s*<tool_call>\s*(?P<whole>\{.*?\})\s*</tool_call>"),
+    whole=(pattern(r"\s*<tool_call>\s*\{"), pattern(r"</tool_call>")),
     tails=(
         pattern(rf"{_OTHER_KEYS}\s*</tool_call>"),
         pattern(r"\s*\}\s*\}\s*</tool_call>"),  # one brace too many is the commonest slip
@@ -298,7 +303,7 @@ FORMATS = (
     Format(
         "Mistral with [ARGS]",
         head=pattern(
-            r"\s*\[TOOL_CALLS\]\s*(?P<name>[^\s\[\]{}]+)(?:\s*\[CALL_ID\]\s*(?P<id>\w+))?\s*(?:\[ARGS\])?\s*(?P<rest>\{)"
+            r"\s*\[TOOL_CALLS\]\s*(?P<name>[^\s\[\]{}]{1,256})(?:\s*\[CALL_ID\]\s*(?P<id>\w{1,64}))?\s*(?:\[ARGS\])?\s*(?P<rest>\{)"
         ),
         written=Written("[TOOL_CALLS]{name}[ARGS]{arguments}"),
         **(_MISTRAL | dict(signs=("[TOOL_CALLS]", "[ARGS]"))),

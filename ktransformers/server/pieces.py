@@ -54,8 +54,15 @@ def joined(pieces: list[Piece]) -> list[Piece]:
 
 
 def pattern(text: str) -> regex.Pattern:
-    """A pattern for `Source`: it must end in something that more text cannot lengthen."""
-    return regex.compile(text, regex.DOTALL)
+    """A pattern for `Source`. It must end in something that more text cannot lengthen, and nothing in it may match text
+    without limit but white space, of which none is given back: each new token tries it again.
+    """
+    return regex.compile(text.replace(r"\s*", r"\s*+"), regex.DOTALL)
+
+
+def mark(*texts: str) -> str:
+    """Any of these texts, with the white space before it."""
+    return rf"\s{{0,64}}+(?:{'|'.join(map(regex.escape, texts))})"
 
 
 _QUOTED = pattern(r'"|\\.')
@@ -96,15 +103,22 @@ class Source:
                 return None
             yield None
 
+    def wait(self, stop: regex.Pattern) -> Parser[regex.Match | None]:
+        """Read nothing until the first match of `stop`, or the end of the text, is here."""
+        searched = 0  # from `at` on
+        while True:
+            found = stop.search(self.text, self.at + searched, partial=not self.ended)
+            if found and not found.partial or self.ended:
+                return found
+            searched = (found.start() if found else len(self.text)) - self.at
+            yield None
+
     def take(self, stop: regex.Pattern) -> Parser[tuple[str, bool]]:
         """Read up to the first match of `stop` and over it: the text before it, and whether there was one."""
-        while (found := stop.search(self.text, self.at, partial=not self.ended)) is None or found.partial:
-            if self.ended:
-                text, self.at = self.text[self.at :], len(self.text)
-                return text, False
-            yield None
-        text, self.at = self.text[self.at : found.start()], found.end()
-        return text, True
+        found = yield from self.wait(stop)
+        end, after = (found.start(), found.end()) if found else (len(self.text),) * 2
+        text, self.at = self.text[self.at : end], after
+        return text, found is not None
 
     def drop_beginning(self, *patterns: regex.Pattern) -> bool:
         """At the end of an answer that was cut short: drop what is left where one of `patterns` might begin so."""
@@ -132,13 +146,13 @@ class Source:
                 if found is None or found.partial:
                     self.at = found.start() if found else len(self.text)
                     break
-                mark = found[0]
-                if not quoted and mark not in '"{}[]':
+                sign = found[0]
+                if not quoted and sign not in '"{}[]':
                     self.at = found.start()
                     break
                 self.at = found.end()
-                quoted ^= mark == '"'
-                depth += 0 if quoted else (mark in "{[") - (mark in "}]")
+                quoted ^= sign == '"'
+                depth += 0 if quoted else (sign in "{[") - (sign in "}]")
                 if depth == 0 and not quoted:
                     break
             if self.at > begin:
