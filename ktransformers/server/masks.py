@@ -1,11 +1,12 @@
 """Constraints by llguidance: its view of a tokenizer, its matchers, and masks of a model's scores.
 
-The mask is applied by NumPy's unpackbits and torch's masked_fill_: `llguidance.torch` compiles, for seconds, at its
-first call, and `llguidance.numpy`'s own way takes many times as long as this one.
+A mask is applied by adding 0 or -inf, eight scores at a time from a table. torch's masked_fill_ takes two to nine times
+as long, `llguidance.numpy` more, and `llguidance.torch` compiles, for seconds, at its first call.
 """
 
 import threading
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -36,7 +37,7 @@ def _llguidance() -> Any:
 
 
 def vocabulary(tokenizer: Any, vocab_size: int, stop: Sequence[int] = ()) -> Any:
-    """A tokenizer as llguidance has it, made once (a second for 150 000 tokens).
+    """A tokenizer as llguidance has it, made once: that takes seconds for a large vocabulary.
 
     It has `vocab_size` tokens or more: those that the model has scores for and the tokenizer no text may never come.
     """
@@ -69,6 +70,15 @@ def lark_of(regex: str) -> str:
     return f"start: /{_llguidance().regex_to_lark(regex)}/"
 
 
+@cache
+def _of_byte() -> Any:
+    """What a byte of the mask adds to its eight scores: float32 [256, 8]."""
+    import numpy as np
+
+    allowed = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+    return np.where(allowed, 0, -np.inf).astype(np.float32)
+
+
 class Grammar:
     """A Constraint: what a matcher allows. `size`: tokens of its vocabulary."""
 
@@ -85,9 +95,8 @@ class Grammar:
 
         fill_next_token_bitmask(self._matcher, self._bits)
         self._check()
-        barred = np.invert(self._bits[0]).view(np.uint8)
-        barred = np.unpackbits(barred, count=scores.numel(), bitorder="little").view(bool)
-        scores.masked_fill_(torch.from_numpy(barred).to(scores.device), -torch.inf)
+        added = np.take(_of_byte(), self._bits[0].view(np.uint8), axis=0).reshape(-1)[: scores.numel()]
+        scores.add_(torch.from_numpy(added).to(scores.device))
 
     def accept(self, token: int) -> bool:
         self._matcher.consume_token(token)
