@@ -1,4 +1,4 @@
-"""The text of an answer as content, reasoning and tool calls, while it comes.
+"""The text of an answer as content, reasoning and tool calls, while it comes; and what holds it to a form.
 
     reader = answers.reader(tokenizer, prompt_text, tools, tool_choice, parallel)
     words = Detokenizer(tokenizer, keep=reader.keep)
@@ -18,9 +18,10 @@ from typing import Any
 
 from ktransformers.server import arguments, calls, formats, harmony, shipped
 from ktransformers.server.calls import Answer
+from ktransformers.server.constraints import constraint
 from ktransformers.server.pieces import Content, Parser, Piece, Reasoning, Source, ToolCall, joined
 
-__all__ = ["Content", "Piece", "Reader", "Reasoning", "ToolCall", "reader"]
+__all__ = ["Content", "Piece", "Reader", "Reasoning", "ToolCall", "constraint", "reader"]
 
 
 class Reader:
