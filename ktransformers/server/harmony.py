@@ -13,7 +13,7 @@ from ktransformers.server.pieces import Content, Parser, Reasoning, pattern
 
 _HEADER = pattern(
     r"\s*(?:<\|end\|>\s*)?(?:<\|start\|>)?\s*(?:assistant)?\s*(?:to=(?P<to>[^\s<]{1,256}))?\s*"
-    r"(?:<\|channel\|>\s*(?P<channel>\w{1,64})\s*(?:to=(?P<to>[^\s<]{1,256}))?\s*)?"
+    r"(?:<\|channel\|>\s*(?P<channel>analysis|commentary|final)\s*(?:to=(?P<to>[^\s<]{1,256}))?\s*)?"
     r"(?:<\|constrain\|>)?\s*(?:json|code)?\s*<\|message\|>"
 )
 _START = pattern(r"<\|start\|>assistant")
