@@ -70,7 +70,7 @@ def _readings(text: str) -> list[Any]:
             return []
         try:
             value = ast.literal_eval(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             return []
     try:
         json.dumps(value, allow_nan=False)
