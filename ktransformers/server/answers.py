@@ -10,7 +10,7 @@ show. A stop token is never a part of the text.
 
 A call is told to the client as soon as its name is read, and its arguments as they come. What does not begin like a
 call comes out as content, with its marks; arguments that turn out not to be JSON are passed on as they were written, as
-OpenAI's API does, and those of an answer that was cut short end where it ends.
+OpenAI's API does, and those of an answer that was cut short end where it ends, without what of a mark was written.
 """
 
 from collections.abc import Sequence
