@@ -212,8 +212,17 @@ class Pages:
             other.room = 0  # its last page is shared now
         return made
 
+    def hold(self, table: Sequence[Page | None], length: int, held_from: int = 0) -> None:
+        """Be one sequence of `length` tokens in pages that others hold too; None for a page before `held_from`."""
+        self._set([list(table)], [length], [held_from])
+
     def clear(self) -> None:
         self._set([], [], [])
+
+    def __del__(self) -> None:
+        """Pages count their users, so one that is forgotten and not cleared must not be counted on."""
+        for page in (page for table in getattr(self, "tables", ()) for page in table if page is not None):
+            page.users -= 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pages:
         """Another of the same tokens, which shares pages until either writes."""
