@@ -59,11 +59,15 @@ def path_of(folder: Path, model: str, key: bytes) -> Path:
 
 
 def write(path: Path, header: Header, parts: Sequence[Buffer]) -> int:
-    """Write a block in one step; its bytes on disk. "format" and "parts" of the header are filled in. Raises OSError."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """Write a block in one step; its bytes on disk. "format" and "parts" of the header are filled in. Raises OSError.
+
+    It and the folders of the cache are for their owner alone: prompts can be read from it.
+    """
+    path.parents[2].parent.mkdir(parents=True, exist_ok=True)
+    for folder in (path.parents[2], path.parents[1], path.parent):
+        folder.mkdir(mode=0o700, exist_ok=True)
     text = json.dumps({"format": FORMAT, **header, "parts": [len(part) for part in parts]}).encode()
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{PART}")
-    # Prompts can be read from it: for its owner alone.
     file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         _lock(file)  # until it is renamed nobody takes it for what a dead process left

@@ -1,9 +1,9 @@
 """A block: what a cache keeps of 64 tokens in a row, in every layer; taken from one cache and given to another.
 
-Of a layer of pages that is the page, which caches share, and keys of an index, where it has one. Layers with states keep
-no history: what such a layer is after the last token of a block is there only where somebody had it copied just then. A
-sliding window lacks the page of a block that it has left behind. So a prefix can be gone on from only at some of its
-blocks, and `longest` says at which.
+Of a layer of pages that is the page, which caches share, and keys of an index, where it has one. Layers with states
+keep no history: what such a layer is after the last token of a block is there only where somebody had it copied just
+then. A sliding window lacks the page of a block that it has left behind. So a prefix can be gone on from only at some
+of its blocks, and `longest` says at which.
 """
 
 import copy
@@ -210,7 +210,7 @@ class Caches:
             made = [_pages(*each) for each in zip(forms, own, self._sizes, strict=True)]
             if None in made:
                 return False
-            self._forms, self._page_bytes = forms, [pages.page_bytes for pages in made]
+            self._page_bytes, self._forms = [pages.page_bytes for pages in made], forms
         return self._forms == forms
 
     # --- to a cache -------------------------------------------------------------------------------------
@@ -262,8 +262,8 @@ class Caches:
         forms = [Form(*form[:-1], form[-1] and tuple(form[-1])) for form, _ in header["layers"]]
         if len(forms) != len(self.paged) or not self._fits(forms):
             raise ValueError("other layers")
-        count, (key, parent, ids) = len(self._empty.layers), (bytes.fromhex(header[n]) for n in ("key", "parent", "ids"))
-        block = Block(key, parent, ids, [None] * count, [None] * count)
+        count, names = len(self._empty.layers), ("key", "parent", "ids")
+        block = Block(*(bytes.fromhex(header[name]) for name in names), [None] * count, [None] * count)
         held = [bool(page) for _, page in header["layers"]]
         for i, form, nbytes, there in zip(self.paged, forms, self._page_bytes, held, strict=True):
             if there:

@@ -1,8 +1,8 @@
 """The prefix cache's layer on disk: blocks written behind by a thread of its own, read when they are asked for.
 
 The engine's thread never waits for a write: what does not fit into the queue is dropped. Nothing that a disk or a clock
-does is an error here: without a disk, and with a full or a damaged one, the cache is just colder. A folder may be used by
-several processes at once, and one may delete it: files are looked for, not remembered.
+does is an error here: without a disk, and with a full or a damaged one, the cache is just colder. A folder may be used
+by several processes at once, and one may delete it: files are looked for, not remembered.
 
 Which blocks were used last is kept as the files' times of modification. They serve as numbers of an order and are only
 raised, so it is kept wherever the clock jumps.
@@ -46,7 +46,8 @@ def _warn(text: str) -> None:
 class DiskBlocks:
     """The blocks of model `key` in `folder`, which may hold those of other models too, together `limit` bytes at most.
 
-    All but `flush` and `close` is for the engine's thread. `notify` is called with the first thing that goes wrong.
+    `header` and `get` are for any thread, all else for the engine's. `notify` is called with the first thing that goes
+    wrong.
     """
 
     retry_after = 60.0
@@ -103,7 +104,8 @@ class DiskBlocks:
         """The header of a block, its parts in the writable buffers that `allocate` gives for it. None where there is no
         sound one; `allocate` too may raise BlockDamaged."""
         found = self._trusted(key, lambda path: block_files.read(path, allocate))
-        self.counts.read += found is not None
+        with self._state:
+            self.counts.read += found is not None
         return found
 
     def put(self, key: bytes, header: Header, parts: Sequence[Buffer], ticket: Any = None) -> bool:
@@ -154,7 +156,8 @@ class DiskBlocks:
         except BlockDamaged as error:
             with contextlib.suppress(OSError):
                 path.unlink()
-            self.counts.refused += 1
+            with self._state:
+                self.counts.refused += 1
             self._problem(f"{error} It is deleted and computed again")
         except FileNotFoundError:
             pass  # evicted by another process
@@ -215,8 +218,8 @@ class DiskBlocks:
         except OSError as error:
             self.counts.failed += 1
             self._paused_until = time.monotonic() + self.retry_after
-            reason = error.strerror or error
-            self._problem(f"{self.folder}: cannot be written ({reason}). Free space, or choose another with KT_CACHE_DIR")
+            why = error.strerror or error
+            self._problem(f"{self.folder}: cannot be written ({why}). Free space, or choose another with KT_CACHE_DIR")
         finally:
             with self._state:
                 self._queued[key] -= 1

@@ -3,12 +3,15 @@
 import copy
 import gc
 import random
+import threading
 
 import pytest
 import torch
 from transformers import DynamicCache
 
 from ktransformers import optimize_and_load
+from ktransformers.engine import block_files
+from ktransformers.engine.block_files import path_of
 from ktransformers.engine.cache import PrefixCache
 from ktransformers.engine.disk_blocks import DiskBlocks
 from ktransformers.engine.generate import Timing, generate
@@ -17,6 +20,7 @@ from ktransformers.engine.sampling import Sampling
 from ktransformers.native.pages import PAGE
 from ktransformers.operators.fixed_cache import FixedCache
 from ktransformers.operators.paged_cache import PagedCache, PagedWindowLayer, paged_cache
+from tests.engine.test_disk_blocks import rewritten
 from tests.tiny import meta_model, random_ids, relative_error
 
 FAMILIES = {
@@ -329,3 +333,116 @@ def test_a_long_prompt_costs_little_where_all_is_known(models):
     users = [page.users for page in cache.layers[0].pages.tables[0]]
     assert tree.insert(IDS, cache) == 0 and tree.uses.inserted == 6
     assert [page.users for page in cache.layers[0].pages.tables[0]] == users
+
+
+# --- the disk behind it ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_disk(models, tmp_path):
+    """Call with a family and one block's number: a fresh tree over the disk, where that block's file is at hand."""
+    opened = []
+
+    def make(name, number=0):
+        disk = DiskBlocks(tmp_path, GIB, b"numbers")
+        tree = tree_of(models(name), disk=disk)
+        compute(models(name), IDS, tree=tree)
+        assert disk.flush(30)
+        opened.extend([disk, DiskBlocks(tmp_path, GIB, b"numbers", notify=lambda text: None)])
+        key = [key for _, key, _ in tree._keys(IDS, 6)][number]
+        return tree_of(models(name), disk=opened[-1]), path_of(tmp_path, b"numbers".hex(), key)
+
+    yield make
+    for disk in opened:
+        disk.close()
+
+
+@pytest.mark.parametrize("number", [0, 1, 3, 5])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "qwen3_next"])
+def test_a_damaged_block_ends_the_prefix(models, on_disk, name, number):
+    """And is computed and written again."""
+    tree, path = on_disk(name, number)
+    path.write_bytes(path.read_bytes()[:-40] + bytes(40))
+    cache, length = tree.lookup(IDS)
+    assert length == (number // 2 * 128 if name == "qwen3_next" else number * PAGE)
+    assert tree.disk.counts.refused == 1 and not path.exists()
+    assert greedy(models(name), IDS, cache, length) == greedy(models(name), IDS)
+    compute(models(name), IDS, tree=tree)
+    assert tree.disk.flush(30) and path.exists() and tree.lookup(IDS)[1] == 384
+
+
+def test_blocks_of_another_form_are_refused(models, on_disk, tmp_path):
+    """Under the same key, which a fingerprint rules out: of another type, another family's, and what is no form at all."""
+    on_disk("qwen3_moe")
+    for model in (with_f16(models("qwen3_moe")), models("deepseek_v3")):
+        tree = tree_of(model, disk=DiskBlocks(tmp_path, GIB, b"numbers", notify=lambda text: None))
+        assert tree._caches.usable and tree.lookup(IDS) == (None, 0)
+        assert tree.nbytes == 0 and tree.disk.counts.refused == 1
+        on_disk("qwen3_moe")
+    for changes in ({"layers": None}, {"layers": [[["f32"], True]] * 3}, {"states": [[5]]}, {"layers": [[None, 1]] * 3}):
+        tree, path = on_disk("qwen3_moe")
+        path.write_bytes(rewritten(path.read_bytes(), **changes))
+        assert tree.lookup(IDS) == (None, 0) and not path.exists()
+
+
+def with_f16(model):
+    """The model as `paged_cache` sees it, with a cache in f16."""
+    return type("Other", (), {
+        "modules": lambda self: [view(module) for module in model.modules()], "config": model.config, "orig_module": model,
+    })()  # fmt: skip
+
+
+def view(module):
+    """A module whose cache is f16, where it has one."""
+    if not getattr(module, "computes_on_pages", False):
+        return module
+    names = ("layer_idx", "attending", "computes_on_pages")
+    return type("View", (), {**{name: getattr(module, name) for name in names}, "cache_kind": "f16"})()
+
+
+def test_what_is_written_does_not_change_meanwhile(models, tmp_path, monkeypatch):
+    """The tree forgets a block that waits to be written, and its sequence goes back into it."""
+    go, really, model = threading.Event(), block_files.write, models("qwen3_moe")
+    monkeypatch.setattr(block_files, "write", lambda *args: (go.wait(30), really(*args))[1])
+    disk = DiskBlocks(tmp_path, GIB, b"numbers")
+    tree = tree_of(model, disk=disk)
+    cache = compute(model, IDS[:130], tree=tree)[1]
+    assert tree.evict(GIB) == 0  # the queue has them
+    tree.clear()
+    cache.crop(-100)
+    compute(model, [*IDS[:30], *IDS[200:300]], cache)
+    go.set()
+    assert disk.flush(30)
+    tree = tree_of(model, disk=disk)
+    assert greedy(model, IDS[:130], *tree.lookup(IDS[:130])) == greedy(model, IDS[:130])
+    del cache
+    tree._settle()
+    assert tree.evict(GIB) == tree.nbytes + 2 * 3 * paged_bytes(model)
+    disk.close()
+
+
+def paged_bytes(model):
+    return compute(model, IDS[:1])[1].layers[0].pages.page_bytes
+
+
+def test_a_disk_that_fails_costs_nothing(models, tmp_path):
+    (tmp_path / "file").write_text("")
+    disk = DiskBlocks(tmp_path / "file", GIB, b"numbers", notify=lambda text: None)
+    tree = tree_of(models("gpt_oss"), disk=disk)
+    compute(models("gpt_oss"), IDS, tree=tree)
+    assert disk.flush(30) and disk.counts.failed and not disk.takes
+    size = tree.nbytes
+    assert tree.lookup(IDS)[1] == 384 and tree.evict(GIB) == size
+    disk.close()
+
+
+def test_prefixes_survive_in_the_order_of_their_use(models, tmp_path):
+    """What the disk keeps is the beginnings, since a block without those before it is of no use."""
+    model = models("qwen3_moe")
+    disk = DiskBlocks(tmp_path, GIB, b"numbers")
+    tree = tree_of(model, disk=disk)
+    compute(model, IDS, tree=tree)
+    disk.close()
+    small = DiskBlocks(tmp_path, disk.nbytes // 2, b"numbers")
+    assert small.flush(30) and tree_of(model, disk=small).lookup(IDS)[1] == 192
+    small.close()
