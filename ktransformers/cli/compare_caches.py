@@ -1,4 +1,4 @@
-"""`kt cache`: what keeping keys and values in fewer bits does to a model's predictions. Measured by the engine."""
+"""`kt cache compare`: what keeping keys and values in fewer bits does to a model's predictions. The engine measures."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +27,7 @@ TOKENS = 512
 """Tokens that are compared where no flag says how many."""
 
 
-def cache(
+def compare(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A model folder or a .gguf; default: the small embedded model.")
     ] = "",
@@ -51,7 +51,7 @@ def cache(
         check_cache("--type", kind)
     words = None if text is None else _read(text)
 
-    from ktransformers.engine.compare_caches import compare
+    from ktransformers.engine import compare_caches
     from ktransformers.engine.load import load
 
     loaded, tokenizer = load(
@@ -60,7 +60,7 @@ def cache(
     )  # fmt: skip
     ids = _ids(loaded, tokenizer, words, tokens)
     with token_bar(len(ids) * (len(set(types)) + 1)) as advance:
-        found = compare(loaded, ids, types, chunk_size, advance)
+        found = compare_caches.compare(loaded, ids, types, chunk_size, advance)
     data = {"tokens": len(ids), "chunk_size": chunk_size, "text": None if text is None else str(text), "types": found}
     show(data, as_json, lambda: _rendered(found, len(ids)))
 

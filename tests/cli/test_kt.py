@@ -154,8 +154,8 @@ MISTAKES = [
     ("simulate", "DeepSek", "deepseek-v3"), ("simulate", "MoE", "deepseek-v3", "--gpus", "x"),
     ("profile", "embedded", "--prompts", "/no/such/file"), ("profile", "embedded"),
     ("bench", "/no/such/folder"), ("bench", "--depth", "5000"), ("bench", "--new-tokens", "0"),
-    ("cache", "--type", "q4"), ("plan", "qwen3-30b-a3b", "--cache", "q4"), ("chat", "--cache", "q4"),
-    ("cache", "--text", "/no/such/file"), ("cache", "--tokens", "5000"),
+    ("cache", "compare", "--type", "q4"), ("plan", "qwen3-30b-a3b", "--cache", "q4"), ("chat", "--cache", "q4"),
+    ("cache", "compare", "--text", "/no/such/file"), ("cache", "compare", "--tokens", "5000"), ("cache", "clear", "--dir", "/no/such"),
     ("rules", "check", "DeepSek", "deepseek-v3"), ("rules", "explain", "MoE", "deepsek-v3"), ("rules", "extend", "MoE"),
     ("rules", "chekc"), ("doctor", "--qick"), ("version", "now"), ("config", "--set", "KT_PIN=0"), ("list", "modls"), ("lst",),
 ]  # fmt: skip
