@@ -23,9 +23,8 @@ from ktransformers.native.pages import PAGE
 from ktransformers.operators.paged_cache import PagedCache
 
 READERS = 2
-"""Threads that read files of blocks: while one waits for the disk or copies, another computes a checksum. On two cores
-(Xeon with AVX-512) 2 048 tokens of 48 layers, 201 MB, came in 262 ms with two of them, in 425 with one, and no sooner
-with more."""
+"""Threads that read files of blocks: while one copies or waits for the disk, another computes a checksum. On two cores
+two took 262 ms for 201 MB where one took 425, and more took as long as two (Xeon with AVX-512)."""
 
 
 @dataclass

@@ -138,6 +138,10 @@ def test_every_block_can_be_gone_on_from(models, name, exact):
         ids = [*IDS[:length], 3, 4]
         cache, found = tree.lookup(ids)
         assert found == length
+        for layer in cache.layers:
+            first = max(length - layer.window + 1, 0) if layer.window else 0
+            assert layer.pages.held_from == [first]
+            assert [page is None for page in layer.pages.tables[0]].count(True) == first // PAGE
         assert relative_error(compute(model, ids, cache)[0], compute(model, ids)[0][length:]) < 1e-5
 
 
@@ -286,6 +290,9 @@ def test_the_least_recently_used_goes_first(models):
     tree.limit = size - 1
     tree.insert(IDS, compute(model, IDS[:70])[1])
     assert tree.nbytes == 0
+    cache = compute(model, IDS)[1]
+    assert tree.insert(IDS, cache) == 6 and tree.nbytes == 0  # though that frees nothing
+    assert all(page.users == 1 for layer in cache.layers for page in layer.pages.tables[0])
 
 
 def test_any_order_of_calls(models):
