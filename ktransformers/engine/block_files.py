@@ -63,15 +63,23 @@ def write(path: Path, header: Header, parts: Sequence[Buffer]) -> int:
 
     It and the folders of the cache are for their owner alone: prompts can be read from it.
     """
+    text = json.dumps({"format": FORMAT, **header, "parts": [len(part) for part in parts]}).encode()
+    whole = [_HEAD.pack(MAGIC, len(text)), text, *parts]
+    try:
+        return _write_once(path, whole)
+    except FileNotFoundError:  # somebody cleared the folder, or took the file for a leftover before it was locked
+        return _write_once(path, whole)
+
+
+def _write_once(path: Path, whole: Sequence[Buffer]) -> int:
     path.parents[2].parent.mkdir(parents=True, exist_ok=True)
     for folder in (path.parents[2], path.parents[1], path.parent):
         folder.mkdir(mode=0o700, exist_ok=True)
-    text = json.dumps({"format": FORMAT, **header, "parts": [len(part) for part in parts]}).encode()
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{PART}")
     file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         _lock(file)  # until it is renamed nobody takes it for what a dead process left
-        size = _write_all(file, [_HEAD.pack(MAGIC, len(text)), text, *parts])
+        size = _write_all(file, whole)
         temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -331,6 +331,21 @@ def test_a_file_that_is_being_written_is_no_leftover(opened, monkeypatch):
     assert seen == [(0, 1)] and there(disk, (1,)) == [1]
 
 
+def test_a_file_that_vanishes_while_it_is_written_is_written_again(opened, monkeypatch):
+    """Another process starts, and looks for leftovers just before this one locks its file."""
+    disk, really, removed = opened(), block_files._lock, []
+
+    def late(file):
+        if not removed:
+            removed.append(0)  # `remove_leftovers` locks too
+            removed[0] = block_files.remove_leftovers(disk.folder)
+        return really(file)
+
+    monkeypatch.setattr(block_files, "_lock", late)
+    put(disk, 1)
+    assert removed == [1] and there(disk, (1,)) == [1] and disk.counts.failed == 0 and disk.said == []
+
+
 def test_two_processes_and_a_reader_use_one_folder(opened, tmp_path):
     """The same blocks, over a limit that both hold, while a third reads."""
     folder = tmp_path / "blocks"
