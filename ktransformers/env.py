@@ -22,6 +22,7 @@ amx_emulated computes AMX's instructions in C: slow, for tests where AMX is miss
 VARIABLES = {
     "KT_API_KEYS": "API keys that kt serve takes, with commas between them; never printed",
     "KT_BUILD": "read by `make setup`: host compiles the C library for this machine, all for every machine of its kind",
+    "KT_CACHE_DIR": "folder of the prefix cache on disk; default: in the user's cache folder",
     "KT_DEBUG": "0 quiet, 1 print the injection plan while loading",
     "KT_GRAPHS": "1 (default) decodes on a GPU by a captured graph where the model allows it, 0 never",
     "KT_HISTORY": "file that keeps what was typed in kt chat, or off; default: in the user's state folder",
@@ -64,6 +65,14 @@ def build() -> str | None:
     return value or None
 
 
+def cache_dir() -> str:
+    """KT_CACHE_DIR: the folder of the prefix cache on disk."""
+    given = os.environ.get("KT_CACHE_DIR", "").strip()
+    if given:
+        return os.path.expanduser(given)
+    return os.path.join(_user_folder("XDG_CACHE_HOME", ".cache"), "ktransformers", "blocks")
+
+
 def debug() -> int:
     """KT_DEBUG as an integer, 0 when unset."""
     return _integer("KT_DEBUG", 0, 0, 1)
@@ -84,10 +93,14 @@ def history() -> str:
     given = os.environ.get("KT_HISTORY", "").strip()
     if given:
         return "off" if given.lower() in ("off", "0") else os.path.expanduser(given)
-    state = os.environ.get("XDG_STATE_HOME", "")
-    if not os.path.isabs(state):  # the XDG base directory specification ignores relative paths
-        state = os.path.join(os.path.expanduser("~"), ".local", "state")
+    state = _user_folder("XDG_STATE_HOME", os.path.join(".local", "state"))
     return os.path.join(state, "ktransformers", "chat_history")
+
+
+def _user_folder(variable: str, default: str) -> str:
+    """A folder of the XDG base directory specification, which ignores relative paths; `default`: below the user's."""
+    given = os.environ.get(variable, "")
+    return given if os.path.isabs(given) else os.path.join(os.path.expanduser("~"), default)
 
 
 def threads() -> int | None:

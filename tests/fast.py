@@ -17,6 +17,8 @@ SLOW = (
     "tests/cli/test_plan_cli.py::test_this_machine_is_measured_without_flags",
     "tests/cli/test_plan_cli.py::test_what_does_not_fit_has_exit_code_1_and_says_what_would",
     "tests/cli/test_quantize.py::test_the_module_that_scripts_know",
+    "tests/engine/test_disk_blocks.py::test_a_writer_that_is_killed_leaves_whole_blocks",
+    "tests/engine/test_disk_blocks.py::test_two_processes_and_a_reader_use_one_folder",
     "tests/engine/test_load.py::test_the_engine_imports_no_terminal",
     "tests/gguf_files/test_llama_cpp.py",
     "tests/kernels/test_compiled.py",

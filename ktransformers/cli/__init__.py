@@ -37,7 +37,6 @@ COMMANDS: list[tuple[str, Callable[..., None]]] = [
     (RUN, profile.profile),
     (RUN, quantize.quantize),
     (RUN, bench.bench),
-    (RUN, cache.cache),
     (INSPECT, listing.list_),
     (INSPECT, doctor.doctor),
     (INSPECT, config.config),
@@ -50,6 +49,7 @@ CLASSES = {chat.chat: chat.Command}
 
 GROUPS: list[tuple[str, str, typer.Typer]] = [
     (PLAN, "rules", rules.app),
+    (RUN, "cache", cache.app),
 ]
 """(heading, name, app)."""
 

@@ -20,7 +20,7 @@ from ktransformers.engine.cache import PrefixCache
 from ktransformers.engine.requests import Done, Listener, Load, Logprobs, Prompt, Reason, Request, Token
 from ktransformers.engine.step import Steps
 from ktransformers.native.pages import PAGE
-from ktransformers.operators.paged_cache import PagedCache, PagedLayer, PagedWindowLayer
+from ktransformers.operators.paged_cache import PagedCache, PagedLayer, PagedWindowLayer, paged_cache
 
 _log = logging.getLogger(__name__)
 _EVERY = 256
@@ -113,6 +113,8 @@ class Schedule:
         self._running: list[Member] = []
         self._batch = Batch(model)
         self._page_bytes = 0  # of a page in all layers; known when one was filled
+        fresh = None if prefixes is None else paged_cache(model)
+        self._has_states = fresh is not None and not all(isinstance(layer, PagedLayer) for layer in fresh.layers)
         self.load = Load(0, 0, 0, limit or 0)
 
     @property
@@ -302,7 +304,10 @@ class Schedule:
         held = member.steps.cache
         if self.prefixes is not None:
             _record(held.cache, True)
-        logits = member.steps.chunk(ids, min(most, _EVERY) if every else most, every)
+        most = min(most, _EVERY) if every else most
+        whole = min(begin + most, len(ids) - 1) // PAGE * PAGE  # where the states of delta nets can be kept
+        most = whole - begin if self._has_states and whole > begin else most
+        logits = member.steps.chunk(ids, most, every)
         self._learn_sizes(held.cache)
         if every:
             following = ids[begin + 1 : member.computed + 1]

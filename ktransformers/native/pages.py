@@ -212,12 +212,16 @@ class Pages:
             other.room = 0  # its last page is shared now
         return made
 
+    def hold(self, table: Sequence[Page | None], length: int, held_from: int = 0) -> None:
+        """Be one sequence of `length` tokens in pages that others hold too; None for a page before `held_from`."""
+        self._set([list(table)], [length], [held_from])
+
     def clear(self) -> None:
         self._set([], [], [])
 
     def __del__(self) -> None:
         for page in (page for table in getattr(self, "tables", ()) for page in table if page is not None):
-            page.users -= 1  # or the last who holds it would copy it before it writes
+            page.users -= 1  # or whoever holds it last would copy it before he writes
 
     def alone(self, i: int) -> Pages:
         """Sequence `i` by itself, which shares pages until either writes."""

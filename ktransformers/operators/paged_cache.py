@@ -334,6 +334,11 @@ def check_kind(kind: str | None) -> None:
         )
 
 
+def kept_sizes(model: nn.Module) -> dict[int, tuple[int, int, int]]:
+    """What each layer that computes on pages keeps of a token: heads, and the sizes of their keys and values."""
+    return {module.layer_idx: module.attending.kept for module in _paged_layers(model)}
+
+
 def _paged_layers(model: nn.Module) -> Iterator[Any]:
     """The attention of each layer that computes on pages."""
     return (module for module in model.modules() if getattr(module, "computes_on_pages", False))

@@ -156,8 +156,8 @@ MISTAKES = [
     ("serve", "/no/such/folder"), ("run", "--port", "70000"), ("serve", "--api-key-file", "/no/such/file"),
     ("serve", "--cache-ram", "many"), ("serve", "--devices", "cuda"), ("serve", "--host", "no such host."),
     ("bench", "/no/such/folder"), ("bench", "--depth", "5000"), ("bench", "--new-tokens", "0"),
-    ("cache", "--type", "q4"), ("plan", "qwen3-30b-a3b", "--cache", "q4"), ("chat", "--cache", "q4"),
-    ("cache", "--text", "/no/such/file"), ("cache", "--tokens", "5000"),
+    ("cache", "compare", "--type", "q4"), ("plan", "qwen3-30b-a3b", "--cache", "q4"), ("chat", "--cache", "q4"),
+    ("cache", "compare", "--text", "/no/such/file"), ("cache", "compare", "--tokens", "5000"), ("cache", "clear", "--dir", "/no/such"),
     ("rules", "check", "DeepSek", "deepseek-v3"), ("rules", "explain", "MoE", "deepsek-v3"), ("rules", "extend", "MoE"),
     ("rules", "chekc"), ("doctor", "--qick"), ("version", "now"), ("config", "--set", "KT_PIN=0"), ("list", "modls"), ("lst",),
 ]  # fmt: skip

@@ -109,3 +109,19 @@ def test_q8_0_wants_whole_blocks():
 
 def test_the_size_of_a_page_is_the_headers():
     assert PAGE == 64
+
+
+def test_pages_know_who_uses_them():
+    """A table that is forgotten counts no more; one may be made of pages that another table holds."""
+    pages, keys, values = filled(130, batch=1)
+    table = list(pages.tables[0])
+    other, late = copy.deepcopy(pages), Pages("f32", 3, 32, 64)
+    late.hold([None, table[1]], 128, 70)
+    assert [page.users for page in table] == [2, 3, 2]
+    late.append(*tokens(3, 1, seed=1))
+    found = late.gathered(70)
+    assert torch.equal(found[0][:, :, :58], keys[:, :, 70:128]) and torch.equal(found[1][:, :, :58], values[:, :, 70:128])
+    del other
+    assert [page.users for page in table] == [1, 2, 1]
+    late.clear()
+    assert [page.users for page in table] == [1, 1, 1] and not late.nbytes

@@ -1,4 +1,4 @@
-"""`kt cache`: bytes are those of the pages, divergences those of the logits, and each mistake is one line."""
+"""`kt cache compare`: bytes are those of the pages, divergences those of the logits, and each mistake is one line."""
 
 import json
 
@@ -15,7 +15,7 @@ from tests.tiny import meta_model, random_ids
 
 
 def run(*arguments):
-    return CliRunner().invoke(cli.app, ["cache", *map(str, arguments)])
+    return CliRunner().invoke(cli.app, ["cache", "compare", *map(str, arguments)])
 
 
 @pytest.fixture(scope="module")
