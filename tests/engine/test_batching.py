@@ -81,8 +81,9 @@ def prompts_of(model, count, seed=0, most=90):
     return [[chance.randrange(2, words) for _ in range(chance.randrange(1, most))] for _ in range(count)]
 
 
-def alone(model, ids, count, **config):
-    return list(generate(model, ids, max_new_tokens=count, sampling=Sampling(GenerationConfig(**config))))
+def alone(model, ids, count, chunk_size=8192):
+    sampling = Sampling(GenerationConfig())
+    return list(generate(model, ids, max_new_tokens=count, sampling=sampling, chunk_size=chunk_size))
 
 
 def test_answers_are_those_of_requests_alone_under_random_arrivals(model):
@@ -341,5 +342,29 @@ def test_whole_decoders_run_as_one_ragged_batch(plain, monkeypatch):
         for each in [Heard.of(engine, Request(ids, 20)) for ids in prompts_of(plain, 5)]:
             each.wait()
         assert max(widths) == 5
+    finally:
+        engine.close()
+
+
+def test_what_requests_have_in_common_is_computed_once(model):
+    from ktransformers.engine.prefix_tree import PrefixTree
+
+    shared = prompts_of(model, 1, seed=9, most=90)[0] * 40
+    prompts = [[*shared[:150], *rest] for rest in prompts_of(model, 4, seed=11, most=40)]
+    # In chunks as the engine's: where an index chooses keys, those of transformers change its results, too.
+    expected = [alone(model, ids, 12, chunk_size=64) for ids in prompts]
+    tree = PrefixTree(model, b"test", 1 << 26)
+    engine = BatchingEngine(model, chunk_size=64, prefixes=tree)
+    try:
+        first = Heard.of(engine, Request(prompts[0], 12)).wait()
+        others = [Heard.of(engine, Request(ids, 12)).wait() for ids in prompts[1:]]
+        assert [each.tokens() for each in (first, *others)] == expected
+        assert first.events[0].cached_tokens == 0
+        assert [each.events[0].cached_tokens for each in others] == [128] * 3
+        longer = [*prompts[0], *first.tokens(), 5, 6, 7]  # the next turn of a conversation
+        assert Heard.of(engine, Request(longer, 5)).wait().tokens() == alone(model, longer, 5, chunk_size=64)
+        assert engine.load().cached_tokens >= 4 * 128
+        scored = Heard.of(engine, Request(prompts[0], 1, prompt_logprobs=0)).wait()
+        assert scored.events[0].cached_tokens == 0 and len(scored.events[0].logprobs) == len(prompts[0]) - 1
     finally:
         engine.close()
