@@ -62,6 +62,10 @@ class ServeOptions:
     cache_ram: Annotated[
         str, typer.Option(metavar="SIZE", help="Memory for beginnings of prompts that may come again; 0: none is kept.")
     ] = "2GiB"
+    cache_limit: Annotated[
+        str,
+        typer.Option(metavar="SIZE", help="For all keys and values; default: half of what the model leaves."),
+    ] = ""
     cache_dir: Annotated[str, typer.Option(metavar="FOLDER", help="Keep them on disk too, across restarts.")] = ""
     cache_disk: Annotated[str, typer.Option(metavar="SIZE", help="Most that the folder may hold.")] = "32GiB"
     cors: Annotated[
@@ -172,23 +176,31 @@ def open_model(options: ServeOptions) -> "Served":
     prefixes, after = _prefixes(options, model)
     engine = BatchingEngine(
         model, max_running=options.max_running, max_waiting=options.max_waiting, chunk_size=options.chunk_size,
-        context=options.context or None, prefixes=prefixes,
+        context=options.context or None, cache_bytes=_limit(options), prefixes=prefixes,
     )  # fmt: skip
     facts = _facts(options, model)
     return Served(engine, tokenizer, text_config(model.config).vocab_size, model.generation_config, facts, after)
 
 
-def _sizes(options: ServeOptions) -> tuple[int, int]:
-    """Bytes of --cache-ram and --cache-disk. Raises KTransformersError."""
+def _sizes(options: ServeOptions) -> tuple[int, int, int | None]:
+    """Bytes of --cache-ram, --cache-disk and --cache-limit. Raises KTransformersError."""
     from ktransformers.machine.units import parse_bytes
 
     ram = 0 if options.cache_ram.strip() == "0" else parse_bytes(options.cache_ram, "--cache-ram")
-    return ram, parse_bytes(options.cache_disk, "--cache-disk")
+    limit = parse_bytes(options.cache_limit, "--cache-limit") if options.cache_limit else None
+    return ram, parse_bytes(options.cache_disk, "--cache-disk"), limit
+
+
+def _limit(options: ServeOptions) -> int:
+    """Bytes of --cache-limit; some 256 MiB where next to nothing is free."""
+    from ktransformers.machine.system import memory
+
+    return _sizes(options)[2] or max(memory()[1] // 2, 1 << 28)
 
 
 def _prefixes(options: ServeOptions, model: Any) -> tuple[Any, Callable[[], None]]:
     """What keeps beginnings of prompts, None where nothing is to; and what to call in the end."""
-    ram, disk_bytes = _sizes(options)
+    ram, disk_bytes, _ = _sizes(options)
     if not (ram or options.cache_dir):
         return None, lambda: None
     from ktransformers.engine.disk_blocks import DiskBlocks
