@@ -8,6 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import PlainTextResponse
 
 from ktransformers import __version__
 from ktransformers.server import chat, completions, messages, responses, tokens
@@ -42,7 +43,12 @@ class _Route(APIRoute):
         return handle_strictly
 
 
-router = APIRouter(route_class=_Route)
+_ERROR = {"description": "An error object", "content": {"application/json": {"schema": {"type": "object"}}}}
+_ANSWER: dict[int | str, dict[str, Any]] = {
+    200: {"description": "An answer; a stream where that was asked for", "content": {"text/event-stream": {}}}
+}
+
+router = APIRouter(route_class=_Route, responses={"4XX": _ERROR, "5XX": _ERROR})
 
 
 def _service(request: Request) -> Service:
@@ -52,25 +58,25 @@ def _service(request: Request) -> Service:
 # ---- answers -----------------------------------------------------------------------------------------------
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", responses=_ANSWER)
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation."""
     return await chat.answer(_service(request), body, request)
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", responses=_ANSWER)
 async def text_completions(body: CompletionRequest, request: Request) -> Response:
     """Go on with texts or token ids."""
     return await completions.answer(_service(request), body, request)
 
 
-@router.post("/v1/responses")
+@router.post("/v1/responses", responses=_ANSWER)
 async def responses_(body: ResponsesRequest, request: Request) -> Response:
     """Answer a conversation, in the shapes of OpenAI's later API."""
     return await responses.answer(_service(request), body, request)
 
 
-@router.post("/v1/messages")
+@router.post("/v1/messages", responses=_ANSWER)
 async def messages_(body: MessagesRequest, request: Request) -> Response:
     """Answer a conversation, in Anthropic's shapes."""
     return await messages.answer(_service(request), body, request)
@@ -85,7 +91,7 @@ async def count_tokens(body: CountRequest, request: Request) -> Response:
 @router.post("/v1/embeddings")
 async def embeddings() -> Response:
     """Left out."""
-    raise ApiError(501, "/v1/embeddings: this server answers with text; it computes no embeddings.", code="unsupported")
+    raise ApiError(404, "/v1/embeddings: this server answers with text; it computes no embeddings.", code="unsupported")
 
 
 @router.post("/tokenize")
@@ -134,7 +140,7 @@ async def health(request: Request) -> Response:
     return JsonResponse({"status": "ok"})
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Figures for Prometheus."""
     return Response(_service(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

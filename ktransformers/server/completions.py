@@ -39,6 +39,10 @@ async def answer(service: Service, body: CompletionRequest, request: Request) ->
     size = sum(map(len, given))
     service.check_fits(max(map(len, given)))
     form = form_of(body)
+    if body.echo and body.logprobs is not None and body.max_tokens == 1:
+        # Whoever scores a text, as lm-eval does, counts on one new token after the prompt's; a stop token has no
+        # log-probability where it ends an answer.
+        body = body.model_copy(update={"ignore_eos": True})
     prompted = await service.text_work(size, functools.partial(_prepared, served, body, given, form), bool(form))
     for prompt in prompted:
         note_prompt(service, prompt.text)

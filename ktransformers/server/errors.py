@@ -17,7 +17,6 @@ TYPES = {
     413: "request_too_large",
     429: "rate_limit_error",
     500: "api_error",
-    501: "not_implemented_error",
     503: "overloaded_error",
     504: "timeout_error",
 }

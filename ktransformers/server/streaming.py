@@ -17,6 +17,9 @@ from ktransformers.server.run import Aborted, Run, Started, Update, Usage
 GONE = 499
 """Status, seen in the log alone, of a request whose client went."""
 
+_LAST_WORDS = 5.0
+"""Seconds for a client to take the error that ends its stream."""
+
 _PING = b": waiting\n\n"
 
 _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -74,8 +77,10 @@ class EventStream(Response):
                         await pass_on(frames)
                 await pass_on(self._frames.closing(self._run.usage()), more=False)
             except Aborted as aborted:
-                if aborted.why != "gone":
-                    await pass_on(self._frames.failure(_told(aborted)), more=False)
+                if aborted.why == "late":  # the others hear nothing any more
+                    with contextlib.suppress(asyncio.TimeoutError):
+                        last = pass_on(self._frames.failure(_told(aborted)), more=False)
+                        await asyncio.wait_for(last, _LAST_WORDS)
             except ApiError as error:
                 await pass_on(self._frames.failure(error), more=False)
             except asyncio.CancelledError:

@@ -94,7 +94,7 @@ def test_responses_with_tools(client, scripted):  # noqa: F811
 
 @pytest.mark.parametrize(("call", "error"), [
     (lambda c: c.chat.completions.create(model="tiny", messages=[]), openai.BadRequestError),
-    (lambda c: c.embeddings.create(model="tiny", input="a"), openai.InternalServerError),
+    (lambda c: c.embeddings.create(model="tiny", input="a"), openai.NotFoundError),
     (lambda c: c.models.retrieve("other"), openai.NotFoundError),
     (lambda c: c.completions.create(model="tiny", prompt="a", suffix="b"), openai.BadRequestError),
 ])  # fmt: skip

@@ -59,6 +59,12 @@ def test_what_lm_eval_asks_for_has_a_logprob_for_each_token_of_the_prompt(limit,
     assert one.served.engine.requests[0].prompt_logprobs == 1
 
 
+def test_one_new_token_follows_a_scored_prompt_even_where_the_answer_would_end():
+    one = service(says=saying(""))
+    body = {"prompt": PROMPT, "echo": True, "logprobs": 1, "max_tokens": 1}
+    assert ask(one, PATH, body).status_code == 200 and not one.served.engine.requests[0].sampling.stop_ids
+
+
 def test_streams_have_the_same_logprobs():
     body = {"prompt": PROMPT, "echo": True, "logprobs": 2, "max_tokens": 12}
     whole = ask(service(), PATH, body).json()["choices"][0]

@@ -9,9 +9,12 @@ import pytest
 
 from ktransformers.engine.requests import Token
 from ktransformers.errors import KTransformersError
+from ktransformers.server import streaming
 from ktransformers.server.encoding import DEPTH, dumps, loads
 from ktransformers.server.inbox import Bell, Inbox
 from ktransformers.server.keys import Keys
+from ktransformers.server.run import Aborted, Usage
+from ktransformers.server.streaming import EventStream
 from ktransformers.server.vocabulary import Vocabulary
 from tests.server.support import VOCABULARY, tokenizer
 
@@ -156,3 +159,37 @@ def test_a_loop_that_is_gone_ends_the_request():
     loop.close()
     with pytest.raises(RuntimeError):
         inbox.listener(0)(Token(0, 1))
+
+
+@pytest.mark.parametrize("why", ["behind", "gone", "late"])
+def test_nobody_waits_for_a_client_that_does_not_read_why_its_stream_ends(why, monkeypatch):
+    """It may be cut off at a moment in which nothing is being sent; what is sent then would wait for ever."""
+
+    class Run:
+        aborted, closed = why, False
+
+        async def updates(self):
+            raise Aborted(why)
+            yield []
+
+        def close(self):
+            self.closed = True
+
+        def usage(self):
+            return Usage(1, 0, 0, 0)
+
+    class Frames:
+        def failure(self, error):
+            return b"why"
+
+    async def never(*_):
+        await asyncio.Event().wait()
+
+    async def send(message):
+        if message["type"] == "http.response.body":
+            await never()
+
+    monkeypatch.setattr(streaming, "_LAST_WORDS", 0.05)
+    run = Run()
+    asyncio.run(asyncio.wait_for(EventStream(run, Frames())({"kt_log": {}}, never, send), 5))
+    assert run.closed
