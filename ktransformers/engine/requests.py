@@ -111,8 +111,9 @@ Listener = Callable[[Event], None]
 class Ticket(Protocol):
     """A request that was taken."""
 
-    def cancel(self) -> None:
-        """End all its answers that have not ended, before the next step. From any thread, at any time."""
+    def cancel(self, index: int | None = None) -> None:
+        """End all its answers that have not ended, or the one of that index, before the next step. From any thread, at
+        any time."""
 
 
 @dataclass(frozen=True)

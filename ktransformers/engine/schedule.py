@@ -50,10 +50,15 @@ class Ticket:
     def __init__(self, request: Request, listener: Listener, order: int) -> None:
         self.request, self.listener, self.order = request, listener, order
         self.cancelled = self.told = False
+        self.gone: set[int] = set()  # answers that were cancelled
         self.logprobs: list[Logprobs] = []  # of the prompt
 
-    def cancel(self) -> None:
-        self.cancelled = True
+    def cancel(self, index: int | None = None) -> None:
+        """As `requests.Ticket` has it."""
+        if index is None:
+            self.cancelled = True
+        else:
+            self.gone.add(index)
 
     @property
     def scores_prompt(self) -> bool:
@@ -86,6 +91,10 @@ class Member:
     @property
     def computed(self) -> int:
         return len(self.steps.cache.ids)
+
+    @property
+    def cancelled(self) -> bool:
+        return self.ticket.cancelled or self.ticket.told and self.index in self.ticket.gone
 
     @property
     def key(self) -> tuple[int, int, int]:
@@ -167,10 +176,10 @@ class Schedule:
                 member.ticket.end(index, reason, error=error)
 
     def _forget_cancelled(self) -> None:
-        gone = [member for member in (*self._waiting, *self._begun()) if member.ticket.cancelled]
+        gone = [member for member in (*self._waiting, *self._begun()) if member.cancelled]
         if gone:
             self._take_out(gone)
-            self._waiting = [member for member in self._waiting if not member.ticket.cancelled]
+            self._waiting = [member for member in self._waiting if not member.cancelled]
             heapq.heapify(self._waiting)
             for member in gone:
                 self._end(member, "cancelled")

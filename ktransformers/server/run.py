@@ -199,10 +199,9 @@ class Run:
             metrics.between.observe(moment - before)
 
     def _release(self, source: int, choice: Choice) -> None:
-        """Tell the engine when all answers to a prompt have met a stop string."""
-        first = source * self.n
-        if choice.finish and all(each.finish for each in self.choices[first : first + self.n]):
-            self._tickets[source].cancel()
+        """Tell the engine when an answer has met a stop string."""
+        if choice.finish:
+            self._tickets[source].cancel(choice.index - source * self.n)
 
     def _end(self, choice: Choice, done: Done) -> None:
         if choice.finish is None and done.reason == "error":

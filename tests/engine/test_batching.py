@@ -209,6 +209,17 @@ def test_a_cancelled_request_ends_and_leaves_its_place(plain):
         engine.close()
 
 
+def test_one_of_several_answers_is_cancelled(plain, engine):
+    heard = Heard()
+    heard._wanted = 2
+    ticket = engine.submit(Request([3, 4], 150, n=2), heard)
+    while not heard.tokens(1):
+        threading.Event().wait(0.001)
+    ticket.cancel(1)
+    heard.wait()
+    assert heard.ends == {0: "length", 1: "cancelled"} and len(heard.tokens(1)) < 150 == len(heard.tokens(0))
+
+
 @pytest.mark.parametrize("fails", ["listener", "constraint", "sampling"])
 def test_what_fails_in_a_request_ends_that_request(plain, engine, fails):
     def broken(*args):

@@ -17,10 +17,14 @@ class FakeTicket:
     sent: list[int] = field(default_factory=list)
     ended: set[int] = field(default_factory=set)
     begun: bool = False
-    cancelled: bool = False
+    gone: set[int] = field(default_factory=set)
 
-    def cancel(self) -> None:
-        self.cancelled = True
+    def cancel(self, index: int | None = None) -> None:
+        self.gone |= set(range(self.request.n)) if index is None else {index}
+
+    @property
+    def cancelled(self) -> bool:
+        return len(self.gone) == self.request.n
 
     @property
     def over(self) -> bool:
@@ -102,8 +106,11 @@ class FakeEngine:
 
     def _step(self, ticket: FakeTicket) -> None:
         request = ticket.request
-        if ticket.cancelled:
-            return self._end(ticket, "cancelled")
+        for i in ticket.gone - ticket.ended:
+            ticket.ended.add(i)
+            ticket.listener(Done(i, "cancelled"))
+        if ticket.over:
+            return
         if not ticket.begun:
             ticket.begun = True
             count = request.prompt_logprobs
