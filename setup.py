@@ -209,6 +209,7 @@ if __name__ == "__main__":
         package_dir={"ktransformers.optimize_rules": "optimize_rules", "ktransformers.models": "models"},
         package_data={
             "ktransformers.optimize_rules": ["*.yaml", "README.md"],
+            "ktransformers.server": ["page/*", "page/**/*"],
             "ktransformers.models": ["configs/*", "embedded/*", "embedded/**/*"],
         },
         libraries=[("kt_core", {"sources": []})],  # BuildLibraries knows which, once the commands are known

@@ -20,6 +20,7 @@ module works where the library is not built). KT_ISA may lower the detected one.
 amx_emulated computes AMX's instructions in C: slow, for tests where AMX is missing, never chosen by itself."""
 
 VARIABLES = {
+    "KT_API_KEYS": "API keys that kt serve takes, with commas between them; never printed",
     "KT_BUILD": "read by `make setup`: host compiles the C library for this machine, all for every machine of its kind",
     "KT_DEBUG": "0 quiet, 1 print the injection plan while loading",
     "KT_GRAPHS": "1 (default) decodes on a GPU by a captured graph where the model allows it, 0 never",
@@ -34,6 +35,10 @@ VARIABLES = {
 }
 
 
+SECRET = ("KT_API_KEYS",)
+"""Whose values nothing prints."""
+
+
 def _integer(name: str, default: int | None, low: int, high: int) -> int | None:
     text = os.environ.get(name, "").strip()
     if not text:
@@ -44,6 +49,11 @@ def _integer(name: str, default: int | None, low: int, high: int) -> int | None:
             f"Unset {name} or correct it."
         )
     return int(text)
+
+
+def api_keys() -> str:
+    """KT_API_KEYS as it is."""
+    return os.environ.get("KT_API_KEYS", "")
 
 
 def build() -> str | None:

@@ -19,6 +19,7 @@ from ktransformers.cli import (
     profile,
     quantize,
     rules,
+    serve,
     simulate,
     version,
 )
@@ -31,6 +32,8 @@ COMMANDS: list[tuple[str, Callable[..., None]]] = [
     (PLAN, plan.plan),
     (PLAN, simulate.simulate),
     (RUN, chat.chat),
+    (RUN, serve.serve),
+    (RUN, serve.run),
     (RUN, profile.profile),
     (RUN, quantize.quantize),
     (RUN, bench.bench),

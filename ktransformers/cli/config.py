@@ -45,6 +45,8 @@ def _setting(name: str) -> Setting:
         value = getattr(env, name.removeprefix("KT_").lower())()  # each has a function of its own that reads it
     except KTransformersError as error:
         return Setting(name, given, source, env.VARIABLES[name], str(error))
+    if name in env.SECRET:
+        value = "set" if given else ""
     problem = env.rule_modules_problem() if name == "KT_RULE_MODULES" else ""
     if isinstance(value, tuple):
         value = ",".join(value)

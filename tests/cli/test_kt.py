@@ -153,6 +153,8 @@ MISTAKES = [
     ("plan", "deepsek-v3"), ("plan", "deepseek-v3", "--gpu", "rtx9999"), ("plan",), ("plan", "deepseek-v3", "--context", "0"),
     ("simulate", "DeepSek", "deepseek-v3"), ("simulate", "MoE", "deepseek-v3", "--gpus", "x"),
     ("profile", "embedded", "--prompts", "/no/such/file"), ("profile", "embedded"),
+    ("serve", "/no/such/folder"), ("run", "--port", "70000"), ("serve", "--api-key-file", "/no/such/file"),
+    ("serve", "--cache-ram", "many"), ("serve", "--devices", "cuda"), ("serve", "--host", "no such host."),
     ("bench", "/no/such/folder"), ("bench", "--depth", "5000"), ("bench", "--new-tokens", "0"),
     ("cache", "--type", "q4"), ("plan", "qwen3-30b-a3b", "--cache", "q4"), ("chat", "--cache", "q4"),
     ("cache", "--text", "/no/such/file"), ("cache", "--tokens", "5000"),
