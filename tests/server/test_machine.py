@@ -51,6 +51,22 @@ def test_this_process_holds_memory(monkeypatch, tmp_path):
     assert reported()["devices"][0]["process"] is None
 
 
+def test_gpus_are_asked_once_somebody_uses_them(monkeypatch):
+    asked = []
+    names = {
+        "is_initialized": lambda: True, "device_count": lambda: 2, "mem_get_info": lambda i: (asked.append(i), (30 + i, 80))[1],
+        "memory_reserved": lambda i: 20 + i, "get_device_name": lambda i: f"GPU {i}",
+    }  # fmt: skip
+    for name, function in names.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", function)
+    assert [device["device"] for device in reported()["devices"]] == ["cpu", "cuda:0", "cuda:1"]
+    found = reported(Machine(weights={"cuda:1": 9}))["devices"][2]
+    assert found == {"device": "cuda:1", "name": "GPU 1", "total": 80, "free": 31, "process": 21, "weights": 9}
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: False)
+    asked.clear()
+    assert len(reported()["devices"]) == 1 and not asked
+
+
 def test_it_is_behind_the_keys_and_waits_for_the_model():
     assert ask(service(keys=Keys(None, "sesame")), "/kt/machine").status_code == 401
     assert ask(Service(), "/kt/machine").status_code == 503

@@ -20,7 +20,7 @@ export class HeatMap {
     this.use = use;
     this.rows = use.counts.length;
     this.columns = Math.max(...use.counts.map((counts) => counts.length));
-    this.most = Math.max(1, ...use.counts.flat());
+    this.most = Math.max(1, ...use.counts.map((counts) => Math.max(...counts)));
     Object.assign(this.canvas, { width: this.columns, height: this.rows });
     this.canvas.style.height = `${this.rows * Math.min(24, Math.max(4, Math.round(360 / this.rows)))}px`;
     this.paint(shades(this.canvas));

@@ -48,7 +48,8 @@ export class MachineView {
   }
 
   draw({ placement, devices, load, experts }) {
-    const names = devices.map((device) => device.device);
+    const homes = Object.keys({ ...placement.layers, ...placement.experts });
+    const names = [...new Set([...devices.map((device) => device.device), ...homes])];
     this.about.replaceChildren(...aboutRows(this.facts ?? {}));
     this.load.replaceChildren(...this.loadRows(load));
     this.memory.replaceChildren(...devices.map((device) => memoryOf(device, names)));
