@@ -40,6 +40,7 @@ SLOW = (
     "tests/planner/test_plan.py::test_what_is_proposed_to_fit_is_placed_by_its_own_sizes",
     "tests/planner/test_sizes.py::test_a_named_gguf_format_has_the_bytes_that_quantize_writes",
     "tests/server/test_conformance.py",
+    "tests/server/test_page.py",
     "tests/server/test_sockets.py::test_a_thousand_at_once_are_answered_or_told_to_come_again",
     "tests/server/test_sockets.py::test_signals",
     "tests/simulator/test_simulate.py::test_packaged_rules_run_on_any_number_of_gpus",

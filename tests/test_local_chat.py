@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -140,6 +141,8 @@ def test_the_program_dies_politely_when_interrupted_while_loading():
     time.sleep(2.5)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
+    # Python itself reports, and goes on after, one that comes while a library's __del__ runs.
+    errors = re.sub(r"Exception ignored in.*?\nKeyboardInterrupt: ?\n", "", errors, flags=re.DOTALL)
     assert "Traceback" not in errors
     # -2: Python ends itself by SIGINT when the interrupt passed through C code that runs Python; a shell says 130 too.
     assert process.returncode in (0, 1, 130, -signal.SIGINT)

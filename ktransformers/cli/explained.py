@@ -28,11 +28,12 @@ def modules(net: "nn.Module", file: "RuleFile", plan: Any, wanted: re.Pattern, a
             "`kt rules explain RULE MODEL` without PATTERN lists what there is."
         )
     groups = grouped(net, outcomes(net, file, plan, names))
-    data = {"file": file.label, "model": type(net).__name__, "modules": [_group_data(group, file) for group in groups]}
+    data = {"file": file.label, "model": type(net).__name__, "modules": [group_data(group, file) for group in groups]}
     show(data, as_json, lambda: (line for group in groups for line in _group_text(group, file)))
 
 
-def _group_data(group: "Group", file: "RuleFile") -> dict[str, Any]:
+def group_data(group: "Group", file: "RuleFile") -> dict[str, Any]:
+    """A group with the reasons of every rule."""
     taken = group.replacement
     where = {rule.number: rule.where for rule in file}
     return {
@@ -46,7 +47,7 @@ def _group_data(group: "Group", file: "RuleFile") -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     """A value as people want to read it: of a mapping with one entry per layer only the size."""
     text = str(value)
     return f"a mapping of {len(value)} layers" if isinstance(value, dict) and len(text) > 80 else text
@@ -88,7 +89,7 @@ def _verdict(group: "Group") -> Text:
         return Text("no rule takes it: it stays as it is, where such modules go", style="yellow")
     if taken.operator is None:
         return Text(f"rule {rule_label(taken.rule)} places it as it is", style="green")
-    kwargs = "".join(f", {name}: {_short(value)}" for name, value in _kwargs(taken).items())
+    kwargs = "".join(f", {name}: {short(value)}" for name, value in _kwargs(taken).items())
     return Text(f"rule {rule_label(taken.rule)} takes it: {taken.operator.__name__}{kwargs}", style="green")
 
 
@@ -98,7 +99,7 @@ def whole_plan(net: "nn.Module", file: "RuleFile", plan: Any, gpus: int, as_json
 
     rows = [{key: value for key, value in row.items() if key != "quant"} for row in plan_rows(net, plan)]
     left = [row for row in rows if row["rule"] == "-" and row["operator"] == "default"]
-    layers, experts = _layers(net, plan)
+    layers, experts = layer_homes(net, plan)
     data = {
         "file": file.label, "model": type(net).__name__, "gpus": gpus, "rows": rows, "default": left,
         "layers": layers, "experts": experts,
@@ -155,7 +156,7 @@ def _spans(group: "Group", kwarg: str) -> dict[str, str]:
     return {device: ranges(numbers) for device, numbers in group.devices.get(kwarg, {}).items()}
 
 
-def _layers(net: "nn.Module", plan: Any) -> tuple[dict[str, str], dict[str, str]]:
+def layer_homes(net: "nn.Module", plan: Any) -> tuple[dict[str, str], dict[str, str]]:
     """device -> layers, for the layers themselves and for their routed experts."""
     from ktransformers.errors import ranges
     from ktransformers.rules.explain import expert_devices, layer_devices

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +25,7 @@ from ktransformers.errors import KTransformersError
 
 if TYPE_CHECKING:
     from ktransformers.server.keys import Keys
+    from ktransformers.server.machine import Machine
     from ktransformers.server.service import Served, Settings
 
 EXTRA = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
@@ -71,6 +73,13 @@ class ServeOptions:
     cors: Annotated[
         list[str], typer.Option(metavar="ORIGIN", help="Web pages from there may ask; * is all; may be repeated.")
     ] = field(default_factory=list)
+    count_experts: Annotated[
+        bool,
+        typer.Option(
+            "--count-experts",
+            help="Count which experts are chosen, for the machine tab of the page. Slower: each layer runs in parts.",
+        ),
+    ] = False
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts to the log.")] = False
     request_timeout: Annotated[
         float, typer.Option(min=0, metavar="SECONDS", help="Most for a request; 0: as long as it takes.")
@@ -173,13 +182,18 @@ def open_model(options: ServeOptions) -> "Served":
         options.model, options.weights, options.rule, devices=renamed_devices(options.devices), cache=options.cache,
         needs_template=False, progress=not options.as_json, notify=note,
     )  # fmt: skip
+    ending = ExitStack()
+    machine = _machine(options, model, ending)  # before the engine's thread makes tensors
     prefixes, after = _prefixes(options, model)
+    ending.callback(after)
     engine = BatchingEngine(
         model, max_running=options.max_running, max_waiting=options.max_waiting, chunk_size=options.chunk_size,
         context=options.context or None, cache_bytes=_limit(options), prefixes=prefixes,
     )  # fmt: skip
-    facts = _facts(options, model)
-    return Served(engine, tokenizer, text_config(model.config).vocab_size, model.generation_config, facts, after)
+    return Served(
+        engine, tokenizer, text_config(model.config).vocab_size, model.generation_config, _facts(options, model),
+        ending.close, machine,
+    )  # fmt: skip
 
 
 def _sizes(options: ServeOptions) -> tuple[int, int, int | None]:
@@ -214,16 +228,33 @@ def _prefixes(options: ServeOptions, model: Any) -> tuple[Any, Callable[[], None
     return PrefixTree(model, key, ram, disk), disk.close
 
 
+def _rule(options: ServeOptions, model: Any) -> str:
+    """The rules that were taken."""
+    from ktransformers.models import DEFAULT_RULES
+
+    return options.rule or DEFAULT_RULES.get(model.config.model_type, "Default")
+
+
+def _machine(options: ServeOptions, model: Any, ending: ExitStack) -> "Machine":
+    """What the page's machine tab tells. Counting ends with `ending`."""
+    from ktransformers.cli import machine_facts
+    from ktransformers.planner.profile import record
+    from ktransformers.server.machine import Machine
+
+    placement = machine_facts.placement(model, _rule(options, model), renamed_devices(options.devices))
+    counted = ending.enter_context(record(model)) if options.count_experts else None
+    return Machine(placement, machine_facts.weights(model), counted)
+
+
 def _facts(options: ServeOptions, model: Any) -> dict[str, Any]:
     """What /props tells: nothing that a client could not be told."""
     from ktransformers import native
-    from ktransformers.models import DEFAULT_RULES
 
     kind = model.config.model_type
     machine = {"threads": native.threads(), "isa": native.isa()} if native.available() else {}
     devices = sorted({str(device) for device in getattr(model, "hf_device_map", {}).values()})
     return {
         "model_type": kind, "dtype": str(model.dtype).removeprefix("torch."), "cache": options.cache or None,
-        "rule": Path(options.rule).name if options.rule else DEFAULT_RULES.get(kind, "Default"),
+        "rule": Path(_rule(options, model)).name,
         "max_running": options.max_running, "chunk_size": options.chunk_size, "machine": machine | {"devices": devices},
     }  # fmt: skip

@@ -1,5 +1,6 @@
 """The application: which endpoint is where, and what every request passes on its way there."""
 
+import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -11,7 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse
 
 from ktransformers import __version__
-from ktransformers.server import chat, completions, messages, responses, tokens
+from ktransformers.server import chat, completions, machine, messages, responses, tokens
 from ktransformers.server.encoding import JsonResponse, loads
 from ktransformers.server.errors import ApiError, on_http_error, on_invalid_body
 from ktransformers.server.messages_input import CountRequest, MessagesRequest
@@ -155,6 +156,13 @@ async def props(request: Request) -> Response:
     own = {"version": __version__, "names": service.names(), "context": served.engine.context,
            "vocab_size": served.vocab_size, "chat_template": has_template}  # fmt: skip
     return JsonResponse(own | dict(served.facts))
+
+
+@router.get("/kt/machine")
+async def machine_(request: Request) -> Response:
+    """Which module runs where by which rule, memory by device, load, use of experts."""
+    served = _service(request).ready()
+    return JsonResponse(await asyncio.to_thread(machine.report, served.machine, served.engine.load()))
 
 
 def create_app(service: Service, page: Page | None = None) -> FastAPI:

@@ -19,7 +19,7 @@ OPEN = {"/health"}
 """Paths without a key, beside those of the page."""
 
 
-_ASKED_OFTEN = {"/health", "/metrics"}
+_ASKED_OFTEN = {"/health", "/metrics", "/kt/machine"}
 """By programs, all the time: no lines of the log."""
 
 

@@ -13,6 +13,7 @@ from ktransformers.engine.requests import Engine, Load
 from ktransformers.server.errors import ApiError
 from ktransformers.server.inbox import Bell
 from ktransformers.server.keys import Keys
+from ktransformers.server.machine import Machine
 from ktransformers.server.metrics import Metrics
 from ktransformers.server.vocabulary import Vocabulary
 
@@ -54,7 +55,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Served:
-    """A loaded model. `facts`: what /props tells of it, in JSON types. `after`: is called when the engine has ended."""
+    """A loaded model. `facts`: what /props tells of it, in JSON types; `machine`: what /kt/machine does. `after`: is
+    called when the engine has ended."""
 
     engine: Engine
     tokenizer: Any
@@ -62,6 +64,7 @@ class Served:
     generation_config: GenerationConfig = field(default_factory=GenerationConfig)
     facts: Mapping[str, Any] = field(default_factory=dict)
     after: Callable[[], None] = lambda: None
+    machine: Machine = field(default_factory=Machine)
 
 
 class Service:
