@@ -179,7 +179,7 @@ class Schedule:
         gone = [member for member in (*self._waiting, *self._begun()) if member.cancelled]
         if gone:
             self._take_out(gone)
-            self._waiting = [member for member in self._waiting if not member.cancelled]
+            self._waiting = [member for member in self._waiting if member not in gone]  # others may be cancelled by now
             heapq.heapify(self._waiting)
             for member in gone:
                 self._end(member, "cancelled")

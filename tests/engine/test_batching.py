@@ -13,6 +13,7 @@ from ktransformers.engine.batching import BatchingEngine
 from ktransformers.engine.generate import generate
 from ktransformers.engine.requests import Closing, Done, Prompt, QueueFull, Request, Token
 from ktransformers.engine.sampling import Sampling
+from ktransformers.engine.schedule import Schedule, Ticket
 from ktransformers.errors import KTransformersError
 from ktransformers.operators.paged_cache import PagedCache
 from tests.operators.test_native_step import made
@@ -209,6 +210,19 @@ def test_a_cancelled_request_ends_and_leaves_its_place(plain):
         engine.close()
 
 
+def test_who_is_cancelled_while_another_is_taken_out_is_told(plain, monkeypatch):
+    schedule, heard = Schedule(plain, 1, 32, 256, None, None), [Heard(), Heard()]
+    first, second = (Ticket(Request([3], 5), each, i) for i, each in enumerate(heard))
+    schedule.add(first)
+    schedule.add(second)
+    original = Schedule._take_out
+    monkeypatch.setattr(Schedule, "_take_out", lambda self, gone: (second.cancel(), original(self, gone)))
+    first.cancel()
+    schedule.step()
+    schedule.step()
+    assert [each.ends for each in heard] == [{0: "cancelled"}] * 2 and schedule.is_empty
+
+
 def test_one_of_several_answers_is_cancelled(plain, engine):
     heard = Heard()
     heard._wanted = 2
@@ -314,8 +328,6 @@ def test_lower_priorities_come_first(plain):
 
 
 def test_running_answers_get_a_token_between_chunks_of_a_long_prompt(plain, monkeypatch):
-    from ktransformers.engine.schedule import Schedule
-
     sizes, engine = [], BatchingEngine(plain, chunk_size=16)
     original = Schedule._compute_prompts
 
