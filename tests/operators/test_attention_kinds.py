@@ -171,3 +171,16 @@ def test_a_mask_that_shows_what_is_ahead_is_not_parted():
     assert _looks_back(mask) and _looks_back(torch.zeros(1, 1, 300, 310).masked_fill(~mask, float("-inf")))
     mask[0, 0, 5, 20] = True
     assert not _looks_back(mask) and _looks_back(mask[:, :, :200, :210])
+
+
+def test_queries_that_grow_do_so_by_their_own_sequence():
+    from types import SimpleNamespace
+
+    from ktransformers.operators.attending import Attending, Growth
+
+    growth = Growth(0.5, 4.0)
+    attending = Attending(shape=None, growth=growth)
+    pages = SimpleNamespace(ragged=True, lengths=[2, 9])
+    held = SimpleNamespace(pages=pages, get_seq_length=lambda: 2)
+    expected = torch.stack([growth.at(2, 1), growth.at(9, 1)])
+    assert torch.equal(attending.query_factor(held, 1, {}), expected) and expected[0] != expected[1]

@@ -144,3 +144,14 @@ def test_code_that_cannot_be_probed_is_unknown():
             raise KeyError("weights")
 
     assert gating_of(Strange()) is None
+
+
+def test_a_limit_that_the_code_does_not_read_is_not_taken_for_its_own():
+    class Experts(nn.Module):
+        limit, swiglu_limit, swiglu_alpha, is_concatenated = 3.0, 7.0, 1.702, True
+
+        def _apply_gate(self, gate_up):
+            gate, up = gate_up.chunk(2, -1)
+            return Gating("swigluoai", alpha=self.swiglu_alpha, limit=self.swiglu_limit).apply(gate, up)
+
+    assert gating_of(Experts()) == Gating("swigluoai", alpha=1.702, limit=7.0)
