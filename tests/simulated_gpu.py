@@ -5,7 +5,7 @@ the largest integers), and `wait`, or a question that needs an answer, does it: 
 that streams and joins allow, so that what nobody waited for is seen to be missing. Host functions are called by their
 addresses on one thread, as a driver does. What is refused, and why:
 
-- a new size of pinned memory, a wait, or a value asked for (`item`, `nonzero`, `bool`) while a graph is captured;
+- a new size of pinned memory, a wait, or a value asked for (`item`, `nonzero`, `bool`, `cpu`) while a graph is captured;
 - work that was left aside, not joined, when a capture ends;
 - a tensor that Python let go while another stream than its own still has to read it (CUDA's allocator would give its
   memory away): noted in `freed_too_early`;
@@ -23,11 +23,15 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
 ANSWERS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "unique", "masked_select")
 """Operations of torch whose result the host needs."""
+
+COPIES = (Tensor.cpu, Tensor.numpy, Tensor.tolist)
+"""Methods of a tensor that copy to the host, of which torch's dispatcher sees nothing where that is the CPU's memory."""
 
 HOST_SECONDS = 10
 
@@ -126,13 +130,16 @@ class SimulatedStreams:
 
     # ---- how it works ----
 
+    @contextlib.contextmanager
     def running(self):
         """A context in which torch's operations are this GPU's."""
-        return _Noted(self)
+        with _Copied(self), _Noted(self):
+            yield
 
     def flush(self):
         """Do all that is pending."""
-        with torch.utils._python_dispatch._disable_current_modes(), torch.inference_mode():
+        off = torch.utils._python_dispatch._disable_current_modes()
+        with torch._C.DisableTorchFunction(), off, torch.inference_mode():
             while self.pending:
                 ready = [work for work in self.pending if all(w.done for w in work.after)]
                 work = self.random.choice(ready)
@@ -179,6 +186,19 @@ def poisoned(tensor):
 
 def like(tensor, device):
     return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
+
+
+class _Copied(TorchFunctionMode):
+    def __init__(self, streams):
+        super().__init__()
+        self.streams = streams
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in COPIES:
+            if self.streams.graph is not None:
+                raise CaptureError(f"{func.__name__} while capturing")
+            self.streams.flush()
+        return func(*args, **(kwargs or {}))
 
 
 class _Noted(TorchDispatchMode):

@@ -7,7 +7,9 @@ puts hooks on modules, or changes them, after the first token of a cache sets KT
 import torch
 from torch import Tensor, nn
 
+from ktransformers.engine.outside import Rows, head_elsewhere
 from ktransformers.machine.streams import Streams
+from ktransformers.models.traits import TRAITS
 from ktransformers.operators.base_operator import warn_once
 from ktransformers.operators.fixed_cache import FixedCache
 from ktransformers.operators.host_experts import finish
@@ -21,17 +23,23 @@ class GraphStep:
         self._device = device
         self._ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
         self._at = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        with streams.capture() as self._graph:
-            given = {"input_ids": self._ids, "position_ids": self._at, "past_key_values": cache}
-            self._logits = model(**given, use_cache=True, logits_to_keep=1).logits[0, -1]
+        self._rows = Rows(model, self._ids, streams)
+        given = {"input_ids": self._ids, "position_ids": self._at, "past_key_values": cache, "use_cache": True}
+        decoder, self._head = head_elsewhere(model, device) or (None, None)
+        with self._rows.in_place(), streams.capture() as self._graph:
+            if decoder is None:
+                self._out = model(**given, logits_to_keep=1).logits[0, -1]
+            else:
+                self._out = decoder(**given).last_hidden_state[:, -1:]
 
     def __call__(self, token: int, position: int) -> Tensor:
-        """The logits [V] after `token`, in memory that the next call writes to again."""
+        """The logits [V] after `token`, in memory that the next call may write to again."""
+        self._rows.look_up(token)
         self._ids.fill_(token)
         self._at.fill_(position)
         self._graph.replay()
         finish(self._device)
-        return self._logits
+        return self._out if self._head is None else self._head(self._out)[0, -1]
 
 
 def graph_of(model: nn.Module, cache: FixedCache, streams: Streams, device: torch.device) -> GraphStep | None:
@@ -47,7 +55,15 @@ def graph_of(model: nn.Module, cache: FixedCache, streams: Streams, device: torc
 
 
 def _may_be_captured(model: nn.Module, device: torch.device) -> bool:
-    """Whether `model` is on one device, but for experts that C computes, and nobody looks between its modules."""
-    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
-        return False
-    return all(tensor.device == device for tensor in (*model.parameters(), *model.buffers()))
+    """Whether `model` is on one device, but for experts that C computes and what is computed outside of graphs, and
+    nobody looks between its modules."""
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if not all(getattr(hook, "only_moves", False) for hook in hooks):
+            return False
+        tensors = (*module._parameters.values(), *module._buffers.values())
+        here = all(tensor is None or tensor.device == device for tensor in tensors)
+        if not here and module is not head and not TRAITS["embedding"](module):
+            return False
+    return True

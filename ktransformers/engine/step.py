@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ktransformers import env
 from ktransformers.engine.cache import PrefixCache
 from ktransformers.engine.graphs import graph_of
+from ktransformers.engine.outside import device_of
 from ktransformers.machine.streams import streams_of
 from ktransformers.models import ONE_BY_ONE
 from ktransformers.native import Decode
@@ -28,7 +29,7 @@ class Steps:
 
     def __init__(self, model: nn.Module, cache: PrefixCache) -> None:
         self.model, self.cache = model, cache
-        self._device = model.device  # found by a walk over modules
+        self._device, self._entry = device_of(model), model.device  # found by walks over modules
         self._streams = streams_of(self._device) if env.graphs() else None
         self._recorded: Decode | None = None
         self._looked_up = False
@@ -89,7 +90,7 @@ class Steps:
             cache.cache = (fixed_cache if self._streams else paged_cache)(self.model)
         if type(cache.cache) is FixedCache:
             cache.cache.reserve(len(cache.ids) + len(ids))
-        input_ids = torch.tensor([list(ids)], device=self._device)
+        input_ids = torch.tensor([list(ids)], device=self._entry)
         with cache.extending(ids):
             keep = 0 if every else 1  # 0 keeps all
             output = self.model(input_ids=input_ids, past_key_values=cache.cache, use_cache=True, logits_to_keep=keep)

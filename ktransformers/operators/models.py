@@ -105,8 +105,9 @@ class DecoderModel(FamilyOperator):
         for child in self.children():
             if isinstance(child, nn.Embedding):
                 # It may stay on the CPU; what is made of its output (masks, positions) is for the layers.
-                out = child.register_forward_hook(lambda _, args, out: to_device(out, self.entry_device))
-                self._hooks += [self._watch(child, None), out]
+                out = lambda _, args, out: to_device(out, self.entry_device)  # noqa: E731
+                out.only_moves = True
+                self._hooks += [self._watch(child, None), child.register_forward_hook(out)]
             elif after and not TRAITS["rotary"](child):
                 self._hooks.append(self._watch(child, None))
             after = after or child is self.layers
@@ -126,6 +127,7 @@ class DecoderModel(FamilyOperator):
             target = device if device is not None else _weights_device(module)
             return (args, kwargs) if target is None else (to_device(args, target), self._shared(kwargs, target))
 
+        move.only_moves = True
         return module.register_forward_pre_hook(move, with_kwargs=True)
 
     def _shared(self, value: Any, device: Any) -> Any:

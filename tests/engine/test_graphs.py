@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ktransformers import native, optimize_and_load
-from ktransformers.engine import graphs, sampling
+from ktransformers.engine import graphs, outside, sampling
 from ktransformers.engine.cache import PrefixCache
 from ktransformers.engine.generate import Timing, generate
 from ktransformers.engine.sampling import Sampling
@@ -23,15 +24,21 @@ BLOCKS = {
 }
 
 
+TABLE = {"match": {"trait": "embedding"}, "replace": {"class": "ktransformers.operators.embedding.KTransformersEmbedding"}}
+DECODER = {"match": {"trait": "decoder"}, "replace": {"class": "ktransformers.operators.models.DecoderModel"}}
+HEAD = {"match": {"name": "^lm_head$"}, "replace": {"class": "ktransformers.operators.linear.KTransformersLinear",
+                                                    "kwargs": {"generate_op": "KLinearCPUInfer"}}}  # fmt: skip
+
+
 @pytest.fixture
 def loaded(checkpoint, monkeypatch):
     """Call with a family: transformers' model, and ours whose parts compute as they do on a GPU, experts on the CPU."""
     monkeypatch.setattr(sampling, "largest", lambda logits: int(logits.argmax()))  # as for logits on a GPU
 
-    def make(kind):
+    def make(kind, *more):
         reference, folder = checkpoint(kind)
         found, operator = BLOCKS[kind]
-        rules = [{"match": {"class": "torch.nn.Linear"}, "replace": {"class": "default"}},
+        rules = [*more, {"match": {"class": "torch.nn.Linear"}, "replace": {"class": "default"}},
                  {"match": {"class": found}, "replace": {"class": f"{OPERATORS}.{operator}"}},
                  {"match": {"trait": "experts"}, "replace": {"class": f"{OPERATORS}.KTransformersExperts"}}]  # fmt: skip
         model = optimize_and_load(meta_model(reference.config), rules, folder, default_device="cpu")
@@ -76,6 +83,55 @@ def test_turns_of_a_conversation_go_by_one_graph_until_its_memory_moves(kind, lo
             assert timing.reused_tokens == 14
             assert answer(model, three, cache) == expected[2] and len(captured) == 2 and cache.cache.room == 64
         assert not streams.freed_too_early
+
+
+@pytest.mark.parametrize("kind, more", [("qwen3_moe", [TABLE, DECODER]), ("deepseek_v3", [TABLE, DECODER, HEAD])])
+def test_tables_and_heads_on_the_cpu_are_outside_of_the_graph(kind, more, loaded, monkeypatch, exact):
+    """As packaged rules put them; a decoder with several devices moves what flows, by hooks."""
+    monkeypatch.setattr("ktransformers.operators.models.canonical", lambda place: "cuda:0")
+    reference, model = loaded(kind, *more)
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert table.table is not None and model.model.layers[0]._forward_pre_hooks
+    prompt = ids(9)
+    expected, looked_up = truth(reference, prompt), []
+    monkeypatch.setattr(outside, "head_of", aside(outside.head_of))
+    monkeypatch.setattr(outside.Row, "look_up", recorded(outside.Row.look_up, looked_up))
+    for seed in range(3):
+        cache = PrefixCache()
+        looked_up.clear()
+        with registered(torch.device("cpu"), SimulatedStreams(seed)) as streams, streams.running():
+            assert answer(model, prompt, cache) == expected
+        assert cache.cache.graph._head is (head if HEAD in more else None)
+        assert len(looked_up) == 6 and not streams.freed_too_early
+        assert model.get_input_embeddings() is table
+
+
+def aside(function):
+    """Of the host alone: the simulation would take its tensors for the GPU's."""
+
+    def called(*args):
+        with _disable_current_modes():
+            return function(*args)
+
+    return called
+
+
+def recorded(function, calls):
+    return lambda self, *args, **kwargs: (calls.append(1), function(self, *args, **kwargs))[1]
+
+
+def test_ids_that_a_family_makes_are_no_step_of_a_graph(loaded):
+    """What is looked up outside must be the step's token."""
+    reference, model = loaded("qwen3_moe", TABLE)
+    table = model.model.embed_tokens
+    forward = type(model.model).forward
+    changed = lambda self, input_ids, **kwargs: forward(self, input_ids=input_ids + 0, **kwargs)  # noqa: E731
+    model.model.forward = changed.__get__(model.model)
+    cache, expected = PrefixCache(), truth(reference, ids(9))
+    with registered(torch.device("cpu"), SimulatedStreams()) as streams, streams.running():
+        with pytest.warns(UserWarning, match="without a graph on cpu: UnsupportedError.*found ids that were computed"):
+            assert answer(model, ids(9), cache) == expected
+    assert not cache.cache.graphable and model.get_input_embeddings() is table
 
 
 def test_without_a_graph_where_it_is_not_wanted_or_cannot_be(loaded, monkeypatch):
