@@ -10,6 +10,7 @@ import torch
 
 from ktransformers.errors import NativeError, UnsupportedError, did_you_mean
 from ktransformers.native import torch_ops
+from ktransformers.native.backward import backward_adapted
 from ktransformers.native.checks import DTYPES, as_read, checked_input, read_floats, readable_tensor
 from ktransformers.native.library import Pool, State, loaded, pooled
 from ktransformers.native.weights import fill_weight
@@ -40,7 +41,9 @@ class Glu:
 
 
 class Experts:
-    """Routed experts on packed bytes. Keeps the Packed weights alive; makes no copy of them. No gradients."""
+    """Routed experts on packed bytes. Keeps the Packed weights alive; makes no copy of them.
+
+    Gradients reach hidden states, routing weights and adapters."""
 
     def __init__(
         self,
@@ -60,6 +63,7 @@ class Experts:
         _check_activation(glu.activation, name)
         roles = {"gate": gate, "up": up, "down": down}
         self.name, self.count = name, _count(roles, name)
+        self.matrices, self.glu = (gate, up, down), glu
         self._keep: list[Any] = []
         first, role = (up, "up") if gate is None else (gate, "gate")
         sizes = fill_weight(state, first[0], f"{name}.0.{role}", [], state.ffi.new("kt_weight *"))
@@ -104,7 +108,8 @@ class Experts:
 
         Returns [T, H] of hidden's dtype. An id outside 0..E-1 is skipped; duplicate ids in a row both count.
         """
-        if all(isinstance(x, torch.Tensor) for x in (hidden, ids, weights)) and torch_ops.is_watched(hidden):
+        given = all(isinstance(x, torch.Tensor) for x in (hidden, ids, weights))
+        if given and (torch_ops.is_watched(hidden) or torch_ops.wants_gradient(hidden, weights)):
             return torch_ops.experts(hidden, ids, weights, self.number)
         return self.compute(hidden, ids, weights)
 
@@ -121,6 +126,13 @@ class Experts:
         )  # fmt: skip
         state.check(status, self.name)
         return out
+
+    def backward(
+        self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, d_out: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradients of hidden [T, H] and of weights [T, K], from that of the result [T, H]."""
+        d_hidden, d_weights = backward_adapted(self, hidden, ids, weights, d_out)
+        return d_hidden, d_weights
 
     def place(self, pool: Pool | None = None) -> None:
         """Read all weights in, each row by the NUMA node that will compute it in `pool` (None: the module's own), so

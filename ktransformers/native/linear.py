@@ -9,14 +9,14 @@ import torch
 from ktransformers.native import torch_ops
 from ktransformers.native.checks import DTYPES, checked_input, read_floats
 from ktransformers.native.library import loaded, pooled
-from ktransformers.native.weights import fill_weight
+from ktransformers.native.weights import dequantize, fill_weight
 
 if TYPE_CHECKING:
     from ktransformers.quants.blocks import Packed
 
 
 class Linear:
-    """y = x @ W^T + bias on packed bytes. Keeps the Packed weight alive; makes no copy of it. No gradients."""
+    """y = x @ W^T + bias on packed bytes. Keeps the Packed weight alive; makes no copy of it. Gradients reach x."""
 
     def __init__(self, weight: Packed, bias: torch.Tensor | None = None, name: str = "linear") -> None:
         """`weight` [N, K] packed along K, `bias` [N] of any float dtype. Raises UnsupportedError, NativeError."""
@@ -32,7 +32,7 @@ class Linear:
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x` [..., K] of float32, bfloat16 or float16 -> [..., N] of the same dtype."""
-        if isinstance(x, torch.Tensor) and torch_ops.is_watched(x):
+        if isinstance(x, torch.Tensor) and (torch_ops.is_watched(x) or torch_ops.wants_gradient(x)):
             return torch_ops.linear(x, self.number)
         return self.compute(x)
 
@@ -49,5 +49,9 @@ class Linear:
         )  # fmt: skip
         state.check(status, self.name)
         return out
+
+    def backward(self, d_y: torch.Tensor) -> torch.Tensor:
+        """The gradient of x [..., K] from that of y [..., N]; of d_y's dtype."""
+        return (d_y.float() @ dequantize(self.weight)).to(d_y.dtype)
 
     __call__ = forward

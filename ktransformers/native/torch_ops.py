@@ -7,7 +7,8 @@ opaque Python objects are experimental. So an operator names its Linear, Experts
 given twice; the object, not the number, keeps weights alive.
 They are defined on a bare Library, which costs 4 us a call; `torch.library.custom_op` costs 14 and an autograd formula
 6 more (one core of a Sapphire Rapids, torch 2.13). Where nobody looks, a call goes past the dispatcher (`is_watched`):
-13 us for a linear of 32 x 32, as before. Gradients are `operators.base_operator.forward_only`'s to say.
+13 us for a linear of 32 x 32, as before. Linears and experts have gradients (their weights have none); those of the
+others are `operators.base_operator.forward_only`'s to say.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.autograd import profiler
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ktransformers.errors import NativeError
+from ktransformers.native import backward
 from ktransformers.native.checks import DTYPES
 
 
@@ -109,6 +111,10 @@ def is_watched(x: Tensor) -> bool:
     return not x.is_nested and (is_traced(x) or profiler._is_profiler_enabled)
 
 
+def wants_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
 def is_traced(x: Tensor) -> bool:
     """Whether a graph is made of what happens to `x`, or it has no values."""
     return type(x) is not Tensor or torch.compiler.is_compiling() or x.is_meta or is_in_torch_dispatch_mode()
@@ -128,6 +134,54 @@ def _embedding_shape(ids: Tensor, dtype: torch.dtype, number: int) -> Tensor:
 
 def _experts(hidden: Tensor, ids: Tensor, weights: Tensor, number: int) -> Tensor:
     return _find(number).compute(hidden, ids, weights)
+
+
+def _linear_backward(d_y: Tensor, number: int) -> Tensor:
+    return _find(number).backward(d_y)
+
+
+def _linear_backward_shape(d_y: Tensor, number: int) -> Tensor:
+    return d_y.new_empty((*d_y.shape[:-1], _find(number).in_features))
+
+
+def _experts_backward(
+    d_out: Tensor, hidden: Tensor, ids: Tensor, weights: Tensor, number: int
+) -> tuple[Tensor, Tensor]:
+    return _find(number).backward(hidden, ids, weights, d_out)
+
+
+def _experts_backward_shape(
+    d_out: Tensor, hidden: Tensor, ids: Tensor, weights: Tensor, number: int
+) -> tuple[Tensor, Tensor]:
+    return hidden.new_empty(hidden.shape), weights.new_empty(weights.shape, dtype=torch.float32)
+
+
+def _adapted(
+    hidden: Tensor, ids: Tensor, weights: Tensor, first_a: Tensor | None, first_b: Tensor | None, first_scale: float,
+    down_a: Tensor | None, down_b: Tensor | None, down_scale: float, number: int,
+) -> Tensor:  # fmt: skip
+    adapters = (first_a, first_b, first_scale), (down_a, down_b, down_scale)
+    return backward.forward_adapted(_find(number), hidden, ids, weights, *adapters)
+
+
+def _adapted_shape(hidden: Tensor, *rest: Any) -> Tensor:
+    return hidden.new_empty(hidden.shape)
+
+
+def _adapted_backward(
+    d_out: Tensor, hidden: Tensor, ids: Tensor, weights: Tensor, first_a: Tensor | None, first_b: Tensor | None,
+    first_scale: float, down_a: Tensor | None, down_b: Tensor | None, down_scale: float, number: int,
+) -> list[Tensor]:  # fmt: skip
+    adapters = (first_a, first_b, first_scale), (down_a, down_b, down_scale)
+    return backward.backward_adapted(_find(number), hidden, ids, weights, d_out, *adapters)
+
+
+def _adapted_backward_shape(
+    d_out: Tensor, hidden: Tensor, ids: Tensor, weights: Tensor, first_a: Tensor | None, first_b: Tensor | None,
+    first_scale: float, down_a: Tensor | None, down_b: Tensor | None, down_scale: float, number: int,
+) -> list[Tensor]:  # fmt: skip
+    factors = [t.new_empty(t.shape) for t in (first_a, first_b, down_a, down_b) if t is not None]
+    return [hidden.new_empty(hidden.shape), weights.new_empty(weights.shape, dtype=torch.float32), *factors]
 
 
 def _attention(
@@ -189,6 +243,7 @@ def _check_fake(x: Tensor, cols: int, call: Any) -> None:
         raise NativeError(f"{call.name}: found input of {found}, expected {known} [..., {cols}] on the cpu.")
 
 
+_FACTORS = "Tensor? first_a, Tensor? first_b, float first_scale, Tensor? down_a, Tensor? down_b, float down_scale"
 _library = torch.library.Library("ktransformers", "DEF")  # kept, for the operators end with it
 for _schema, _compute, _shape in (
     ("linear(Tensor x, int number) -> Tensor", _linear, _linear_shape),
@@ -198,11 +253,60 @@ for _schema, _compute, _shape in (
      "Tensor? q_factor=None) -> Tensor", _attention, _attention_shape),
     ("router(Tensor hidden, int number) -> (Tensor, Tensor, Tensor)", _router, _router_shape),
     ("moe(Tensor hidden, int number) -> Tensor", _moe, _moe_shape),
+    ("linear_backward(Tensor d_y, int number) -> Tensor", _linear_backward, _linear_backward_shape),
+    ("experts_backward(Tensor d_out, Tensor hidden, Tensor ids, Tensor weights, int number) -> (Tensor, Tensor)",
+     _experts_backward, _experts_backward_shape),
+    (f"adapted_experts(Tensor hidden, Tensor ids, Tensor weights, {_FACTORS}, int number) -> Tensor",
+     _adapted, _adapted_shape),
+    ("adapted_experts_backward(Tensor d_out, Tensor hidden, Tensor ids, Tensor weights, "
+     f"{_FACTORS}, int number) -> Tensor[]", _adapted_backward, _adapted_backward_shape),
 ):
     _name = _schema.partition("(")[0]
     _library.define(_schema)
     _library.impl(_name, _compute, "CompositeExplicitAutograd")  # every device: ours is the message that refuses one
     torch.library.register_fake(f"ktransformers::{_name}", _shape, lib=_library)
+
+
+def _number(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.number = inputs[-1]
+    ctx.call = _named.get(ctx.number)  # kept until the backward
+
+
+def _linear_gradient(ctx: Any, d_y: Tensor) -> tuple[Tensor, None]:
+    return torch.ops.ktransformers.linear_backward(d_y, ctx.number), None
+
+
+def _keep_call(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    _number(ctx, inputs, output)
+    given = inputs[:-1]
+    ctx.save_for_backward(*(t for t in given if isinstance(t, Tensor)))
+    ctx.scales = [x for x in given if isinstance(x, float)]
+    ctx.present = [isinstance(t, Tensor) for t in given]
+
+
+def _experts_gradient(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    hidden, ids, weights = ctx.saved_tensors
+    d_hidden, d_weights = torch.ops.ktransformers.experts_backward(d_out, hidden, ids, weights, ctx.number)
+    return d_hidden, None, d_weights.to(weights.dtype), None
+
+
+def _adapted_gradient(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    hidden, ids, weights, *factors = ctx.saved_tensors
+    left, scales = iter(factors), iter(ctx.scales)
+    given = [(next(left) if there else None) if i % 3 != 2 else next(scales) for i, there in enumerate(ctx.present[3:])]
+    made = torch.ops.ktransformers.adapted_experts_backward(d_out, hidden, ids, weights, *given, ctx.number)
+    d_hidden, d_weights, *d_factors = made
+    left = iter(d_factors)
+    gradients = [next(left) if there else None for there in ctx.present[3:]]
+    return d_hidden, None, d_weights.to(weights.dtype), *gradients, None
+
+
+for _name, _backward, _keep in (
+    ("linear", _linear_gradient, _number),
+    ("experts", _experts_gradient, _keep_call),
+    ("adapted_experts", _adapted_gradient, _keep_call),
+):
+    torch.library.register_autograd(f"ktransformers::{_name}", _backward, setup_context=_keep, lib=_library)
 
 linear = torch.ops.ktransformers.linear.default
 """(x [..., K], number) -> [..., N]"""
@@ -210,6 +314,9 @@ embedding = torch.ops.ktransformers.embedding.default
 """(ids [...], dtype, number) -> [..., H]"""
 experts = torch.ops.ktransformers.experts.default
 """(hidden [T, H], ids [T, K], weights [T, K], number) -> [T, H]"""
+adapted_experts = torch.ops.ktransformers.adapted_experts.default
+"""The same with low-rank adapters: after the weights A [E, r, in], B [E, out, r] and scale for what multiplies the
+input and for down, each or neither."""
 attention = torch.ops.ktransformers.attention.default
 """(hidden [B, S, H], cos and sin [B or 1, S, R] or None, mask or None, its first token, number, number of the pages,
 factors of queries [B or 1, S] or None) -> [B, S, H]. It appends to the pages: not a pure function, so a graph that runs

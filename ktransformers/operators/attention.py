@@ -29,6 +29,7 @@ from ktransformers.loaders import WeightSource
 from ktransformers.native import Attention
 from ktransformers.operators import attending_latents
 from ktransformers.operators.attention_inputs import BUILD_WITH, IMPLEMENTATIONS, check_inputs, update_cache
+from ktransformers.operators.combining import has_hooks
 from ktransformers.operators.cpu_attention import fused, one_query
 from ktransformers.operators.gqa import KLlamaAttention, KQwen3MoeAttention  # noqa: F401  rule files name them here
 from ktransformers.operators.paged_attention import PagedAttention
@@ -147,6 +148,7 @@ class KDeepseekV2Attention(PagedAttention):
 
         wants_weights = kwargs.get("output_attentions", getattr(self.config, "output_attentions", False))
         absorb = self.absorb_for_prefill or self.absorbing_is_cheaper(length, latent.shape[2])
+        absorb = absorb and not self._kv_b_is_wrapped
         attend = self._absorbed if absorb else self._expanded
         out, weights = attend(q_nope, q_rot, latent, k_rot, mask, wants_weights)  # [B, A, S, V]
         return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1)), weights
@@ -166,6 +168,11 @@ class KDeepseekV2Attention(PagedAttention):
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden)))
         q = q.view(*hidden.shape[:2], -1, self.qk_nope_head_dim + self.qk_rope_head_dim).transpose(1, 2)
         return q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], -1)
+
+    @property
+    def _kv_b_is_wrapped(self) -> bool:
+        """Whether `kv_b_proj` became more than its weight since it was loaded: an adapter beside it, a hook."""
+        return self._parts.get("kv_b_proj") is not self.kv_b_proj or has_hooks(self.kv_b_proj)
 
     def _kv_b_weight(self) -> Tensor:
         """`kv_b_proj` as [A * (N + V), L]: for each head the rows of W_UK, then those of W_UV."""
@@ -206,8 +213,9 @@ class KDeepseekV2Attention(PagedAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Attention on keys [B, A, T, N + R] and values [B, A, T, V] made of the latents; otherwise as `_absorbed`."""
         per_head = [self.qk_nope_head_dim, self.v_head_dim]
-        expanded = F.linear(latent[:, 0], self._kv_b_weight().to(latent.dtype))  # [B, T, A * (N + V)]
-        expanded = expanded.view(*expanded.shape[:2], -1, sum(per_head)).transpose(1, 2)
+        wrapped, rows = self._kv_b_is_wrapped, latent[:, 0]
+        expanded = self.kv_b_proj(rows) if wrapped else F.linear(rows, self._kv_b_weight().to(rows.dtype))
+        expanded = expanded.view(*expanded.shape[:2], -1, sum(per_head)).transpose(1, 2)  # [B, A, T, N + V]
         keys, values = expanded.split(per_head, -1)
         query = torch.cat([q_nope, q_rot], -1)
         key = torch.cat([keys, k_rot.expand(-1, keys.shape[1], -1, -1)], -1)

@@ -194,6 +194,11 @@ class FamilyOperator(BaseInjectedModule):
             mine = self.__dict__.keys() - {"config"}  # the module's own config may be a part of the model's
             self.__dict__.update({k: v for k, v in vars(orig_module).items() if k not in mine})
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if "parametrizations" in self._modules:  # torch gave this object, not the original, a class that computes them
+            return type(self.orig_module).forward(self, *args, **kwargs)
+        return super().forward(*args, **kwargs)
+
 
 @functools.cache
 def _family_class(operator: type, family: type) -> type:

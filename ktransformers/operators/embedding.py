@@ -15,21 +15,8 @@ from ktransformers.operators.base_operator import FamilyOperator
 from ktransformers.operators.combining import has_hooks
 from ktransformers.operators.inner_ops import dtype_problem, is_cpu, stored_problem
 from ktransformers.operators.linear import packed_dense
+from ktransformers.operators.packed_weight import PackedWeight
 from ktransformers.operators.twin import original
-
-
-class PackedWeight:
-    """What a packed table shows as its weight [V, H]: what families ask before they look rows up, and no numbers."""
-
-    def __init__(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
-        self.name, self.shape, self.dtype, self.device = name, torch.Size(shape), dtype, torch.device("cpu")
-        self.requires_grad = False
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(
-            f"{self.name}: rows are read from packed bytes and there is no dense weight, so it has no {name!r}; leave "
-            "this module out of the rules to have one"
-        )
 
 
 class KTransformersEmbedding(FamilyOperator):
@@ -70,7 +57,8 @@ class KTransformersEmbedding(FamilyOperator):
     def __getattr__(self, name: str) -> Any:
         """Called for what is not found: `weight` while the table is packed."""
         if name == "weight" and self.__dict__.get("table") is not None:
-            return PackedWeight(self.key, (self.num_embeddings, self.embedding_dim), self.dtype)
+            shape = (self.num_embeddings, self.embedding_dim)
+            return PackedWeight(self.key, shape, self.dtype, "cpu", "leave this module out of the rules to have one")
         return super().__getattr__(name)
 
     def forward(self, input: Tensor) -> Tensor:  # torch's name

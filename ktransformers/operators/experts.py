@@ -9,6 +9,7 @@ ways of gating. Some experts of a layer may be on a GPU and the others elsewhere
 Letters: T tokens, H hidden, I intermediate, E experts, K experts per token.
 """
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,12 +21,14 @@ from ktransformers import native
 from ktransformers.errors import DeviceError, UnsupportedError, did_you_mean
 from ktransformers.loaders import WeightSource
 from ktransformers.machine.streams import Streams, streams_of
-from ktransformers.models.traits import identity_experts, is_transposed
+from ktransformers.models.traits import identity_experts, is_interleaved, is_transposed
+from ktransformers.native.torch_ops import adapted_experts
 from ktransformers.operators import hot_experts
-from ktransformers.operators.base_operator import InferenceState, forward_only, load_children, warn_once
+from ktransformers.operators.adapters import Adapters, meet_peft, parameters_of, weight_of
+from ktransformers.operators.base_operator import InferenceState, load_children, warn_once
 from ktransformers.operators.combining import has_hooks
 from ktransformers.operators.experts_packed import KExpertsMarlin, KExpertsPacked
-from ktransformers.operators.gating import apply_gate, gating_of, uncomputed
+from ktransformers.operators.gating import apply_gate, gating_of, interleaved, uncomputed
 from ktransformers.operators.host_experts import MOST_TOKENS, HostExperts
 from ktransformers.operators.inner_base import KExpertsBase
 from ktransformers.operators.inner_ops import (
@@ -68,7 +71,7 @@ METHODS = ("BF16", "FP8", "FP8_PERCHANNEL", "FP8_PERTENSOR", "MXFP8", "RAWINT4",
 class KExpertsCPU(KExpertsBase):
     """The checkpoint's own bytes, computed by the C library: no conversion, and no copy of the weights."""
 
-    cpu_only = True
+    cpu_only = takes_adapters = True
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -156,14 +159,13 @@ class KExpertsCPU(KExpertsBase):
             self._hosts[streams] = HostExperts(self.experts, streams)
         return self._hosts[streams]
 
-    def forward(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, ids: Tensor, weights: Tensor, adapters: Adapters | None = None) -> Tensor:
+        if adapters is not None:
+            given = hidden.cpu(), ids.cpu(), weights.cpu()
+            return adapted_experts(*given, *adapters.flat(), self.experts.number).to(hidden.device)
         if (host := self._host(hidden, weights)) is not None:
             return host.start(hidden, ids, weights).end()
-
-        def compute(hidden: Tensor, weights: Tensor) -> Tensor:
-            return self.experts.forward(hidden.cpu(), ids.cpu(), weights.cpu()).to(hidden.device)
-
-        return forward_only(compute, f"{self.key} (KExpertsCPU)", hidden, weights)
+        return self.experts.forward(hidden.cpu(), ids.cpu(), weights.cpu()).to(hidden.device)
 
 
 class KExpertsTorch(KExpertsBase):
@@ -172,6 +174,7 @@ class KExpertsTorch(KExpertsBase):
     Plain tensors in the model's dtype, not parameters: `.to()` does not drag them to another device.
     """
 
+    takes_adapters = True
     gate_up: Tensor | None = None  # [n, 2I, H], rows as the family orders them; [n, I, H] without a gate
     down: Tensor | None = None  # [n, H, I]; n is E, or the length of `ids`
     gate_up_bias: Tensor | None = None  # [n, 2I]
@@ -207,7 +210,7 @@ class KExpertsTorch(KExpertsBase):
     def unload(self) -> None:
         self.gate_up = self.down = self.gate_up_bias = self.down_bias = self.slots = None
 
-    def forward(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, ids: Tensor, weights: Tensor, adapters: Adapters | None = None) -> Tensor:
         """Sort the T*K pairs by expert, so that every expert sees its tokens as one matrix."""
         x, ids = hidden.to(self.down.device, self.down.dtype), ids.to(self.down.device)
         n_experts = len(self.down if self.slots is None else self.slots[1:])
@@ -226,17 +229,22 @@ class KExpertsTorch(KExpertsBase):
             pairs = order[start : start + count]
             start += count
             tokens = pairs // ids.shape[1]
-            y = self._expert(expert, x[tokens]) * scale[pairs]
+            y = self._expert(expert, x[tokens], adapters) * scale[pairs]
             out.index_add_(0, tokens, y.to(out.dtype))
         return out.to(hidden.device, hidden.dtype)
 
-    def _expert(self, e: int, x: Tensor) -> Tensor:
+    def _expert(self, e: int, x: Tensor, adapters: Adapters | None = None) -> Tensor:
         """Rows [t, H] through expert `e`: [t, H]."""
+        adapters = adapters or Adapters()
         first, second = (None if bias is None else bias[e] for bias in (self.gate_up_bias, self.down_bias))
         gate_up = F.linear(x, self.gate_up[e], first)
+        if adapters.first is not None:
+            added = adapters.first.of(e, x)
+            gate_up = gate_up + (interleaved(added) if is_interleaved(self.orig_module) else added)
         has_gate = getattr(self.orig_module, "has_gate", True)
         y = apply_gate(self.orig_module, gate_up) if has_gate else self.orig_module.act_fn(gate_up)
-        return F.linear(y, self.down[e], second)
+        out = F.linear(y, self.down[e], second)
+        return out if adapters.down is None else out + adapters.down.of(e, y)
 
 
 EXPERTS_MAP: dict[str, type[InnerOperator]] = {
@@ -285,6 +293,7 @@ class KTransformersExperts(StagedOperator):
             )
         if getattr(orig_module, "has_post_expert_norm", False):
             self.post_expert_norm = orig_module.post_expert_norm
+        self.adapters: Adapters | None = None  # set by those around a call, see adapters.py
         self.split: hot_experts.Split | None = None
         if ids := hot_experts.expert_ids(gpu_experts, hot_experts.layer_of(key), self.n_experts):
             place = hot_experts.gpu_device({"gpu_device": gpu_device, "out_device": out_device})
@@ -355,7 +364,7 @@ class KTransformersExperts(StagedOperator):
     def start(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Callable[[], Tensor]:
         """Begin a call; the value gives its result. What the caller computes meanwhile runs beside it where it can."""
         plain = type(self).forward is KTransformersExperts.forward and not has_hooks(self) and self.out_device is None
-        alone = plain and not self.idle and not hasattr(self, "post_expert_norm")
+        alone = plain and not self.idle and not hasattr(self, "post_expert_norm") and self.adapters is None
         if alone and self.split is not None and (end := self.split.start(self.active, hidden, ids, weights)):
             return end
         if not alone or self.split is not None or not isinstance(self.active, KExpertsCPU):
@@ -364,6 +373,12 @@ class KTransformersExperts(StagedOperator):
         return self.active.start(hidden, ids, weights)
 
     def _sum(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        if self.adapters is not None:
+            if self.split is not None or not getattr(self.active, "takes_adapters", False):
+                where = f"some experts on {self.split.hot.device}" if self.split else type(self.active).__name__
+                found = f"found {where}, which compute no adapters"
+                raise UnsupportedError(f"{self.key}: {found}; name KExpertsCPU or KExpertsTorch, and no gpu_experts")
+            return self.active.forward(hidden, ids, weights, self.adapters)
         if self.split is None:
             return self.active.forward(hidden, ids, weights)
         return self.split.forward(self.active, hidden, ids, weights, self.out_device)
@@ -383,6 +398,28 @@ class KTransformersExperts(StagedOperator):
         ones = torch.ones(len(ids), 1, dtype=torch.float32, device=ids.device)
         rows = self.forward(hidden[chosen], ids.unsqueeze(1), ones)
         return rows.new_zeros(hidden.shape).index_copy_(0, chosen.to(rows.device), rows)
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True, *args: Any, **kwargs: Any) -> Any:
+        """None, as expert weights are no parameters, but to one who asks for this module's own: PEFT looks so for what
+        can have an adapter. See adapters.py."""
+        yield from super().named_parameters(prefix, recurse, *args, **kwargs)
+        if not recurse and "peft" in sys.modules:
+            meet_peft()
+            yield from parameters_of(self)
+
+    def __getattr__(self, name: str) -> Any:
+        """Called for what is not found: the family's parameters, which PEFT asks for shapes."""
+        family = self.__dict__.get("orig_module")
+        if name in ("gate_up_proj", "up_proj", "down_proj") and family is not None and name in family._parameters:
+            return weight_of(self, name)
+        if name == "is_transposed" and family is not None:
+            return getattr(family, name, False)
+        return super().__getattr__(name)
+
+    @property
+    def qweight(self) -> Any:
+        """PEFT's word for weights that are packed: adapters go to the device that it names."""
+        return weight_of(self, "down_proj")
 
     def load(self, w: Any = None, mode: InferenceState = InferenceState.GENERATE) -> None:
         """As for any staged operator; the GPU's part stays as it is when the inner operator changes."""

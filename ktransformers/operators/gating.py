@@ -51,7 +51,8 @@ def gating_of(experts: nn.Module) -> Gating | None:
     gate, up = probes()
     try:
         with torch.no_grad():
-            joined = _interleaved(gate, up) if is_interleaved(experts) else torch.cat((gate, up), -1)
+            joined = torch.cat((gate, up), -1)
+            joined = interleaved(joined) if is_interleaved(experts) else joined
             found = apply_gate(experts, joined)
     except Exception:  # the family's code may want anything: weights, other shapes, a device
         return None
@@ -99,8 +100,9 @@ def probes() -> tuple[Tensor, Tensor]:
     return line.repeat(32).view(1, -1), line.repeat_interleave(32).view(1, -1)
 
 
-def _interleaved(gate: Tensor, up: Tensor) -> Tensor:
-    return torch.stack((gate, up), -1).flatten(-2)
+def interleaved(gate_up: Tensor) -> Tensor:
+    """Gate before up [.., 2I], as gate and up in turn."""
+    return gate_up.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
 
 
 def uncomputed(experts: nn.Module, gating: Gating | None) -> str:

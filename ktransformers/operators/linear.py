@@ -16,7 +16,7 @@ from ktransformers import native
 from ktransformers.errors import WeightError
 from ktransformers.loaders import WeightSource
 from ktransformers.models.traits import is_linear
-from ktransformers.operators.base_operator import BaseInjectedModule, InferenceState, forward_only, warn_once
+from ktransformers.operators.base_operator import BaseInjectedModule, InferenceState, warn_once
 from ktransformers.operators.inner_base import KLinearBase, Weight, weight_and_bias
 from ktransformers.operators.inner_ops import (
     DENSE,
@@ -33,6 +33,7 @@ from ktransformers.operators.inner_ops import (
 )
 from ktransformers.operators.linear_packed import KLinearFP8, KLinearMarlin, KLinearPacked
 from ktransformers.operators.on_gpu import GROUP_SIZE, NUM_BITS, quantizing_problems
+from ktransformers.operators.packed_weight import PackedWeight, ReadWeight
 from ktransformers.quants.blocks import Packed, quant_type
 
 
@@ -71,6 +72,7 @@ class KLinearCPUInfer(KLinearBase):
     def __init__(self, key: str, gguf_loader: WeightSource, config: Any, orig_module: nn.Module, device: Any = None):
         super().__init__(key, gguf_loader, config, orig_module, device)
         self.linear: native.Linear | None = None
+        self.dtype = getattr(getattr(orig_module, "weight", None), "dtype", None) or torch.get_default_dtype()
 
     @classmethod
     def problem(cls, key: str, weights: WeightSource | None, dtype: torch.dtype | None = None) -> str:
@@ -97,9 +99,13 @@ class KLinearCPUInfer(KLinearBase):
     def unload(self) -> None:
         self.linear = None
 
+    def shown_weight(self, name: str, instead: str) -> Any:
+        if self.linear is None:
+            return PackedWeight(name, (self.out_features, self.in_features), self.dtype, "cpu", instead)
+        return ReadWeight(name, self.linear.weight, self.dtype, instead)
+
     def forward(self, x: Tensor) -> Tensor:
-        what = f"{self.key} (KLinearCPUInfer)"
-        return forward_only(lambda t: self.linear.forward(t.cpu()).to(t.device), what, x)
+        return self.linear.forward(x.cpu()).to(x.device)
 
 
 LINEAR_MAP: dict[str, type[InnerOperator]] = {
@@ -192,17 +198,18 @@ class KTransformersLinear(StagedOperator, nn.Linear):
         self.__dict__["_parameters"] = self.active._parameters if isinstance(self.active, nn.Module) else {}
 
     def __getattr__(self, name: str) -> Any:
-        """Called for what is not found: `weight` and `bias` while the inner operator has no dense ones."""
+        """Called for what is not found: `weight` and `bias` while the inner operator has no dense ones.
+
+        The weight shows its shape, dtype and device, by which PEFT puts an adapter beside it."""
         inner = self.active if name in ("weight", "bias") and "_inner" in self.__dict__ else None
         if not isinstance(inner, (KLinearCPUInfer, KLinearPacked)):
             return super().__getattr__(name)
-        if name == "bias" and not inner.has_bias:
+        instead = "name KLinearTorch for it in the rule, or leave it out"
+        if name == "weight":
+            return inner.shown_weight(f"{self.key}.weight", instead)
+        if not inner.has_bias:
             return None  # as nn.Linear
-        # An AttributeError, so that hasattr() and getattr(..., None) answer as for any module without one.
-        raise AttributeError(
-            f"{self.key}: computes from packed bytes and has no dense {name}; name KLinearTorch for it in the rule, "
-            "or leave it out"
-        )
+        raise AttributeError(f"{self.key}: computes from packed bytes and has no dense {name}; {instead}")
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.active.forward(x)

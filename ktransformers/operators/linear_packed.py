@@ -26,6 +26,7 @@ from ktransformers.operators.on_gpu import (
     layout_of_infos,
     report,
 )
+from ktransformers.operators.packed_weight import PackedWeight
 
 
 class KLinearPacked(KLinearBase):
@@ -46,6 +47,10 @@ class KLinearPacked(KLinearBase):
         self.bias: Tensor | None = None
         self.lost: float | None = None
         self.number = torch_ops.name_it(self)
+
+    def shown_weight(self, name: str, instead: str) -> PackedWeight:
+        """What the layer shows as its weight: where it is, and no numbers."""
+        return PackedWeight(name, (self.out_features, self.in_features), self.dtype, self.device, instead)
 
     @classmethod
     def keeps(cls, key: str, weights: WeightSource | None) -> bool:

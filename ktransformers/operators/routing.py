@@ -314,7 +314,7 @@ def may_use_c(module: nn.Module, hidden: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling() or module.training:
         return False
-    return not (torch.is_grad_enabled() and hidden.requires_grad)
+    return not (torch.is_grad_enabled() and (hidden.requires_grad or any(p.requires_grad for p in module.parameters())))
 
 
 class RouterInC:

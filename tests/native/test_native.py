@@ -290,13 +290,14 @@ def test_float16_edges():
 
 
 def test_views_are_accepted():
-    """Strided inputs are made contiguous, not misread; autograd inputs are detached."""
+    """Strided inputs are made contiguous, not misread; gradients go through them."""
     linear = native.Linear(random_weight(rng(), "F32", 5, 64))
     x = torch.randn(64, 6, requires_grad=True)
     assert torch.equal(linear(x.T), linear(x.detach().T.contiguous()))
     minus = torch.complex(x.detach(), x.detach()).conj().imag.T  # a view that torch negates when it reads
     assert minus.is_neg() and torch.equal(linear(minus), -linear(x.T))
-    assert not linear(x.T).requires_grad
+    (found,) = torch.autograd.grad(linear(x.T).sum(), x)
+    assert torch.allclose(found, native.dequantize(linear.weight).sum(0)[:, None].expand(64, 6), rtol=1e-5)
 
 
 # ---- threads, forks ----------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def test_rows_are_read_from_what_is_stored(stored, dtype):
     assert found.dtype == dtype and torch.equal(found, weights.tensor(f"{KEY}.weight", dtype=dtype)[ids])
     assert isinstance(operator, nn.Embedding) and not list(operator.parameters())
     assert operator.weight.shape == (40, 64) and operator.weight.device == ids.device and operator.weight.dtype == dtype
-    with pytest.raises(AttributeError, match="packed bytes and there is no dense weight, so it has no 'T'"):
+    with pytest.raises(AttributeError, match="packed bytes and has no dense weight, so it has no 'T'"):
         operator.weight.T  # noqa: B018
     operator.unload()
     operator.load()

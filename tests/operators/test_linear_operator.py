@@ -174,13 +174,13 @@ def test_a_weight_of_another_shape_is_refused_by_name():
         loaded(KTransformersLinear, meta, weights, generate_op="KLinearTorch", **CPU)
 
 
-def test_gradients_pass_torch_and_are_refused_by_the_c_library():
-    _, meta, weights = pair()
-    x = torch.randn(2, 64, requires_grad=True)
-    loaded(KTransformersLinear, meta, weights, generate_op="KLinearTorch", **CPU)(x).sum().backward()
-    assert x.grad is not None
-    with pytest.raises(UnsupportedError, match="no backward yet"):
-        loaded(KTransformersLinear, meta, weights, generate_op="KLinearCPUInfer", **CPU)(x).sum().backward()
+@pytest.mark.parametrize("op", ["KLinearTorch", "KLinearCPUInfer"])
+def test_the_gradient_of_the_input(op):
+    truth, meta, weights = pair()
+    x = torch.randn(2, 3, 64, requires_grad=True)
+    (expected,) = torch.autograd.grad(truth(x).square().sum(), x)
+    (found,) = torch.autograd.grad(loaded(KTransformersLinear, meta, weights, generate_op=op, **CPU)(x).square().sum(), x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -231,16 +231,23 @@ def test_an_authors_class_in_the_tutorials_call_shape_works(bias):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_reading_the_weight_of_packed_bytes_says_what_to_name_instead(bias):
-    _, meta, weights = pair(bias)
+@pytest.mark.parametrize("stored", [None, "Q8_0"])
+def test_the_weight_of_packed_bytes_can_be_read_and_not_written(bias, stored):
+    _, meta, weights = pair(bias, types={f"{KEY}.weight": stored} if stored else None)
     module = loaded(KTransformersLinear, meta, weights, generate_op="KLinearCPUInfer", **CPU)
-    with pytest.raises(AttributeError, match=f"{KEY}: computes from packed bytes.*no dense weight.*KLinearTorch"):
-        module.weight  # noqa: B018
-    assert not hasattr(module, "weight") and getattr(module, "weight", None) is None
+    dense = loaded(KTransformersLinear, meta, weights, generate_op="KLinearTorch", **CPU)
+    weight, x = module.weight, torch.randn(3, 64)
+    assert weight.shape == (48, 64) and weight.dtype == torch.float32 and weight.device == torch.device("cpu")
+    assert torch.equal(torch.nn.functional.linear(x, weight), torch.nn.functional.linear(x, dense.weight))
+    assert torch.equal(weight[5:9].t() * 1, dense.weight[5:9].t()) and torch.equal(weight[5:9][1:].to(torch.float64) + 0, dense.weight[6:9].double())
+    assert torch.equal(weight[:, 3:5] + 0, dense.weight[:, 3:5]) and torch.equal(weight[2] + 0, dense.weight[2])
+    for write in (lambda: weight.add_(1), lambda: weight.data.mul_(2), lambda: torch.add(x, 1, out=weight[:3])):
+        with pytest.raises(UnsupportedError, match=f"{KEY}.weight: computes from packed bytes, which cannot be changed.*KLinearTorch"):
+            write()
+    assert not list(module.parameters()) and not module.state_dict()
     assert hasattr(module, "bias") == (not bias) and getattr(module, "bias", None) is None
     with pytest.raises(AttributeError, match="has no attribute 'wieght'"):
         module.wieght  # noqa: B018
-    dense = loaded(KTransformersLinear, meta, weights, generate_op="KLinearTorch", **CPU)
     assert dense.weight.shape == (48, 64) and (dense.bias is not None) is bias
 
 

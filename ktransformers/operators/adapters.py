@@ -1,0 +1,138 @@
+"""Low-rank adapters on routed experts, as stock PEFT puts them there: `LoraConfig(target_parameters=[...])`.
+
+PEFT wraps the module that has a parameter `gate_up_proj` or `down_proj` [E, ., .] in a `ParamWrapper`, and for every
+call adds B @ A to it: a matrix as large as all experts of the layer, which nothing here has in dense form. For
+`KTransformersExperts` the wrapper hands the two factors over instead, and the experts compute x A' B' beside their own
+product. Names and shapes of what is trained and saved are PEFT's own; merging is `kt merge`'s.
+PEFT is not imported here: it is met when it asks the experts for their parameters.
+
+Letters: E experts, r rank, H hidden, I intermediate; a parameter of the family is [E, out, in], or [E, in, out].
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ktransformers.errors import UnsupportedError
+from ktransformers.models.traits import is_interleaved, is_transposed
+from ktransformers.operators.packed_weight import PackedWeight
+
+
+@dataclass(frozen=True)
+class Factors:
+    """y += scale * (x A') B' for each expert: `a` [E, r, in], `b` [E, out, r], views of what is trained. Gate rows of
+    `b` come before those of up."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    def of(self, expert: int, x: Tensor) -> Tensor:
+        """The term for rows [t, in] of one expert: [t, out]."""
+        a, b = self.a[expert].to(x.dtype), self.b[expert].to(x.dtype)
+        return (x @ a.T @ b.T) * self.scale
+
+    def joined(self, other: Factors) -> Factors:
+        """The sum of two, as one of the sum of their ranks."""
+        scaled = other.b * (other.scale / self.scale)
+        return Factors(torch.cat((self.a, other.a), 1), torch.cat((self.b, scaled), 2), self.scale)
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """What is added inside the experts of a layer; None where a product has no adapter."""
+
+    first: Factors | None = None
+    down: Factors | None = None
+
+    def flat(self) -> Iterator[Tensor | float | None]:
+        """As the C library takes them, on the CPU: A, B and scale of each."""
+        for factors in (self.first, self.down):
+            yield from (None, None, 0.0) if factors is None else (factors.a.cpu(), factors.b.cpu(), factors.scale)
+
+
+def parameters_of(experts: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What PEFT finds as the parameters of `experts`, a KTransformersExperts: those that can have an adapter."""
+    family = experts.orig_module
+    for name in ("gate_up_proj", "up_proj", "down_proj"):
+        if isinstance(family._parameters.get(name), Tensor):
+            yield name, weight_of(experts, name)
+
+
+def weight_of(experts: nn.Module, name: str) -> PackedWeight:
+    given = experts.orig_module._parameters[name]
+    where = experts.out_device or experts.active.device
+    instead = "leave the experts to transformers (class: default) to have one, or merge an adapter with `kt merge`"
+    return PackedWeight(f"{experts.key}.{name}", given.shape, given.dtype, where, instead)
+
+
+def meet_peft() -> None:
+    """Have PEFT's wrapper of parameters hand its factors to our experts; of all other modules nothing changes."""
+    layer = sys.modules.get("peft.tuners.lora.layer")
+    if layer is None or getattr(layer.ParamWrapper, "hands_over", False):
+        return
+    wrapper = layer.ParamWrapper
+    for name in ("_activate_lora", "merge"):
+        if not hasattr(wrapper, name):
+            raise UnsupportedError(f"PEFT {sys.modules['peft'].__version__}: ParamWrapper has no {name}; adapters on "
+                                   "experts are tested with PEFT 0.21.")  # fmt: skip
+    wrapper._activate_lora = _instead_of(wrapper._activate_lora, _hand_over)
+    wrapper.merge = _instead_of(wrapper.merge, _refuse_merge)
+    wrapper.hands_over = True
+
+
+def _instead_of(theirs: Any, ours: Any) -> Any:
+    @functools.wraps(theirs)
+    def method(wrapper: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        experts = wrapper.get_base_layer()
+        mine = hasattr(experts, "adapters")
+        return ours(experts, wrapper, *args, **kwargs) if mine else theirs(wrapper, *args, **kwargs)
+
+    return method
+
+
+@contextmanager
+def _hand_over(experts: nn.Module, wrapper: nn.Module, active: list[str]) -> Iterator[None]:
+    """While it lasts, `experts` computes with the wrapper's active adapters."""
+    found = [_factors(experts, wrapper, name) for name in active if name in wrapper.lora_A]
+    if not found:
+        yield
+        return
+    role = "down" if wrapper.parameter_name == "down_proj" else "first"
+    before = experts.adapters
+    made = {"first": None if before is None else before.first, "down": None if before is None else before.down}
+    made[role] = functools.reduce(Factors.joined, found)
+    experts.adapters = Adapters(**made)
+    try:
+        yield
+    finally:
+        experts.adapters = before
+
+
+def _factors(experts: nn.Module, wrapper: nn.Module, adapter: str) -> Factors:
+    """An adapter of the wrapper as `Factors`. PEFT keeps A as [E*r, i], experts outside, and B as [o, r*E], experts
+    inside, where (o, i) are (out, in) of a 3-D parameter that it takes for [E, o, i]."""
+    count = wrapper.num_experts
+    a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
+    a, b = a.view(count, -1, a.shape[1]), b.view(b.shape[0], -1, count).permute(2, 0, 1)  # [E, r, i], [E, o, r]
+    family = experts.orig_module
+    if wrapper._did_swap_in_out_features == is_transposed(family):  # what PEFT takes for in is out
+        a, b = b.transpose(1, 2), a.transpose(1, 2)
+    if wrapper.parameter_name == "gate_up_proj" and is_interleaved(family):
+        b = torch.cat((b[:, 0::2], b[:, 1::2]), 1)
+    return Factors(a, b, wrapper.scaling[adapter])
+
+
+def _refuse_merge(experts: nn.Module, wrapper: nn.Module, *args: Any, **kwargs: Any) -> None:
+    raise UnsupportedError(
+        f"{experts.key}: experts compute from the checkpoint's packed bytes, into which no adapter can be merged here. "
+        "`kt merge` writes a checkpoint with the adapter merged in; for chat and serving the adapter stays beside it."
+    )
