@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ktransformers.loaders import WeightSource
 from ktransformers.native import Attention
@@ -32,6 +33,7 @@ from ktransformers.operators.attention_inputs import BUILD_WITH, IMPLEMENTATIONS
 from ktransformers.operators.combining import has_hooks
 from ktransformers.operators.cpu_attention import fused, one_query
 from ktransformers.operators.gqa import KLlamaAttention, KQwen3MoeAttention  # noqa: F401  rule files name them here
+from ktransformers.operators.packed_weight import ReadWeight
 from ktransformers.operators.paged_attention import PagedAttention
 from ktransformers.operators.paged_cache import PagedLayer
 
@@ -172,6 +174,8 @@ class KDeepseekV2Attention(PagedAttention):
     @property
     def _kv_b_is_wrapped(self) -> bool:
         """Whether `kv_b_proj` became more than its weight since it was loaded: an adapter beside it, a hook."""
+        if is_in_torch_dispatch_mode():  # a simulation, which hooks into every module
+            return False
         return self._parts.get("kv_b_proj") is not self.kv_b_proj or has_hooks(self.kv_b_proj)
 
     def _kv_b_weight(self) -> Tensor:
@@ -289,6 +293,8 @@ _LOWEST = torch.finfo(torch.float32).min
 def _dense_weight(linear: nn.Module) -> Tensor | None:
     """The layer's floating 2-D weight, if it has one."""
     weight = getattr(linear, "weight", None)
+    if isinstance(weight, ReadWeight):
+        return None
     return weight if isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point() else None
 
 
