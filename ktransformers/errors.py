@@ -34,6 +34,10 @@ class UnsupportedError(KTransformersError, NotImplementedError):
     """Valid input that this version does not compute, such as a quantization type or a model family."""
 
 
+class SFTError(KTransformersError, ValueError):
+    """A training file, a dataset or an adapter that cannot be used."""
+
+
 class DeviceError(KTransformersError, RuntimeError):
     """A device that a rule or a call names does not exist on this machine."""
 

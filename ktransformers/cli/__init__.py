@@ -20,6 +20,7 @@ from ktransformers.cli import (
     quantize,
     rules,
     serve,
+    sft,
     simulate,
     version,
 )
@@ -50,6 +51,7 @@ CLASSES = {chat.chat: chat.Command}
 GROUPS: list[tuple[str, str, typer.Typer]] = [
     (PLAN, "rules", rules.app),
     (RUN, "cache", cache.app),
+    (RUN, "sft", sft.app),
 ]
 """(heading, name, app)."""
 

@@ -11,6 +11,7 @@ Letters: E experts, r rank, H hidden, I intermediate; a parameter of the family 
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from ktransformers.errors import UnsupportedError
 from ktransformers.models.traits import is_interleaved, is_transposed
+from ktransformers.operators.base_operator import warn_once
 from ktransformers.operators.packed_weight import PackedWeight
 
 
@@ -60,7 +62,10 @@ class Adapters:
 
 
 def parameters_of(experts: nn.Module) -> Iterator[tuple[str, Any]]:
-    """What PEFT finds as the parameters of `experts`, a KTransformersExperts: those that can have an adapter."""
+    """What PEFT finds as the parameters of `experts`, a KTransformersExperts: those that can have an adapter. None
+    where a rule says SkipLoRA."""
+    if getattr(experts, "skips_lora", False):
+        return
     family = experts.orig_module
     for name in ("gate_up_proj", "up_proj", "down_proj"):
         if isinstance(family._parameters.get(name), Tensor):
@@ -86,7 +91,26 @@ def meet_peft() -> None:
                                    "experts are tested with PEFT 0.21.")  # fmt: skip
     wrapper._activate_lora = _instead_of(wrapper._activate_lora, _hand_over)
     wrapper.merge = _instead_of(wrapper.merge, _refuse_merge)
+    wrapper.__init__ = _without_dropout(wrapper.__init__)
+    wrapper.update_layer = _without_dropout(wrapper.update_layer)
     wrapper.hands_over = True
+
+
+def _without_dropout(theirs: Any) -> Any:
+    """PEFT refuses dropout in what it does to experts; linear layers of the same adapter may have it."""
+
+    @functools.wraps(theirs)
+    def method(wrapper: nn.Module, *args: Any, config: Any = None, **kwargs: Any) -> None:
+        target = args[0] if args and isinstance(args[0], nn.Module) else wrapper
+        while hasattr(target, "base_layer"):
+            target = target.base_layer
+        if config is not None and config.lora_dropout and hasattr(target, "adapters"):
+            warn_once(f"lora_dropout {config.lora_dropout:g}: adapters of linear layers have it, those of experts do not")
+            config = copy.copy(config)
+            config.lora_dropout = 0.0
+        theirs(wrapper, *args, config=config, **kwargs)
+
+    return method
 
 
 def _instead_of(theirs: Any, ours: Any) -> Any:

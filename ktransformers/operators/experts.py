@@ -67,6 +67,11 @@ METHODS = ("BF16", "FP8", "FP8_PERCHANNEL", "FP8_PERTENSOR", "MXFP8", "RAWINT4",
 """How experts are stored, in upstream's words where it has one (LLAMAFILE is any GGUF type). A rule may name one as
 `backend` or `method`; all mean the C library, and a checkpoint that stores them otherwise is refused."""
 
+SKIP_LORA = "_SkipLoRA"
+SFT_METHODS = tuple(f"{name}_SFT{skip}" for name in ("AMXBF16", "AMXINT8", "AMXINT4") for skip in ("", SKIP_LORA))
+"""Upstream's methods for training, which convert experts for AMX. Here all mean the C library on the checkpoint's own
+bytes, on any CPU; with SkipLoRA the experts stay as they are and adapters are put elsewhere alone."""
+
 
 class KExpertsCPU(KExpertsBase):
     """The checkpoint's own bytes, computed by the C library: no conversion, and no copy of the weights."""
@@ -168,6 +173,14 @@ class KExpertsCPU(KExpertsBase):
         return self.experts.forward(hidden.cpu(), ids.cpu(), weights.cpu()).to(hidden.device)
 
 
+class KSFTExpertsCPU(KExpertsCPU):
+    """`KExpertsCPU`, under the name of rule files for training: gradients reach hidden states and adapters."""
+
+
+class KSFTRouteExpertsCPU(KExpertsCPU):
+    """The same, where the router is trained too: its weights get their gradient from either."""
+
+
 class KExpertsTorch(KExpertsBase):
     """Dense weights on any device, computed by torch expert by expert. Dequantized: mind the memory.
 
@@ -249,6 +262,7 @@ class KExpertsTorch(KExpertsBase):
 
 EXPERTS_MAP: dict[str, type[InnerOperator]] = {
     "KExpertsTorch": KExpertsTorch, "KExpertsCPU": KExpertsCPU, "KExpertsMarlin": KExpertsMarlin,
+    "KSFTExpertsCPU": KSFTExpertsCPU, "KSFTRouteExpertsCPU": KSFTRouteExpertsCPU,
 }  # fmt: skip
 """Names a rule may give as `generate_op` and `prefill_op`; authors may add theirs."""
 
@@ -287,10 +301,10 @@ class KTransformersExperts(StagedOperator):
         super().__init__(key, gguf_loader, config, orig_module, prefill_device, generate_device)
         self.out_device, self.quantizing = out_device, (num_bits, group_size)
         self.n_experts, self.idle = len(orig_module.down_proj), identity_experts(orig_module)
-        if backend in BACKENDS[1:]:
-            warn_once(
-                f"backend {backend!r}: the C library picks kernels for this CPU, and converts no weights"
-            )
+        for word in (backend, method):
+            if word in (*BACKENDS[1:], *SFT_METHODS):
+                warn_once(f"backend {word!r}: the C library picks kernels for this CPU, and converts no weights")
+        self.skips_lora = any(str(word).endswith(SKIP_LORA) for word in (backend, method))
         if getattr(orig_module, "has_post_expert_norm", False):
             self.post_expert_norm = orig_module.post_expert_norm
         self.adapters: Adapters | None = None  # set by those around a call, see adapters.py
@@ -338,7 +352,7 @@ class KTransformersExperts(StagedOperator):
             device = kwargs.get(f"{stage}_device") or fallback[stage]
             if problem := op_problem(f"{stage}_op", name, device, EXPERTS_MAP):
                 problems.append(problem)
-            elif name is not None and final_name(name, device) == "KExpertsCPU" and not all_on_gpu:
+            elif name is not None and issubclass(EXPERTS_MAP[final_name(name, device)], KExpertsCPU) and not all_on_gpu:
                 if problem := KExpertsCPU.problem(key, orig_module, weights):
                     problems.append(f"{stage}_op: {problem}")
         for word in ("backend", "method"):
@@ -459,10 +473,10 @@ class KSmallthinkerExperts(KTransformersExperts):
 
 def _method_problem(name: Any, key: str, weights: WeightSource | None) -> str:
     """Say why experts are not stored as a rule's `backend` or `method` says, or return ``""``."""
-    known = (*METHODS, *BACKENDS)
+    known = (*METHODS, *BACKENDS, *SFT_METHODS)
     if name not in known:
         return f"{name!r} unknown{did_you_mean(str(name), known)}; known: {', '.join(known)}"
-    if name in BACKENDS or weights is None or not weights.has_experts(key):
+    if name in (*BACKENDS, *SFT_METHODS) or weights is None or not weights.has_experts(key):
         return ""
     parts = [part for part in weights.names() if part.rpartition(".")[0] == key and part.endswith("_proj")]
     if all(weights.is_stored_as(part, name) for part in parts):

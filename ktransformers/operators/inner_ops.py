@@ -22,8 +22,6 @@ OBSOLETE_OPS = {
     "MLPCUDAExperts": "KExpertsMarlin",
     "QuantizedLinearMarlin": "KLinearMarlin",
     "CPUInferOp": "KLinearCPUInfer",
-    "KSFTExpertsCPU": "KExpertsCPU",
-    "KSFTRouteExpertsCPU": "KExpertsCPU",
 }
 """Names that older rule files and tutorials use -> today's."""
 

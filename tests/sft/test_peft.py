@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from ktransformers import optimize_and_load
 from ktransformers.errors import UnsupportedError
+from ktransformers.operators import base_operator
 from tests import families, tiny
 from tests.tiny import meta_model, random_ids, relative_error, save, tiny_model
 
@@ -201,8 +202,28 @@ def test_what_cannot_hold_an_adapter_says_so(pair):
     model = adapted(model, target_parameters=EXPERTS)
     with pytest.raises(UnsupportedError, match=r"layers\.0\.mlp\.experts: .*kt merge"):
         model.merge_and_unload()
-    with pytest.raises(ValueError, match="lora_dropout"):  # PEFT's own, on transformers' experts too
-        adapted(pair()[1], target_parameters=EXPERTS, lora_dropout=0.1)
+
+
+def test_dropout_is_that_of_linear_layers(pair):
+    """PEFT refuses it on experts; ours have none, and say so."""
+    truth, model = pair()
+    with pytest.raises(ValueError, match="lora_dropout"):
+        adapted(truth, target_parameters=EXPERTS, lora_dropout=0.1)
+    base_operator._told.clear()
+    with pytest.warns(UserWarning, match=r"lora_dropout 0\.1: .* those of experts do not"):
+        model = adapted(model, target_parameters=EXPERTS, target_modules=LINEARS, lora_dropout=0.1)
+    assert any(isinstance(m, torch.nn.Dropout) for m in model.modules())
+    model.add_adapter("second", peft.LoraConfig(target_parameters=EXPERTS, lora_dropout=0.2))
+
+
+def test_skip_lora_leaves_experts_alone(checkpoint):
+    reference, folder = checkpoint("qwen3_moe")
+    kwargs = {**BOTH, "generate_op": "KSFTExpertsCPU", "backend": "AMXBF16_SFT_SkipLoRA"}
+    rules = [{"match": {"trait": "experts"}, "replace": {"class": "ktransformers.operators.experts.KTransformersExperts", "kwargs": kwargs}}]
+    model = optimize_and_load(meta_model(reference.config), rules, folder, default_device="cpu", progress=False)
+    model = adapted(model, target_modules="all-linear")
+    assert not any(".experts." in name for name in trained(model))
+    assert all(gradient is not None for gradient in step(model)[1].values())
 
 
 def test_nan_stays_visible(pair):

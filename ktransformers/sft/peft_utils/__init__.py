@@ -1,0 +1,1 @@
+"""Where upstream keeps what PEFT has: `mapping.get_peft_model`."""

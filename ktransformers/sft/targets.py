@@ -1,0 +1,132 @@
+"""Where adapters go: LoraConfig from a training file's `lora_target`."""
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ktransformers.errors import SFTError, did_you_mean
+from ktransformers.models.traits import TRAITS
+from ktransformers.operators.experts import KTransformersExperts
+from ktransformers.operators.twin import original
+from ktransformers.sft.options import Options
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+
+def lora_config(model: nn.Module, options: Options) -> "LoraConfig":
+    """The adapter that a training file asks for. Raises SFTError for a target that is not in the model."""
+    from peft import LoraConfig
+
+    names = [name.strip() for name in options.lora_target.split(",") if name.strip()]
+    linears, experts = _all_linears(model), _expert_parameters(model)
+    whole = [name.strip() for name in options.additional_target.split(",") if name.strip()]
+    _check(model, [name for name in names if name != "all"], whole)
+    if "all" in names:
+        modules, parameters = linears, experts
+    else:
+        modules = [n for n in names if _is_module(model, n)]
+        parameters = [p for n in names for p in _parameters_named(n, experts)]
+    config = LoraConfig(
+        r=options.lora_rank, lora_alpha=options.alpha, lora_dropout=options.lora_dropout, target_modules=modules,
+        target_parameters=parameters or None, use_rslora=options.use_rslora, modules_to_save=whole or None,
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    if "all" in names:
+        config.target_modules = [name for name in modules if _means_a_module(config, model, name)]
+    return config
+
+
+def without_adapter(model: "PeftModel") -> list[str]:
+    """Linear layers that got none, by the last part of their names; head and routers, which get none, are left out."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    inside = [name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+    names = [name for name, _ in _linears(model.get_base_model())]
+    bare = [n for n in names if not any(f"base_model.model.{n}.".startswith(f"{i}.") for i in inside)]
+    return sorted({".".join(name.split(".")[-2:]) for name in bare})
+
+
+def _linears(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Linear layers that an adapter fits: no head, whose loss reads its weight, no router."""
+    head = model.get_output_embeddings()
+    routers = [name for name, m in model.named_modules() if TRAITS["router"](original(m))]
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head
+            and not any(name == r or name.startswith(f"{r}.") for r in routers)]  # fmt: skip
+
+
+def _all_linears(model: nn.Module) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name, _ in _linears(model)})
+
+
+def _expert_parameters(model: nn.Module) -> list[str]:
+    """What PEFT calls the weights of experts, without the number of the layer: "mlp.experts.gate_up_proj"."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, KTransformersExperts) or TRAITS["experts"](module):
+            for parameter, _ in module.named_parameters(recurse=False):
+                if not parameter.endswith("bias"):
+                    found[".".join([*name.split(".")[-2:], parameter])] = None
+    return list(found)
+
+
+def _means_a_module(config: "LoraConfig", model: nn.Module, name: str) -> bool:
+    """Whether PEFT takes a name for linear layers; in families of its table gate_proj and kin are the experts'."""
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    trial = copy.deepcopy(config)
+    trial.target_modules, trial.target_parameters = {name}, set()
+    try:
+        convert_peft_config_for_transformers(trial, model=model, conversions=None)
+    except ValueError:  # half of what is one for it, gate without up
+        return False
+    return name in trial.target_modules
+
+
+_EXPERTS = {"experts": "", "gate_up_proj": "gate_up_proj", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj",
+            "down_proj": "down_proj"}  # fmt: skip
+
+
+def _parameters_named(name: str, experts: list[str]) -> list[str]:
+    """The parameters of experts that a target names, by PEFT's name or by that of a single expert's matrix."""
+    end = _EXPERTS.get(name, name)
+    return [p for p in experts if name == "experts" or p.endswith(f".{end}")]
+
+
+def _is_module(model: nn.Module, name: str) -> bool:
+    return any(full == name or full.endswith(f".{name}") for full, _ in _linears(model))
+
+
+def _check(model: nn.Module, targets: list[str], whole: list[str]) -> None:
+    experts, linears = _expert_parameters(model), _all_linears(model)
+    for name in targets:
+        if not _is_module(model, name) and not _parameters_named(name, experts):
+            known = [*linears, *(("experts", "gate_up_proj", "down_proj") if experts else ())]
+            near = did_you_mean(name, known)
+            raise SFTError(f"lora_target: the model has no {name!r}{near}; it has all, {', '.join(known)}.")
+    for name in whole:
+        found = [m for full, m in model.named_modules() if full == name or full.endswith(f".{name}")]
+        if not found:
+            raise SFTError(f"additional_target: the model has no module {name!r}.")
+        if any(not list(m.parameters()) for m in found):
+            raise SFTError(
+                f"additional_target: {name} computes from packed bytes, which are not trained. Name a rule that keeps "
+                "it dense (KLinearTorch, or class: default)."
+            )
+
+
+def note_of(left: list[str]) -> str:
+    """Which layers have no adapter and why, or ``""``."""
+    if not left:
+        return ""
+    return (
+        f"lora_target all: no adapter on {', '.join(left)}; in this family PEFT takes these names for the experts', and "
+        "an adapter of ours is to load in PEFT"
+    )
+
+
+def count(model: Any) -> tuple[int, int]:
+    """(values that are trained, of these inside experts)."""
+    trained = [(name, p.numel()) for name, p in model.named_parameters() if p.requires_grad]
+    return sum(n for _, n in trained), sum(n for name, n in trained if ".experts." in name)
