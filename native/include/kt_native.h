@@ -267,6 +267,11 @@ void kt_sync_host(void *user);
 int kt_linear(kt_pool *pool, const kt_weight *w, const float *bias, const void *x, int dtype, int64_t tokens,
               void *out);
 
+/* d_x[T, cols] = d_y[T, rows] @ w: the gradient of x from that of kt_linear's result. Sums are fp32, of the weights and
+ * d_y in fp32; on sets with a bf16 multiplier both are rounded to bf16, but never weights of F32 and F16, nor BF16 ones
+ * where dtype is not bf16. */
+int kt_linear_backward(kt_pool *pool, const kt_weight *w, const void *d_y, int dtype, int64_t tokens, void *d_x);
+
 /* E routed experts: out = sum_k weights[t,k] * (down_e(act(gate_e(x)) * up_e(x)) + bias), e = ids[t,k].
  * gate, up: E matrices [I, H]; down: E matrices [H, I]. The three may differ in type, and so may experts. gate NULL:
  * experts without a gate, act(up_e(x)). */

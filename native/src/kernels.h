@@ -180,6 +180,10 @@ struct kt_kernels {
     /* out[j][r] = in[r * in_stride + j] for 16 rows r and n dwords j. out is 64-byte aligned. */
     void (*interleave)(const uint32_t *in, size_t in_stride, int64_t n, uint32_t *out);
 
+    /* A Q8 panel of one tile as floats, s*(u - z) - m, turned: column c of its row r at
+     * out[c / 16 * tile + r * 16 + c % 16], r < rows. NULL: by way of an fp32 tile, to the same bits. */
+    void (*turn_codes)(const struct kt_panel *p, int rows, float *out, int64_t tile);
+
     /* scales [count][16] (times w->scale) of rows first .. first + rows, rows <= 16, in groups from .. from + count of
      * scale_cols columns; 0 past `rows`. zeros, if not NULL: their packed zero points likewise. */
     void (*read_scales)(const struct kt_matrix *w, int64_t first, int rows, int64_t from, int64_t count, float *scales,
