@@ -200,6 +200,10 @@ struct kt_kernels {
     /* up[i] = activation of gate[i] and up[i] (see kt_glu); gate NULL: of up[i] alone. Same bits on every ISA. */
     void (*activate)(const struct kt_glu *glu, const float *gate, float *up, int64_t n);
 
+    /* The gradients of gate and up take their place, scale * d being that of the activation's result, which m gets. */
+    void (*activate_back)(const struct kt_glu *glu, float scale, const float *d, float *gate, float *up, float *m,
+                          int64_t n);
+
     /* out[i] += x[i] */
     void (*add)(const float *x, float *out, int64_t n);
 
