@@ -184,6 +184,9 @@ struct kt_kernels {
      * out[c / 16 * tile + r * 16 + c % 16], r < rows. NULL: by way of an fp32 tile, to the same bits. */
     void (*turn_codes)(const struct kt_panel *p, int rows, float *out, int64_t tile);
 
+    /* The same as bf16, two rows a dword: at out[c / 16 * tile + r / 2 * 16 + c % 16]. NULL: by way of fp32. */
+    void (*turn_codes_bf16)(const struct kt_panel *p, int rows, uint32_t *out, int64_t tile);
+
     /* scales [count][16] (times w->scale) of rows first .. first + rows, rows <= 16, in groups from .. from + count of
      * scale_cols columns; 0 past `rows`. zeros, if not NULL: their packed zero points likewise. */
     void (*read_scales)(const struct kt_matrix *w, int64_t first, int rows, int64_t from, int64_t count, float *scales,

@@ -82,6 +82,14 @@ static void rows_of_tile(const struct kt_transposed *b, const float *v, int rows
     }
 }
 
+static struct kt_panel one_tile(const struct kt_transposed *b, int64_t r, int rows, enum kt_kind kind,
+                                struct kt_ahead *ahead) {
+    const struct kt_block block = {.k = b->k, .w = b->w, .first = r, .rows = rows, .s = b->s};
+    struct kt_panel p = {.kind = kind, .tiles = 1, .k = b->cols, .ahead = ahead};
+    kt_panel_fill(&block, b->first, &p);
+    return p;
+}
+
 /* Rows r .. r + rows of the block, rows <= 16. */
 static void fill_rows(const struct kt_transposed *b, int64_t r, int rows, struct kt_ahead *ahead,
                       const struct lines *out) {
@@ -91,10 +99,8 @@ static void fill_rows(const struct kt_transposed *b, int64_t r, int rows, struct
         for (int i = 0; i < 2; i++) kt_ahead_step(ahead);
         return;
     }
-    const struct kt_block block = {.k = b->k, .w = w, .first = r, .rows = rows, .s = b->s};
     const int by_codes = w->kind == KT_KIND_Q8 && b->k->turn_codes;
-    struct kt_panel p = {.kind = by_codes ? KT_KIND_Q8 : KT_KIND_F32, .tiles = 1, .k = b->cols, .ahead = ahead};
-    kt_panel_fill(&block, b->first, &p);
+    const struct kt_panel p = one_tile(b, r, rows, by_codes ? KT_KIND_Q8 : KT_KIND_F32, ahead);
     if (by_codes) b->k->turn_codes(&p, rows, out->to, out->tile);
     else rows_of_tile(b, (const float *)p.data, rows, out);
 }
@@ -120,6 +126,11 @@ static void fill_bf16(const struct kt_transposed *b, int64_t r, struct kt_panel 
         _Alignas(64) float v[TILES * LINE];
         uint16_t h[TILES * LINE];
         const int rows = (int)kt_min(p->k - i, KT_TILE);
+        if (w->kind == KT_KIND_Q8 && b->k->turn_codes_bf16) {
+            const struct kt_panel codes = one_tile(b, r + i, rows, KT_KIND_Q8, p->ahead);
+            b->k->turn_codes_bf16(&codes, rows, b->panel + i / 2 * KT_TILE, tile);
+            continue;
+        }
         fill_rows(b, r + i, rows, p->ahead, &(struct lines){v, LINE});
         for (int t = 0; t < p->tiles; t++) {
             b->k->to_bf16(v + t * LINE, rows * KT_TILE, h + t * LINE);
