@@ -60,6 +60,7 @@ struct backward {
     int32_t *each;               /* [rank] 0, 1, 2, ... */
     int32_t blocks, outer_blocks; /* of I, of H */
     int32_t grad_blocks;          /* of all matrices of adapters */
+    int threads;
     struct thread *thread;
 };
 
@@ -208,6 +209,16 @@ static void inner(void *ctx, int32_t job, int thread) {
     }
 }
 
+/* What this thread reads after `job`, when the threads take turns. */
+static struct kt_ahead next_outer(const struct backward *b, int32_t job) {
+    const struct kt_experts *e = b->e;
+    const int64_t next = (int64_t)job + b->threads;
+    if (next >= (int64_t)b->p.shares * b->outer_blocks) return (struct kt_ahead){0};
+    const int64_t first = next % b->outer_blocks * SIDE;
+    return kt_transposed_ahead(&(e->gate ? e->gate : e->up)[b->p.share[next / b->outer_blocks].expert], first,
+                               (int)kt_min(e->hidden - first, SIDE));
+}
+
 static void outer(void *ctx, int32_t job, int thread) {
     struct backward *b = ctx;
     const struct thread *mine = &b->thread[thread];
@@ -215,8 +226,15 @@ static void outer(void *ctx, int32_t job, int thread) {
     const struct kt_group *g = &b->p.share[job / b->outer_blocks];
     const int64_t first = (int64_t)(job % b->outer_blocks) * SIDE;
     float *dx = b->dx + g->begin * b->dx_stride + first;
-    if (e->gate) product(transposed(b, mine, g, &e->gate[g->expert], &b->g), b, first, dx, b->dx_stride, 0);
-    product(transposed(b, mine, g, &e->up[g->expert], &b->u), b, first, dx, b->dx_stride, e->gate != NULL);
+    const struct kt_matrix *up = &e->up[g->expert];
+    if (e->gate) {
+        struct kt_transposed t = transposed(b, mine, g, &e->gate[g->expert], &b->g);
+        t.next = kt_transposed_ahead(up, first, (int)kt_min(e->hidden - first, SIDE));
+        product(t, b, first, dx, b->dx_stride, 0);
+    }
+    struct kt_transposed t = transposed(b, mine, g, up, &b->u);
+    t.next = next_outer(b, job);
+    product(t, b, first, dx, b->dx_stride, e->gate != NULL);
     if (!b->first) return;
     const struct kt_matrix a = kt_lora_a(b->first, e->hidden, g->expert);
     product(transposed(b, mine, g, &a, &b->q), b, first, dx, b->dx_stride, 1);
@@ -353,10 +371,10 @@ static void take_thread(const struct backward *b, struct kt_arena *arena, struct
     if (rank) kt_acts_take(arena, rank, b->p.busiest, 0, &t->turned);
 }
 
-static void layout(struct backward *b, struct kt_arena *arena, int threads) {
+static void layout(struct backward *b, struct kt_arena *arena) {
     const int64_t inner = b->e->inner, pairs = b->p.count;
     kt_pairs_take(&b->p, arena);
-    b->thread = kt_arena_take(arena, threads, sizeof *b->thread);
+    b->thread = kt_arena_take(arena, b->threads, sizeof *b->thread);
     kt_acts_take(arena, b->p.tokens, b->e->hidden, b->forms_x, &b->x);
     kt_acts_take(arena, b->p.tokens, b->e->hidden, b->forms_d, &b->d);
     if (b->e->gate) kt_acts_take(arena, pairs, inner, b->forms_g, &b->g);
@@ -371,7 +389,7 @@ static void layout(struct backward *b, struct kt_arena *arena, int threads) {
     b->dx = kt_arena_take(arena, pairs * b->dx_stride, sizeof *b->dx);
     b->weight = kt_arena_take(arena, pairs, sizeof *b->weight);
     b->dw = kt_arena_take(arena, pairs * b->blocks, sizeof *b->dw);
-    for (int i = 0; i < threads; i++) {
+    for (int i = 0; i < b->threads; i++) {
         struct thread t;
         take_thread(b, arena, &t);
         if (arena->base) b->thread[i] = t;
@@ -380,24 +398,24 @@ static void layout(struct backward *b, struct kt_arena *arena, int threads) {
 
 /* As in moe.c: a count, the size, the layout. */
 static int take_memory(struct backward *b, kt_pool *pool) {
-    const int threads = kt_pool_threads(pool);
     b->p.of_expert = kt_pool_shared(pool, (size_t)b->e->count * sizeof *b->p.of_expert);
     if (!b->p.of_expert) return KT_ERR_MEMORY;
     kt_pairs_count(&b->p);
     needs(b);
     struct kt_arena arena = {0};
-    layout(b, &arena, threads);
+    layout(b, &arena);
     arena.base = arena.overflow ? NULL : kt_pool_shared(pool, arena.used);
     if (!arena.base) return KT_ERR_MEMORY;
     arena.used = 0;
-    layout(b, &arena, threads);
+    layout(b, &arena);
     kt_pairs_count(&b->p);
     return KT_OK;
 }
 
 static int32_t blocks_of(int64_t n) { return (int32_t)((n + SIDE - 1) / SIDE); }
 
-static void cut_jobs(struct backward *b) {
+static void cut_jobs(struct backward *b, const kt_pool *pool) {
+    b->threads = kt_pool_threads(pool);
     const int64_t H = b->e->hidden, inner = b->e->inner;
     b->blocks = blocks_of(inner);
     b->outer_blocks = blocks_of(H);
@@ -407,7 +425,7 @@ static void cut_jobs(struct backward *b) {
 }
 
 static int run_chunk(struct backward *b, kt_pool *pool) {
-    cut_jobs(b);
+    cut_jobs(b, pool);
     const int status = take_memory(b, pool);
     if (status) return status;
     kt_pairs_sort(&b->p);

@@ -152,13 +152,18 @@ static void multiply(const struct kt_transposed *b, struct kt_panel p, int64_t r
     }
 }
 
+struct kt_ahead kt_transposed_ahead(const struct kt_matrix *w, int64_t first, int cols) {
+    return kt_packed_bytes(w, 0, ROWS_F32, first, cols);
+}
+
 void kt_transposed_block(const struct kt_transposed *b) {
     const struct kt_matrix *w = b->w;
     const int bf16 = b->forms & KT_NEED_BF16;
     const int64_t most = bf16 ? ROWS_BF16 : ROWS_F32;
     for (int64_t r = 0; r < w->rows; r += most) {
-        struct kt_ahead ahead = kt_packed_bytes(w, r + most, most, b->first, b->cols);
-        if (b->row) ahead = (struct kt_ahead){0};
+        struct kt_ahead ahead = b->row           ? (struct kt_ahead){0}
+                                : r + most < w->rows ? kt_packed_bytes(w, r + most, most, b->first, b->cols)
+                                                     : b->next;
         struct kt_panel p = {.kind = bf16 ? KT_KIND_BF16 : KT_KIND_F32, .k = kt_min(w->rows - r, most),
                              .tiles = (b->cols + KT_TILE - 1) / KT_TILE, .ahead = &ahead};
         kt_ahead_spread(&ahead, 4 * (most / KT_TILE)); /* half of it while this panel is filled, two steps 16 rows */

@@ -22,6 +22,7 @@ struct kt_transposed {
     float *c;                   /* needs cols rounded up to 16 */
     int64_t ldc;                /* floats from a token to the next */
     int add;
+    struct kt_ahead next;       /* bytes that this thread is likely to read next: fetched while it computes */
 };
 
 void kt_transposed_block(const struct kt_transposed *b);
@@ -29,6 +30,9 @@ void kt_transposed_block(const struct kt_transposed *b);
 /* KT_NEED_BF16 where d and w meet in a bf16 multiplier: there is one, and neither the weights nor the caller's values,
  * of `dtype`, have more precision than the format computes with forward. */
 int kt_transposed_forms(const struct kt_kernels *k, const struct kt_matrix *w, int dtype);
+
+/* The bytes that a block of these columns reads first. */
+struct kt_ahead kt_transposed_ahead(const struct kt_matrix *w, int64_t first, int cols);
 
 uint32_t *kt_transposed_take(struct kt_arena *arena);
 
