@@ -30,11 +30,15 @@ void kt_lora_narrow(const kt_lora *l, int64_t in, int64_t expert, const struct k
 }
 
 void kt_lora_widen(const struct kt_matrix *b_rows, const struct kt_block *b, float *y, int64_t ldy) {
+    enum { COLUMNS = KT_PANEL_BYTES / 4 };
     struct kt_block all = *b;
     all.w = b_rows;
-    all.first = 0;
     all.rows = (int)b_rows->rows;
-    all.ldc = KT_BLOCK_ROWS;
-    kt_matmul_block(&all);
-    for (int64_t i = 0; i < b->tokens; i++) b->k->add(b->c + i * KT_BLOCK_ROWS, y + i * ldy, all.rows);
+    for (int64_t k = 0; k < b_rows->cols; k += COLUMNS) {
+        struct kt_ahead none = {0};
+        struct kt_panel p = {.kind = KT_KIND_F32, .tiles = (all.rows + KT_TILE - 1) / KT_TILE,
+                             .k = kt_min(b_rows->cols - k, COLUMNS), .ahead = &none};
+        kt_panel_fill(&all, k, &p);
+        b->k->gemm_f32(&p, b->a, b->token, b->tokens, k, y, ldy, 1);
+    }
 }

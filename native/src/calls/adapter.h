@@ -17,8 +17,8 @@ struct kt_matrix kt_lora_b(const kt_lora *l, int64_t rows_all, int64_t expert, i
 /* Rows z[token of b] = scale * A x. Of b: k, a, token, tokens, s. */
 void kt_lora_narrow(const kt_lora *l, int64_t in, int64_t expert, const struct kt_block *b, float *z, int64_t ldz);
 
-/* y += z B' for the rows of B that `b_rows` has, at most KT_BLOCK_ROWS. Of b: k, a (z), token, tokens, s; b->c is room
- * for [tokens, KT_BLOCK_ROWS]. */
+/* y += z B' for the rows of B that `b_rows` has, at most KT_BLOCK_ROWS. Of b: k, a (z), token, tokens, s. y has room for
+ * a multiple of 16 rows. */
 void kt_lora_widen(const struct kt_matrix *b_rows, const struct kt_block *b, float *y, int64_t ldy);
 
 #endif

@@ -37,12 +37,11 @@ void kt_expert_products(const struct kt_experts *e, int64_t expert, struct kt_bl
                         int64_t ld_gate);
 
 /* m = act(gate x) * up x, likewise; `b.c` and `b.ldc` are of m. z: what an adapter (adapter.h) makes of x, NULL for
- * none; its rows are pos .. pos + tokens, and `more` has room for [tokens, KT_BLOCK_ROWS]. */
+ * none; pos: its rows. */
 struct kt_widening {
     const kt_lora *lora;
     const struct kt_acts *z;
     const int32_t *pos;
-    float *more;
 };
 void kt_expert_gate_up(const struct kt_experts *e, int64_t expert, struct kt_block b, struct kt_next next,
                        const struct kt_widening *z);

@@ -54,7 +54,6 @@ struct forward {
     struct kt_scratch *scratch;
     const kt_lora *first, *down; /* adapters of gate and up, and of down, or NULL */
     struct kt_acts z, z_down;    /* [pairs, rank]: see adapter.h */
-    float **more;                /* a thread's room for what an adapter adds */
 };
 
 /* ---- creation --------------------------------------------------------------------------------------- */
@@ -180,7 +179,7 @@ void kt_expert_products(const struct kt_experts *e, int64_t expert, struct kt_bl
 void kt_expert_widen(const struct kt_experts *e, int64_t expert, const struct kt_block *b, const struct kt_widening *z,
                      float *gate, int64_t ld_gate) {
     const int64_t out = e->gate ? 2 * e->inner : e->inner;
-    const struct kt_block of_z = {.k = b->k, .a = z->z, .token = z->pos, .tokens = b->tokens, .s = b->s, .c = z->more};
+    const struct kt_block of_z = {.k = b->k, .a = z->z, .token = z->pos, .tokens = b->tokens, .s = b->s};
     if (e->gate) {
         const struct kt_matrix rows = kt_lora_b(z->lora, out, expert, b->first, b->rows);
         kt_lora_widen(&rows, &of_z, gate, ld_gate);
@@ -209,7 +208,7 @@ static void gate_up(void *ctx, int32_t job, int thread) {
     const struct kt_block b = {.k = f->k, .first = first, .rows = rows, .a = &f->x, .token = f->p.token + g->begin,
                                .tokens = g->tokens, .s = &f->scratch[thread], .c = f->m.f + g->begin * f->m.stride + first,
                                .ldc = f->m.stride};
-    const struct kt_widening z = {f->first, &f->z, f->p.row + g->begin, f->first ? f->more[thread] : NULL};
+    const struct kt_widening z = {f->first, &f->z, f->p.row + g->begin};
     kt_expert_gate_up(e, g->expert, b, next_block(f, &f->by_inner, job, node, e->gate ? e->gate : e->up),
                       f->first ? &z : NULL);
     for (int32_t p = g->begin; p < g->begin + g->tokens; p++)
@@ -252,7 +251,7 @@ static void down(void *ctx, int32_t job, int thread) {
     if (!f->down) return;
     const struct kt_matrix b = kt_lora_b(f->down, f->e->hidden, g->expert, first, rows);
     kt_lora_widen(&b, &(struct kt_block){.k = f->k, .a = &f->z_down, .token = f->p.row + g->begin, .tokens = g->tokens,
-                                         .s = &f->scratch[thread], .c = f->more[thread]}, y, f->y_stride);
+                                         .s = &f->scratch[thread]}, y, f->y_stride);
 }
 
 /* The row of x is no longer needed and takes the sum, before it is converted. */
@@ -294,16 +293,12 @@ static void layout(struct forward *f, struct kt_arena *arena, int threads) {
     kt_acts_take(arena, f->p.count, f->e->inner, f->forms_m, &f->m);
     f->y_stride = kt_round_up(f->e->hidden, KT_TILE);
     f->y = kt_arena_take(arena, f->p.count * f->y_stride, sizeof *f->y);
-    f->more = kt_arena_take(arena, threads, sizeof *f->more);
     if (f->first) kt_acts_take(arena, f->p.count, f->first->rank, 0, &f->z);
     if (f->down) kt_acts_take(arena, f->p.count, f->down->rank, 0, &f->z_down);
     for (int i = 0; i < threads; i++) {
         struct kt_scratch s;
         kt_scratch_take(arena, f->p.busiest, &s);
-        float *more = kt_arena_take(arena, f->first || f->down ? f->p.busiest * KT_BLOCK_ROWS : 0, sizeof *more);
-        if (!arena->base) continue;
-        f->scratch[i] = s;
-        f->more[i] = more;
+        if (arena->base) f->scratch[i] = s;
     }
 }
 

@@ -30,8 +30,7 @@ enum { CHUNK_TOKENS = 4096, SIDE = KT_BLOCK_COLS };
 struct thread {
     struct kt_scratch s;
     uint32_t *panel;
-    float *gate, *up, *t;  /* [KT_SHARE_TOKENS][SIDE] */
-    float *more;           /* [KT_SHARE_TOKENS][KT_BLOCK_ROWS] */
+    float *t;              /* [KT_SHARE_TOKENS][SIDE] */
     struct kt_acts turned; /* [rank][tokens of an expert] */
     float *sum;            /* [rank][SIDE] */
 };
@@ -166,17 +165,19 @@ static void narrow_again(void *ctx, int32_t job, int thread) {
     kt_lora_narrow(b->down, inner, g->expert, &of_m, row_of(&b->zm, g->begin), b->zm.stride);
 }
 
-/* gate and up of columns first .. first + n of I, as the forward call has them before the activation. */
+/* gate and up of columns first .. first + n of I, as the forward call has them before the activation, where their
+ * gradients will be. */
 static void again(const struct backward *b, const struct thread *mine, const struct kt_group *g, int64_t first, int n) {
     for (int r = 0; r < n; r += KT_BLOCK_ROWS) {
         struct kt_block some = block_of(b, mine, g, &b->x);
         some.first = first + r;
         some.rows = (int)kt_min(n - r, KT_BLOCK_ROWS);
-        some.c = mine->up + r;
-        some.ldc = SIDE;
-        kt_expert_products(b->e, g->expert, some, (struct kt_next){0}, mine->gate + r, SIDE);
-        const struct kt_widening z = {b->first, &b->z, b->p.row + g->begin, mine->more};
-        if (b->first) kt_expert_widen(b->e, g->expert, &some, &z, mine->gate + r, SIDE);
+        some.c = row_of(&b->u, g->begin) + some.first;
+        some.ldc = b->u.stride;
+        float *gate = b->e->gate ? row_of(&b->g, g->begin) + some.first : NULL;
+        kt_expert_products(b->e, g->expert, some, (struct kt_next){0}, gate, b->g.stride);
+        const struct kt_widening z = {b->first, &b->z, b->p.row + g->begin};
+        if (b->first) kt_expert_widen(b->e, g->expert, &some, &z, gate, b->g.stride);
     }
 }
 
@@ -194,18 +195,14 @@ static void inner(void *ctx, int32_t job, int thread) {
         const struct kt_matrix a = kt_lora_a(b->down, e->inner, g->expert);
         product(transposed(b, mine, g, &a, &b->zd), b, first, mine->t, SIDE, 1);
     }
-    for (int32_t i = 0; i < g->tokens; i++) {
-        const int64_t p = g->begin + i, at = i * SIDE;
-        float m[SIDE];
-        b->k->activate_back(&e->glu, b->weight[p], mine->t + at, e->gate ? mine->gate + at : NULL,
-                            mine->up + at, m, n);
-        b->dw[p * b->blocks + block] = dot(mine->t + at, m, n);
-        if (b->down) memcpy(row_of(&b->m, p) + first, m, (size_t)n * sizeof *m);
-        memcpy(row_of(&b->u, p) + first, mine->up + at, (size_t)n * sizeof *m);
+    for (int64_t p = g->begin; p < g->begin + g->tokens; p++) {
+        const float *t = mine->t + (p - g->begin) * SIDE;
+        float some[SIDE], *m = b->down ? row_of(&b->m, p) + first : some;
+        float *gate = e->gate ? row_of(&b->g, p) + first : NULL;
+        b->k->activate_back(&e->glu, b->weight[p], t, gate, row_of(&b->u, p) + first, m, n);
+        b->dw[p * b->blocks + block] = dot(t, m, n);
         kt_acts_derive_part(b->k, &b->u, p, first, n, b->forms_u);
-        if (!e->gate) continue;
-        memcpy(row_of(&b->g, p) + first, mine->gate + at, (size_t)n * sizeof *m);
-        kt_acts_derive_part(b->k, &b->g, p, first, n, b->forms_g);
+        if (gate) kt_acts_derive_part(b->k, &b->g, p, first, n, b->forms_g);
     }
 }
 
@@ -360,13 +357,10 @@ static int64_t rank_of(const struct backward *b) {
 }
 
 static void take_thread(const struct backward *b, struct kt_arena *arena, struct thread *t) {
-    const int64_t square = KT_SHARE_TOKENS * SIDE, rank = rank_of(b);
+    const int64_t rank = rank_of(b);
     kt_scratch_take(arena, 0, &t->s);
     t->panel = kt_transposed_take(arena);
-    t->gate = kt_arena_take(arena, square, sizeof *t->gate);
-    t->up = kt_arena_take(arena, square, sizeof *t->up);
-    t->t = kt_arena_take(arena, square, sizeof *t->t);
-    t->more = kt_arena_take(arena, rank ? KT_SHARE_TOKENS * KT_BLOCK_ROWS : 0, sizeof *t->more);
+    t->t = kt_arena_take(arena, KT_SHARE_TOKENS * SIDE, sizeof *t->t);
     t->sum = kt_arena_take(arena, b->e->hidden > rank * SIDE ? b->e->hidden : rank * SIDE, sizeof *t->sum);
     if (rank) kt_acts_take(arena, rank, b->p.busiest, 0, &t->turned);
 }
