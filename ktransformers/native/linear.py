@@ -9,7 +9,7 @@ import torch
 from ktransformers.native import torch_ops
 from ktransformers.native.checks import DTYPES, checked_input, read_floats
 from ktransformers.native.library import loaded, pooled
-from ktransformers.native.weights import dequantize, fill_weight
+from ktransformers.native.weights import fill_weight
 
 if TYPE_CHECKING:
     from ktransformers.quants.blocks import Packed
@@ -52,6 +52,15 @@ class Linear:
 
     def backward(self, d_y: torch.Tensor) -> torch.Tensor:
         """The gradient of x [..., K] from that of y [..., N]; of d_y's dtype."""
-        return (d_y.float() @ dequantize(self.weight)).to(d_y.dtype)
+        state, pool = pooled()
+        d_y = checked_input(d_y, self.out_features, f"{self.name} (backward)")
+        d_x = torch.empty((*d_y.shape[:-1], self.in_features), dtype=d_y.dtype, device="cpu")
+        cast = state.ffi.cast
+        status = state.lib.kt_linear_backward(
+            pool, self.packed, cast("void *", d_y.data_ptr()), DTYPES[d_y.dtype], d_y.numel() // self.out_features,
+            cast("void *", d_x.data_ptr()),
+        )  # fmt: skip
+        state.check(status, self.name)
+        return d_x
 
     __call__ = forward

@@ -267,6 +267,11 @@ void kt_sync_host(void *user);
 int kt_linear(kt_pool *pool, const kt_weight *w, const float *bias, const void *x, int dtype, int64_t tokens,
               void *out);
 
+/* d_x[T, cols] = d_y[T, rows] @ w: the gradient of x from that of kt_linear's result. Sums are fp32, of the weights and
+ * d_y in fp32; on sets with a bf16 multiplier both are rounded to bf16, but never weights of F32 and F16, nor BF16 ones
+ * where dtype is not bf16. */
+int kt_linear_backward(kt_pool *pool, const kt_weight *w, const void *d_y, int dtype, int64_t tokens, void *d_x);
+
 /* E routed experts: out = sum_k weights[t,k] * (down_e(act(gate_e(x)) * up_e(x)) + bias), e = ids[t,k].
  * gate, up: E matrices [I, H]; down: E matrices [H, I]. The three may differ in type, and so may experts. gate NULL:
  * experts without a gate, act(up_e(x)). */
@@ -278,6 +283,29 @@ void kt_experts_destroy(kt_experts *experts);
  * an id that occurs twice in a row counts twice. out may not overlap hidden. */
 int kt_experts_forward(const kt_experts *experts, kt_pool *pool, const void *hidden, int dtype, int64_t tokens,
                        const int64_t *ids, int64_t per_token, const float *weights, void *out);
+
+/* A low-rank adapter of all experts (Hu et al. 2021): y += scale * (x A') B' beside a product y = x W'. a [E, rank, in]
+ * and b [E, out, rank], fp32, dense; grad_a and grad_b of the same shapes, to which a backward call adds. */
+typedef struct kt_lora {
+    int64_t rank;
+    float scale;
+    const float *a, *b;
+    float *grad_a, *grad_b;
+} kt_lora;
+
+/* kt_experts_forward with adapters, each or NULL: `first` of what multiplies hidden, out being I rows of gate (where
+ * there is one) and then I of up; `down` of down. Their own products are fp32. */
+int kt_experts_forward_lora(const kt_experts *experts, kt_pool *pool, const void *hidden, int dtype, int64_t tokens,
+                            const int64_t *ids, int64_t per_token, const float *weights, const kt_lora *first,
+                            const kt_lora *down, void *out);
+
+/* Gradients of it from d_out [T, H], that of its result. hidden, ids, weights, adapters as given to it; d_out and
+ * d_hidden [T, H] of dtype, d_weights fp32 [T, K] or NULL. Weights and biases are frozen. Gate and up are computed again
+ * as the forward call computes them; all else as kt_linear_backward says. Where a clamp cuts, nothing passes. A skipped
+ * id adds nothing, and its weight gets 0. d_hidden may not overlap hidden or d_out. */
+int kt_experts_backward(const kt_experts *experts, kt_pool *pool, const void *hidden, int dtype, int64_t tokens,
+                        const int64_t *ids, int64_t per_token, const float *weights, const void *d_out,
+                        const kt_lora *first, const kt_lora *down, void *d_hidden, float *d_weights);
 
 /* Which experts a token goes to, and with which weights. logit = norm(x) @ weight^T + bias; then cap * tanh(logit / cap).
  * A score is the logit, or this of all logits. Experts are chosen by key: by score, or by score or logit plus

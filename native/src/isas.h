@@ -50,16 +50,18 @@
 #define KT_PARTS_ALL(P, isa) P(isa, dot) P(isa, unpack) P(isa, gemm) P(isa, act)
 #define KT_PARTS_FLOATS(P, isa) P(isa, dot_float) P(isa, tile_float) P(isa, gemm_f32)
 #define KT_PARTS_portable(P) KT_PARTS_ALL(P, portable) P(portable, attend) P(portable, encode)
-#define KT_PARTS_avx2(P) KT_PARTS_ALL(P, avx2) KT_PARTS_FLOATS(P, avx2) P(avx2, attend) P(avx2, encode)
+#define KT_PARTS_avx2(P) KT_PARTS_ALL(P, avx2) KT_PARTS_FLOATS(P, avx2) P(avx2, attend) P(avx2, encode) P(avx2, turn)
 #define KT_PARTS_avx_vnni(P) P(avx_vnni, dot) P(avx_vnni, gemm) P(avx_vnni, encode)
 #define KT_PARTS_amx_emulated(P) P(amx_emulated, gemm)
 #define KT_PARTS_avx512(P)                                   \
     KT_PARTS_ALL(P, avx512) KT_PARTS_FLOATS(P, avx512)       \
-    P(avx512, iq_dot) P(avx512, iq_tile) P(avx512, attend) P(avx512, encode)
+    P(avx512, iq_dot) P(avx512, iq_tile) P(avx512, attend) P(avx512, encode) P(avx512, turn)
 #define KT_PARTS_avx512_vnni(P)                                                                     \
     P(avx512_vnni, dot) P(avx512_vnni, gemm) P(avx512_vnni, act) P(avx512_vnni, iq_dot) P(avx512_vnni, encode)
 #define KT_PARTS_avx512_vbmi(P) P(avx512_vbmi, iq_tile) P(avx512_vbmi, iq_dot)
-#define KT_PARTS_avx512_bf16(P) P(avx512_bf16, dot) P(avx512_bf16, tile_float) P(avx512_bf16, gemm) P(avx512_bf16, act)
+#define KT_PARTS_avx512_bf16(P)                                                                      \
+    P(avx512_bf16, dot) P(avx512_bf16, tile_float) P(avx512_bf16, gemm) P(avx512_bf16, act)          \
+    P(avx512_bf16, turn)
 #define KT_PARTS_amx(P) P(amx, gemm)
 #define KT_PARTS_neon_dotprod(P) KT_PARTS_ALL(P, neon_dotprod) P(neon_dotprod, gemm_f32)
 #define KT_PARTS_neon_i8mm(P) P(neon_i8mm, gemm)

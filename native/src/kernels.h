@@ -180,6 +180,13 @@ struct kt_kernels {
     /* out[j][r] = in[r * in_stride + j] for 16 rows r and n dwords j. out is 64-byte aligned. */
     void (*interleave)(const uint32_t *in, size_t in_stride, int64_t n, uint32_t *out);
 
+    /* A Q8 panel of one tile as floats, s*(u - z) - m, turned: column c of its row r at
+     * out[c / 16 * tile + r * 16 + c % 16], r < rows. NULL: by way of an fp32 tile, to the same bits. */
+    void (*turn_codes)(const struct kt_panel *p, int rows, float *out, int64_t tile);
+
+    /* The same as bf16, two rows a dword: at out[c / 16 * tile + r / 2 * 16 + c % 16]. NULL: by way of fp32. */
+    void (*turn_codes_bf16)(const struct kt_panel *p, int rows, uint32_t *out, int64_t tile);
+
     /* scales [count][16] (times w->scale) of rows first .. first + rows, rows <= 16, in groups from .. from + count of
      * scale_cols columns; 0 past `rows`. zeros, if not NULL: their packed zero points likewise. */
     void (*read_scales)(const struct kt_matrix *w, int64_t first, int rows, int64_t from, int64_t count, float *scales,
@@ -195,6 +202,10 @@ struct kt_kernels {
 
     /* up[i] = activation of gate[i] and up[i] (see kt_glu); gate NULL: of up[i] alone. Same bits on every ISA. */
     void (*activate)(const struct kt_glu *glu, const float *gate, float *up, int64_t n);
+
+    /* The gradients of gate and up take their place, scale * d being that of the activation's result, which m gets. */
+    void (*activate_back)(const struct kt_glu *glu, float scale, const float *d, float *gate, float *up, float *m,
+                          int64_t n);
 
     /* out[i] += x[i] */
     void (*add)(const float *x, float *out, int64_t n);

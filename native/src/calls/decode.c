@@ -80,7 +80,7 @@ static void gate_up(struct decode *f, struct part *p, int32_t job, int thread) {
     const struct kt_block b = {.k = f->k, .first = first, .rows = (int)kt_min(p->e->inner - first, p->rows),
                                .a = &f->x, .token = &zero, .tokens = 1, .s = &f->scratch[thread],
                                .c = p->m.f + at * p->m.stride + first, .ldc = p->m.stride};
-    kt_expert_gate_up(p->e, p->expert[at], b, next_of(p, job, node));
+    kt_expert_gate_up(p->e, p->expert[at], b, next_of(p, job, node), NULL);
     if (!kt_acts_derive_part(f->k, &p->m, at, first, b.rows, p->forms_m)) atomic_store(&f->nonfinite, 1);
 }
 

@@ -24,13 +24,30 @@ struct kt_experts_call {
     const float *start; /* [T, H], or NULL for nothing */
     void *out;
     int out_dtype;
+    const kt_lora *first, *down; /* NULL: none */
 };
 
 /* Within a call that holds the pool's lock, whose scratch memory stays as it is. Arguments have been checked. */
 int kt_experts_run(const struct kt_experts *e, kt_pool *pool, const struct kt_experts_call *c);
 
-/* Some rows of gate and up of one expert for the tokens that meet it: m = act(gate x) * up x. Its `c` and `ldc` are
- * of m, `a` and `token` of x; rows past I, up to 16, may be overwritten. `b.w` and `b.next` are set here. */
-void kt_expert_gate_up(const struct kt_experts *e, int64_t expert, struct kt_block b, struct kt_next next);
+/* Some rows of gate and up of one expert for the tokens that meet it: their products with x and the biases. `b.c` and
+ * `b.ldc` are of up, `gate` and `ld_gate` of gate; `b.a` and `b.token` of x; rows past I, up to 16, may be overwritten.
+ * `b.w` and `b.next` are set here. */
+void kt_expert_products(const struct kt_experts *e, int64_t expert, struct kt_block b, struct kt_next next, float *gate,
+                        int64_t ld_gate);
+
+/* m = act(gate x) * up x, likewise; `b.c` and `b.ldc` are of m. z: what an adapter (adapter.h) makes of x, NULL for
+ * none; pos: its rows. */
+struct kt_widening {
+    const kt_lora *lora;
+    const struct kt_acts *z;
+    const int32_t *pos;
+};
+void kt_expert_gate_up(const struct kt_experts *e, int64_t expert, struct kt_block b, struct kt_next next,
+                       const struct kt_widening *z);
+
+/* gate and up [tokens, rows], without the adapter, become with it. */
+void kt_expert_widen(const struct kt_experts *e, int64_t expert, const struct kt_block *b, const struct kt_widening *z,
+                     float *gate, int64_t ld_gate);
 
 #endif

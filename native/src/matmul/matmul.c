@@ -111,8 +111,7 @@ static size_t column_bytes(const struct kt_matrix *w, int64_t rows) {
     return (size_t)(w->format == KT_FMT_AWQ4 ? rows / 2 : rows * 4);
 }
 
-/* The packed bytes of columns k0 .. k0 + n of `rows` rows, as far as the matrix has them. */
-static struct kt_ahead packed_bytes(const struct kt_matrix *w, int64_t first, int64_t rows, int64_t k0, int64_t n) {
+struct kt_ahead kt_packed_bytes(const struct kt_matrix *w, int64_t first, int64_t rows, int64_t k0, int64_t n) {
     const struct kt_traits *t = w->traits;
     rows = kt_min(rows, w->rows - first);
     n = kt_min(n, w->cols - k0);
@@ -210,8 +209,8 @@ static void panel_block(const struct kt_block *b, int bytes) {
     for (int64_t k0 = 0; k0 < w->cols; k0 += columns) {
         struct kt_ahead ahead = {0};
         struct kt_panel p = {.kind = kind, .tiles = tiles, .k = kt_min(w->cols - k0, columns), .ahead = &ahead};
-        if (k0 + columns < w->cols) ahead = packed_bytes(w, b->first, b->rows, k0 + columns, columns);
-        else if (b->next.w) ahead = packed_bytes(b->next.w, b->next.first, b->rows, 0, columns);
+        if (k0 + columns < w->cols) ahead = kt_packed_bytes(w, b->first, b->rows, k0 + columns, columns);
+        else if (b->next.w) ahead = kt_packed_bytes(b->next.w, b->next.first, b->rows, 0, columns);
         fetch_while_filling(&p, b->tokens);
         kt_panel_fill(b, k0, &p);
         gemm(&p, b->a, b->token, b->tokens, k0, b->c, b->ldc, k0 > 0);

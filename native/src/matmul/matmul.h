@@ -36,6 +36,9 @@ int kt_panel_threshold(int measured);
 
 void kt_matmul_block(const struct kt_block *b);
 
+/* The packed bytes of columns k0 .. k0 + n of `rows` rows, as far as the matrix has them. */
+struct kt_ahead kt_packed_bytes(const struct kt_matrix *w, int64_t first, int64_t rows, int64_t k0, int64_t n);
+
 /* Rows of a job so that `rows_total` rows make several jobs a thread. Does not change any result. */
 int kt_job_rows(const kt_pool *pool, int64_t rows_total);
 

@@ -229,6 +229,43 @@ static void activate(const struct kt_glu *glu, const float *gate, float *up, int
     }
 }
 
+/* A gradient where nothing was cut, else zero. */
+static inline kt_floats unless(kt_ints cut, kt_floats x) { return choose(cut, all_lanes(0.0f), x); }
+
+/* `set` gives y = f(x) and its slope; then m, and the gradients of gate and up. `plus`: what the unit adds to up. */
+#define GLU_BACK(set)                                                                                      \
+    for (; n > 0; n -= KT_LANES, d += KT_LANES, up += KT_LANES, m += KT_LANES, gate += gate ? KT_LANES : 0) { \
+        const kt_floats given = load_some(up, n), u = within(given, limit), v = u + plus;                  \
+        const kt_floats g = gate ? load_some(gate, n) : u, x = gate ? at_most(g, limit) : u;               \
+        const kt_floats dm = scale * load_some(d, n);                                                      \
+        kt_floats y, slope;                                                                                \
+        set;                                                                                               \
+        store_some(m, gate ? v * y : y, n);                                                                \
+        store_some(up, unless((given > limit) | (given < -limit), dm * (gate ? y : slope)), n);            \
+        if (gate) store_some(gate, unless(g > limit, dm * v * slope), n);                                  \
+    }
+
+static void activate_back(const struct kt_glu *glu, float scale, const float *d, float *gate, float *up, float *m,
+                          int64_t n) {
+    const float limit = glu->limit, alpha = glu->alpha, plus = glu->activation == KT_SWIGLU_OAI ? 1.0f : 0.0f;
+    switch (glu->activation) {
+    case KT_SILU: GLU_BACK(const kt_floats s = sigmoid(x); y = x * s; slope = s + y * (1.0f - s)) break;
+    case KT_GELU: /* x P(x), P of the normal distribution; 0.3989 = 1 / sqrt(2 pi) is its density at 0 */
+        GLU_BACK(const kt_floats p = 0.5f * (1.0f + erf_of(x * 0.70710678f)); y = x * p;
+                 slope = p + x * (0.39894228f * exp_clamped(-0.5f * (x * x))))
+        break;
+    case KT_GELU_TANH:
+        GLU_BACK(const kt_floats s = sigmoid(1.59576912f * (x + 0.044715f * (x * x * x))); y = x * s;
+                 slope = s + y * (1.0f - s) * (1.59576912f * (1.0f + 0.134145f * (x * x))))
+        break;
+    case KT_RELU: GLU_BACK(y = choose(x < 0.0f, all_lanes(0.0f), x); slope = unless(x <= 0.0f, all_lanes(1.0f))) break;
+    case KT_RELU2: GLU_BACK(y = choose(x < 0.0f, all_lanes(0.0f), x * x); slope = unless(x <= 0.0f, 2.0f * x)) break;
+    case KT_SWIGLU_OAI:
+        GLU_BACK(const kt_floats s = sigmoid(alpha * x); y = x * s; slope = s + alpha * y * (1.0f - s))
+        break;
+    }
+}
+
 static void add(const float *x, float *out, int64_t n) {
     for (int64_t i = 0; i < n; i++) out[i] += x[i];
 }
@@ -245,6 +282,7 @@ static void fill_act(struct kt_kernels *k) {
     k->to_bf16 = to_bf16;
     k->to_f16 = to_f16;
     k->activate = activate;
+    k->activate_back = activate_back;
     k->add = add;
     k->scale_add = scale_add;
 }
