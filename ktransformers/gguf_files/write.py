@@ -184,7 +184,7 @@ def _floats(matrix: Any) -> torch.dtype:
 
 
 @contextmanager
-def _folder_beside(out: Path) -> Iterator[Path]:
+def folder_beside(out: Path) -> Iterator[Path]:
     """A folder on the disk of `out` to write in, gone afterwards in any case; disk errors become ours."""
     made = [parent for parent in out.parents if not parent.exists()]  # innermost first
     try:
@@ -248,7 +248,7 @@ def write_gguf(
     import gguf
 
     needed = sum(o.type.packed_bytes(o.shape) for o in outputs)
-    with _folder_beside(out) as folder:
+    with folder_beside(out) as folder:
         free = shutil.disk_usage(folder).free
         if needed > free:
             raise WeightError(
@@ -270,10 +270,10 @@ def write_gguf(
             _write_tensors(writer, outputs, progress, imatrix)
         finally:
             writer.close()
-        return _publish(folder, out), notices
+        return publish(folder, out), notices
 
 
-def _publish(folder: Path, out: Path) -> list[Path]:
+def publish(folder: Path, out: Path) -> list[Path]:
     """Move the finished files beside `out`: all of them, or none."""
     places = {path: out.with_name(path.name) for path in sorted(folder.iterdir())}
     try:
