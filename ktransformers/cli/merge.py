@@ -55,7 +55,8 @@ def _rendered(done: dict[str, Any]) -> Iterator[Any]:
     table.add_column("stored as")
     for column in ("number", "adapter's change", "lost in storing"):
         table.add_column(column, justify="right")
-    for kind, row in [*done["kinds"].items(), ("all of these", done["all"])]:
+    moved = [(kind, row) for kind, row in done["kinds"].items() if row["change"] or row["error"]]
+    for kind, row in [*moved, ("all tensors written anew", done["all"])]:
         table.add_row(kind, row["types"], str(row["tensors"]), f"{row['change']:.2e}", f"{row['error']:.2e}")
     yield table
     kinds = ", ".join(f"{count} {name}" for name, count in done["types"].items())

@@ -75,11 +75,12 @@ def merge(
     with open_weights(weights) as files, warnings.catch_warnings(record=True) as caught:
         merging = Merging(base, out, kind, model.config, model, read, files, bind(files, model), show)
         written = _writer(files.format, out)(merging)
-    merging.notices += [str(one.message) for one in caught if one.category is UserWarning]
+    report = merging.tally.report()
+    merging.notices += [str(one.message) for one in caught if one.category is UserWarning] + _drowned(report["kinds"])
     return {
         "files": [str(path) for path in written["files"]],
         "bytes": sum(path.stat().st_size for path in written["files"]),
-        "types": written["types"], "notices": merging.notices, **merging.tally.report(),
+        "types": written["types"], "notices": merging.notices, **report,
     }  # fmt: skip
 
 
@@ -111,6 +112,15 @@ def _refuse_tied(adapter: Adapter, model: Any) -> None:
             f"{adapter.path}: {', '.join(found)}: this model has one tensor for {' and '.join(sorted(both))}, so both "
             "would change. Leave the adapter beside the model."
         )
+
+
+def _drowned(kinds: dict[str, dict[str, Any]]) -> list[str]:
+    """A notice of tensors whose change is smaller than what their type loses."""
+    found = [kind for kind, row in kinds.items() if row["change"] and row["error"] >= row["change"]]
+    if not found:
+        return []
+    shown = ", ".join(found[:6]) + (f" and {len(found) - 6} more" if len(found) > 6 else "")
+    return [f"storing {shown} loses more than the adapter changed: choose a larger --type, or leave the adapter beside"]
 
 
 def _writer(form: str, out: Path) -> Callable[[Merging], dict[str, Any]]:

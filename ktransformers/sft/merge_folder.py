@@ -73,7 +73,7 @@ def _edits(merging: Merging) -> tuple[dict[str, Matrix], dict[str, Tensor]]:
             problems.append(f"{name}: trained whole, and not stored so")
         whole[source.names[0]] = tensor
     if problems:
-        headline = f"{merging.base}: cannot be merged into its own tensors; merge into an OUT.gguf:"
+        headline = f"{merging.base}: cannot be merged into its own tensors. Leave the adapter beside the model:"
         raise join_errors(UnsupportedError, headline, problems)
     return changes, whole
 

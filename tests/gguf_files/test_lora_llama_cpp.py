@@ -15,6 +15,7 @@ import torch
 
 from ktransformers.gguf_files.lora import peft_to_gguf
 from ktransformers.gguf_files.write import quantize_folder
+from ktransformers.sft.merge import merge
 from tests.gguf_files.test_families import model_of
 from tests.gguf_files.test_lora import adapted
 from tests.gguf_files.test_write import byte_tokenizer
@@ -69,3 +70,5 @@ def test_same_logits(model_type, config, tmp_path):
     assert (plain - expected).abs().max() > 0.2 * spread  # the adapter matters
     assert (without - plain).abs().max() < 0.01 * spread  # what their half-precision cache leaves
     assert (found - expected).abs().max() < 0.01 * spread
+    merge(tmp_path / "m.gguf", tmp_path / "peft", tmp_path / "merged.gguf")
+    assert (theirs(tmp_path / "merged.gguf", "", prompt, tmp_path / "answer") - expected).abs().max() < 0.01 * spread

@@ -22,8 +22,10 @@ from ktransformers.sft.merge import merge
 from tests.gguf_files.test_families import CONFIGS, NO_OPERATORS, model_of
 from tests.gguf_files.test_lora import LINEARS, adapted, logits
 from tests.gguf_files.test_write import byte_tokenizer
+from tests.loaders import published
 from tests.loaders.small_files import edit_gguf
-from tests.tiny import meta_model, relative_error
+from tests.operators import test_published_checkpoints as published_checkpoints
+from tests.tiny import meta_model, relative_error, save, tiny_model
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -63,13 +65,17 @@ def targets(model_type):
     return {"target_modules": [*LINEARS, "kv_b_proj"]} if "kv_lora_rank" in CONFIGS[model_type] else {}
 
 
+def of_path(path):
+    return AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=torch.float32).eval()
+
+
 def of_folder(path):
-    return logits(AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=torch.float32).eval())
+    return logits(of_path(path))
 
 
-def of_gguf(path, config=None):
+def of_gguf(path, config=None, vocab=96):
     config = config or config_from_gguf(path)
-    return logits(optimize_and_load(meta_model(config), NO_OPERATORS, path, progress=False))
+    return logits(optimize_and_load(meta_model(config), NO_OPERATORS, path, progress=False), vocab)
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
@@ -133,6 +139,28 @@ def test_every_place(made, config, tmp_path):
         out = tmp_path / f"of {source.replace('.', ' ')}"
         merge(folder / source, adapter, out)
         assert relative_error(of_folder(out), expected) < 1e-5
+
+
+FAMILIES = [
+    "aria_text", "qwen3_vl_moe", "inkling_text", "gpt_oss", "llama4", "granitemoe", "ernie4_5_vl_moe", "longcat_flash",
+    "deepseek_v4", "minimax_m3_vl", "bailing_hybrid", "gemma4",
+]  # fmt: skip
+"""Those that store experts in other ways: columns, rows in turn, one by one, dealt out, or more than are computed."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_however_a_folder_stores_experts(family, tmp_path):
+    base = tiny_model(family)
+    save(base, tmp_path / "hf")
+    names = ("q_proj", "q_b_proj", "qkv_proj", "o_proj", "down_proj")
+    linear = sorted({n for n in names if any(name.endswith(f".{n}") for name, _ in base.named_modules())})
+    model = adapted(base, target_modules=linear)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "peft")
+    done = merge(tmp_path / "hf", tmp_path / "peft", tmp_path / "out")
+    assert any("expert" in kind or "input_linear" in kind for kind in done["kinds"])
+    merged = type(base).from_pretrained(tmp_path / "out", attn_implementation="eager", dtype=torch.float32).eval()
+    assert relative_error(logits(merged), expected) < 1e-5 < 1e-2 < relative_error(logits(base), expected)
 
 
 # --- quantized bases ----------------------------------------------------------------------------------------
@@ -204,6 +232,37 @@ def test_quantized_safetensors_become_floats(made, tmp_path):
     assert relative_error(of_folder(tmp_path / "out"), expected) < 1e-5
     done = merge(tmp_path / "fp8", folder / "peft", tmp_path / "bf16")
     assert done["types"]["BF16"] > 10 and 1e-4 < done["kinds"]["self_attn.q_proj"]["error"] < 4e-3
+
+
+@pytest.mark.parametrize("form", ["mxfp4 stacks", "fp8_block", "gptq4_act_order", "awq4", "nvfp4_modelopt"])
+def test_every_way_of_quantizing_safetensors_becomes_floats(form, tmp_path):
+    make = published_checkpoints.checkpoint if form in published.FORMATS else published_checkpoints.gpt_oss
+    folder, truth = make(tmp_path / "hf", *([form] if form in published.FORMATS else []))
+    shutil.rmtree(folder / "plain", ignore_errors=True)
+    truth.config.save_pretrained(folder)
+    method = published.FORMATS[form][3] if form in published.FORMATS else {"quant_method": "mxfp4"}
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": method}))
+    plain = AutoModelForCausalLM.from_config(truth.config, attn_implementation="eager").eval()
+    plain.load_state_dict({name: tensor.float() for name, tensor in truth.state_dict().items()})
+    model = adapted(plain)
+    model.save_pretrained(tmp_path / "peft")
+    expected = logits(model, 80)
+    merge(folder, tmp_path / "peft", tmp_path / "out", "F32")
+    assert relative_error(logits(of_path(tmp_path / "out"), 80), expected) < 1e-5
+    merge(folder, tmp_path / "peft", tmp_path / "out.gguf", "F32")
+    assert relative_error(of_gguf(tmp_path / "out.gguf", truth.config, 80), expected) < 1e-4
+    assert relative_error(logits(plain, 80), expected) > 1e-2
+
+
+def test_a_change_that_storing_drowns_is_said(made, tmp_path):
+    folder, _, _ = made()
+    shutil.copytree(folder / "peft", tmp_path / "peft")
+    path = tmp_path / "peft" / "adapter_model.safetensors"
+    save_file({n: t * (0.01 if "lora_B" in n else 1) for n, t in load_file(path).items()}, path)
+    done = merge(folder / "hf", tmp_path / "peft", tmp_path / "out.gguf", "Q4_0")
+    assert any(n.startswith("storing attn_k, attn_output") and "larger --type" in n for n in done["notices"])
+    assert not any("storing" in n for n in merge(folder / "hf", folder / "peft", tmp_path / "out.gguf", "Q8_0")["notices"])
 
 
 def test_experts_one_by_one_and_a_whole_kv_b(made, tmp_path):
