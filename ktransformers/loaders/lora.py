@@ -40,7 +40,7 @@ class LowRank:
     def of(self, expert: int) -> Tensor:
         """The change of one expert's matrix [out, in] in float32, or of the one matrix."""
         a, b = (self.a, self.b) if self.a.dim() == 2 else (self.a[expert], self.b[expert])
-        return (b.float() @ a.float()) * self.scale
+        return (b.float() * self.scale) @ a.float()
 
     def rows(self, b: Tensor) -> LowRank:
         """The same with other rows `b`."""

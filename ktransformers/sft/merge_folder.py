@@ -29,6 +29,7 @@ from ktransformers.native import encode
 from ktransformers.quants.blocks import QUANT_TYPES, QuantType
 from ktransformers.quants.scaled import ScaledType
 from ktransformers.sft.merge import FLOATS, Merging, by_type
+from ktransformers.sft.tally import numbers
 
 Matrix = Callable[[int], Tensor]
 """Of a stack of matrices the one of that number, or the one matrix there is."""
@@ -111,7 +112,7 @@ def _stored(merging: Merging, info: TensorInfo, turned: bool, change: Matrix | N
 
     def read(number: int) -> Tensor:
         packed = merging.files.packed(info.name)
-        matrix = (packed.expert(number) if _is_stack(shape) else packed).dequantize()
+        matrix = numbers(packed.expert(number) if _is_stack(shape) else packed)
         return matrix.T.contiguous() if turned else matrix
 
     return written(merging, info.name, shape, kind, read, change, whole)
@@ -179,7 +180,7 @@ def _of_model(merging: Merging, name: str, shape: tuple[int, ...]) -> Written:
 def _expert(merging: Merging, name: str, which: str, number: int, transposed: bool) -> Tensor:
     """One matrix of a stack, as the model holds it."""
     experts = merging.weights.source(name)
-    parts = [experts.matrices(part)[number].dequantize() for part in range(len(experts.parts))]
+    parts = [numbers(experts.matrices(part)[number]) for part in range(len(experts.parts))]
     in_turn = isinstance(experts, StackedColumns) and experts.interleaved
     matrix = torch.stack(parts, 1).flatten(0, 1) if in_turn else torch.cat(parts)
     return matrix.T.contiguous() if transposed else matrix

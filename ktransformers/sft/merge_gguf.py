@@ -20,6 +20,7 @@ from ktransformers.native.encode import encoded_types
 from ktransformers.quants.blocks import Packed, QuantType
 from ktransformers.quants.scaled import ScaledType
 from ktransformers.sft.merge import Merging, by_type
+from ktransformers.sft.tally import numbers
 
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -175,7 +176,7 @@ def _as_written(
             yield packed.data
             return
         for number, matrix in enumerate(_matrices(packed, change)):
-            wanted = matrix.dequantize() if whole is None else whole.float().view(matrix.shape)
+            wanted = numbers(matrix) if whole is None else whole.float().view(matrix.shape)
             if change is not None:
                 added = change.of(number).view(wanted.shape)
                 merging.tally.changed(name, added)

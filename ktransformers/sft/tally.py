@@ -5,10 +5,12 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ktransformers.native import dequantize
 from ktransformers.quants.blocks import Packed, QuantType
+from ktransformers.quants.scaled import ScaledWeight
 
 
 @dataclass
@@ -42,9 +44,10 @@ class Tally:
     def stored(self, name: str, wanted: Tensor, packed: Tensor, kind: QuantType) -> None:
         """A matrix that should be `wanted` was stored as `packed`."""
         sums = self._kinds[kind_of(name)]
-        found = dequantize(Packed(packed.view(-1), kind, tuple(wanted.shape)))
+        wanted = wanted.float()
+        lost = numbers(Packed(packed.view(-1), kind, tuple(wanted.shape))).sub_(wanted)
         sums.wanted += _square(wanted)
-        sums.lost += _square(found - wanted.float())
+        sums.lost += _square(lost)
         sums.tensors.add(name)
         sums.types[kind.name] = None
 
@@ -67,5 +70,12 @@ def kind_of(name: str) -> str:
     return re.sub(r"\.\d+\.", ".*.", kind).removesuffix(".weight")
 
 
+def numbers(packed: Packed | ScaledWeight) -> Tensor:
+    """What a stored matrix holds, in float32 and in memory of its own; in C where C knows the type."""
+    known = isinstance(packed, Packed) and packed.type.in_c
+    return dequantize(packed) if known else packed.dequantize()
+
+
 def _square(tensor: Tensor) -> float:
-    return float(tensor.float().square().mean()) * tensor.numel()
+    flat = tensor.float().reshape(-1)
+    return float(torch.dot(flat, flat))
