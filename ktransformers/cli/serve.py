@@ -261,6 +261,6 @@ def _facts(options: ServeOptions, model: Any) -> dict[str, Any]:
     devices = sorted({str(device) for device in getattr(model, "hf_device_map", {}).values()})
     return {
         "model_type": kind, "dtype": str(model.dtype).removeprefix("torch."), "cache": options.cache or None,
-        "rule": Path(_rule(options, model)).name,
+        "rule": Path(_rule(options, model)).name, "adapter": Path(options.adapter).name or None,
         "max_running": options.max_running, "chunk_size": options.chunk_size, "machine": machine | {"devices": devices},
     }  # fmt: skip

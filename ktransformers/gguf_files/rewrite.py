@@ -12,8 +12,10 @@ from ktransformers.loaders.gguf import metadata_entries
 from ktransformers.loaders.writing import Written
 
 _ALIGNMENT = 32
-_OF_THE_SET = ("split.", "general.alignment", "general.file_type")
-"""Metadata of one file among several, or of how tensors lie and are stored."""
+_OF_THE_SET = ("split.", "general.alignment")
+"""Metadata of one file among several, or of how tensors lie."""
+_OF_TYPES = ("general.file_type", "quantize.imatrix.")
+"""Of how they are stored."""
 
 
 def rewrite(
@@ -45,7 +47,7 @@ def _aligned(size: int) -> int:
 
 def _kept(source: Path, file_type: int | None) -> Iterator[bytes]:
     for key, entry in metadata_entries(MappedFile(source)):
-        if not key.startswith(_OF_THE_SET) or (key == "general.file_type" and file_type is None):
+        if not key.startswith(_OF_THE_SET if file_type is None else (*_OF_THE_SET, *_OF_TYPES)):
             yield entry
     if file_type is not None:
         key = b"general.file_type"

@@ -57,6 +57,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
                 f"{folder / CONFIG}: {name} is {value!r:.60}, with which an adapter is more than two factors. Merge it "
                 "with PEFT's merge_and_unload on transformers' model."
             )
+    alphas = {"lora_alpha": settings.get("lora_alpha", 8), **(settings.get("alpha_pattern") or {})}
+    if wrong := [name for name, value in alphas.items() if not isinstance(value, (int, float))]:
+        raise WeightError(f"{folder / CONFIG}: alpha of {wrong[0]!r} is {alphas[wrong[0]]!r:.60}, expected a number.")
     return settings
 
 
@@ -78,7 +81,7 @@ def read_peft(folder: Path, model: nn.Module) -> Adapter:
     _check_initial(folder, settings)
     if not (folder / WEIGHTS).is_file():
         raise WeightError(f"{folder}: no {WEIGHTS} in it. Load the adapter with PEFT and save it again.")
-    adapter = Adapter(folder, float(settings.get("lora_alpha", 8)))
+    adapter = Adapter(folder, settings.get("lora_alpha", 8))
     with open_weights(folder / WEIGHTS) as files:
         problems = _Reading(files, settings, model, adapter).all()
     if problems:
@@ -134,7 +137,8 @@ class _Reading:
         if found.embedding:
             a, b = b.T, a.T  # lora_embedding_A [r, rows], lora_embedding_B [columns, r]
         count = found.shape[0] if len(found.shape) == 3 else 1
-        if a.dim() != 2 or b.dim() != 2 or (count > 1 and (a.shape[0] % count or b.shape[1] % count)):
+        whole = a.dim() == b.dim() == 2 and a.numel() and b.numel()
+        if not whole or (count > 1 and (a.shape[0] % count or b.shape[1] % count)):
             return [f"{stored['A']} {list(a.shape)} and {list(b.shape)} are no factors of {list(found.shape)}"]
         if len(found.shape) == 3:
             a, b = from_peft(a, b, count, found.exchanged)
@@ -169,9 +173,12 @@ class _Reading:
 def _by_pattern(patterns: Mapping[str, Any] | None, key: str, default: float) -> float:
     """What PEFT finds for `key`: the first pattern that is the end of it."""
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", key):
-            return float(value)
-    return default
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", key):
+                return float(value)
+        except re.error as error:
+            raise WeightError(f"{CONFIG}: alpha_pattern {pattern!r} is no regular expression: {error}.") from error
+    return float(default)
 
 
 # --- writing ------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from ktransformers.errors import UnsupportedError, WeightError, join_errors
 from ktransformers.gguf_files.lora import is_gguf_lora, read_gguf_lora
 from ktransformers.loaders.lora import Adapter
 from ktransformers.loaders.peft_files import CONFIG, is_adapter_folder, read_peft, write_peft
+from ktransformers.operators.base_operator import BaseInjectedModule
 from ktransformers.paths import existing_path
 
 
@@ -49,6 +50,7 @@ def load_adapter(model: Any, path: str | Path) -> Any:
     config = copy.deepcopy(model.config)
     shapes = meta_model(config)
     adapter = read_adapter(path, shapes, config)
+    _refuse_whole(model, adapter)
     with tempfile.TemporaryDirectory() as folder:
         if is_gguf_lora(path):
             write_peft(adapter, Path(folder), shapes)
@@ -56,6 +58,16 @@ def load_adapter(model: Any, path: str | Path) -> Any:
         adapted = _by_peft(model, path)
     _check_all_there(adapted, adapter)
     return adapted.eval()
+
+
+def _refuse_whole(model: Any, adapter: Adapter) -> None:
+    """Operators keep the checkpoint's own bytes, so there is no tensor that another could take the place of."""
+    modules = {name.rpartition(".")[0] for name in adapter.replaced}
+    if packed := sorted(name for name in modules if isinstance(model.get_submodule(name), BaseInjectedModule)):
+        raise UnsupportedError(
+            f"{adapter.path}: {', '.join(packed[:6])}: trained whole, and computed from the checkpoint's packed bytes "
+            "here. Make a checkpoint of both with `kt merge`, or leave these modules to transformers (class: default)."
+        )
 
 
 def _by_peft(model: Any, folder: Path) -> Any:

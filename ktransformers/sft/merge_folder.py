@@ -229,6 +229,9 @@ def _write(merging: Merging, files: dict[str, list[Written]], rest: Callable[[Pa
     """Write the folder, whole or not at all. `rest` writes what is not weights."""
     every = [one for tensors in files.values() for one in tensors]
     inside = merging.out / "model.safetensors"
+    known = {*files, "model.safetensors.index.json"} if len(files) > 1 else {*files}
+    if other := sorted(path.name for path in merging.out.glob("*.safetensors*") if path.name not in known):
+        raise WeightError(f"{merging.out}: also holds {other[0]}, which would be read with what is written. Remove it.")
     with (
         write.folder_beside(inside, sum(one.nbytes for one in every)) as folder,
         write.progress_bar(every, merging.show, "merging") as done,

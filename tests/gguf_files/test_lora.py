@@ -144,6 +144,7 @@ def folder(tmp_path):
         ({"use_dora": True}, "use_dora is True.*merge_and_unload"),
         ({"bias": "all"}, "bias is 'all'"),
         ({"lora_bias": True}, "lora_bias"),
+        ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens"),
         ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4.*path_initial_model"),
     ],
@@ -181,6 +182,12 @@ def test_whole_tensors_and_latent_attention_are_refused_by_name(tmp_path):
 
 def test_damaged_adapters(folder, tmp_path):
     config = model_of("qwen3_moe").config
+    for settings, words in (({"lora_alpha": "8"}, "expected a number"), ({"alpha_pattern": {"(": 2}}, "no regular")):
+        before = (folder / "adapter_config.json").read_text()
+        rewrite(folder, **settings)
+        with pytest.raises(WeightError, match=words):
+            peft_to_gguf(folder, tmp_path / "a.gguf", config)
+        (folder / "adapter_config.json").write_text(before)
     tensors = load_file(folder / "adapter_model.safetensors")
     one = next(name for name in tensors if "lora_B" in name)
     save_file({name: t for name, t in tensors.items() if name != one}, folder / "adapter_model.safetensors")

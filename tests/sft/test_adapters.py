@@ -1,6 +1,7 @@
 """An adapter on a loaded model: from a PEFT folder or a GGUF LoRA file, in chat, bench and the engine that serves."""
 
 import copy
+import importlib.util
 import json
 import queue
 
@@ -9,12 +10,15 @@ import torch
 from typer.testing import CliRunner
 
 from ktransformers import cli, native
+from ktransformers.cli import serve
 from ktransformers.engine.batching import BatchingEngine
 from ktransformers.engine.generate import generate
 from ktransformers.engine.load import load
 from ktransformers.engine.requests import Done, Request, Token
+from ktransformers.engine.sampling import Sampling
 from ktransformers.errors import UnsupportedError, WeightError
-from ktransformers.gguf_files.lora import peft_to_gguf
+from ktransformers.gguf_files.lora import peft_to_gguf, write_gguf_lora
+from ktransformers.loaders.lora import LowRank
 from ktransformers.sft import adapters
 from ktransformers.sft.adapters import load_adapter
 from tests.sft.test_peft import EXPERTS, IDS, adapted, logits, mine
@@ -58,6 +62,50 @@ def test_from_a_folder_and_from_a_gguf_file(given, family, exact):
         assert relative_error(logits(model), expected) < 1e-5
         with loaded.disable_adapter():
             assert relative_error(logits(loaded), plain) < 1e-5
+
+
+@pytest.mark.parametrize("family", TARGETS)
+@pytest.mark.parametrize(
+    "targets",
+    [
+        {"target_modules": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["o_proj"], "target_parameters": ["mlp.gate.weight"]},
+        {"target_modules": ["o_proj"], "modules_to_save": ["input_layernorm"]},
+        {"target_modules": "all-linear"},
+    ],
+    ids=["embedding, head", "router", "norms", "all-linear"],
+)
+def test_every_place(checkpoint, family, targets, exact, tmp_path):
+    reference, folder = checkpoint(family)
+    model = adapted(copy.deepcopy(reference), **targets)
+    for name, tensor in model.named_parameters():
+        if "modules_to_save" in name:
+            tensor.data.mul_(1.5)
+    model.save_pretrained(tmp_path)
+    expected = logits(model)
+    assert relative_error(logits(load_adapter(mine(reference.config, folder), tmp_path)), expected) < 1e-5
+    assert relative_error(logits(copy.deepcopy(reference)), expected) > 1e-3
+
+
+def test_shared_experts_of_a_gguf_file(checkpoint, exact, tmp_path):
+    """PEFT takes names such as gate_proj for parameters of routed experts, where it is not given whole names."""
+    reference, folder = checkpoint("qwen2_moe")
+    torch.manual_seed(3)
+    changed, shared = copy.deepcopy(reference), {"gate": (48, 64), "down": (64, 48)}
+    changes = {f"blk.1.ffn_{which}_shexp.weight": LowRank(torch.randn(3, shape[1]), torch.randn(shape[0], 3) / 9, 1 / 3)
+               for which, shape in shared.items()}  # fmt: skip
+    for (which, _), change in zip(shared.items(), changes.values(), strict=True):
+        changed.model.layers[1].mlp.shared_expert.get_submodule(f"{which}_proj").weight.data += change.of(0)
+    write_gguf_lora(tmp_path / "a.gguf", "qwen2moe", changes, 1.0)
+    found = load_adapter(mine(reference.config, folder), tmp_path / "a.gguf")
+    assert relative_error(logits(found), logits(changed)) < 1e-5 < 1e-3 < relative_error(logits(reference), logits(changed))
+
+
+def test_packed_modules_that_were_trained_whole_are_refused(checkpoint, tmp_path):
+    reference, folder = checkpoint("qwen3_moe")
+    adapted(copy.deepcopy(reference), target_modules=["o_proj"], modules_to_save=["lm_head"]).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match=r"lm_head: trained whole.*kt merge"):
+        load_adapter(mine(reference.config, folder), tmp_path)
 
 
 @pytest.mark.parametrize("family", TARGETS)
@@ -150,6 +198,22 @@ def test_programs_refuse_a_path_that_is_none_before_loading(tmp_path):
     for program in ("chat", "bench", "serve"):
         ran = run(program, "--adapter", tmp_path / "none")
         assert ran.exit_code == 1 and "no such file or folder" in ran.stderr, ran.output
+
+
+@pytest.mark.skipif(not all(map(importlib.util.find_spec, serve.EXTRA)), reason="the extra `serve` is not installed")
+def test_serve_computes_with_it_and_keeps_its_prefixes_apart(for_embedded):
+    plain, served = (serve.open_model(serve.ServeOptions(adapter=str(path), as_json=True)) for path in ("", for_embedded))
+    ids = served.tokenizer("What is a rule file?").input_ids
+    found = []
+    for one in (plain, served):
+        events = queue.Queue()
+        one.engine.submit(Request(ids, 6), events.put)
+        found.append(answer(events))
+        one.engine.close()
+    model, _ = load()
+    right = load_adapter(model, for_embedded).get_base_model()
+    assert found[1] == list(generate(right, ids, max_new_tokens=6, sampling=Sampling())) != found[0]
+    assert served.facts["adapter"] == "peft" and plain.facts["adapter"] is None
 
 
 def test_bench_measures_with_it(for_embedded):

@@ -291,6 +291,14 @@ def test_experts_one_by_one_and_a_whole_kv_b(made, tmp_path):
         assert relative_error(of_gguf(tmp_path / "out.gguf", base.config), expected) < 1e-4
 
 
+def test_a_split_file_becomes_one(made, tmp_path):
+    folder, _, expected = made()
+    parts = quantize_folder(folder / "hf", tmp_path / "m.gguf", "F32", 10)["files"]
+    assert len(parts) > 2
+    merge(parts[0], folder / "peft", tmp_path / "out.gguf")
+    assert relative_error(of_gguf(tmp_path / "out.gguf"), expected) < 1e-4
+
+
 def test_a_gguf_adapter_is_merged_as_the_folder_it_was_made_of(made, tmp_path):
     folder, base, expected = made()
     lora = peft_to_gguf(folder / "peft", tmp_path / "a.gguf", base.config)
@@ -320,6 +328,26 @@ def test_what_cannot_be_merged_is_refused_and_nothing_written(made, tmp_path):
         with pytest.raises(kind, match=words):
             merge(*arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_not_finite_is_named(made, tmp_path):
+    folder, _, _ = made()
+    shutil.copytree(folder / "peft", tmp_path / "peft")
+    path = tmp_path / "peft" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors["base_model.model.model.layers.1.self_attn.k_proj.lora_B.weight"][3, 1] = float("nan")
+    save_file(tensors, path)
+    for source in ("hf", "m.gguf"):
+        with pytest.raises(WeightError, match=r"blk\.1\.attn_k\.weight: "):
+            merge(folder / source, tmp_path / "peft", tmp_path / "out.gguf", "Q8_0")
+    assert [path.name for path in tmp_path.iterdir()] == ["peft"]
+
+
+def test_other_weights_in_the_folder_are_not_mixed_with(made, tmp_path):
+    folder, _, _ = made()
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    with pytest.raises(WeightError, match="also holds model-00001-of-00002"):
+        merge(folder / "hf", folder / "peft", tmp_path)
 
 
 def test_a_type_without_encoder_is_told_beforehand(made, tmp_path):
