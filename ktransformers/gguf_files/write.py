@@ -119,13 +119,13 @@ def plan(
     for name, shape in shapes.items():
         if name in tied:
             continue
-        for stored, out_shape, parts in _pieces(weights, family, config, name, shape):
+        for stored, out_shape, parts in stored_pieces(weights, family, config, name, shape):
             kind = choose_type(stored, out_shape, mix, config.num_hidden_layers, "lm_head.weight" in tied)
             outputs.append(Output(stored, out_shape, kind, parts))
     return outputs
 
 
-def _pieces(weights: ModelWeights, family, config, name: str, shape: tuple[int, ...]):
+def stored_pieces(weights: ModelWeights, family, config, name: str, shape: tuple[int, ...]):
     """The GGUF tensors that one tensor of the model becomes: (name, shape, parts) each."""
     expert = gguf_names.expert(name)
     if expert and not expert["bias"]:

@@ -102,13 +102,13 @@ def _stored(merging: Merging, info: TensorInfo, turned: bool, change: Matrix | N
     """A stored tensor, changed or not. `turned`: dequantized it is held the other way round, as unquantized are."""
     shape = (*info.shape[:-2], info.shape[-1], info.shape[-2]) if turned else info.shape
     if not info.type.computed:
-        return Written(info.name, shape, info.type, lambda: iter([merging.files._view(info)]))
+        return Written(info.name, shape, info.type, lambda: iter([merging.files.packed(info.name).data]))
     if isinstance(info.type, ScaledType):
         kind = QUANT_TYPES[merging.type or "BF16"]
     else:
         kind = QUANT_TYPES[merging.type] if merging.type else info.type
     if change is None and whole is None and kind is info.type:
-        return Written(info.name, shape, kind, lambda: iter([merging.files._view(info)]))
+        return Written(info.name, shape, kind, lambda: iter([merging.files.packed(info.name).data]))
 
     def read(number: int) -> Tensor:
         packed = merging.files.packed(info.name)

@@ -79,7 +79,7 @@ def _replaced(merging: Merging, config: Any) -> dict[str, Tensor]:
     for name, tensor in merging.adapter.replaced.items():
         if gguf_names.expert(name):
             raise UnsupportedError(f"{merging.adapter.path}: {name}: experts trained whole cannot be merged into GGUF.")
-        for stored, shape, parts in write._pieces(_Given(tensor), family, config, name, tuple(tensor.shape)):
+        for stored, shape, parts in write.stored_pieces(_Given(tensor), family, config, name, tuple(tensor.shape)):
             found[stored] = torch.cat(list(parts())).view(shape)
     return found
 
