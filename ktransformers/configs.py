@@ -142,7 +142,7 @@ def _read_json(path: Path) -> dict[str, Any]:
                 f"{path}: not a file, or too large for a config.json, which has some kilobytes. Give the model's "
                 "folder, its config.json or a .gguf."
             )
-        fields = json.loads(path.read_text(encoding="utf-8-sig"))
+        fields = json.loads(path.read_text(encoding="utf-8-sig"), object_hook=_float_or_object)
     except (OSError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise KTransformersError(
             f"{path}: cannot be read as JSON: {error}. Download it again, or give another file."
@@ -153,6 +153,12 @@ def _read_json(path: Path) -> dict[str, Any]:
             "config.json."
         )
     return fields
+
+
+def _float_or_object(found: dict[str, Any]) -> Any:
+    """How transformers writes numbers that JSON has not: ``{"__float__": "Infinity"}``."""
+    text = found.get("__float__")
+    return float(text) if len(found) == 1 and text in ("Infinity", "-Infinity", "NaN") else found
 
 
 def _check_type(path: Path, fields: dict[str, Any], model_type: str) -> None:

@@ -21,6 +21,7 @@ SLOW = (
     "tests/engine/test_disk_blocks.py::test_two_processes_and_a_reader_use_one_folder",
     "tests/engine/test_load.py::test_the_engine_imports_no_terminal",
     "tests/gguf_files/test_llama_cpp.py",
+    "tests/gguf_files/test_lora_llama_cpp.py",
     "tests/kernels/test_compiled.py",
     "tests/kernels/test_compiled_attention.py",
     "tests/machine/test_hardware.py::test_a_gpu_that_cannot_be_measured_is_taken_for_a_known_one",

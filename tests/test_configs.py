@@ -52,6 +52,14 @@ def test_a_folder_its_config_and_a_path_with_tilde(tmp_path, monkeypatch):
         assert config.to_dict() == expected and config.name_or_path == str(tmp_path)
 
 
+def test_numbers_that_json_has_not(tmp_path):
+    """transformers writes infinity as an object."""
+    config = AutoConfig.for_model("nemotron_h", time_step_limit=(0.0, float("inf")))
+    config.save_pretrained(tmp_path)
+    assert "__float__" in (tmp_path / "config.json").read_text()
+    assert list(read_config(tmp_path).time_step_limit) == [0.0, float("inf")]
+
+
 def test_a_json_file_of_any_name(tmp_path):
     folder(tmp_path).joinpath("config.json").rename(tmp_path / "mine.json")
     assert read_config(tmp_path / "mine.json").hidden_size == 64

@@ -7,15 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ktransformers.cli.common import (
+    AdapterOption,
     CacheOption,
     DevicesOption,
     JsonOption,
     RuleOption,
     WeightsOption,
+    check_adapter,
     note,
     renamed_devices,
     show,
     token_bar,
+    with_adapter,
 )
 
 if TYPE_CHECKING:
@@ -41,6 +44,7 @@ def bench(
     weights: WeightsOption = "",
     rule: RuleOption = "",
     devices: DevicesOption = [],  # noqa: B006
+    adapter: AdapterOption = "",
     as_json: JsonOption = False,
 ) -> None:
     """Measure tokens per second: prompts, and tokens one by one, at any depth of context."""
@@ -48,10 +52,12 @@ def bench(
     from ktransformers.engine.load import load
     from ktransformers.engine.measure import measure, total_tokens
 
+    check_adapter(adapter)
     loaded, _ = load(
         model, weights, rule, devices=renamed_devices(devices), cache=cache, needs_template=False,
         progress=not as_json, notify=note,
     )  # fmt: skip
+    loaded = with_adapter(loaded, adapter)
     sizes = prompt_tokens, new_tokens, depth, repetitions
     with token_bar(total_tokens(*sizes)) as advance:
         found = list(measure(loaded, *sizes, chunk_size, advance))

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ktransformers.cli import published_flags
-from ktransformers.cli.common import CacheOption, DevicesOption, complete_rule
+from ktransformers.cli.common import AdapterOption, CacheOption, DevicesOption, complete_rule
 from ktransformers.errors import KTransformersError
 
 Command = published_flags.command_class(
@@ -47,6 +47,7 @@ def chat(
         int, typer.Option("--chunk-size", "--chunk_size", min=1, help="Prompt tokens per forward pass.")
     ] = 8192,
     cache: CacheOption = "",
+    adapter: AdapterOption = "",
     prompt_file: Annotated[
         Path | None, typer.Option("--prompt-file", "--prompt_file", help="Answer the text of this file, then exit.")
     ] = None,
@@ -65,8 +66,10 @@ def chat(
     if server:
         from ktransformers.cli import remote
 
-        if model or weights or rule or devices:
-            raise KTransformersError("--server: it has its model. Leave MODEL, --weights, --rule and --devices out.")
+        if model or weights or rule or devices or adapter:
+            raise KTransformersError(
+                "--server: it has its model. Leave MODEL, --weights, --rule, --devices and --adapter out."
+            )
         return remote.talk(server, prompt, max_new_tokens, greedy, as_json)
 
     from ktransformers.cli.conversation import Options, talk
@@ -74,7 +77,7 @@ def chat(
     talk(
         Options(
             model_path=model, weights=weights, rule=rule, devices=tuple(devices), threads=threads,
-            prompt_file=prompt, max_new_tokens=max_new_tokens,
+            prompt_file=prompt, max_new_tokens=max_new_tokens, adapter=adapter,
             chunk_size=chunk_size, cache=cache, greedy=greedy, force_think=force_think, as_json=as_json,
         )
     )  # fmt: skip

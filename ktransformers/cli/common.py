@@ -335,6 +335,23 @@ DevicesOption = Annotated[
 """Read by `renamed_devices`."""
 
 
+def check_adapter(path: str) -> None:
+    """What is wrong with --adapter by its looks, before a model is loaded. Raises KTransformersError."""
+    if path:
+        from ktransformers.sft.adapters import adapter_path
+
+        adapter_path(path)
+
+
+def with_adapter(model: Any, path: str) -> Any:
+    """The loaded `model`, with the adapter at `path` where one is given. Raises KTransformersError."""
+    if not path:
+        return model
+    from ktransformers.sft.adapters import load_adapter
+
+    return load_adapter(model, path).get_base_model()
+
+
 @contextmanager
 def token_bar(total: int) -> Iterator[Callable[[int], None]]:
     """A bar of tokens on a terminal; call the value with how many more are done."""
@@ -365,6 +382,9 @@ CacheOption = Annotated[
         help="How keys and values are kept, f32, f16, bf16, or q8_0 (53 % of bf16); default: the model's dtype.",
     ),
 ]  # fmt: skip
+AdapterOption = Annotated[
+    str, typer.Option("--adapter", metavar="PATH", help="A PEFT folder, or a GGUF LoRA file. Weights stay as they are.")
+]
 ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")]
 WeightsOption = Annotated[
     str, typer.Option("--weights", "-w", help="A .gguf, a .safetensors or a folder; default: MODEL's own.")

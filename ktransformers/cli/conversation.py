@@ -17,7 +17,7 @@ import typer
 from rich.text import Text
 
 from ktransformers.cli import messages
-from ktransformers.cli.common import drop_output, err, note, print_error, renamed_devices
+from ktransformers.cli.common import check_adapter, drop_output, err, note, print_error, renamed_devices, with_adapter
 from ktransformers.cli.turns import OutputError, Turns
 from ktransformers.configs import text_config
 from ktransformers.errors import KTransformersError
@@ -46,6 +46,7 @@ class Options:
     max_new_tokens: int | None = None
     chunk_size: int = 8192
     cache: str = ""
+    adapter: str = ""
     greedy: bool = False
     force_think: bool = False
     as_json: bool = False
@@ -54,6 +55,7 @@ class Options:
 def talk(options: Options) -> None:
     """Run the program. Raises KTransformersError for what cannot start, typer.Exit with the exit code at the end."""
     devices = renamed_devices(options.devices)
+    check_adapter(options.adapter)
     prompt = read_prompt_file(options.prompt_file)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks is not the end of the program
@@ -66,6 +68,9 @@ def talk(options: Options) -> None:
             options.model_path, options.weights, options.rule,
             devices=devices, cache=options.cache, progress=not options.as_json, notify=note, on_step=on_step,
         )  # fmt: skip
+        if options.adapter:
+            on_step(f"putting {options.adapter} onto the model")
+            model = with_adapter(model, options.adapter)
         chat = Chat(model, tokenizer, options)
     hold(chat, prompt)
 

@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ktransformers.cli.common import (
+    AdapterOption,
     CacheOption,
     DevicesOption,
     JsonOption,
     RuleOption,
     WeightsOption,
+    check_adapter,
     note,
     renamed_devices,
     show,
     taking,
+    with_adapter,
 )
 from ktransformers.errors import KTransformersError
 
@@ -41,6 +44,7 @@ class ServeOptions:
     rule: RuleOption = ""
     devices: DevicesOption = field(default_factory=list)
     cache: CacheOption = ""
+    adapter: AdapterOption = ""
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of this machine's.")] = "127.0.0.1"
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free; it is printed.")] = 8000
     api_key_file: Annotated[
@@ -144,6 +148,7 @@ def _check_model(options: ServeOptions) -> None:
     for text, subject in ((options.model, "model"), (options.weights, "--weights")):
         if text and existing_path(text, subject) is None and not os.path.exists(text):
             raise KTransformersError(f"{subject} {text}: no such file or folder. Check the path.")
+    check_adapter(options.adapter)
 
 
 def _settings(options: ServeOptions) -> "Settings":
@@ -182,6 +187,7 @@ def open_model(options: ServeOptions) -> "Served":
         options.model, options.weights, options.rule, devices=renamed_devices(options.devices), cache=options.cache,
         needs_template=False, progress=not options.as_json, notify=note,
     )  # fmt: skip
+    model = with_adapter(model, options.adapter)
     ending = ExitStack()
     machine = _machine(options, model, ending)  # before the engine's thread makes tensors
     prefixes, after = _prefixes(options, model)
@@ -255,6 +261,6 @@ def _facts(options: ServeOptions, model: Any) -> dict[str, Any]:
     devices = sorted({str(device) for device in getattr(model, "hf_device_map", {}).values()})
     return {
         "model_type": kind, "dtype": str(model.dtype).removeprefix("torch."), "cache": options.cache or None,
-        "rule": Path(_rule(options, model)).name,
+        "rule": Path(_rule(options, model)).name, "adapter": Path(options.adapter).name or None,
         "max_running": options.max_running, "chunk_size": options.chunk_size, "machine": machine | {"devices": devices},
     }  # fmt: skip

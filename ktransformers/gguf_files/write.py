@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,13 +119,13 @@ def plan(
     for name, shape in shapes.items():
         if name in tied:
             continue
-        for stored, out_shape, parts in _pieces(weights, family, config, name, shape):
+        for stored, out_shape, parts in stored_pieces(weights, family, config, name, shape):
             kind = choose_type(stored, out_shape, mix, config.num_hidden_layers, "lm_head.weight" in tied)
             outputs.append(Output(stored, out_shape, kind, parts))
     return outputs
 
 
-def _pieces(weights: ModelWeights, family, config, name: str, shape: tuple[int, ...]):
+def stored_pieces(weights: ModelWeights, family, config, name: str, shape: tuple[int, ...]):
     """The GGUF tensors that one tensor of the model becomes: (name, shape, parts) each."""
     expert = gguf_names.expert(name)
     if expert and not expert["bias"]:
@@ -184,8 +184,8 @@ def _floats(matrix: Any) -> torch.dtype:
 
 
 @contextmanager
-def _folder_beside(out: Path) -> Iterator[Path]:
-    """A folder on the disk of `out` to write in, gone afterwards in any case; disk errors become ours."""
+def folder_beside(out: Path, needed: int = 0) -> Iterator[Path]:
+    """A folder on the disk of `out` for `needed` bytes, gone afterwards in any case; disk errors become ours."""
     made = [parent for parent in out.parents if not parent.exists()]  # innermost first
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -193,6 +193,11 @@ def _folder_beside(out: Path) -> Iterator[Path]:
     except OSError as error:
         raise WeightError(f"{out}: cannot be written ({error}). Choose another place.") from error
     try:
+        if needed > (free := shutil.disk_usage(folder).free):
+            raise WeightError(
+                f"{out}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free. "
+                "Free some space or choose another place."
+            )
         yield folder
     except OSError as error:
         free = shutil.disk_usage(out.parent).free
@@ -207,7 +212,11 @@ def _folder_beside(out: Path) -> Iterator[Path]:
                 parent.rmdir()
 
 
-def _packed(output: Output, importance: Tensor | None = None) -> Tensor:
+Seen = Callable[[Output, Tensor, Tensor], None]
+"""Called with each piece that was encoded: its output, the numbers, and the bytes that they became."""
+
+
+def _packed(output: Output, importance: Tensor | None = None, seen: Seen | None = None) -> Tensor:
     """All bytes of one output, uint8 [bytes]. `importance` [matrices or 1, columns]."""
     packed = torch.empty(output.type.packed_bytes(output.shape), dtype=torch.uint8, device="cpu")
     start = matrix = 0
@@ -217,6 +226,8 @@ def _packed(output: Output, importance: Tensor | None = None) -> Tensor:
                 row = None if importance is None else importance[matrix % len(importance)]
                 size = output.type.packed_bytes(tuple(piece.shape))
                 encode(piece, output.type, row, packed[start : start + size])
+                if seen is not None:
+                    seen(output, piece, packed[start : start + size])
             except WeightError as error:
                 raise WeightError(f"{output.name}: {error}") from error
             start += size
@@ -239,6 +250,7 @@ def write_gguf(
     split: int = 0,
     progress=lambda _: None,
     imatrix: Imatrix | None = None,
+    seen: Seen | None = None,
 ) -> tuple[list[Path], list[str]]:
     """Write the planned tensors to `out`, or to OUT-0000i-of-0000n.gguf with at most `split` tensors each.
 
@@ -247,14 +259,7 @@ def write_gguf(
     """
     import gguf
 
-    needed = sum(o.type.packed_bytes(o.shape) for o in outputs)
-    with _folder_beside(out) as folder:
-        free = shutil.disk_usage(folder).free
-        if needed > free:
-            raise WeightError(
-                f"{out}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free. "
-                "Free some space or choose another place."
-            )
+    with folder_beside(out, sum(o.type.packed_bytes(o.shape) for o in outputs)) as folder:
         writer = gguf.GGUFWriter(folder / out.name, arch, split_max_tensors=split)
         try:
             writer.add_type("model")
@@ -267,13 +272,13 @@ def write_gguf(
                 writer.add_string("quantize.imatrix.file", imatrix.path.name)
                 writer.add_uint32("quantize.imatrix.entries_count", len(imatrix.entries))
                 notices += _without_importance(outputs, imatrix)
-            _write_tensors(writer, outputs, progress, imatrix)
+            _write_tensors(writer, outputs, progress, imatrix, seen)
         finally:
             writer.close()
-        return _publish(folder, out), notices
+        return publish(folder, out), notices
 
 
-def _publish(folder: Path, out: Path) -> list[Path]:
+def publish(folder: Path, out: Path) -> list[Path]:
     """Move the finished files beside `out`: all of them, or none."""
     places = {path: out.with_name(path.name) for path in sorted(folder.iterdir())}
     try:
@@ -297,7 +302,9 @@ def _without_importance(outputs: list[Output], imatrix: Imatrix) -> list[str]:
     return [f"{imatrix.path.name} has no entry for {shown}: all their columns count alike."]
 
 
-def _write_tensors(writer, outputs: list[Output], progress, imatrix: Imatrix | None = None) -> None:
+def _write_tensors(
+    writer, outputs: list[Output], progress, imatrix: Imatrix | None = None, seen: Seen | None = None
+) -> None:
     import gguf
 
     for output in outputs:
@@ -312,7 +319,7 @@ def _write_tensors(writer, outputs: list[Output], progress, imatrix: Imatrix | N
     writer.write_ti_data_to_file()
     for output in outputs:
         importance = None if imatrix is None else imatrix.of(output.name, output.shape)
-        writer.write_tensor_data(_packed(output, importance).numpy())
+        writer.write_tensor_data(_packed(output, importance, seen).numpy())
         progress(output)
 
 
@@ -321,11 +328,13 @@ def _write_tensors(writer, outputs: list[Output], progress, imatrix: Imatrix | N
 
 def quantize_folder(
     source: Path, out: Path, mix: str = "Q4_K_M", split: int = 0, show: bool = False,
-    imatrix: str | Path | None = None,
+    imatrix: str | Path | None = None, change: Callable[[list[Output], Any], list[Output]] | None = None,
+    seen: Seen | None = None,
 ) -> dict:  # fmt: skip
     """Convert the model in `source` to GGUF. Returns a summary: files, bytes, tensors by type, notices.
 
-    `imatrix`: a file of llama-imatrix, so that errors count as much as the activations they meet.
+    `imatrix`: a file of llama-imatrix, so that errors count as much as the activations they meet. `change`: makes other
+    outputs of those planned, given the config too.
 
     Raises NativeError where the C library, which encodes, is not built; WeightError or UnsupportedError, all problems
     of the checkpoint at once, before writing anything.
@@ -345,10 +354,14 @@ def quantize_folder(
             raise join_errors(WeightError, f"{source}: the weights do not fit the config:", problems)
         tied = {name for name, origin in model.all_tied_weights_keys.items() if weights.same(name, origin)}
         outputs = plan(weights, config, shapes, mix, tied)
+        if change is not None:
+            outputs = change(outputs, config)
         if importance is not None:
             importance.check({output.name: output.shape for output in outputs})
-        with _progress(outputs, show) as advance:
-            written, notices = write_gguf(out, family.arch, config, outputs, mix, source, split, advance, importance)
+        with progress_bar(outputs, show) as advance:
+            written, notices = write_gguf(
+                out, family.arch, config, outputs, mix, source, split, advance, importance, seen
+            )
     return {
         "files": [str(path) for path in written],
         "bytes": sum(path.stat().st_size for path in written),
@@ -414,8 +427,8 @@ def _reason(error: Exception) -> str:
 
 
 @contextmanager
-def _progress(outputs: list[Output], show: bool) -> Iterator[Callable[[Output], None]]:
-    """A progress bar by weights, or nothing."""
+def progress_bar(outputs: Sequence[Any], show: bool, doing: str = "quantizing") -> Iterator[Callable[[Any], None]]:
+    """A progress bar by weights, or nothing; the value is called with each of `outputs` that is done."""
     if not show:
         yield lambda _: None
         return
@@ -423,5 +436,5 @@ def _progress(outputs: list[Output], show: bool) -> Iterator[Callable[[Output], 
 
     size = lambda output: torch.Size(output.shape).numel()  # noqa: E731
     with Progress() as bar:
-        task = bar.add_task("quantizing", total=sum(map(size, outputs)))
+        task = bar.add_task(doing, total=sum(map(size, outputs)))
         yield lambda output: bar.update(task, advance=size(output))

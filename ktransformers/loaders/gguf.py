@@ -193,6 +193,17 @@ def _read_metadata(cursor: _Cursor, entries: int) -> dict:
     return metadata
 
 
+def metadata_entries(file: MappedFile) -> Iterator[tuple[str, bytes]]:
+    """Keys of a file's metadata, each with the bytes of its whole entry, for who writes them again."""
+    cursor = _Cursor(file)
+    _, entries = _read_counts(cursor)
+    for _ in range(entries):
+        start = cursor.at
+        key = cursor.name("a metadata key")
+        cursor.value(cursor.number("I"))
+        yield key, bytes(cursor.buffer[start : cursor.at])
+
+
 def _read_alignment(cursor: _Cursor, metadata: dict) -> int:
     alignment = metadata.get("general.alignment", 32)
     if not is_whole(alignment, 1, 1 << 20) or alignment & (alignment - 1):

@@ -24,6 +24,7 @@ class Layout:
     `store` makes the parts; it must work on the meta device, where it tells their shapes. `load` is the way back.
     `rows`: the file's row i is the model's row `rows(shape, config)[i]`; None where more than rows moves.
     `exact`: numbers only move. Where they change, they change in float32.
+    `columns`: not rows but columns move.
     """
 
     store: Callable[[Tensor, Config], list[Tensor]]
@@ -31,6 +32,7 @@ class Layout:
     parts: tuple[str, ...] = ()
     rows: Callable[[Shape, Config], Tensor] | None = None
     exact: bool = True
+    columns: bool = False
 
     def shapes(self, shape: Shape, config: Config) -> list[Shape]:
         """The shapes of the parts."""
@@ -124,6 +126,7 @@ VALUE_DECAYS = _moved(lambda shape, config: _value_heads(shape[0], config, 1), _
 VALUE_COLUMNS = Layout(
     lambda t, config: [t[:, _value_heads(t.shape[1], config, config.linear_value_head_dim)]],
     lambda parts, shape, config: VALUES.load([parts[0].view(shape).T], (shape[1], shape[0]), config).T.contiguous(),
+    columns=True,
 )
 """Columns of value heads."""
 

@@ -57,49 +57,49 @@ class ModelWeights:
         return self.files.paths[0] if len(self.files.paths) == 1 else self.files.paths[0].parent
 
     def _deliver(self, name: str) -> Source:
-        source = self._source(name)
+        source = self.source(name)
         if source.broken:
             raise WeightError(f"{name}: its parts in the checkpoint do not fit together: {_shapes(source)}.")
         if self.on_read is not None:
             self.on_read(name)
         return source
 
-    def _source(self, name: str) -> Source:
+    def source(self, name: str) -> Source:
         if name not in self._sources:
             raise WeightError(f"The checkpoint has no weights for {name}{did_you_mean(name, self._sources)}.")
         return self._sources[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._source(name).shape
+        return self.source(name).shape
 
     def infos(self, name: str) -> list[TensorInfo]:
         """The checkpoint's tensors of `name`, as it describes them."""
-        return self._source(name).infos
+        return self.source(name).infos
 
     def quant_type(self, name: str) -> str:
         """The stored type, "Q4_K" or "Q4_K+Q6_K" when several tensors of different types make one."""
-        return "+".join(dict.fromkeys(info.type.name for info in self._source(name).infos))
+        return "+".join(dict.fromkeys(info.type.name for info in self.source(name).infos))
 
     def methods(self, name: str) -> list[str]:
         """Every way in which parts of `name` are stored, by the names that users have for them, such as FP8, RAWINT4
         or, for all of GGUF, LLAMAFILE."""
         if self.format == "gguf":
             return ["LLAMAFILE"]
-        return list(dict.fromkeys(schemes.methods(info)[0] for info in self._source(name).infos))
+        return list(dict.fromkeys(schemes.methods(info)[0] for info in self.source(name).infos))
 
     def is_stored_as(self, name: str, method: str) -> bool:
         """Whether every part of `name` is stored in a way that users call `method`."""
         if self.format == "gguf":
             return method == "LLAMAFILE"
-        return all(method in schemes.methods(info) for info in self._source(name).infos)
+        return all(method in schemes.methods(info) for info in self.source(name).infos)
 
     def nbytes(self, name: str) -> int:
         """Bytes of the stored tensors of `name`."""
-        return sum(info.nbytes for info in self._source(name).infos)
+        return sum(info.nbytes for info in self.source(name).infos)
 
     def stored_names(self, name: str) -> tuple[str, ...]:
         """The checkpoint's own names of the tensors of `name`."""
-        return self._source(name).names
+        return self.source(name).names
 
     def tensor(
         self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
@@ -146,7 +146,7 @@ class ModelWeights:
     def experts_problem(self, prefix: str) -> str:
         """Say why `experts(prefix)` cannot deliver packed rows, or return ``""``."""
         for name in (f"{prefix}.{self._first(prefix)}", f"{prefix}.down_proj"):
-            source = self._source(name)
+            source = self.source(name)
             exchanged = isinstance(source, (ModelTransposed, StoredTransposed)) and type(source) is not TransposedRows
             if isinstance(source, Converted) or exchanged != (name in self._binding.transposed):
                 return f"{name} is stored in another form than its rows, so there are no packed rows of it"

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ktransformers.errors import UnsupportedError
+from ktransformers.loaders.lora import from_peft
 from ktransformers.models.traits import is_interleaved, is_transposed
 from ktransformers.operators.base_operator import warn_once
 from ktransformers.operators.packed_weight import PackedWeight
@@ -142,14 +143,10 @@ def _hand_over(experts: nn.Module, wrapper: nn.Module, active: list[str]) -> Ite
 
 
 def _factors(experts: nn.Module, wrapper: nn.Module, adapter: str) -> Factors:
-    """An adapter of the wrapper as `Factors`. PEFT keeps A as [E*r, i], experts outside, and B as [o, r*E], experts
-    inside, where (o, i) are (out, in) of a 3-D parameter that it takes for [E, o, i]."""
-    count = wrapper.num_experts
-    a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
-    a, b = a.view(count, -1, a.shape[1]), b.view(b.shape[0], -1, count).permute(2, 0, 1)  # [E, r, i], [E, o, r]
+    """An adapter of the wrapper as `Factors`; (o, i) of a 3-D parameter [E, o, i] are PEFT's (out, in)."""
     family = experts.orig_module
-    if wrapper._did_swap_in_out_features == is_transposed(family):  # what PEFT takes for in is out
-        a, b = b.transpose(1, 2), a.transpose(1, 2)
+    exchanged = wrapper._did_swap_in_out_features == is_transposed(family)
+    a, b = from_peft(wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight, wrapper.num_experts, exchanged)
     if wrapper.parameter_name == "gate_up_proj" and is_interleaved(family):
         b = torch.cat((b[:, 0::2], b[:, 1::2]), 1)
     return Factors(a, b, wrapper.scaling[adapter])

@@ -417,7 +417,7 @@ def test_bad_sources(folder, tmp_path):
     fails_and_leaves_nothing(folder, tmp_path / "m.bin", "NAME.gguf")
 
 
-@pytest.mark.parametrize("place", ["_packed", "_publish"])
+@pytest.mark.parametrize("place", ["_packed", "publish"])
 def test_ctrl_c_leaves_nothing(place, folder, tmp_path, monkeypatch):
     """Files and folders made so far are gone."""
 

@@ -71,7 +71,7 @@ def write_safetensors(
     return path
 
 
-Edit = Callable[[str, np.ndarray, gguf.GGMLQuantizationType], list[tuple[str, np.ndarray]] | None]
+Edit = Callable[[str, np.ndarray, gguf.GGMLQuantizationType], list[tuple] | None]
 
 
 def edit_gguf(
@@ -83,7 +83,8 @@ def edit_gguf(
 ) -> Path:
     """Copy a GGUF file with the gguf package, tensors and metadata changed on the way.
 
-    `edit(name, data, type)` returns what to write for a tensor: [(name, float array)] , or None to keep it.
+    `edit(name, data, type)` returns what to write for a tensor: [(name, float array)], or [(name, bytes, type)], or
+    None to keep it.
     `metadata` replaces values of existing keys (after the architecture).
     """
     reader = gguf.GGUFReader(source)
@@ -100,8 +101,8 @@ def edit_gguf(
         changed = edit(tensor.name, tensor.data, tensor.tensor_type) if edit else None
         if changed is None:
             writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-        for name, data in changed or []:
-            writer.add_tensor(name, np.ascontiguousarray(data))
+        for name, data, *kind in changed or []:
+            writer.add_tensor(name, np.ascontiguousarray(data), raw_dtype=kind[0] if kind else None)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

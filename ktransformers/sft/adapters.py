@@ -1,0 +1,95 @@
+"""Adapters from where a user has them, a PEFT folder or a GGUF LoRA file: read, or put onto a loaded model.
+
+Needs PEFT only to put one onto a model.
+"""
+
+import copy
+import tempfile
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ktransformers.configs import meta_model
+from ktransformers.errors import UnsupportedError, WeightError, join_errors
+from ktransformers.gguf_files.lora import is_gguf_lora, read_gguf_lora
+from ktransformers.loaders.lora import Adapter
+from ktransformers.loaders.peft_files import CONFIG, is_adapter_folder, read_peft, write_peft
+from ktransformers.operators.base_operator import BaseInjectedModule
+from ktransformers.paths import existing_path
+
+
+def read_adapter(path: str | Path, model: Any, config: Any) -> Adapter:
+    """The adapter at `path` by the names of `model`, on the meta device. Raises WeightError, UnsupportedError."""
+    path = adapter_path(path)
+    return read_gguf_lora(path, model, config) if is_gguf_lora(path) else read_peft(path, model)
+
+
+def adapter_path(path: str | Path) -> Path:
+    """`path`, checked to be an adapter by its looks. Raises WeightError."""
+    if not str(path) or (found := existing_path(path, "adapter", WeightError)) is None:
+        raise WeightError(f"adapter {str(path)!r}: no such file or folder. Check the path.")
+    if found.is_dir() and not is_adapter_folder(found):
+        inner = sorted(sub.parent.name for sub in found.glob(f"*/{CONFIG}"))
+        step = f"Give {found / inner[-1]}" if inner else "Give the folder that PEFT's save_pretrained wrote"
+        raise WeightError(f"adapter {found}: no {CONFIG} in it. {step}, or a GGUF LoRA file.")
+    if found.is_file() and not is_gguf_lora(found):
+        raise WeightError(f"adapter {found}: expected a PEFT folder with {CONFIG}, or a GGUF LoRA file NAME.gguf.")
+    return found
+
+
+def load_adapter(model: Any, path: str | Path) -> Any:
+    """Put the adapter at `path` onto a loaded model: a PeftModel in eval mode.
+
+    Weights stay packed, the adapter is computed beside them. `get_base_model()` of the result is `model`, adapted.
+    Raises WeightError for an adapter of another base, with all that does not fit, and UnsupportedError without PEFT.
+    """
+    path = adapter_path(path)
+    if find_spec("peft") is None:
+        raise UnsupportedError("An adapter is put onto a model by PEFT, which is not installed: pip install peft")
+    config = copy.deepcopy(model.config)
+    shapes = meta_model(config)
+    adapter = read_adapter(path, shapes, config)
+    _refuse_whole(model, adapter)
+    with tempfile.TemporaryDirectory() as folder:
+        if is_gguf_lora(path):
+            write_peft(adapter, Path(folder), shapes)
+            path = Path(folder)
+        adapted = _by_peft(model, path)
+    _check_all_there(adapted, adapter)
+    return adapted.eval()
+
+
+def _refuse_whole(model: Any, adapter: Adapter) -> None:
+    """Operators keep the checkpoint's own bytes, so there is no tensor that another could take the place of."""
+    modules = {name.rpartition(".")[0] for name in adapter.replaced}
+    if packed := sorted(name for name in modules if isinstance(model.get_submodule(name), BaseInjectedModule)):
+        raise UnsupportedError(
+            f"{adapter.path}: {', '.join(packed[:6])}: trained whole, and computed from the checkpoint's packed bytes "
+            "here. Make a checkpoint of both with `kt merge`, or leave these modules to transformers (class: default)."
+        )
+
+
+def _by_peft(model: Any, folder: Path) -> Any:
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what does not fit is told by the checks before and after
+        try:
+            return PeftModel.from_pretrained(model, str(folder))
+        except (ValueError, RuntimeError, TypeError, KeyError) as error:
+            raise WeightError(f"{folder}: PEFT cannot put it onto {type(model).__name__}: {error}") from error
+
+
+def _check_all_there(adapted: Any, adapter: Adapter) -> None:
+    """PEFT leaves out what it finds no place for."""
+    pairs = sum(name.endswith(("lora_B.default.weight", "lora_embedding_B.default")) for name in _names(adapted))
+    if pairs != len(adapter.changes):
+        raise join_errors(
+            WeightError, f"{adapter.path}: of the {len(adapter.changes)} tensors that it adapts PEFT reached {pairs}:",
+            ["merge it with `kt merge`, which reads names without PEFT"],
+        )  # fmt: skip
+
+
+def _names(model: Any) -> list[str]:
+    return [name for name, _ in model.named_parameters()]
