@@ -1,0 +1,177 @@
+"""LLaMA-Factory as it is published, on our operators: `python -m ktransformers.sft.llamafactory train FILE.yaml`.
+
+It takes the arguments of `llamafactory-cli` and hands them on to it, after a few of its functions are replaced where it
+knows upstream's distributions or older packages alone. Under `use_kt`, which USE_KT=0 or `use_kt: false` turns off, the
+model is loaded by `KTConfig` and `lora_target: all` means what it means in `kt sft`: every linear layer and the experts.
+"""
+
+import os
+import sys
+from dataclasses import field, make_dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from types import MethodType, ModuleType
+from typing import Any
+
+from ktransformers.errors import KTransformersError, UnsupportedError
+from ktransformers.sft.options import UNUSED, Options
+
+TESTED = "0.9.5"
+KEYS = ("kt_optimize_rule", "cpu_infer", "chunk_size", "mode", *(key for key in UNUSED if key.startswith("kt_")))
+"""What published files say and this version does not know."""
+
+
+def main() -> None:
+    """`llamafactory-cli` with our operators."""
+    try:
+        prepare()
+        from llamafactory.cli import main as theirs
+
+        theirs()
+    except KTransformersError as error:
+        sys.exit(f"error: {error}")
+
+
+def prepare() -> None:
+    """Import LLaMA-Factory and replace what is to be replaced. Raises UnsupportedError for another version of it."""
+    try:
+        found = version("llamafactory")
+    except PackageNotFoundError:
+        found = "none"
+    if found != TESTED:
+        raise UnsupportedError(
+            f"llamafactory: found {found}, expected {TESTED}. Install it without what it asks for, which would take "
+            f"down torch and transformers: pip install --no-deps llamafactory=={TESTED} trl==0.24.0"
+        )
+    os.environ.setdefault("USE_KT", "1")  # also keeps it from starting a process for each GPU
+    os.environ.setdefault("DISABLE_VERSION_CHECK", "1")
+    _import_without_torchaudio()
+    _take_arguments()
+    _load_by_rules()
+    _adapt_experts()
+    _find_checkpointed_layers()
+
+
+def _import_without_torchaudio() -> None:
+    """It imports torchaudio for text too, and none is there for every torch: an empty one, for this import."""
+    from transformers.utils import is_torchaudio_available
+
+    if is_torchaudio_available():
+        return
+    sys.modules["torchaudio"] = ModuleType("torchaudio")
+    try:
+        import llamafactory.data.mm_plugin  # noqa: F401
+    finally:
+        del sys.modules["torchaudio"]
+
+
+def _take_arguments() -> None:
+    """Let its parser know the keys of published files, and ask for none of upstream's distributions."""
+    from llamafactory.extras.constants import EngineName
+    from llamafactory.extras.misc import is_env_enabled
+    from llamafactory.hparams import ModelArguments, TrainingArguments, parser
+    from llamafactory.train import trainer_utils
+    from torch.accelerator import is_available
+
+    def settle(self: Any) -> None:
+        if self.infer_backend == "ktransformers":
+            self.infer_backend, self.use_kt = EngineName.HF, True
+        if self.use_kt:
+            self.trust_remote_code = False  # code of a model folder is never run here
+        ModelArguments.__post_init__(self)
+
+    def warm_up(self: Any) -> None:
+        self.warmup_steps = self.warmup_steps or self.warmup_ratio
+        self.__class__ = TrainingArguments  # as what it is saved beside the adapter
+        self.__post_init__()
+
+    ours = [("use_kt", bool, field(default_factory=lambda: is_env_enabled("USE_KT")))]
+    ours += [(key, str | None, field(default=None)) for key in KEYS]
+    model = make_dataclass("ModelArguments", ours, bases=(ModelArguments,), namespace={"__post_init__": settle})
+    training = make_dataclass(
+        "TrainingArguments",
+        [
+            ("use_cpu", bool, field(default_factory=lambda: not is_available())),  # bf16 is refused there without it
+            ("warmup_ratio", float, field(default=0.0)),  # for transformers, a number of steps below 1
+        ],
+        bases=(TrainingArguments,), namespace={"__post_init__": warm_up},
+    )  # fmt: skip
+    instead = {ModelArguments: model, TrainingArguments: training}
+    trainer_utils.ModelArguments = model  # copied for a model of reference
+    for taken in (parser._TRAIN_ARGS, parser._INFER_ARGS, parser._EVAL_ARGS):
+        taken[:] = [instead.get(kind, kind) for kind in taken]
+
+    def check_version(requirement: str, mandatory: bool = False, theirs: Any = parser.check_version) -> None:
+        if requirement not in ("kt-kernel", "transformers-kt", "accelerate-kt"):
+            theirs(requirement, mandatory)
+
+    parser.check_version = check_version
+
+
+def _load_by_rules() -> None:
+    """Give `from_pretrained` the rules; it takes what is put among its arguments with the config."""
+    from llamafactory.extras import logging
+    from llamafactory.model import loader
+
+    notify = logging.get_logger(__name__).warning_rank0
+
+    def patch_config(config: Any, tokenizer: Any, given: Any, init_kwargs: dict, trains: bool,
+                     theirs: Any = loader.patch_config) -> None:  # fmt: skip
+        theirs(config, tokenizer, given, init_kwargs, trains)
+        if not given.use_kt:
+            return
+        from ktransformers import native
+        from ktransformers.from_pretrained import KTConfig
+        from ktransformers.models import DEFAULT_RULES
+        from ktransformers.sft.rules import rule_of
+
+        if given.cpu_infer:
+            native.set_threads(min(int(given.cpu_infer), native.default_threads()))
+        rule = rule_of(given.kt_optimize_rule or "", notify) or DEFAULT_RULES.get(config.model_type, "Default")
+        init_kwargs["quantization_config"] = KTConfig(rule, given.kt_weight_path)
+
+    loader.patch_config = patch_config
+
+
+def _adapt_experts() -> None:
+    """Have `lora_target: all` reach experts: it names linear layers alone."""
+    from llamafactory.model import adapter
+
+    parameters: list[str] = []
+
+    def find_all(model: Any, freeze_vision_tower: bool, theirs: Any = adapter.find_all_linear_modules) -> list[str]:
+        from ktransformers.operators.base_operator import BaseInjectedModule
+        from ktransformers.sft.targets import lora_config
+
+        if not any(isinstance(module, BaseInjectedModule) for module in model.modules()):
+            return theirs(model, freeze_vision_tower)
+        ours = lora_config(model, Options(lora_target="all"))
+        parameters[:] = ours.target_parameters or ()
+        return list(ours.target_modules)
+
+    def get_peft_model(model: Any, config: Any, theirs: Any = adapter.get_peft_model) -> Any:
+        config.target_parameters = list(parameters) or None
+        parameters.clear()
+        return theirs(model, config)
+
+    adapter.find_all_linear_modules, adapter.get_peft_model = find_all, get_peft_model
+
+
+def _find_checkpointed_layers() -> None:
+    """It looks for the layer as the owner of a bound method; transformers passes a function and the layer beside it."""
+    from llamafactory.model.model_utils import checkpointing
+
+    def bound(call: Any) -> Any:
+        if isinstance(call, partial) and not hasattr(call.func, "__self__"):
+            return partial(MethodType(call.func, call.args[0]), *call.args[1:], **call.keywords)
+        return call
+
+    def make(given: Any, theirs: Any = checkpointing.get_custom_gradient_checkpointing_func) -> Any:
+        custom = theirs(given)
+        return lambda call, *args, **kwargs: custom(bound(call), *args, **kwargs)
+
+    checkpointing.get_custom_gradient_checkpointing_func = make
+
+
+if __name__ == "__main__":
+    main()
