@@ -1,10 +1,11 @@
 """LLaMA-Factory as it is published, on our operators: `python -m ktransformers.sft.llamafactory train FILE.yaml`.
 
-It takes the arguments of `llamafactory-cli` and hands them on to it, after a few of its functions are replaced where it
-knows upstream's distributions or older packages alone. Under `use_kt`, which USE_KT=0 or `use_kt: false` turns off, the
-model is loaded by `KTConfig` and `lora_target: all` means what it means in `kt sft`: every linear layer and the experts.
+It takes the arguments of `llamafactory-cli` and hands them on, after a few functions of LLaMA-Factory are replaced that
+know upstream's distributions or older packages alone. Under `use_kt`, which USE_KT=0 or `use_kt: false` turns off, the
+model is loaded by `KTConfig`, and `lora_target: all` is what it is in `kt sft`: every linear layer and the experts.
 """
 
+import logging
 import os
 import sys
 from dataclasses import field, make_dataclass
@@ -17,12 +18,19 @@ from ktransformers.errors import KTransformersError, UnsupportedError
 from ktransformers.sft.options import UNUSED, Options
 
 TESTED = "0.9.5"
-KEYS = ("kt_optimize_rule", "cpu_infer", "chunk_size", "mode", *(key for key in UNUSED if key.startswith("kt_")))
+UPSTREAM = ("kt-kernel", "transformers-kt", "accelerate-kt")
+"""Distributions that it demands for `use_kt`."""
+
+_IDLE = ("chunk_size", "mode", *(key for key in UNUSED if key.startswith("kt_")))
+KEYS = ("kt_optimize_rule", "cpu_infer", *_IDLE)
 """What published files say and this version does not know."""
+IDLE = (*_IDLE, "trust_remote_code", "kt_expert_checkpoint_path", "kt_use_lora_experts", "kt_lora_expert_num",
+        "kt_lora_expert_intermediate_size")  # fmt: skip
+"""What changes nothing here, which is said."""
 
 
 def main() -> None:
-    """`llamafactory-cli` with our operators."""
+    """`llamafactory-cli` on our operators."""
     try:
         prepare()
         from llamafactory.cli import main as theirs
@@ -40,10 +48,10 @@ def prepare() -> None:
         found = "none"
     if found != TESTED:
         raise UnsupportedError(
-            f"llamafactory: found {found}, expected {TESTED}. Install it without what it asks for, which would take "
-            f"down torch and transformers: pip install --no-deps llamafactory=={TESTED} trl==0.24.0"
+            f"llamafactory: found {found}, expected {TESTED}. `make setup-llamafactory` makes an environment; in "
+            f"one of your own: pip install --no-deps llamafactory=={TESTED} trl==0.24.0"
         )
-    os.environ.setdefault("USE_KT", "1")  # also keeps it from starting a process for each GPU
+    os.environ.setdefault("USE_KT", "1")  # also: one process, whatever the number of GPUs
     os.environ.setdefault("DISABLE_VERSION_CHECK", "1")
     _import_without_torchaudio()
     _take_arguments()
@@ -52,8 +60,12 @@ def prepare() -> None:
     _find_checkpointed_layers()
 
 
+def _say(text: str) -> None:
+    logging.getLogger("llamafactory.ktransformers").warning_rank0_once(text)  # theirs, on every logger
+
+
 def _import_without_torchaudio() -> None:
-    """It imports torchaudio for text too, and none is there for every torch: an empty one, for this import."""
+    """It imports torchaudio for text too, and not every torch has one: an empty one, for this import."""
     from transformers.utils import is_torchaudio_available
 
     if is_torchaudio_available():
@@ -67,77 +79,84 @@ def _import_without_torchaudio() -> None:
 
 def _take_arguments() -> None:
     """Let its parser know the keys of published files, and ask for none of upstream's distributions."""
-    from llamafactory.extras.constants import EngineName
-    from llamafactory.extras.misc import is_env_enabled
     from llamafactory.hparams import ModelArguments, TrainingArguments, parser
     from llamafactory.train import trainer_utils
-    from torch.accelerator import is_available
 
-    def settle(self: Any) -> None:
-        if self.infer_backend == "ktransformers":
-            self.infer_backend, self.use_kt = EngineName.HF, True
-        if self.use_kt:
-            self.trust_remote_code = False  # code of a model folder is never run here
-        ModelArguments.__post_init__(self)
-
-    def warm_up(self: Any) -> None:
-        self.warmup_steps = self.warmup_steps or self.warmup_ratio
-        self.__class__ = TrainingArguments  # as what it is saved beside the adapter
-        self.__post_init__()
-
-    ours = [("use_kt", bool, field(default_factory=lambda: is_env_enabled("USE_KT")))]
-    ours += [(key, str | None, field(default=None)) for key in KEYS]
-    model = make_dataclass("ModelArguments", ours, bases=(ModelArguments,), namespace={"__post_init__": settle})
-    training = make_dataclass(
-        "TrainingArguments",
-        [
-            ("use_cpu", bool, field(default_factory=lambda: not is_available())),  # bf16 is refused there without it
-            ("warmup_ratio", float, field(default=0.0)),  # for transformers, a number of steps below 1
-        ],
-        bases=(TrainingArguments,), namespace={"__post_init__": warm_up},
-    )  # fmt: skip
-    instead = {ModelArguments: model, TrainingArguments: training}
-    trainer_utils.ModelArguments = model  # copied for a model of reference
-    for taken in (parser._TRAIN_ARGS, parser._INFER_ARGS, parser._EVAL_ARGS):
-        taken[:] = [instead.get(kind, kind) for kind in taken]
+    instead = {ModelArguments: _model_arguments(), TrainingArguments: _training_arguments()}
+    for kinds in (parser._TRAIN_ARGS, parser._INFER_ARGS, parser._EVAL_ARGS):
+        kinds[:] = [instead.get(kind, kind) for kind in kinds]
+    trainer_utils.ModelArguments = instead[ModelArguments]  # copies those of the model for the reference
 
     def check_version(requirement: str, mandatory: bool = False, theirs: Any = parser.check_version) -> None:
-        if requirement not in ("kt-kernel", "transformers-kt", "accelerate-kt"):
+        if requirement not in UPSTREAM:
             theirs(requirement, mandatory)
 
     parser.check_version = check_version
 
 
-def _load_by_rules() -> None:
-    """Give `from_pretrained` the rules; it takes what is put among its arguments with the config."""
-    from llamafactory.extras import logging
-    from llamafactory.model import loader
+def _model_arguments() -> type:
+    from llamafactory.extras.constants import EngineName
+    from llamafactory.extras.misc import is_env_enabled
+    from llamafactory.hparams import ModelArguments
 
-    notify = logging.get_logger(__name__).warning_rank0
+    def settle(self: Any) -> None:
+        if self.infer_backend == "ktransformers":
+            self.infer_backend, self.use_kt = EngineName.HF, True
+        if self.use_kt:
+            for key in (key for key in IDLE if getattr(self, key)):
+                _say(": ".join(filter(None, (f"{key} changes nothing here", UNUSED.get(key)))))
+            self.trust_remote_code = False
+        ModelArguments.__post_init__(self)
+
+    ours = [("use_kt", bool, field(default_factory=lambda: is_env_enabled("USE_KT")))]
+    ours += [(key, str | None, field(default=None)) for key in KEYS]
+    return make_dataclass("ModelArguments", ours, bases=(ModelArguments,), namespace={"__post_init__": settle})
+
+
+def _training_arguments() -> type:
+    from llamafactory.hparams import TrainingArguments
+    from torch.accelerator import is_available
+
+    def settle(self: Any) -> None:
+        self.warmup_steps = self.warmup_steps or self.warmup_ratio  # below 1 it is a share, in transformers 5
+        self.__class__ = TrainingArguments  # as which it is saved beside the adapter
+        self.__post_init__()
+
+    without_gpu = field(default_factory=lambda: not is_available())  # bf16 is refused there without use_cpu
+    ours = [("use_cpu", bool, without_gpu), ("warmup_ratio", float, field(default=0.0))]
+    return make_dataclass("TrainingArguments", ours, bases=(TrainingArguments,), namespace={"__post_init__": settle})
+
+
+def _load_by_rules() -> None:
+    """Give `from_pretrained` the rules: it gets what is put into `init_kwargs` while the config is prepared."""
+    from llamafactory.model import loader
 
     def patch_config(config: Any, tokenizer: Any, given: Any, init_kwargs: dict, trains: bool,
                      theirs: Any = loader.patch_config) -> None:  # fmt: skip
         theirs(config, tokenizer, given, init_kwargs, trains)
-        if not given.use_kt:
-            return
-        from ktransformers import native
-        from ktransformers.from_pretrained import KTConfig
-        from ktransformers.models import DEFAULT_RULES
-        from ktransformers.sft.rules import rule_of
-
-        if given.cpu_infer:
-            native.set_threads(min(int(given.cpu_infer), native.default_threads()))
-        rule = rule_of(given.kt_optimize_rule or "", notify) or DEFAULT_RULES.get(config.model_type, "Default")
-        init_kwargs["quantization_config"] = KTConfig(rule, given.kt_weight_path)
+        if given.use_kt:
+            init_kwargs["quantization_config"] = _kt_config(config, given)
 
     loader.patch_config = patch_config
 
 
+def _kt_config(config: Any, given: Any) -> Any:
+    from ktransformers import native
+    from ktransformers.from_pretrained import KTConfig
+    from ktransformers.models import DEFAULT_RULES
+    from ktransformers.sft.rules import rule_of
+
+    if given.cpu_infer:
+        native.set_threads(min(int(given.cpu_infer), native.default_threads()))
+    rule = rule_of(given.kt_optimize_rule or "", _say) or DEFAULT_RULES.get(config.model_type, "Default")
+    return KTConfig(rule, given.kt_weight_path)
+
+
 def _adapt_experts() -> None:
-    """Have `lora_target: all` reach experts: it names linear layers alone."""
+    """Have `lora_target: all` reach experts. LLaMA-Factory knows linear layers alone, by the names of their classes."""
     from llamafactory.model import adapter
 
-    parameters: list[str] = []
+    parameters: list[str] = []  # from the one function to the other, which it calls next
 
     def find_all(model: Any, freeze_vision_tower: bool, theirs: Any = adapter.find_all_linear_modules) -> list[str]:
         from ktransformers.operators.base_operator import BaseInjectedModule
@@ -150,15 +169,22 @@ def _adapt_experts() -> None:
         return list(ours.target_modules)
 
     def get_peft_model(model: Any, config: Any, theirs: Any = adapter.get_peft_model) -> Any:
-        config.target_parameters = list(parameters) or None
+        from ktransformers.sft.targets import note_of, without_adapter
+
+        if not parameters:
+            return theirs(model, config)
+        config.target_parameters = list(parameters)
         parameters.clear()
-        return theirs(model, config)
+        adapted = theirs(model, config)
+        if left := note_of(without_adapter(adapted)):
+            _say(left)
+        return adapted
 
     adapter.find_all_linear_modules, adapter.get_peft_model = find_all, get_peft_model
 
 
 def _find_checkpointed_layers() -> None:
-    """It looks for the layer as the owner of a bound method; transformers passes a function and the layer beside it."""
+    """It looks for a layer as the owner of a bound method; transformers passes a function and the layer beside it."""
     from llamafactory.model.model_utils import checkpointing
 
     def bound(call: Any) -> Any:

@@ -5,6 +5,7 @@ Everything of a printed file is as printed but the model, the datasets' folder, 
 
 import copy
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,11 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from ktransformers.models import embedded_model
 from safetensors.torch import load_file
 
 from ktransformers import native
 from ktransformers.errors import UnsupportedError
-from ktransformers.models import embedded_model
+from ktransformers.gguf_files.write import quantize_folder
 from ktransformers.operators.experts import KExpertsCPU, KTransformersExperts
 from ktransformers.operators.linear import KLinearCPUInfer, KTransformersLinear
 from ktransformers.sft import llamafactory as launcher
@@ -145,3 +147,84 @@ def test_the_adapter_loads_in_stock_peft(run, models, name):
         expected = PeftModel.from_pretrained(reference, out).eval()(input_ids=ids).logits
         found = model.eval()(input_ids=ids, use_cache=False).logits
     assert relative_error(found, expected) < 1e-4 and relative_error(expected, plain) > 1e-3
+
+
+@pytest.mark.parametrize("name", [SFT, DPO])
+def test_losses_are_those_on_transformers_own_model(run, name):
+    changes = {"lora_target": "q_a_proj,o_proj", "learning_rate": 0.01, "bf16": False}
+    model, found, _ = run(name, **changes)
+    assert_ours(model)
+    model, expected, _ = run(name, use_kt=False, **changes)
+    assert not any(isinstance(m, KTransformersExperts) for m in model.modules())
+    assert found == pytest.approx(expected, rel=1e-4) and min(found) < 0.9 * found[0]
+
+
+@pytest.mark.parametrize("loss", ["orpo", "simpo"])
+def test_other_losses_of_preferences(run, loss):
+    model, losses, out = run(DPO, pref_loss=loss, max_steps=2)
+    assert_ours(model)
+    assert len(losses) == 2 and parts(load_file(out / "adapter_model.safetensors"))[1] == EXPERTS
+
+
+def test_answers_with_the_adapter(run, models, prepared):
+    from llamafactory.chat import ChatModel
+
+    _, _, out = run(DPO, max_steps=1)
+    printed = yaml.safe_load((PRINTED / "deepseek2_lora_chat_kt.yaml").read_text())
+    here = {"model_name_or_path": str(models(FAMILY[DPO])[1]), "adapter_name_or_path": str(out), "max_new_tokens": 8}
+    chat = ChatModel({**printed, **here})
+    assert_ours(chat.engine.model)
+    (answer,) = chat.chat([{"role": "user", "content": "Who are you?"}])
+    assert 0 < answer.response_length <= 8
+
+
+def test_code_of_a_model_folder_is_not_run(run, models, tmp_path):
+    folder = shutil.copytree(models("deepseek_v2")[1], tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "here.Config", "AutoModelForCausalLM": "here.Model"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "here.py").write_text("raise SystemExit('the code of the folder ran')")
+    assert_ours(run(SFT, model_name_or_path=str(folder), max_steps=1)[0])
+
+
+def test_packed_weights_of_another_file(run, models, tmp_path):
+    quantize_folder(models("deepseek_v3")[1], tmp_path / "model.gguf", "Q8_0")
+    model, losses, _ = run(SFT, kt_weight_path=str(tmp_path / "model.gguf"), learning_rate=0.01)
+    assert_ours(model)
+    experts = next(m for m in model.modules() if isinstance(m, KTransformersExperts))
+    assert {weight.type.name for matrix in experts.active.experts.matrices for weight in matrix} == {"Q8_0"}
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_what_a_file_says_in_vain_is_said(run, monkeypatch):
+    said = []
+    monkeypatch.setattr(launcher, "_say", said.append)
+    run(SFT, max_steps=1, mode="normal")
+    for text in ("chunk_size changes nothing here", "mode changes nothing here", "trust_remote_code changes nothing here: code",
+                 "amx-multi-gpu.yaml is not here", "no adapter on mlp.down_proj"):  # fmt: skip
+        assert any(text in line for line in said), (text, said)
+
+
+def test_its_command_trains(prepared, models, data, tmp_path):
+    file = tmp_path / "train.yaml"
+    file.write_text(yaml.safe_dump(settings(SFT, models, data, tmp_path / "out", max_steps=1)))
+    script = Path(sys.executable).with_name("llamafactory-cli")
+    ours = script.exists() and "ktransformers" in script.read_text()  # where `make setup-llamafactory` made it
+    command = [script] if ours else [sys.executable, "-m", launcher.__name__]
+    done = subprocess.run([*command, "train", file], capture_output=True, text=True, env={**os.environ, "USE_KT": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert parts(load_file(tmp_path / "out" / "adapter_model.safetensors"))[1] == EXPERTS
+
+
+def test_a_fault_is_a_sentence(prepared, models, data, tmp_path):
+    settled = settings(SFT, models, data, tmp_path / "out", kt_optimize_rule="my.yaml")
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(settled))
+    command = [sys.executable, "-m", launcher.__name__, "train", tmp_path / "train.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: kt_optimize_rule: my.yaml: no such file")
+
+
+def test_another_version_is_refused(monkeypatch):
+    monkeypatch.setattr(launcher, "version", lambda name: "0.9.4")
+    with pytest.raises(UnsupportedError, match=r"found 0\.9\.4, expected 0\.9\.5.*make setup-llamafactory"):
+        launcher.prepare()
