@@ -91,7 +91,27 @@ def _take_arguments() -> None:
         if requirement not in UPSTREAM:
             theirs(requirement, mandatory)
 
-    parser.check_version = check_version
+    def verify(given: Any, data: Any, tuning: Any, theirs: Any = parser._verify_model_args) -> None:
+        theirs(given, data, tuning)
+        if given.use_kt:
+            _refuse(given, tuning)
+
+    parser.check_version, parser._verify_model_args = check_version, verify
+
+
+def _refuse(given: Any, tuning: Any) -> None:
+    """Raise UnsupportedError for what packed weights cannot do, before any are loaded."""
+    packed = {
+        "finetuning_type": tuning.finetuning_type != "lora",
+        "use_dora": tuning.use_dora, "pissa_init": tuning.pissa_init, "quantization_bit": given.quantization_bit,
+        "resize_vocab": given.resize_vocab or given.add_tokens or given.add_special_tokens,
+        "export_dir": given.export_dir,
+    }  # fmt: skip
+    if wrong := ", ".join(key for key, asked in packed.items() if asked):
+        raise UnsupportedError(
+            f"{wrong}: the weights stay packed as the checkpoint has them, and LoRA adapters are trained beside them. "
+            "Leave it out, or say use_kt: false for transformers' own model."
+        )
 
 
 def _model_arguments() -> type:
@@ -108,7 +128,7 @@ def _model_arguments() -> type:
             self.trust_remote_code = False
         ModelArguments.__post_init__(self)
 
-    ours = [("use_kt", bool, field(default_factory=lambda: is_env_enabled("USE_KT")))]
+    ours = [("use_kt", bool, field(default=is_env_enabled("USE_KT")))]
     ours += [(key, str | None, field(default=None)) for key in KEYS]
     return make_dataclass("ModelArguments", ours, bases=(ModelArguments,), namespace={"__post_init__": settle})
 
@@ -122,8 +142,8 @@ def _training_arguments() -> type:
         self.__class__ = TrainingArguments  # as which it is saved beside the adapter
         self.__post_init__()
 
-    without_gpu = field(default_factory=lambda: not is_available())  # bf16 is refused there without use_cpu
-    ours = [("use_cpu", bool, without_gpu), ("warmup_ratio", float, field(default=0.0))]
+    on_cpu = field(default=not is_available())  # without it, bf16 is refused where there is no GPU
+    ours = [("use_cpu", bool, on_cpu), ("warmup_ratio", float, field(default=0.0))]
     return make_dataclass("TrainingArguments", ours, bases=(TrainingArguments,), namespace={"__post_init__": settle})
 
 
@@ -137,7 +157,17 @@ def _load_by_rules() -> None:
         if given.use_kt:
             init_kwargs["quantization_config"] = _kt_config(config, given)
 
-    loader.patch_config = patch_config
+    def register_autoclass(config: Any, model: Any, tokenizer: Any, theirs: Any = loader.register_autoclass) -> None:
+        if not _is_ours(model):  # it would mark transformers' own classes as the code of a model folder, to be saved
+            theirs(config, model, tokenizer)
+
+    loader.patch_config, loader.register_autoclass = patch_config, register_autoclass
+
+
+def _is_ours(model: Any) -> bool:
+    from ktransformers.operators.base_operator import BaseInjectedModule
+
+    return any(isinstance(module, BaseInjectedModule) for module in model.modules())
 
 
 def _kt_config(config: Any, given: Any) -> Any:
@@ -159,10 +189,9 @@ def _adapt_experts() -> None:
     parameters: list[str] = []  # from the one function to the other, which it calls next
 
     def find_all(model: Any, freeze_vision_tower: bool, theirs: Any = adapter.find_all_linear_modules) -> list[str]:
-        from ktransformers.operators.base_operator import BaseInjectedModule
         from ktransformers.sft.targets import lora_config
 
-        if not any(isinstance(module, BaseInjectedModule) for module in model.modules()):
+        if not _is_ours(model):
             return theirs(model, freeze_vision_tower)
         ours = lora_config(model, Options(lora_target="all"))
         parameters[:] = ours.target_parameters or ()

@@ -87,13 +87,16 @@ def run(prepared, models, data, tmp_path, exact):
 
         class Keep(TrainerCallback):
             def on_train_end(self, args, state, control, model=None, **kwargs):
-                self.model, self.losses = model, [line["loss"] for line in state.log_history if "loss" in line]
+                lines = [line for line in state.log_history if "loss" in line]
+                self.model, self.losses = model, [line["loss"] for line in lines]
+                self.warms_up = lines[0]["learning_rate"] == 0 < args.warmup_steps < 1
 
         keep, threads = Keep(), native.threads()
         try:
             run_exp(settings(name, models, data, tmp_path / "out", **changes), [keep])
         finally:
             native.set_threads(threads)
+        assert keep.warms_up  # all printed files say warmup_ratio
         return keep.model, keep.losses, tmp_path / "out"
 
     return train
@@ -184,7 +187,9 @@ def test_code_of_a_model_folder_is_not_run(run, models, tmp_path):
     config["auto_map"] = {"AutoConfig": "here.Config", "AutoModelForCausalLM": "here.Model"}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "here.py").write_text("raise SystemExit('the code of the folder ran')")
-    assert_ours(run(SFT, model_name_or_path=str(folder), max_steps=1)[0])
+    model, _, _ = run(SFT, model_name_or_path=str(folder), max_steps=1)
+    assert_ours(model)
+    assert model.get_base_model()._auto_class is None  # or it would be saved with each model of its class
 
 
 def test_packed_weights_of_another_file(run, models, tmp_path):
@@ -194,6 +199,34 @@ def test_packed_weights_of_another_file(run, models, tmp_path):
     experts = next(m for m in model.modules() if isinstance(m, KTransformersExperts))
     assert {weight.type.name for matrix in experts.active.experts.matrices for weight in matrix} == {"Q8_0"}
     assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "change", [{"finetuning_type": "full"}, {"use_dora": True}, {"resize_vocab": True}, {"add_tokens": "a,b"}], ids=str
+)
+def test_what_packed_weights_cannot_do_is_refused_before_they_load(run, change):
+    key = "resize_vocab" if "add_tokens" in change else next(iter(change))
+    with pytest.raises(UnsupportedError, match=f"{key}: the weights stay packed .*use_kt: false"):
+        run(SFT, **change)
+
+
+def test_export_merges_into_transformers_own_model_alone(run, models, tmp_path):
+    from llamafactory.train.tuner import export_model
+
+    _, _, out = run(DPO, max_steps=1)
+    asked = {"model_name_or_path": str(models("deepseek_v2")[1]), "adapter_name_or_path": str(out), "template": "llama3",
+             "export_dir": str(tmp_path / "merged")}  # fmt: skip
+    with pytest.raises(UnsupportedError, match="export_dir: the weights stay packed"):
+        export_model(asked)
+    export_model({**asked, "use_kt": False})
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+
+
+def test_flags_have_the_defaults_of_files(prepared, models):
+    from llamafactory.hparams import get_infer_args
+
+    given = ["--model_name_or_path", str(models("deepseek_v2")[1])]
+    assert get_infer_args(given)[0].use_kt and not get_infer_args([*given, "--use_kt", "false"])[0].use_kt
 
 
 def test_what_a_file_says_in_vain_is_said(run, monkeypatch):
