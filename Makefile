@@ -5,12 +5,15 @@ PIP_ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 # Modules are compiled to bytecode when they are first imported: all of torch's at once take longer than the rest of pip.
-PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile
+INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
+PIP := $(PY) $(INSTALL)
 OBJECTS := build/clib/.compiled
+LLAMAFACTORY := .venv-llamafactory
 NATIVE := $(shell find native setup.py -name '*.[ch]' -o -name '*.py' 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev chat doctor test test-fast test-gpu support pages bench bench-setup bench-start bench-peers sanitize \
+        setup-llamafactory test-llamafactory \
         bench-model bench-whole bench-serve bench-open bench-plan bench-attention bench-encode bench-gpu native train wheel clean tools FORCE
 
 help: ## this list
@@ -64,6 +67,22 @@ test-fast: setup-dev ## some cases of every kind of test
 
 test-gpu: setup-dev ## what needs a GPU, skipped where there is none (SANITIZER="compute-sanitizer --error-exitcode 1")
 	TRITON_INTERPRET=0 $(SANITIZER) $(PY) -m pytest -rs tests/kernels/test_gpu.py $(ARGS)
+
+# LLaMA-Factory and its trl ask for older packages than they run with: they come last, without what they ask for.
+$(LLAMAFACTORY)/.installed: requirements-llamafactory.txt requirements.txt pyproject.toml $(OBJECTS) | tools
+	@echo "Python: installing LLaMA-Factory, torch and what they need into $(LLAMAFACTORY)"
+	@test -x $(LLAMAFACTORY)/bin/python || $(PYTHON) -m venv $(LLAMAFACTORY)
+	$(LLAMAFACTORY)/bin/python $(INSTALL) $(PIP_ARGS) -r requirements-llamafactory.txt
+	$(LLAMAFACTORY)/bin/python $(INSTALL) $(PIP_ARGS) --no-deps llamafactory==0.9.5 trl==0.24.0
+	$(LLAMAFACTORY)/bin/python $(INSTALL) --no-build-isolation --no-deps --editable .
+	@printf '#!%s\nfrom ktransformers.sft.llamafactory import main\n\nmain()\n' "$(abspath $(LLAMAFACTORY))/bin/python" \
+	    > $(LLAMAFACTORY)/bin/llamafactory-cli
+	@touch $@
+
+setup-llamafactory: $(LLAMAFACTORY)/.installed ## .venv-llamafactory, whose llamafactory-cli trains on our operators
+
+test-llamafactory: setup-llamafactory ## LLaMA-Factory's trainers on our operators
+	$(LLAMAFACTORY)/bin/python -m pytest -rs tests/sft/test_llamafactory.py $(ARGS)
 
 bench-setup: ## time from a fresh clone to the first answer, by parts (PIP_ARGS=..., JSON=file)
 	$(PYTHON) tests/bench/bench_setup.py $(if $(JSON),--json $(JSON)) $(ARGS)
@@ -121,5 +140,5 @@ wheel: setup-dev ## dist/*.whl and dist/*.tar.gz
 	$(PY) setup.py --quiet bdist_wheel sdist
 
 clean: ## remove what was built, .venv included
-	rm -rf $(VENV) .venv-peers build dist *.egg-info ktransformers/*.so native/build
+	rm -rf $(VENV) $(LLAMAFACTORY) .venv-peers build dist *.egg-info ktransformers/*.so native/build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
