@@ -94,7 +94,8 @@ def name_it(call: Any) -> int:
     return number
 
 
-def _find(number: int) -> Any:
+def find(number: int) -> Any:
+    """What `name_it` gave that number. Raises NativeError where it is gone."""
     call = _named.get(number)
     if call is None:
         raise NativeError(
@@ -115,19 +116,19 @@ def is_traced(x: Tensor) -> bool:
 
 
 def _linear(x: Tensor, number: int) -> Tensor:
-    return _find(number).compute(x)
+    return find(number).compute(x)
 
 
 def _embedding(ids: Tensor, dtype: torch.dtype, number: int) -> Tensor:
-    return _find(number).compute(ids, dtype)
+    return find(number).compute(ids, dtype)
 
 
 def _embedding_shape(ids: Tensor, dtype: torch.dtype, number: int) -> Tensor:
-    return ids.new_empty((*ids.shape, _find(number).hidden), dtype=dtype)
+    return ids.new_empty((*ids.shape, find(number).hidden), dtype=dtype)
 
 
 def _experts(hidden: Tensor, ids: Tensor, weights: Tensor, number: int) -> Tensor:
-    return _find(number).compute(hidden, ids, weights)
+    return find(number).compute(hidden, ids, weights)
 
 
 def _attention(
@@ -135,36 +136,36 @@ def _attention(
     q_factor: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     positions = None if cos is None or sin is None else (cos, sin)
-    return _find(number).compute(hidden, _find(pages), positions, mask, first, q_factor)
+    return find(number).compute(hidden, find(pages), positions, mask, first, q_factor)
 
 
 def _attention_shape(
     hidden: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, first: int, number: int, pages: int,
     q_factor: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    call = _find(number)
+    call = find(number)
     _check_fake(hidden, call.hidden, call)
     return hidden.new_empty(hidden.shape)
 
 
 def _linear_shape(x: Tensor, number: int) -> Tensor:
-    call = _find(number)
+    call = find(number)
     _check_fake(x, call.in_features, call)
     return x.new_empty((*x.shape[:-1], call.out_features))
 
 
 def _experts_shape(hidden: Tensor, ids: Tensor, weights: Tensor, number: int) -> Tensor:
-    call = _find(number)
+    call = find(number)
     _check_fake(hidden, call.hidden, call)
     return hidden.new_empty(hidden.shape)
 
 
 def _router(hidden: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
-    return _find(number).compute(hidden)
+    return find(number).compute(hidden)
 
 
 def _router_shape(hidden: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
-    call = _find(number)
+    call = find(number)
     _check_fake(hidden, call.hidden, call)
     tokens, k = hidden.shape[0], call.choice.top_k
     ids, weights = hidden.new_empty((tokens, k), dtype=torch.int64), hidden.new_empty((tokens, k), dtype=torch.float32)
@@ -172,11 +173,11 @@ def _router_shape(hidden: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _moe(hidden: Tensor, number: int) -> Tensor:
-    return _find(number).compute(hidden)
+    return find(number).compute(hidden)
 
 
 def _moe_shape(hidden: Tensor, number: int) -> Tensor:
-    call = _find(number)
+    call = find(number)
     _check_fake(hidden, call.hidden, call)
     return hidden.new_empty(hidden.shape)
 

@@ -187,7 +187,11 @@ class Growth:
 
     def at(self, first: int, tokens: int) -> Tensor:
         """[S], of `tokens` tokens from number `first` on."""
-        places = torch.arange(first, first + tokens, dtype=torch.float32, device="cpu")
+        return self.of(torch.arange(first, first + tokens, device="cpu"))
+
+    def of(self, places: Tensor) -> Tensor:
+        """Of tokens of these numbers."""
+        places = places.float()
         return torch.log1p(torch.floor((places + 1.0) / self.step)) * self.slope + 1.0
 
 

@@ -7,7 +7,7 @@ that knows pages never asks for that. Going back, choosing beams and copying mov
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -352,14 +352,20 @@ def use(model: nn.Module, kind: str | None = None) -> None:
     """
     if kind is not None:
         _choose(model, kind)
+    if next(_paged_layers(model), None) is not None:
+        make_for_generation(model, paged_cache)
+
+
+def make_for_generation(model: nn.Module, make: Callable[[nn.Module], Cache | None]) -> None:
+    """Let `model.generate` take `make(model)`, where that is not None, where it would make a DynamicCache."""
     original = getattr(model, "_prepare_cache_for_generation", None)
-    if original is None or next(_paged_layers(model), None) is None:
+    if original is None:
         return
 
     def prepare(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         plain = generation_config.cache_implementation in (None, "dynamic") and generation_config.use_cache is not False
         if plain and model_kwargs.get("past_key_values") is None and model._supports_default_dynamic_cache():
-            model_kwargs["past_key_values"] = paged_cache(model)
+            model_kwargs["past_key_values"] = make(model)
             if model_kwargs["past_key_values"] is not None:
                 return None
         return original(generation_config, model_kwargs, *args, **kwargs)

@@ -1,0 +1,318 @@
+"""Keys and values, or latents, in pages on a GPU, at fixed addresses: what kernels read, and graphs are captured over.
+
+Where tokens lie, and how many there are, stands in the device's memory, once for all layers of a device (`Tables`): the
+first layer of a step moves it on, and a replayed graph does so by itself. Python counts beside it. Sequences of a batch
+have one length, and take pages in turn: growing appends pages, and what there is keeps its numbers. A sequence that is
+shorter than its batch is filled up in front, and its first tokens are not seen.
+Letters: B sequences, T new tokens, C heads of keys and values, D and V sizes of a key and a value; of latents R and P.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, GenerationMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from ktransformers.errors import UnsupportedError
+from ktransformers.kernels.context import Context
+from ktransformers.machine.streams import streams_of
+from ktransformers.native.pages import PAGE
+from ktransformers.operators import gpu_ops
+from ktransformers.operators.decoding import decoder_of, decoding_of
+from ktransformers.operators.fixed_cache import Captured
+from ktransformers.operators.paged_cache import make_for_generation
+
+LEAST_TOKENS = 1024
+"""Of a new cache. Kernels read what is held, not what there is room for."""
+
+FEW = 16
+"""New tokens of a sequence up to which kernels compute a step; more are a prompt."""
+
+
+class Tables:
+    """Where the tokens of B sequences are, for all layers of one device."""
+
+    def __init__(self, batch: int, room: int, device: torch.device) -> None:
+        self.batch, self.device = batch, device
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self._slots: dict[int, Tensor] = {}
+        self._held, self._tokens = 0, 0  # what `lengths` says after all that was enqueued, and tokens of the last step
+        self.grow(room)
+
+    def grow(self, room: int) -> None:
+        pages = torch.arange(room // PAGE, dtype=torch.int32, device=self.device)[None] * self.batch
+        self.table = pages + torch.arange(self.batch, dtype=torch.int32, device=self.device)[:, None]
+        self._tokens = 0
+
+    def at(self, held: int) -> None:
+        """`lengths` says `held`, and the next layer to enter is a step's first."""
+        if self._held != held:
+            self.lengths.fill_(held)
+        self._held, self._tokens = held, 0
+
+    def replays(self, tokens: int) -> None:
+        """A graph that is enqueued next moves on by `tokens`."""
+        self._held, self._tokens = self._held + tokens, tokens
+
+    def unmoved(self, held: int) -> None:
+        """What was enqueued since went into a graph, and was not done."""
+        self._held, self._tokens = held, 0
+
+    def enter(self, held: int, tokens: int) -> Tensor:
+        """A layer that holds `held` tokens gets more: their slots [B * T]. The first one of a step makes them."""
+        if (self._held, self._tokens) != (held + tokens, tokens):
+            self.at(held)
+            self.replays(tokens)
+            if tokens not in self._slots:
+                self._slots = {size: slots for size, slots in self._slots.items() if size <= FEW}
+                self._slots[tokens] = torch.empty(self.batch * tokens, dtype=torch.int64, device=self.device)
+            self.lengths.add_(tokens)
+            gpu_ops.slots(self.table, self.lengths, self._slots[tokens])
+        return self._slots[tokens]
+
+    @property
+    def context(self) -> Context:
+        return Context(self.table, self.lengths)
+
+
+class Room:
+    """What the layers of a cache share."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = -(-tokens // PAGE) * PAGE
+        self.tables: dict[tuple[torch.device, int], Tables] = {}
+        self.masks: dict[int, tuple[Tensor, Tensor | None]] = {}
+        """By window, the last mask that was read, and what gpu_attention.py read from it."""
+
+    def reserve(self, tokens: int) -> bool:
+        """Have room for so many tokens of each sequence; whether there was less."""
+        if tokens <= self.tokens:
+            return False
+        while self.tokens < tokens:
+            self.tokens *= 2
+        for tables in self.tables.values():
+            tables.grow(self.tokens)
+        return True
+
+    def tables_of(self, device: torch.device, batch: int) -> Tables:
+        key = device, batch
+        if key not in self.tables:
+            self.tables[key] = Tables(batch, self.tokens, device)
+        return self.tables[key]
+
+
+class GpuLayer(CacheLayerMixin):
+    """One layer's pages: [pages, 64, C, D] and [pages, 64, C, V], or `joined` [pages, 64, R + P]. `window`: tokens that
+    a token sees, 0 for all; all are kept, so a window can go back."""
+
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, room: Room, window: int = 0, joined: bool = False) -> None:
+        self.room, self.window, self.joined = room, window, joined
+        self.is_sliding = window > 0
+        self.pages: tuple[Tensor, ...] = ()
+        self.sizes: tuple[int, int, int] | None = None  # heads, and of a key and a value
+        self.batch = self.length = 0
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.sizes is not None
+
+    @property
+    def keys(self) -> Tensor | None:
+        """A copy [B, C, T, D]; None before the first token."""
+        return self.gathered()[0] if self.is_initialized else None
+
+    @property
+    def values(self) -> Tensor | None:
+        return self.gathered()[1] if self.is_initialized else None
+
+    @property
+    def tables(self) -> Tables:
+        return self.room.tables_of(self.device, self.batch)
+
+    def prepare(
+        self, batch: int, heads: int, size: int, value_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Make pages at the first call. Raises UnsupportedError where they are of other sizes."""
+        wanted = batch, (heads, size, value_size), dtype, device
+        if self.sizes is None:
+            self.batch, self.sizes, self.dtype, self.device = wanted
+            self.pages = self._made()
+        found = self.batch, self.sizes, self.dtype, self.device
+        if found != wanted:
+            raise UnsupportedError(
+                "cache: found {} sequences, heads and sizes {} in {} on {}, ".format(*found)
+                + "expected {}, {} in {} on {}. Give each model and batch a cache of its own.".format(*wanted)
+            )
+
+    def _made(self) -> tuple[Tensor, ...]:
+        (heads, size, value_size), count = self.sizes, self.batch * self.room.tokens // PAGE
+        how = {"dtype": self.dtype, "device": self.device}
+        if self.joined:
+            return (torch.empty(count, PAGE, size + value_size, **how),)
+        return tuple(torch.empty(count, PAGE, heads, width, **how) for width in (size, value_size))
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        batch, heads, _, size = key_states.shape
+        self.prepare(batch, heads, size, value_states.shape[3], key_states.dtype, key_states.device)
+
+    def grow(self) -> None:
+        """Have what room there is, elsewhere in memory."""
+        old, self.pages = self.pages, self._made()
+        for mine, theirs in zip(self.pages, old, strict=True):
+            mine[: len(theirs)].copy_(theirs)
+
+    def enter(self, tokens: int) -> Tensor:
+        """So many tokens are about to be kept: their slots [B * T]. `length` is moved on once they are."""
+        self.room.reserve(self.length + tokens)
+        if len(self.pages[0]) * PAGE < self.batch * self.room.tokens:
+            self._refuse_capture("growing")
+            self.grow()
+        return self.tables.enter(self.length, tokens)
+
+    @torch.compiler.disable
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """For code that knows no pages: [B, C, T, D] and [B, C, T, V] are kept; all that is held, in order."""
+        self.lazy_initialization(key_states, value_states)
+        self._refuse_capture("a copy of all that is held")
+        slots = self.enter(key_states.shape[2])
+        rows = [x.transpose(1, 2).flatten(0, 1) for x in (key_states, value_states)]
+        if self.joined:
+            rows = [torch.cat(rows, -1)[:, 0]]
+        for page, row in zip(self.pages, rows, strict=True):
+            page.flatten(0, 1).index_copy_(0, slots, row)
+        self.length += key_states.shape[2]
+        return self.gathered()
+
+    def gathered(self) -> tuple[Tensor, Tensor]:
+        """All tokens in order: [B, C, T, D] and [B, C, T, V]."""
+        count = -(-self.length // PAGE)
+        parts = [each.unflatten(0, (-1, self.batch))[:count].transpose(0, 1).flatten(1, 2)[:, : self.length]
+                 for each in self.pages]  # fmt: skip
+        if self.joined:
+            parts = [part[:, :, None] for part in parts[0].split(self.sizes[1:], -1)]
+        keys, values = (part.transpose(1, 2) for part in parts)
+        return keys, values
+
+    def _refuse_capture(self, what: str) -> None:
+        streams = streams_of(self.device)
+        if streams is not None and streams.is_capturing():
+            raise UnsupportedError(f"cache: found {what} while a graph is captured, expected kernels on pages alone.")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.length = 0
+
+    def offload(self) -> None:
+        """Nothing: kernels read the pages where they are."""
+
+    def prefetch(self) -> None:
+        """Nothing."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last -`tokens_to_remove` tokens."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop: found {tokens_to_remove}, expected minus the number of tokens to remove.")
+        self.length = max(0, self.length + int(tokens_to_remove))
+
+    def can_forget(self, length: int) -> bool:
+        """Whether `crop` leaves the layer as if it had seen only the first `length` tokens."""
+        return self.is_initialized and length <= self.length
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self.batch_select_indices(torch.arange(self.batch, device=self.device).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.is_initialized:
+            chosen = indices.to(self.device)
+            self.pages = tuple(
+                each.unflatten(0, (-1, self.batch)).index_select(1, chosen).flatten(0, 1) for each in self.pages
+            )
+            self.batch = len(chosen)
+
+
+class GpuPages(Captured, Cache):
+    """A cache of `GpuLayer`s. `plain`: whoever steps says that no token hides but by being later, or by a window."""
+
+    def __init__(self, layers: list[GpuLayer], room: Room, plain: bool = False) -> None:
+        super().__init__(layers=layers)
+        self.room, self.plain = room, plain
+
+    @property
+    def nbytes(self) -> int:
+        return sum(each.nbytes for layer in self.layers for each in layer.pages)
+
+    def reserve(self, tokens: int) -> None:
+        if self.room.reserve(tokens):
+            self.graph = None
+            for layer in self.layers:
+                if layer.is_initialized:
+                    layer.grow()
+
+    @contextlib.contextmanager
+    def unmoved(self) -> Iterator[None]:
+        held = self.get_seq_length()
+        for tables in self.room.tables.values():
+            tables.at(held)
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer.length = held
+            for tables in self.room.tables.values():
+                tables.unmoved(held)
+
+    def replays(self, held: int) -> None:
+        for tables in self.room.tables.values():
+            tables.at(held)
+            tables.replays(1)
+        for layer in self.layers:
+            layer.length = held + 1
+
+
+def gpu_pages(model: nn.Module, tokens: int | None = None, plain: bool = False) -> GpuPages | None:
+    """A fresh cache for `model`, with room for so many tokens; None where a layer's attention is not computed by
+    kernels. `plain`: as `GpuPages` has it; None too where the family's code has other masks."""
+    computing = {module.layer_idx: module for module in model.modules() if getattr(module, "gpu", None) is not None}
+    family = type(getattr(model, "orig_module", None) or model)
+    if not computing or not GenerationMixin._supports_default_dynamic_cache.__func__(family):
+        return None
+    kept = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    known = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in kept)
+    if not known or computing.keys() != set(range(len(kept))) or plain and not _is_plain(model):
+        return None
+    room = Room(LEAST_TOKENS if tokens is None else tokens)
+    layers = [GpuLayer(room, getattr(layer, "sliding_window", None) or 0, computing[number].attending.joined)
+              for number, layer in enumerate(kept)]  # fmt: skip
+    if any(layer.joined and layer.window for layer in layers):  # the kernel has none
+        return None
+    return GpuPages(layers, room, plain)
+
+
+def use(model: nn.Module) -> None:
+    """Let `model.generate` keep what it computes in `GpuPages` where kernels compute all its attention."""
+    if any(getattr(module, "gpu", None) is not None for module in model.modules()):
+        make_for_generation(model, gpu_pages)
+
+
+def _is_plain(model: nn.Module) -> bool:
+    """Whether each layer sees what is before it, within its window."""
+    decoder = decoder_of(model)
+    return decoder is not None and decoding_of(decoder) is not None
