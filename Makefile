@@ -63,7 +63,7 @@ test-fast: setup-dev ## some cases of every kind of test
 	$(PY) -m pytest -m "not slow" $(ARGS)
 
 test-gpu: setup-dev ## what needs a GPU, skipped where there is none (SANITIZER="compute-sanitizer --error-exitcode 1")
-	TRITON_INTERPRET=0 $(SANITIZER) $(PY) -m pytest -rs tests/kernels/test_gpu.py $(ARGS)
+	TRITON_INTERPRET=0 $(SANITIZER) $(PY) -m pytest -rs tests/kernels/test_gpu.py tests/operators/test_gpu_attention.py $(ARGS)
 
 bench-setup: ## time from a fresh clone to the first answer, by parts (PIP_ARGS=..., JSON=file)
 	$(PYTHON) tests/bench/bench_setup.py $(if $(JSON),--json $(JSON)) $(ARGS)

@@ -261,7 +261,7 @@ class GpuPages(Captured, Cache):
 
     def reserve(self, tokens: int) -> None:
         if self.room.reserve(tokens):
-            self.graph = None
+            self.graph, self.stepped = None, False  # kernels may be compiled anew, which cannot be captured
             for layer in self.layers:
                 if layer.is_initialized:
                     layer.grow()

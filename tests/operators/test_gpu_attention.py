@@ -14,7 +14,7 @@ from ktransformers.engine.cache import PrefixCache
 from ktransformers.engine.generate import generate
 from ktransformers.engine.sampling import Sampling
 from ktransformers.errors import UnsupportedError
-from ktransformers.kernels import gqa_decode, mla_decode
+from ktransformers.kernels import compiler, gqa_decode, mla_decode
 from ktransformers.machine.streams import registered
 from ktransformers.operators import gpu_pages
 from ktransformers.operators.fixed_cache import FixedCache
@@ -24,6 +24,9 @@ from tests.simulated_gpu import SimulatedStreams
 from tests.tiny import meta_model, random_ids, relative_error
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="C library not built")
+ON_GPU = compiler.triton is not None and torch.cuda.is_available() and not compiler.triton.knobs.runtime.interpret
+"""`make test-gpu`: what needs no simulation runs there."""
+DEVICE = "cuda:0" if ON_GPU else "cpu"
 
 EXACT = 2e-5
 """float32 sums in another order, through three layers."""
@@ -48,21 +51,25 @@ def attended(monkeypatch):
 
 
 @pytest.fixture
-def loaded(checkpoint, interpreter, monkeypatch):
+def loaded(checkpoint, request, monkeypatch):
     """Call with a family: transformers' model, and ours whose attention computes as it does on a GPU."""
+    if not ON_GPU:
+        request.getfixturevalue("interpreter")
     monkeypatch.setattr(gpu_pages, "LEAST_TOKENS", 64)
 
     def make(family, *rules, **overrides):
         reference, folder = checkpoint(family, **overrides)
         rules = [*(rules or [ATTENTION]), *REST]
-        return reference, optimize_and_load(meta_model(reference.config), rules, folder, default_device="cpu")
+        return reference, optimize_and_load(meta_model(reference.config), rules, folder, default_device=DEVICE)
 
     return make
 
 
 @torch.inference_mode()
 def logits(model, ids, cache, **kwargs):
-    return model(input_ids=ids, past_key_values=cache, use_cache=True, **kwargs).logits
+    given = {"input_ids": ids, **kwargs}
+    given = {name: value.to(model.device) for name, value in given.items()}
+    return model(**given, past_key_values=cache, use_cache=True).logits.cpu()
 
 
 @torch.inference_mode()
@@ -133,7 +140,8 @@ def test_generating_with_sequences_of_different_lengths(name, loaded, attended):
     for options in ({}, {"num_beams": 2})[: 2 if name == "grouped" else 1]:
         given = {"attention_mask": mask, "max_new_tokens": 3, "do_sample": False, **options}
         attended.clear()
-        assert torch.equal(model.generate(ids, **given), reference.generate(ids, **given))
+        there = {**given, "attention_mask": mask.to(DEVICE)}
+        assert torch.equal(model.generate(ids.to(DEVICE), **there).cpu(), reference.generate(ids, **given))
         assert len(attended) == 2 * model.config.num_hidden_layers
     hidden = torch.ones(3, 65, dtype=torch.int64)
     hidden[:, 60] = 0  # no window is like that
@@ -145,6 +153,7 @@ def test_generating_with_sequences_of_different_lengths(name, loaded, attended):
     assert not attended or family == "gpt_oss"  # whose windows hide it as well
 
 
+@pytest.mark.skipif(ON_GPU, reason="a simulation")
 @pytest.mark.parametrize("name", ["grouped", "windows and sinks", "latents"])
 def test_turns_of_a_conversation_by_one_graph(name, loaded, attended, monkeypatch):
     """Captured once, again when pages grow; it goes back in between. The length that it reads is the device's own."""
@@ -214,6 +223,18 @@ def test_going_back_and_choosing(loaded):
         cache.layers[0].crop(2)
 
 
+@pytest.mark.skipif(not ON_GPU, reason="no GPU")
+@pytest.mark.parametrize("name", ["grouped", "windows and sinks", "latents"])
+def test_turns_of_a_conversation_on_a_gpu(name, loaded):
+    family, rule, overrides = CASES[name]
+    reference, model = loaded(family, rule, **overrides, **{"first_k_dense_replace": 3} if name == "latents" else {})
+    prompt, cache = random_ids(1, 60)[0].tolist(), PrefixCache()
+    for ids in (prompt, [*prompt, 5, 9]):
+        assert answer(model, ids, cache, 8) == truth(reference, ids, 8)
+    assert type(cache.cache) is GpuPages and cache.cache.stepped
+
+
+@pytest.mark.skipif(ON_GPU, reason="a simulation")
 def test_latents_without_kernels_take_the_fixed_cache(checkpoint, monkeypatch):
     reference, folder = checkpoint("deepseek_v3")
     model = optimize_and_load(meta_model(reference.config), [LATENT, *HYBRID, *REST], folder, default_device="cpu")
