@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ktransformers.kernels import compiler, gqa_decode, mla_decode
+from ktransformers.kernels import gqa_decode, mla_decode
 from ktransformers.kernels.cache import append
 from ktransformers.kernels.context import Context, visible
 from ktransformers.kernels.gqa_decode import Scores
@@ -24,16 +24,16 @@ from ktransformers.kernels.keep import keep, keep_latents
 from ktransformers.native import torch_ops
 from ktransformers.native.checks import DTYPES
 from ktransformers.operators import gpu_ops
-from ktransformers.operators.attending import GATES_BY, Attending, turned
+from ktransformers.operators.attending import GATES_BY, PROJECTIONS, Attending, turned
 from ktransformers.operators.attending_latents import Latents
 from ktransformers.operators.attention_inputs import only_hides
 from ktransformers.operators.gpu_pages import FEW, GpuLayer, GpuPages
+from ktransformers.operators.joined import Joined
 
 
 def gpu_attention(operator: nn.Module) -> "GpuAttention | str":
     """What computes an operator's few tokens on its GPU, or why nothing does."""
-    device = torch.device(operator.devices.get(operator.key, operator.generate_device))
-    if problem := compiler.why_not(device) or compiler.too_old(device):
+    if problem := gpu_ops.why_not(operator):
         return problem
     attending = operator.attending
     kind = {Attending: GpuGrouped, Latents: GpuLatents}.get(type(attending))
@@ -140,6 +140,8 @@ class GpuGrouped(GpuAttention):
         each_head = attending.norms is not None and not s.norm_whole
         self._norms = [operator._modules[name] for name in attending.norms or () if each_head]
         known = all(getattr(norm, "weight", None) is not None for norm in self._norms) and not s.norm_last
+        names = [name for name in PROJECTIONS if operator._modules.get(name) is not None]
+        self._made = Joined([operator._modules[name] for name in names])
         self._fused = known and attending.rotates and attending.growth is None and not attending.given_factor
 
     @staticmethod
@@ -168,11 +170,11 @@ class GpuGrouped(GpuAttention):
         """Queries [B, T, A, D], keys [B, T, C, D] and values [B, T, C, V] before norms of heads and positions, and the
         gate [B, T, A * V]."""
         a, s, parts = self.attending, self.attending.shape, operator._modules
-        q, k = parts["q_proj"](hidden), parts["k_proj"](hidden)
-        v = k if operator.v_proj is None else operator.v_proj(hidden)
+        q, k, *v = self._made(hidden)
+        v = v[0] if v else k
         gate = None
         if s.gate == "in_q":
-            q, gate = q.view(*q.shape[:2], s.heads, 2 * s.size).chunk(2, -1)
+            q, gate = q.unflatten(-1, (s.heads, 2 * s.size)).chunk(2, -1)
             gate = gate.flatten(2)
         elif s.gate is not None:
             gate = parts[a.gate](hidden)
@@ -245,6 +247,8 @@ class GpuLatents(GpuAttention):
             name, norm = f"{operator.key}.kv_b_proj.weight", operator.kv_a_layernorm.weight
             weight = operator.gguf_loader.tensor(name, device=norm.device, dtype=norm.dtype)
         self._kv_b = weight
+        first = "q_a_proj" if operator._modules.get("q_a_proj") is not None else attending.queries
+        self._made = Joined([operator._modules[first], operator.kv_a_proj_with_mqa])
         self._norm = operator.kv_a_layernorm.weight.detach()
         if attending.kv_factor != 1.0:
             self._norm = self._norm.float() * attending.kv_factor
@@ -261,10 +265,11 @@ class GpuLatents(GpuAttention):
     def compute(self, operator: nn.Module, hidden: Tensor, step: Step, kwargs: Mapping[str, Any]) -> Tensor:
         a, s, parts = self.attending, self.attending.shape, operator._modules
         count = hidden.shape[0] * hidden.shape[1]
-        q, gate = self._queries(operator, hidden)
-        latent, rotary = parts["kv_a_proj_with_mqa"](hidden).view(count, -1).split([s.latent, s.rotary], -1)
+        q, latent = self._made(hidden)
+        q, gate = self._queries(operator, hidden, q)
+        latent, rotary = latent.flatten(0, 1).split([s.latent, s.rotary], -1)
         if a.key_norm is not None:
-            rotary = gpu_ops.rms_norm(rotary, parts[a.key_norm].weight, s.key_eps)
+            rotary = gpu_ops.rms_norm(rotary, parts[a.key_norm].weight.detach(), s.key_eps)
         w_uk, w_uv = self._per_head(operator, hidden.dtype)
         plain, turning = q.split([s.plain, s.rotary], -1)
         query = q.new_empty(count, s.heads, s.latent + s.rotary)
@@ -276,15 +281,13 @@ class GpuLatents(GpuAttention):
         out = out.view(*hidden.shape[:2], -1)
         return parts["o_proj"](out if gate is None else out * gate.sigmoid())
 
-    def _queries(self, operator: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Queries [N, A, plain + rotary], before positions, and the gate [B, T, A * V]."""
+    def _queries(self, operator: nn.Module, hidden: Tensor, q: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Queries [N, A, plain + rotary], before positions, and the gate [B, T, A * V]; `q` or its latent is made."""
         a, s, parts = self.attending, self.attending.shape, operator._modules
-        made, x = parts[a.queries], hidden
         if parts.get("q_a_proj") is not None:
-            raw = parts["q_a_proj"](hidden)
-            x = gpu_ops.rms_norm(raw, parts["q_a_layernorm"].weight, s.q_eps)
-            x = torch.cat((x, raw), -1) if made.in_features > x.shape[-1] else x
-        q = made(x).view(hidden.shape[0] * hidden.shape[1], s.heads, -1)
+            made, latent = parts[a.queries], gpu_ops.rms_norm(q, parts["q_a_layernorm"].weight.detach(), s.q_eps)
+            q = made(torch.cat((latent, q), -1) if made.in_features > q.shape[-1] else latent)
+        q = q.flatten(0, 1).unflatten(-1, (s.heads, -1))
         if _power(self._scale, q.dtype) != 1.0:
             q = q * _power(self._scale, q.dtype)
         q, gate = q.split([s.plain + s.rotary, q.shape[-1] - s.plain - s.rotary], -1)

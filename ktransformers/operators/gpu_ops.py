@@ -1,16 +1,18 @@
-"""Kernels of attention on a GPU as operators of torch: what looks at a model's steps, and what captures or simulates
+"""Kernels of a layer on a GPU as operators of torch: what looks at a model's steps, and what captures or simulates
 them, sees each as one step with its results' shapes. Where nobody looks, they are called past torch's dispatcher.
 
 They write to memory that they are given (slots, pages, queries that turn in place), so none is a pure function.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ktransformers.kernels import cache, norm
+from ktransformers.kernels import cache, compiler, norm, router, swiglu
 from ktransformers.native import torch_ops
+from ktransformers.native.experts import Glu
 
 _library = torch.library.Library("ktransformers", "FRAGMENT")  # kept, for its operators end with it
 
@@ -31,16 +33,47 @@ def _attend_shape(q: list[Tensor], *others: Any) -> Tensor:
     return q[0].new_empty((*q[0].shape[:2], torch_ops.find(others[-1]).width))
 
 
-def _rms_norm(x: Tensor, weight: Tensor | None, eps: float, plus_one: bool) -> Tensor:
-    return norm.rms_norm(x.reshape(-1, x.shape[-1]), weight, eps, plus_one=plus_one).view(x.shape)
+def _rms_norm(x: Tensor, weight: Tensor | None, eps: float, plus_one: bool = False) -> Tensor:
+    return norm.rms_norm(_rows(x), weight, eps, plus_one=plus_one).view(x.shape)
+
+
+def _add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, plus_one: bool) -> tuple[Tensor, Tensor]:
+    total = residual.new_empty(residual.shape)
+    made = norm.rms_norm(
+        _rows(x), weight, eps, residual=_rows(residual).contiguous(), plus_one=plus_one, total=_rows(total)
+    )
+    return total, made.view(x.shape)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _glu(up: Tensor, gate: Tensor | None, activation: str, alpha: float, limit: float) -> Tensor:
+    halves = None if gate is None else _rows(gate)
+    return swiglu.glu(_rows(up), halves, Glu(activation, alpha, limit)).view(up.shape)
+
+
+def _choose(logits: Tensor, bias: Tensor | None, factors: Tensor | None, number: int) -> tuple[Tensor, Tensor]:
+    return router.choose(logits, torch_ops.find(number).choice, bias, factors)
+
+
+def _choose_shape(logits: Tensor, bias: Tensor | None, factors: Tensor | None, number: int) -> tuple[Tensor, Tensor]:
+    shape = len(logits), torch_ops.find(number).choice.top_k
+    return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=torch.float32)
 
 
 for _schema, _compute, _shape in (
     ("slots(Tensor table, Tensor lengths, Tensor out) -> Tensor", _slots, lambda table, lengths, out: out.new_empty(0)),
     ("attend(Tensor[] q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor slots, Tensor[] pages, Tensor table, "
      "Tensor lengths, Tensor? starts, int number) -> Tensor", _attend, _attend_shape),
-    ("rms_norm(Tensor x, Tensor? weight, float eps, bool plus_one) -> Tensor", _rms_norm,
-     lambda x, weight, eps, plus_one: x.new_empty(x.shape)),
+    ("rms_norm(Tensor x, Tensor? weight, float eps, bool plus_one=False) -> Tensor", _rms_norm,
+     lambda x, weight, eps, plus_one=False: x.new_empty(x.shape)),
+    ("add_norm(Tensor x, Tensor residual, Tensor weight, float eps, bool plus_one) -> (Tensor, Tensor)", _add_norm,
+     lambda x, residual, weight, eps, plus_one: (x.new_empty(x.shape), x.new_empty(x.shape))),
+    ("glu(Tensor up, Tensor? gate, str activation, float alpha, float limit) -> Tensor", _glu,
+     lambda up, gate, activation, alpha, limit: up.new_empty(up.shape)),
+    ("choose(Tensor logits, Tensor? bias, Tensor? factors, int number) -> (Tensor, Tensor)", _choose, _choose_shape),
 ):  # fmt: skip
     _name = _schema.partition("(")[0]
     _library.define(_schema)
@@ -48,18 +81,34 @@ for _schema, _compute, _shape in (
     torch.library.register_fake(f"ktransformers::{_name}", _shape, lib=_library)
 
 
-def slots(table: Tensor, lengths: Tensor, out: Tensor) -> None:
-    """`cache.slots_of` into `out` [B * T]."""
-    (torch.ops.ktransformers.slots.default if torch_ops.is_watched(out) else _slots)(table, lengths, out)
+def why_not(operator: Any) -> str:
+    """Why kernels do not compute where an operator is, or ``""``. Where there may be a GPU, it is started."""
+    device = torch.device(operator.devices.get(operator.key, operator.generate_device))
+    return compiler.why_not(device) or compiler.too_old(device)
 
 
-def attend(q: list[Tensor], k: Tensor, *others: Any) -> Tensor:
-    """q [N, A, D] (and what of them turns), k [N, C, D], v [N, C, V], cos and sin [N, R/2] or None, slots [N], pages of
-    a layer, table, lengths and starts of its sequences, number of a gpu_attention.GpuAttention -> [N, A, its width]."""
-    return (torch.ops.ktransformers.attend.default if torch_ops.is_watched(k) else _attend)(q, k, *others)
+def _call(name: str, past: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator of that name, or where nobody looks, what it does."""
+    operator = getattr(torch.ops.ktransformers, name).default
+
+    def call(first: Any, *others: Any) -> Any:
+        looked_at = first[0] if isinstance(first, list) else first
+        return (operator if torch_ops.is_watched(looked_at) else past)(first, *others)
+
+    return call
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float, plus_one: bool = False) -> Tensor:
-    """x [.., H], each row by its root mean square, times weight [H]."""
-    call = torch.ops.ktransformers.rms_norm.default if torch_ops.is_watched(x) else _rms_norm
-    return call(x, weight, eps, plus_one)
+slots = _call("slots", _slots)
+"""(table, lengths, out [B * T]): `cache.slots_of` into `out`."""
+attend = _call("attend", _attend)
+"""([queries [N, A, D], and where the rotary parts of latent ones are], k [N, C, D], v [N, C, V], cos and sin [N, R/2]
+or None, slots [N], pages of a layer, table, lengths and starts of its sequences, number of a
+gpu_attention.GpuAttention) -> [N, A, its width]"""
+rms_norm = _call("rms_norm", _rms_norm)
+"""(x [.., H], weight [H] or None, eps, whether the factor is 1 + weight) -> [.., H]"""
+add_norm = _call("add_norm", _add_norm)
+"""(x [.., H], residual [.., H], weight, eps, plus_one) -> (residual + x, that normed)"""
+glu = _call("glu", _glu)
+"""(up [.., I], gate or None, activation, alpha, limit) -> [.., I], as gating.Gating says"""
+choose = _call("choose", _choose)
+"""(logits [T, E], bias of choice and factors [E] or None, number of what has a `choice`) -> (ids, weights [T, K])"""
