@@ -89,16 +89,18 @@ class GpuSteps:
         if name is None:
             return x
         how, norm = layer.stacking.norms[name], layer._modules[name]
-        return norm(x) if how.centered else gpu_ops.rms_norm(x, norm.weight.detach(), how.eps, how.plus_one)
+        if how.centered or norm.weight.dtype != x.dtype:
+            return norm(x)
+        return gpu_ops.rms_norm(x, norm.weight.detach(), how.eps, how.plus_one)
 
     def _summed(self, layer: nn.Module, hidden: Tensor, gave: Tensor) -> tuple[Tensor, Tensor]:
         """The sum after attention, and what the MLP is given of it; in one launch where they are plain."""
         first, name = layer.stacking.first, layer.stacking.second.before
-        how = layer.stacking.norms.get(name)
-        if how is None or how.centered or (first.keep, first.factor) != (1.0, 1.0):
+        how, weight = layer.stacking.norms.get(name), None if name is None else layer._modules[name].weight.detach()
+        if how is None or how.centered or weight.dtype != gave.dtype or (first.keep, first.factor) != (1.0, 1.0):
             total = _sum(first, hidden, gave)
             return total, self._normed(layer, name, total)
-        return gpu_ops.add_norm(gave, hidden, layer._modules[name].weight.detach(), how.eps, how.plus_one)
+        return gpu_ops.add_norm(gave, hidden, weight, how.eps, how.plus_one)
 
 
 def _sum(half: Any, x: Tensor, gave: Tensor) -> Tensor:

@@ -179,7 +179,7 @@ def test_generating_with_sequences_of_different_lengths(name, loaded, attended):
 def test_turns_of_a_conversation_by_one_graph(name, loaded, attended, monkeypatch):
     """Captured once, again when pages grow; it goes back in between. The length that it reads is the device's own."""
     family, rule, overrides = CASES[name]
-    reference, model = loaded(family, rule, *HYBRID, **overrides)
+    reference, model = loaded(family, LAYER, rule, *HYBRID, **overrides)
     blocks_as_on_a_gpu(model)
     monkeypatch.setattr(sampling, "largest", lambda found: int(found.argmax()))
     monkeypatch.setattr(gpu_pages, "decoding_of", aside(gpu_pages.decoding_of))

@@ -5,21 +5,25 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ktransformers import native
+from ktransformers import native, optimize_and_load
 from ktransformers.kernels import cache, context, gqa_decode, keep, mla_decode, norm, router, swiglu
-from ktransformers.operators import gpu_layer, gpu_pages
+from ktransformers.operators import gpu_layer, gpu_ops, gpu_pages
+from ktransformers.operators.gpu_router import gpu_router
 from ktransformers.operators.layer import KDecoderLayer
+from ktransformers.operators.routing import ARGUMENT
 from tests.operators.test_gpu_attention import (  # noqa: F401  fixtures
     ATTENTION,
     EXACT,
     LATENT,
     LAYER,
+    REST,
     assert_steps,
     attended,
     loaded,
     logits,
 )
-from tests.tiny import random_ids, relative_error
+from tests.operators.test_routing import router_of
+from tests.tiny import meta_model, random_ids, relative_error
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="C library not built")
 DENSE = {"grouped": ("qwen3", ATTENTION, {}), "latents": ("deepseek_v3", LATENT, {"first_k_dense_replace": 3})}
@@ -117,3 +121,44 @@ def test_joined_weights_are_one_matrix_until_one_is_another(loaded, stepped):  #
     found = logits(model, ids[:, 8:], held)
     whole = model(input_ids=ids.to(model.device), use_cache=False).logits[:, 8:].cpu()
     assert relative_error(found, whole.detach()) < EXACT
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss", "minimax_m2", "ernie4_5_moe"])
+def test_routers_give_what_the_familys_do(family, dtype, interpreter, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(router, "choose", lambda *args, _choose=router.choose: (chosen.append(1), _choose(*args))[1])
+    own, hidden = router_of(family, dtype)
+    x = torch.randn(7, hidden, generator=torch.Generator().manual_seed(5)).to(dtype)
+    found = gpu_router(own, dtype)
+    given = [torch.randn(len(own.weight), generator=torch.Generator().manual_seed(6))]
+    given = given if ARGUMENT in found.found.roles.values() else []
+    with torch.no_grad():
+        expected, ours = own(x, *given), found.forward(own, x, *(given or [None]))
+    assert chosen and [(t.shape, t.dtype) for t in ours] == [(t.shape, t.dtype) for t in expected]
+    order, theirs = ours[2].sort(-1), expected[2].sort(-1)
+    assert torch.equal(order.values, theirs.values)
+    pairs = ((ours[0], expected[0]), (ours[1].gather(1, order.indices), expected[1].gather(1, theirs.indices)))
+    for one, other in pairs:
+        assert relative_error(one, other) < (EXACT if dtype == torch.float32 else 1e-2)
+
+
+def test_routers_and_norms_of_rule_files(checkpoint, interpreter, monkeypatch):
+    """By the operators that rules name; with gradients, and of another type, the family's own code."""
+    made = []
+    for name in ("choose", "rms_norm"):
+        call = getattr(gpu_ops, name)
+        monkeypatch.setattr(gpu_ops, name, lambda *args, _name=name, _call=call: (made.append(_name), _call(*args))[1])
+    reference, folder = checkpoint("qwen3_moe")
+    rules = [{"match": {"trait": "router"}, "replace": {"class": "ktransformers.operators.gate.KMoEGate"}},
+             {"match": {"trait": "norm"}, "replace": {"class": "ktransformers.operators.layernorm.RMSNorm"}}, *REST]  # fmt: skip
+    model = optimize_and_load(meta_model(reference.config), rules, folder, default_device="cpu")
+    ids = random_ids(2, 9)
+    with torch.no_grad():
+        assert relative_error(model(input_ids=ids).logits, reference(input_ids=ids).logits) < EXACT
+    layers = model.config.num_hidden_layers
+    assert made.count("choose") == layers and made.count("rms_norm") == 4 * layers + 1
+    made.clear()
+    norm, x = model.model.norm, torch.randn(2, 64, requires_grad=True)
+    norm(x).sum().backward()
+    assert x.grad is not None and norm(torch.randn(2, 64).bfloat16()) is not None and not made
