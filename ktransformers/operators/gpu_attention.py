@@ -35,6 +35,7 @@ def gpu_attention(operator: nn.Module) -> "GpuAttention | str":
     """What computes an operator's few tokens on its GPU, or why nothing does."""
     if problem := gpu_ops.why_not(operator):
         return problem
+    operator.recognize()
     attending = operator.attending
     kind = {Attending: GpuGrouped, Latents: GpuLatents}.get(type(attending))
     if kind is None:
@@ -62,7 +63,7 @@ class GpuAttention:
             return None
         step.begin = None if mask is None else starts
         out = self.compute(operator, hidden, step, kwargs)
-        held.length += tokens
+        held.advanced(held.length + tokens)
         return out
 
     def attend(self, q: list[Tensor], k: Tensor, v: Tensor, angles: Any, step: "Step") -> Tensor:
@@ -106,14 +107,14 @@ class Step:
         return read[self.held.window][1]
 
     def _read(self, mask: Tensor) -> Tensor | None:
-        total = self.held.length + self.tokens
+        total, first = self.held.get_mask_sizes(self.tokens)
         if not only_hides(mask, self.tokens) or mask.shape[-1] != total:
             return None
         seen = (mask if mask.dtype == torch.bool else mask == 0)[:, 0].expand(self.held.batch, -1, -1)
-        starts = seen[:, 0].int().argmax(-1).int()
+        starts = seen[:, 0].int().argmax(-1).int() + first
         context = self.held.tables.context
         expected = visible(Context(context.table, context.lengths, starts), self.tokens, self.held.window)
-        return starts if torch.equal(expected[..., :total], seen) else None
+        return starts if torch.equal(expected[..., first : first + total], seen) else None
 
 
 def layer_of(operator: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any]) -> tuple[GpuLayer | None, bool]:
@@ -123,7 +124,8 @@ def layer_of(operator: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any]) -> 
         return None, False
     if torch.compiler.is_compiling() or not operator.asks_for_no_more(hidden, kwargs):
         return None, False
-    return cache.layers[operator.layer_idx], cache.plain
+    held = cache.layers[operator.layer_idx]
+    return held if isinstance(held, GpuLayer) else None, cache.plain
 
 
 # --- grouped queries -------------------------------------------------------------------------------------------------

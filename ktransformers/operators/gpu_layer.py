@@ -78,7 +78,7 @@ class GpuSteps:
         else:
             total, given = self._summed(layer, hidden, gave)
         second = self._second()(given)
-        second = second[0] if isinstance(second, tuple) else second
+        second = (second[0] if isinstance(second, tuple) else second).reshape(total.shape)  # some blocks give rows
         return _sum(s.second, total, self._normed(layer, s.second.after, second))
 
     def _second(self) -> Callable[[Tensor], Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ktransformers.kernels import cache, compiler, norm, router, swiglu
 from ktransformers.native import torch_ops
@@ -83,6 +84,8 @@ for _schema, _compute, _shape in (
 
 def why_not(operator: Any) -> str:
     """Why kernels do not compute where an operator is, or ``""``. Where there may be a GPU, it is started."""
+    if is_in_torch_dispatch_mode():
+        return "a simulation has no weights to compute with"
     device = torch.device(operator.devices.get(operator.key, operator.generate_device))
     return compiler.why_not(device) or compiler.too_old(device)
 

@@ -3,7 +3,8 @@
 Where tokens lie, and how many there are, stands in the device's memory, once for all layers of a device (`Tables`): the
 first layer of a step moves it on, and a replayed graph does so by itself. Python counts beside it. Sequences of a batch
 have one length, and take pages in turn: growing appends pages, and what there is keeps its numbers. A sequence that is
-shorter than its batch is filled up in front, and its first tokens are not seen.
+shorter than its batch is filled up in front, and its first tokens are not seen. A layer with a window has pages for
+what the window sees and BACK tokens more, by which it can go back; beyond, it begins with its first page again.
 Letters: B sequences, T new tokens, C heads of keys and values, D and V sizes of a key and a value; of latents R and P.
 """
 
@@ -32,19 +33,25 @@ FEW = 16
 """New tokens of a sequence up to which kernels compute a step; more are a prompt."""
 
 
-class Tables:
-    """Where the tokens of B sequences are, for all layers of one device."""
+BACK = 1024
+"""Tokens that a window leaves behind and its layer keeps: an answer is often rendered otherwise in the next prompt."""
 
-    def __init__(self, batch: int, room: int, device: torch.device) -> None:
-        self.batch, self.device = batch, device
+
+class Tables:
+    """Where the tokens of B sequences are, for all layers of one device, or those of one window there."""
+
+    def __init__(self, batch: int, room: int, ring: int, device: torch.device) -> None:
+        """`ring`: after how many pages a sequence begins with its first again; 0 for never."""
+        self.batch, self.ring, self.device = batch, ring, device
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self._slots: dict[int, Tensor] = {}
         self._held, self._tokens = 0, 0  # what `lengths` says after all that was enqueued, and tokens of the last step
         self.grow(room)
 
     def grow(self, room: int) -> None:
-        pages = torch.arange(room // PAGE, dtype=torch.int32, device=self.device)[None] * self.batch
-        self.table = pages + torch.arange(self.batch, dtype=torch.int32, device=self.device)[:, None]
+        pages = torch.arange(room // PAGE, dtype=torch.int32, device=self.device)[None]
+        pages = pages % self.ring if self.ring else pages
+        self.table = pages * self.batch + torch.arange(self.batch, dtype=torch.int32, device=self.device)[:, None]
         self._tokens = 0
 
     def at(self, held: int) -> None:
@@ -83,7 +90,7 @@ class Room:
 
     def __init__(self, tokens: int) -> None:
         self.tokens = -(-tokens // PAGE) * PAGE
-        self.tables: dict[tuple[torch.device, int], Tables] = {}
+        self.tables: dict[tuple[torch.device, int, int], Tables] = {}
         self.masks: dict[int, tuple[Tensor, Tensor | None]] = {}
         """By window, the last mask that was read, and what gpu_attention.py read from it."""
 
@@ -97,16 +104,16 @@ class Room:
             tables.grow(self.tokens)
         return True
 
-    def tables_of(self, device: torch.device, batch: int) -> Tables:
-        key = device, batch
+    def tables_of(self, device: torch.device, batch: int, ring: int) -> Tables:
+        key = device, batch, ring
         if key not in self.tables:
-            self.tables[key] = Tables(batch, self.tokens, device)
+            self.tables[key] = Tables(batch, self.tokens, ring, device)
         return self.tables[key]
 
 
 class GpuLayer(CacheLayerMixin):
     """One layer's pages: [pages, 64, C, D] and [pages, 64, C, V], or `joined` [pages, 64, R + P]. `window`: tokens that
-    a token sees, 0 for all; all are kept, so a window can go back."""
+    a token sees, itself included; 0 for all."""
 
     is_croppable = True
     supports_early_init = False
@@ -114,9 +121,11 @@ class GpuLayer(CacheLayerMixin):
     def __init__(self, room: Room, window: int = 0, joined: bool = False) -> None:
         self.room, self.window, self.joined = room, window, joined
         self.is_sliding = window > 0
+        self.ring = -(-(window + BACK + FEW) // PAGE) + 1 if window else 0
         self.pages: tuple[Tensor, ...] = ()
         self.sizes: tuple[int, int, int] | None = None  # heads, and of a key and a value
         self.batch = self.length = 0
+        self._most = 0  # tokens that were ever held since it was empty: later ones lie where the first did
 
     @property
     def is_initialized(self) -> bool:
@@ -133,7 +142,13 @@ class GpuLayer(CacheLayerMixin):
 
     @property
     def tables(self) -> Tables:
-        return self.room.tables_of(self.device, self.batch)
+        return self.room.tables_of(self.device, self.batch, self.ring)
+
+    @property
+    def capacity(self) -> int:
+        """Pages that a sequence has."""
+        pages = self.room.tokens // PAGE
+        return min(pages, self.ring) if self.ring else pages
 
     def prepare(
         self, batch: int, heads: int, size: int, value_size: int, dtype: torch.dtype, device: torch.device
@@ -151,7 +166,7 @@ class GpuLayer(CacheLayerMixin):
             )
 
     def _made(self) -> tuple[Tensor, ...]:
-        (heads, size, value_size), count = self.sizes, self.batch * self.room.tokens // PAGE
+        (heads, size, value_size), count = self.sizes, self.batch * self.capacity
         how = {"dtype": self.dtype, "device": self.device}
         if self.joined:
             return (torch.empty(count, PAGE, size + value_size, **how),)
@@ -168,32 +183,52 @@ class GpuLayer(CacheLayerMixin):
             mine[: len(theirs)].copy_(theirs)
 
     def enter(self, tokens: int) -> Tensor:
-        """So many tokens are about to be kept: their slots [B * T]. `length` is moved on once they are."""
+        """So many tokens are about to be kept: their slots [B * T]. `advanced` moves `length` on once they are."""
         self.room.reserve(self.length + tokens)
-        if len(self.pages[0]) * PAGE < self.batch * self.room.tokens:
+        if len(self.pages[0]) < self.batch * self.capacity:
             self._refuse_capture("growing")
             self.grow()
         return self.tables.enter(self.length, tokens)
 
+    def advanced(self, length: int) -> None:
+        """So many tokens are held now."""
+        self.length, self._most = length, max(self._most, length)
+
+    def first_visible(self) -> int:
+        """The first token that the next one sees."""
+        return max(self.length - self.window + 1, 0) if self.window else 0
+
     @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """For code that knows no pages: [B, C, T, D] and [B, C, T, V] are kept; all that is held, in order."""
+        """For code that knows no pages: [B, C, T, D] and [B, C, T, V] are kept; all that they see, in order."""
         self.lazy_initialization(key_states, value_states)
         self._refuse_capture("a copy of all that is held")
-        slots = self.enter(key_states.shape[2])
-        rows = [x.transpose(1, 2).flatten(0, 1) for x in (key_states, value_states)]
+        tokens, given = key_states.shape[2], (key_states, value_states)
+        before = self.gathered() if self.length and self.ring else None
+        slots = self.enter(tokens).view(self.batch, tokens)
+        kept = min(tokens, self.ring * PAGE) if self.ring else tokens
+        rows = [x[:, :, tokens - kept :].transpose(1, 2).flatten(0, 1) for x in given]
         if self.joined:
             rows = [torch.cat(rows, -1)[:, 0]]
         for page, row in zip(self.pages, rows, strict=True):
-            page.flatten(0, 1).index_copy_(0, slots, row)
-        self.length += key_states.shape[2]
-        return self.gathered()
+            page.flatten(0, 1).index_copy_(0, slots[:, tokens - kept :].flatten(), row)
+        self.advanced(self.length + tokens)
+        if not self.ring:
+            return self.gathered()
+        return given if before is None else tuple(torch.cat(pair, 2) for pair in zip(before, given, strict=True))
 
     def gathered(self) -> tuple[Tensor, Tensor]:
-        """All tokens in order: [B, C, T, D] and [B, C, T, V]."""
-        count = -(-self.length // PAGE)
-        parts = [each.unflatten(0, (-1, self.batch))[:count].transpose(0, 1).flatten(1, 2)[:, : self.length]
-                 for each in self.pages]  # fmt: skip
+        """All tokens that the next one sees, in order: [B, C, T, D] and [B, C, T, V]."""
+        first, stop = self.first_visible(), -(-self.length // PAGE)
+        begin = first // PAGE
+        places = [each.unflatten(0, (-1, self.batch)) for each in self.pages]
+        if self.ring:
+            order = torch.arange(begin, stop, device=self.device) % self.ring
+            places = [each.index_select(0, order) for each in places]
+        else:
+            places = [each[:stop] for each in places]
+        within = slice(first - begin * PAGE, self.length - begin * PAGE)
+        parts = [each.transpose(0, 1).flatten(1, 2)[:, within] for each in places]
         if self.joined:
             parts = [part[:, :, None] for part in parts[0].split(self.sizes[1:], -1)]
         keys, values = (part.transpose(1, 2) for part in parts)
@@ -205,7 +240,8 @@ class GpuLayer(CacheLayerMixin):
             raise UnsupportedError(f"cache: found {what} while a graph is captured, expected kernels on pages alone.")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
+        first = self.first_visible()
+        return self.length - first + query_length, first
 
     def get_seq_length(self) -> int:
         return self.length
@@ -214,7 +250,7 @@ class GpuLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.length = 0
+        self.length = self._most = 0
 
     def offload(self) -> None:
         """Nothing: kernels read the pages where they are."""
@@ -226,11 +262,17 @@ class GpuLayer(CacheLayerMixin):
         """Forget the last -`tokens_to_remove` tokens."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop: found {tokens_to_remove}, expected minus the number of tokens to remove.")
-        self.length = max(0, self.length + int(tokens_to_remove))
+        length = max(0, self.length + int(tokens_to_remove))
+        if length and not self.can_forget(length):
+            raise RuntimeError(f"crop: the window of {self.window} tokens has moved more than {BACK} tokens on.")
+        self.length = length
+        self._most = length and self._most
 
     def can_forget(self, length: int) -> bool:
         """Whether `crop` leaves the layer as if it had seen only the first `length` tokens."""
-        return self.is_initialized and length <= self.length
+        first = max(length - self.window + 1, 0)
+        held = not self.ring or first >= self._most - self.ring * PAGE
+        return self.is_initialized and length <= self.length and held
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -249,21 +291,24 @@ class GpuLayer(CacheLayerMixin):
 
 
 class GpuPages(Captured, Cache):
-    """A cache of `GpuLayer`s. `plain`: whoever steps says that no token hides but by being later, or by a window."""
+    """A cache with a `GpuLayer` wherever kernels compute attention; a step is captured where they do in all layers.
+    `plain`: whoever steps says that no token hides but by being later, or by a window."""
 
-    def __init__(self, layers: list[GpuLayer], room: Room, plain: bool = False) -> None:
+    def __init__(self, layers: list[Any], room: Room, plain: bool = False) -> None:
         super().__init__(layers=layers)
         self.room, self.plain = room, plain
+        self.graphable = all(isinstance(layer, GpuLayer) for layer in layers)
 
     @property
     def nbytes(self) -> int:
-        return sum(each.nbytes for layer in self.layers for each in layer.pages)
+        """Bytes of all pages."""
+        return sum(each.nbytes for layer in self.layers if isinstance(layer, GpuLayer) for each in layer.pages)
 
     def reserve(self, tokens: int) -> None:
         if self.room.reserve(tokens):
             self.graph, self.stepped = None, False  # kernels may be compiled anew, which cannot be captured
             for layer in self.layers:
-                if layer.is_initialized:
+                if isinstance(layer, GpuLayer) and layer.is_initialized:
                     layer.grow()
 
     @contextlib.contextmanager
@@ -275,7 +320,7 @@ class GpuPages(Captured, Cache):
             yield
         finally:
             for layer in self.layers:
-                layer.length = held
+                layer.advanced(held)
             for tables in self.room.tables.values():
                 tables.unmoved(held)
 
@@ -284,26 +329,31 @@ class GpuPages(Captured, Cache):
             tables.at(held)
             tables.replays(1)
         for layer in self.layers:
-            layer.length = held + 1
+            layer.advanced(held + 1)
 
 
 def gpu_pages(model: nn.Module, tokens: int | None = None, plain: bool = False) -> GpuPages | None:
-    """A fresh cache for `model`, with room for so many tokens; None where a layer's attention is not computed by
-    kernels. `plain`: as `GpuPages` has it; None too where the family's code has other masks."""
+    """A fresh cache for `model`, with room for so many tokens; None where kernels compute no layer's attention.
+    `plain`: as `GpuPages` has it; None too where the family's code has other masks."""
     computing = {module.layer_idx: module for module in model.modules() if getattr(module, "gpu", None) is not None}
     family = type(getattr(model, "orig_module", None) or model)
     if not computing or not GenerationMixin._supports_default_dynamic_cache.__func__(family):
         return None
     kept = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
-    known = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in kept)
-    if not known or computing.keys() != set(range(len(kept))) or plain and not _is_plain(model):
+    if plain and not _is_plain(model):
         return None
     room = Room(LEAST_TOKENS if tokens is None else tokens)
-    layers = [GpuLayer(room, getattr(layer, "sliding_window", None) or 0, computing[number].attending.joined)
-              for number, layer in enumerate(kept)]  # fmt: skip
-    if any(layer.joined and layer.window for layer in layers):  # the kernel has none
-        return None
-    return GpuPages(layers, room, plain)
+    layers = [_layer(layer, room, computing.get(number)) for number, layer in enumerate(kept)]
+    return GpuPages(layers, room, plain) if any(isinstance(layer, GpuLayer) for layer in layers) else None
+
+
+def _layer(kept: Any, room: Room, computing: nn.Module | None) -> Any:
+    """Pages in the place of a layer of transformers' cache, or that layer."""
+    window = getattr(kept, "sliding_window", None) or 0
+    if computing is None or type(kept) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        return kept
+    joined = computing.attending.joined
+    return kept if joined and window else GpuLayer(room, window, joined)  # of latents the kernel has no window
 
 
 def use(model: nn.Module) -> None:

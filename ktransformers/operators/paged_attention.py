@@ -72,7 +72,6 @@ class PagedAttention(NativeOperator):
         super().load()
         if is_in_torch_dispatch_mode():  # a simulation: there are no weights to compute with
             return
-        self.recognize()
         found = gpu_attention(self)
         self.gpu, self.not_gpu = (None, found) if isinstance(found, str) else (found, "")
         if self.gpu is not None:

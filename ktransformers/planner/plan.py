@@ -221,7 +221,7 @@ class Planner:
         if key not in self._on_gpu:
             self._on_gpu[key] = self._sizes_on_gpu(*key)
         matrices, routed, last = self._on_gpu[key]
-        cached = {cache.layer: cache.nbytes(request.context, request.batch) for cache in self.caches}
+        cached = {cache.layer: cache.nbytes(request.context, request.batch, on_gpu=True) for cache in self.caches}
         layers = [Layer(matrices[i], cached.get(i, 0), *routed.get(i, (0, 0))) for i in range(self.layers)]
         return layers, matrices[None] - last, last
 
@@ -261,7 +261,7 @@ class Planner:
         where = dict(enumerate(placement.layers))
         memory = self._memory(hardware, request, placement, parts, caches)
 
-        graph = request.batch == 1 and self._is_graph(placement, parts)
+        graph = request.batch == 1 and self._is_graph(hardware, placement, parts)
 
         def predict(tokens: int, context: int) -> speed.Pass:
             return speed.forward(
@@ -291,12 +291,14 @@ class Planner:
             )
         return found
 
-    def _is_graph(self, placement: Placement, parts: list[sizes.Part]) -> bool:
+    def _is_graph(self, hardware: Hardware, placement: Placement, parts: list[sizes.Part]) -> bool:
         """Whether a step of one token is a captured graph (engine/step.py): all layers on one GPU, caches of keys and
-        values of all tokens, and no dense experts there, whose choice torch waits for."""
+        values, of all tokens or where kernels attend of windows, and no dense experts there, whose choice torch waits
+        for."""
         if len(set(placement.layers)) != 1 or is_cpu(placement.layers[0]):
             return False
-        whole = [cache for cache in self.caches if cache.heads and cache.window is None and not cache.constant]
+        kernels = not _unpacked(hardware)
+        whole = [c for c in self.caches if c.heads and (c.window is None or kernels) and not c.constant]
         dense = any(part.kind == "experts" and part.type == sizes.DENSE and not is_cpu(part.device) for part in parts)
         return len(whole) == self.layers and not dense
 
@@ -325,7 +327,7 @@ class Planner:
             device.dense += part.held if part.type == sizes.DENSE else 0
         for cache in caches:
             device = placement.layers[cache.layer] if cache.layer < len(placement.layers) else "cpu"
-            memory[device].cache += cache.nbytes(request.context, request.batch)
+            memory[device].cache += cache.nbytes(request.context, request.batch, on_gpu=not is_cpu(device))
         memory["cpu"].work += sizes.work_bytes(self.model, tokens, dense="cpu" in placement.layers)
         for name, device in memory.items():
             if name != "cpu" and device.weights:

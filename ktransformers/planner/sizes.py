@@ -18,6 +18,7 @@ from ktransformers.models.traits import TRAITS, is_beside_text, is_transposed, l
 from ktransformers.native.pages import PAGE, Pages
 from ktransformers.operators.embedding import KTransformersEmbedding
 from ktransformers.operators.experts import KTransformersExperts
+from ktransformers.operators.gpu_pages import BACK
 from ktransformers.operators.hot_experts import gpu_device, ids_of
 from ktransformers.operators.inner_ops import final_name, given, is_cpu
 from ktransformers.operators.linear import KTransformersLinear
@@ -97,8 +98,11 @@ class Cache:
         """Operations of scores and sums for `tokens` new tokens, the last of which sees `length` of them."""
         return 4.0 * self.heads * self.head_dim * tokens * max(length - (tokens - 1) / 2, 1)
 
-    def nbytes(self, context: int, batch: int = 1) -> int:
-        return batch * (self.per_token * self.tokens(context) + self.constant)
+    def nbytes(self, context: int, batch: int = 1, on_gpu: bool = False) -> int:
+        kept = self.tokens(context)
+        if on_gpu and self.window is not None:
+            kept = min(context, kept + BACK)
+        return batch * (self.per_token * kept + self.constant)
 
 
 Hits = Mapping[int, Mapping[int, float]]

@@ -83,6 +83,7 @@ def assert_steps(reference, model, ids, sizes, plain=False, tolerance=EXACT):
     for piece, part in zip(ids.split(sizes, 1), expected.split(sizes, 1), strict=True):
         assert relative_error(logits(model, piece, cache), part) < tolerance, f"at {cache.get_seq_length()}"
     assert cache.get_seq_length() == ids.shape[1]
+    return cache
 
 
 WINDOWS = ["sliding_attention", "full_attention"]
@@ -218,6 +219,24 @@ def blocks_as_on_a_gpu(model):
     for module in model.modules():
         if isinstance(module, ComputedInC):
             module.in_one_call = lambda *_: None
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("plain", [False, True])
+def test_windows_keep_what_they_see_and_some_more(plain, loaded, attended, monkeypatch):
+    """Beyond, pages are written to again; a prompt may be longer than they hold, and go on in pieces."""
+    monkeypatch.setattr(gpu_pages, "BACK", 20)
+    reference, model = loaded("gpt_oss", sliding_window=20)
+    ids = random_ids(2, 230)
+    cache = assert_steps(reference, model, ids, [150, 3, 1, 30, 1, 2, 40, 1, 2], plain)
+    sliding, whole = cache.layers[:2]
+    assert len(sliding.pages[0]) == 2 * 2 and len(whole.pages[0]) == 2 * 4 and len(attended) == 6 * len(cache.layers)
+    assert sliding.can_forget(230 - 20) and not sliding.can_forget(100) and whole.can_forget(100)
+    cache.crop(-20)
+    expected = reference(input_ids=ids).logits[:, 210:212]
+    assert relative_error(logits(model, ids[:, 210:212], cache), expected) < EXACT
+    with pytest.raises(RuntimeError, match="crop: the window of 20 tokens has moved more than 20 tokens on"):
+        cache.crop(-112)
 
 
 def test_going_back_and_choosing(loaded):
