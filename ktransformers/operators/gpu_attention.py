@@ -316,12 +316,13 @@ class GpuLatents(GpuAttention):
     ) -> Tensor:  # fmt: skip
         """As `attend`, past torch's dispatcher; the end of the absorbed queries is written."""
         s, (query, turning), (cache,) = self.attending.shape, q, pages
+        group = mla_decode.group_of(s.latent) if cache.dtype == torch.uint8 else 0
         keep_latents(turning, k[:, 0], v[:, 0], cos, sin, slots, cache, to_q=query[..., s.latent :], weight=self._norm,
-                     eps=s.kv_eps, pairs=s.pairs)  # fmt: skip
+                     eps=s.kv_eps, pairs=s.pairs, group=group)  # fmt: skip
         query = query.unflatten(0, (len(lengths), -1))
         context = Context(table, lengths, starts)
         scale = self._scale / _power(self._scale, query.dtype)
-        return mla_decode.mla_decode(query, cache, context, s.latent, scale).flatten(0, 1)
+        return mla_decode.mla_decode(query, cache, context, s.latent, scale, group=group).flatten(0, 1)
 
 
 def _power(scale: float, dtype: torch.dtype) -> float:

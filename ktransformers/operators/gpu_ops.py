@@ -23,6 +23,11 @@ def _slots(table: Tensor, lengths: Tensor, out: Tensor) -> Tensor:
     return out.new_empty(0)
 
 
+def _keep_fp8(latents: Tensor, rotary: Tensor, slots: Tensor, pages: Tensor, group: int) -> Tensor:
+    cache.append_latents(latents, rotary, slots, pages, group)
+    return slots.new_empty(0)
+
+
 def _attend(
     q: list[Tensor], k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, slots: Tensor, pages: list[Tensor],
     table: Tensor, lengths: Tensor, starts: Tensor | None, number: int,
@@ -66,6 +71,8 @@ def _choose_shape(logits: Tensor, bias: Tensor | None, factors: Tensor | None, n
 
 for _schema, _compute, _shape in (
     ("slots(Tensor table, Tensor lengths, Tensor out) -> Tensor", _slots, lambda table, lengths, out: out.new_empty(0)),
+    ("keep_fp8(Tensor latents, Tensor rotary, Tensor slots, Tensor pages, int group) -> Tensor", _keep_fp8,
+     lambda latents, rotary, slots, pages, group: slots.new_empty(0)),
     ("attend(Tensor[] q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor slots, Tensor[] pages, Tensor table, "
      "Tensor lengths, Tensor? starts, int number) -> Tensor", _attend, _attend_shape),
     ("rms_norm(Tensor x, Tensor? weight, float eps, bool plus_one=False) -> Tensor", _rms_norm,
@@ -103,6 +110,8 @@ def _call(name: str, past: Callable[..., Any]) -> Callable[..., Any]:
 
 slots = _call("slots", _slots)
 """(table, lengths, out [B * T]): `cache.slots_of` into `out`."""
+keep_fp8 = _call("keep_fp8", _keep_fp8)
+"""(latents [N, R], rotary parts [N, P], slots [N], pages of bytes, latents with one scale): `cache.append_latents`"""
 attend = _call("attend", _attend)
 """([queries [N, A, D], and where the rotary parts of latent ones are], k [N, C, D], v [N, C, V], cos and sin [N, R/2]
 or None, slots [N], pages of a layer, table, lengths and starts of its sequences, number of a

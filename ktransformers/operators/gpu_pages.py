@@ -19,12 +19,13 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 from ktransformers.errors import UnsupportedError
 from ktransformers.kernels.context import Context
+from ktransformers.kernels.mla_decode import group_of, numbers, row_bytes
 from ktransformers.machine.streams import streams_of
 from ktransformers.native.pages import PAGE
 from ktransformers.operators import gpu_ops
 from ktransformers.operators.decoding import decoder_of, decoding_of
 from ktransformers.operators.fixed_cache import Captured
-from ktransformers.operators.paged_cache import make_for_generation
+from ktransformers.operators.paged_cache import FP8, make_for_generation
 
 LEAST_TOKENS = 1024
 """Of a new cache. Kernels read what is held, not what there is room for."""
@@ -113,13 +114,13 @@ class Room:
 
 class GpuLayer(CacheLayerMixin):
     """One layer's pages: [pages, 64, C, D] and [pages, 64, C, V], or `joined` [pages, 64, R + P]. `window`: tokens that
-    a token sees, itself included; 0 for all."""
+    a token sees, itself included; 0 for all. `fp8`: joined rows are bytes, as kernels/mla_decode.py has them."""
 
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, room: Room, window: int = 0, joined: bool = False) -> None:
-        self.room, self.window, self.joined = room, window, joined
+    def __init__(self, room: Room, window: int = 0, joined: bool = False, fp8: bool = False) -> None:
+        self.room, self.window, self.joined, self.fp8 = room, window, joined, fp8
         self.is_sliding = window > 0
         self.ring = -(-(window + BACK + FEW) // PAGE) + 1 if window else 0
         self.pages: tuple[Tensor, ...] = ()
@@ -145,6 +146,15 @@ class GpuLayer(CacheLayerMixin):
         return self.room.tables_of(self.device, self.batch, self.ring)
 
     @property
+    def group(self) -> int:
+        """Latents with one scale; 0 where pages hold numbers."""
+        return group_of(self.sizes[1]) if self.fp8 else 0
+
+    @property
+    def bytes_per_token(self) -> int:
+        return sum(each[0, 0].nbytes for each in self.pages)
+
+    @property
     def capacity(self) -> int:
         """Pages that a sequence has."""
         pages = self.room.tokens // PAGE
@@ -167,9 +177,10 @@ class GpuLayer(CacheLayerMixin):
 
     def _made(self) -> tuple[Tensor, ...]:
         (heads, size, value_size), count = self.sizes, self.batch * self.capacity
-        how = {"dtype": self.dtype, "device": self.device}
+        how = {"dtype": torch.uint8 if self.fp8 else self.dtype, "device": self.device}
         if self.joined:
-            return (torch.empty(count, PAGE, size + value_size, **how),)
+            row = row_bytes(size, value_size, self.group) if self.fp8 else size + value_size
+            return (torch.empty(count, PAGE, row, **how),)
         return tuple(torch.empty(count, PAGE, heads, width, **how) for width in (size, value_size))
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -208,14 +219,21 @@ class GpuLayer(CacheLayerMixin):
         slots = self.enter(tokens).view(self.batch, tokens)
         kept = min(tokens, self.ring * PAGE) if self.ring else tokens
         rows = [x[:, :, tokens - kept :].transpose(1, 2).flatten(0, 1) for x in given]
-        if self.joined:
-            rows = [torch.cat(rows, -1)[:, 0]]
-        for page, row in zip(self.pages, rows, strict=True):
-            page.flatten(0, 1).index_copy_(0, slots[:, tokens - kept :].flatten(), row)
+        self._write(rows, slots[:, tokens - kept :].flatten())
         self.advanced(self.length + tokens)
         if not self.ring:
             return self.gathered()
         return given if before is None else tuple(torch.cat(pair, 2) for pair in zip(before, given, strict=True))
+
+    def _write(self, rows: list[Tensor], slots: Tensor) -> None:
+        """Keys [N, C, D] and values [N, C, V] to their slots."""
+        if self.fp8:
+            gpu_ops.keep_fp8(rows[0][:, 0], rows[1][:, 0], slots, self.pages[0], self.group)
+            return
+        if self.joined:
+            rows = [torch.cat(rows, -1)[:, 0]]
+        for page, row in zip(self.pages, rows, strict=True):
+            page.flatten(0, 1).index_copy_(0, slots, row)
 
     def gathered(self) -> tuple[Tensor, Tensor]:
         """All tokens that the next one sees, in order: [B, C, T, D] and [B, C, T, V]."""
@@ -229,6 +247,8 @@ class GpuLayer(CacheLayerMixin):
             places = [each[:stop] for each in places]
         within = slice(first - begin * PAGE, self.length - begin * PAGE)
         parts = [each.transpose(0, 1).flatten(1, 2)[:, within] for each in places]
+        if self.fp8:
+            parts = [numbers(parts[0], *self.sizes[1:], self.group).to(self.dtype)]
         if self.joined:
             parts = [part[:, :, None] for part in parts[0].split(self.sizes[1:], -1)]
         keys, values = (part.transpose(1, 2) for part in parts)
@@ -332,9 +352,14 @@ class GpuPages(Captured, Cache):
             layer.advanced(held + 1)
 
 
-def gpu_pages(model: nn.Module, tokens: int | None = None, plain: bool = False) -> GpuPages | None:
+def gpu_pages(
+    model: nn.Module, tokens: int | None = None, plain: bool = False, kind: str | None = None
+) -> GpuPages | None:
     """A fresh cache for `model`, with room for so many tokens; None where kernels compute no layer's attention.
-    `plain`: as `GpuPages` has it; None too where the family's code has other masks."""
+
+    `plain`: as `GpuPages` has it; None too where the family's code has other masks. `kind`: "fp8" keeps latents so;
+    None is what `use` was told, any other the model's dtype.
+    """
     computing = {module.layer_idx: module for module in model.modules() if getattr(module, "gpu", None) is not None}
     family = type(getattr(model, "orig_module", None) or model)
     if not computing or not GenerationMixin._supports_default_dynamic_cache.__func__(family):
@@ -343,17 +368,18 @@ def gpu_pages(model: nn.Module, tokens: int | None = None, plain: bool = False) 
     if plain and not _is_plain(model):
         return None
     room = Room(LEAST_TOKENS if tokens is None else tokens)
-    layers = [_layer(layer, room, computing.get(number)) for number, layer in enumerate(kept)]
+    layers = [_layer(layer, room, computing.get(number), kind) for number, layer in enumerate(kept)]
     return GpuPages(layers, room, plain) if any(isinstance(layer, GpuLayer) for layer in layers) else None
 
 
-def _layer(kept: Any, room: Room, computing: nn.Module | None) -> Any:
+def _layer(kept: Any, room: Room, computing: nn.Module | None, kind: str | None) -> Any:
     """Pages in the place of a layer of transformers' cache, or that layer."""
     window = getattr(kept, "sliding_window", None) or 0
     if computing is None or type(kept) not in (DynamicLayer, DynamicSlidingWindowLayer):
         return kept
     joined = computing.attending.joined
-    return kept if joined and window else GpuLayer(room, window, joined)  # of latents the kernel has no window
+    fp8 = joined and (kind or computing.cache_kind) == FP8
+    return kept if joined and window else GpuLayer(room, window, joined, fp8)  # of latents the kernel has no window
 
 
 def use(model: nn.Module) -> None:

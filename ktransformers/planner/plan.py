@@ -24,7 +24,7 @@ from ktransformers.models import DEFAULT_RULES
 from ktransformers.models.traits import TRAITS
 from ktransformers.operators.inner_ops import is_cpu, op_problem
 from ktransformers.operators.linear import LINEAR_MAP
-from ktransformers.operators.paged_cache import check_kind
+from ktransformers.operators.paged_cache import FP8, check_kind
 from ktransformers.planner import formats, masks, sizes, speed
 from ktransformers.planner import probes as torch_probes
 from ktransformers.planner.gpu_shares import ESTIMATE, READ
@@ -58,8 +58,9 @@ PROMPT = 1024
 class Request:
     """What a plan is for: `context` tokens for each of `batch` sequences, prompts computed `chunk` tokens at a time.
 
-    `cache`: how pages keep keys and values, one of `native.pages.TYPES`; None is the model's dtype. `linear_op`: the
-    operator of linear layers, which may quantize while loading (KLinearMarlin); None leaves it to their device.
+    `cache`: how pages keep keys and values, one of `native.pages.TYPES`, or of latents on a GPU "fp8"; None is the
+    model's dtype. `linear_op`: the operator of linear layers, which may quantize while loading (KLinearMarlin); None
+    leaves it to their device.
     """
 
     context: int = 8192
@@ -287,7 +288,8 @@ class Planner:
         if request.cache and (kept := sum(cache.kind is not None for cache in caches)) < self.layers:
             found.notes.append(
                 f"Cache: {kept} of {self.layers} layers keep {request.cache}; the others, which do not compute on "
-                "pages of the CPU, keep the model's dtype."
+                + ("latents of a GPU" if request.cache == FP8 else "pages of the CPU")
+                + ", keep the model's dtype."
             )
         return found
 

@@ -333,6 +333,15 @@ def test_a_step_is_a_graph_where_one_can_be_captured(planner, monkeypatch):
     assert launches(windows.plan(replace(box("24GiB"), measured=True))) > 24 * 1e-4
 
 
+def test_latents_in_fp8_take_their_bytes_on_gpus_alone():
+    planner = Planner("deepseek-v3")
+    own, fp8 = (planner.plan(box("24GiB"), Request(cache=kind)) for kind in (None, "fp8"))
+    assert own.memory["cuda:0"].cache == 61 * 8192 * 1152 and fp8.memory["cuda:0"].cache == 61 * 8192 * 656
+    here = planner.plan(box(), Request(cache="fp8"))
+    assert here.memory["cpu"].cache == own.memory["cuda:0"].cache
+    assert any(note.startswith("Cache: 0 of 61 layers keep fp8; the others, which do not") for note in here.notes)
+
+
 def test_without_triton_weights_on_this_machine_s_gpus_are_dense(planner, monkeypatch):
     gpu = hardware.Gpu("this machine's", 24 * GIB, 1e12, 1e14, 25e9)
     here, elsewhere = (hardware.Hardware(box().cpu, (gpu,), measured=measured) for measured in (True, False))
