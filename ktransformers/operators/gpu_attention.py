@@ -163,7 +163,7 @@ class GpuGrouped(GpuAttention):
             factor, angles = self._factor(step, kwargs), None
             q = q if factor is None else q * factor[..., None, None].to(q.dtype)
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        self._scores = Scores(s.scale, step.held.window, 0.0, None if a.sinks is None else getattr(operator, a.sinks))
+        self._scores = Scores(s.scale, step.held.window, a.cap, None if a.sinks is None else getattr(operator, a.sinks))
         out = self.attend([q], k, v, angles, step).view(batch, tokens, -1)
         out = out if gate is None else out * GATES_BY[s.gate_by](gate)
         return operator._modules[a.out](out)

@@ -343,7 +343,9 @@ def _on_pages(
         return None
     found = (recognize(module) for recognize in getattr(placed.operator, "kinds", ()))
     attending = next((each for each in found if each is not None), None)
-    if attending is None or kind == FP8 and (not attending.joined or GpuLatents.refuses(attending)):
+    if attending is None or kind != FP8 and getattr(attending, "cap", 0.0):  # C has no soft caps
+        return None
+    if kind == FP8 and (not attending.joined or GpuLatents.refuses(attending)):
         return None
     return attending.kept
 

@@ -94,6 +94,7 @@ CASES = {
     "sinks in windows": ("mimo_v2_flash", ATTENTION, {"sliding_window": 20}),
     "norms of all heads": ("olmo2", ATTENTION, {}),
     "1 + weight": ("gemma3_text", ATTENTION, {"sliding_window": 20}),
+    "soft caps": ("gemma2", ATTENTION, {"sliding_window": 20, "attn_logit_softcapping": 3.0}),
     "neighbours turn": ("glm4", ATTENTION, {}),
     "no positions in some": ("smollm3", ATTENTION, {}),
     "growing queries": ("llama4_text", ATTENTION, {"floor_scale": 4, "attn_scale": 0.5}),
