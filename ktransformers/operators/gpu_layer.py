@@ -3,8 +3,8 @@ activation(gate) * up. What is where in a layer is recognized as it is for C (la
 computes.
 
 Launches of a layer of grouped queries and a dense MLP: norm, product, norms of heads with positions and cache,
-attention (two where a long context is cut), product; sum with norm, product, activation, product, sum. Of latents four
-more: the norm of queries' latents, their product, and those that absorb.
+attention (two where a long context is cut), product; sum with norm, product, activation, product with sum. Of latents
+four more: the norm of queries' latents, their product, and those that absorb.
 """
 
 import inspect
@@ -19,7 +19,7 @@ from ktransformers.operators.base_operator import BaseInjectedModule
 from ktransformers.operators.combining import has_hooks, is_observed
 from ktransformers.operators.experts_in_c import is_foreign, mlp_gating
 from ktransformers.operators.gpu_attention import layer_of
-from ktransformers.operators.joined import Joined
+from ktransformers.operators.joined import Joined, plain_weight
 from ktransformers.operators.twin import original
 
 
@@ -43,9 +43,20 @@ class GpuMlp:
         return same and not any(has_hooks(child) for child in self._children.values() if child is not None)
 
     def __call__(self, x: Tensor) -> Tensor:
+        return self._down(self._activated(x))
+
+    def add_to(self, total: Tensor, x: Tensor) -> Tensor:
+        """total + the result, in the place of total where one product does both."""
+        activated, weight = self._activated(x), plain_weight(self._down)
+        if weight is None or weight.dtype != total.dtype:
+            return total + self._down(activated)
+        total.view(-1, total.shape[-1]).addmm_(activated.view(-1, activated.shape[-1]), weight.T)
+        return total
+
+    def _activated(self, x: Tensor) -> Tensor:
         *gate, up = self._made(x)[0].chunk(2, -1) if self._halves else self._made(x)
         how = self._gating.activation, self._gating.alpha, self._gating.limit
-        return self._down(gpu_ops.glu(up, gate[0] if gate else None, *how))
+        return gpu_ops.glu(up, gate[0] if gate else None, *how)
 
 
 class GpuSteps:
@@ -77,7 +88,10 @@ class GpuSteps:
             total, given = _sum(s.first, hidden, gave), self._normed(layer, s.second.before, hidden)
         else:
             total, given = self._summed(layer, hidden, gave)
-        second = self._second()(given)
+        mlp = self._second()
+        if mlp is self._dense and s.second.after is None and (s.second.keep, s.second.factor) == (1.0, 1.0):
+            return mlp.add_to(total, given)
+        second = mlp(given)
         second = (second[0] if isinstance(second, tuple) else second).reshape(total.shape)  # some blocks give rows
         return _sum(s.second, total, self._normed(layer, s.second.after, second))
 

@@ -50,6 +50,12 @@ def _one(tensors: list[Tensor]) -> Tensor:
     return made
 
 
+def plain_weight(linear: nn.Module) -> Tensor | None:
+    """The dense weight [N, K] of a linear layer without a bias that nobody looks at; None for any other."""
+    found = _dense(linear)
+    return None if found is None or found[1] is not None else found[0].detach()
+
+
 def _dense(linear: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """Weight [N, K] and bias of a module that multiplies by them, and nobody looks at; else None."""
     inner = linear.active if isinstance(linear, KTransformersLinear) else linear
