@@ -78,7 +78,7 @@ class GpuSteps:
         s, mixer = layer.stacking, layer.mixer
         if torch.is_grad_enabled() or layer._modules[s.second.part] is not self._mlp or is_observed(layer, s.children):
             return None
-        if layer_of(mixer, hidden, kwargs)[0] is None:
+        if not mixer.is_known() or layer_of(mixer, hidden, kwargs)[0] is None:
             return None
         gave = mixer.gpu.forward(mixer, self._normed(layer, s.first.before, hidden), kwargs)
         if gave is None:

@@ -20,6 +20,7 @@ from ktransformers.operators.base_operator import warn_once
 from ktransformers.operators.gpu_attention import GpuAttention, gpu_attention
 from ktransformers.operators.native_operator import NativeOperator
 from ktransformers.operators.paged_cache import PagedCache, PagedIndexedLayer, PagedLayer
+from ktransformers.operators.watching import Numbers
 
 
 class Recognized(Protocol):
@@ -70,8 +71,12 @@ class PagedAttention(NativeOperator):
 
     def load(self) -> None:
         super().load()
-        if is_in_torch_dispatch_mode():  # a simulation: there are no weights to compute with
-            return
+        if not is_in_torch_dispatch_mode():  # a simulation: there are no weights to compute with
+            self._look_for_kernels()
+
+    def _look_for_kernels(self) -> None:
+        """Have what computes few tokens on a GPU, by the module's numbers as they are."""
+        self._numbers = Numbers([self, *self._modules.values()])
         found = gpu_attention(self)
         self.gpu, self.not_gpu = (None, found) if isinstance(found, str) else (found, "")
         if self.gpu is not None:
@@ -79,6 +84,12 @@ class PagedAttention(NativeOperator):
         elif torch.device(self.devices.get(self.key, self.generate_device)).type == "cuda":
             kind = type(self.orig_module).__name__
             warn_once(f"attention on a GPU goes by torch alone, for {found} ({kind}; {self.key})", about=kind + found)
+
+    def is_known(self) -> bool:
+        """Whether kernels compute few tokens; whose numbers have changed is looked at anew."""
+        if self.gpu is not None and not self._numbers.unchanged():
+            self._look_for_kernels()
+        return self.gpu is not None
 
     def unload(self) -> None:
         super().unload()
@@ -103,7 +114,7 @@ class PagedAttention(NativeOperator):
         return self.native is not None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.gpu is not None and not args:
+        if self.is_known() and not args:
             out = self.gpu.forward(self, hidden_states, kwargs)
             if out is not None:
                 return out, None

@@ -274,6 +274,20 @@ def test_windows_keep_what_they_see_and_some_more(plain, loaded, attended, monke
         cache.crop(-112)
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("more", [[], [LAYER]])
+def test_numbers_that_are_changed_count(more, loaded, attended):
+    """As they do for C: a module's, and its norms'."""
+    reference, model = loaded("qwen3_moe", *more, ATTENTION)
+    changed = copy.deepcopy(reference)
+    for one in (changed, model):
+        one.model.layers[1].self_attn.scaling *= 3
+        for norm in (one.model.layers[2].self_attn.q_norm, one.model.layers[2].self_attn.k_norm):
+            norm.variance_epsilon = 1.0
+    assert_steps(changed, model, random_ids(1, 22), [20, 1, 1])
+    assert len(attended) == 6
+
+
 def test_going_back_and_choosing(loaded):
     reference, model = loaded("qwen3_moe")
     ids = random_ids(2, 70)
