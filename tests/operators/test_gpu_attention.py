@@ -343,6 +343,10 @@ def test_without_kernels_it_is_torch(checkpoint, interpreter, monkeypatch):
     operators = [module for module in model.modules() if hasattr(module, "not_gpu")]
     assert operators and all(one.gpu is None and one.not_gpu.startswith("KT_KERNELS=0") for one in operators)
     assert gpu_pages.gpu_pages(model) is None
+    one = operators[0]
+    one.devices = {one.key: "cuda:0"}
+    with pytest.warns(UserWarning, match=f"attention on a GPU goes by torch alone, for KT_KERNELS=0 .*{one.key}"):
+        one._look_for_kernels()
 
 
 @pytest.mark.parametrize("family, reason", [("deepseek_v32", "an index of keys"), ("hy_v4", "an index of keys and .*sinks")])
