@@ -94,7 +94,7 @@ def name_it(call: Any) -> int:
     return number
 
 
-def find(number: int) -> Any:
+def _find(number: int) -> Any:
     """What `name_it` gave that number. Raises NativeError where it is gone."""
     call = _named.get(number)
     if call is None:
@@ -103,6 +103,9 @@ def find(number: int) -> Any:
             "exported program holds none: keep the model that it was made from, or make it again."
         )
     return call
+
+
+find = _find  # for operators that are defined elsewhere (operators/gpu_ops.py)
 
 
 def is_watched(x: Tensor) -> bool:
@@ -116,19 +119,19 @@ def is_traced(x: Tensor) -> bool:
 
 
 def _linear(x: Tensor, number: int) -> Tensor:
-    return find(number).compute(x)
+    return _find(number).compute(x)
 
 
 def _embedding(ids: Tensor, dtype: torch.dtype, number: int) -> Tensor:
-    return find(number).compute(ids, dtype)
+    return _find(number).compute(ids, dtype)
 
 
 def _embedding_shape(ids: Tensor, dtype: torch.dtype, number: int) -> Tensor:
-    return ids.new_empty((*ids.shape, find(number).hidden), dtype=dtype)
+    return ids.new_empty((*ids.shape, _find(number).hidden), dtype=dtype)
 
 
 def _experts(hidden: Tensor, ids: Tensor, weights: Tensor, number: int) -> Tensor:
-    return find(number).compute(hidden, ids, weights)
+    return _find(number).compute(hidden, ids, weights)
 
 
 def _attention(
@@ -136,36 +139,36 @@ def _attention(
     q_factor: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     positions = None if cos is None or sin is None else (cos, sin)
-    return find(number).compute(hidden, find(pages), positions, mask, first, q_factor)
+    return _find(number).compute(hidden, _find(pages), positions, mask, first, q_factor)
 
 
 def _attention_shape(
     hidden: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, first: int, number: int, pages: int,
     q_factor: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    call = find(number)
+    call = _find(number)
     _check_fake(hidden, call.hidden, call)
     return hidden.new_empty(hidden.shape)
 
 
 def _linear_shape(x: Tensor, number: int) -> Tensor:
-    call = find(number)
+    call = _find(number)
     _check_fake(x, call.in_features, call)
     return x.new_empty((*x.shape[:-1], call.out_features))
 
 
 def _experts_shape(hidden: Tensor, ids: Tensor, weights: Tensor, number: int) -> Tensor:
-    call = find(number)
+    call = _find(number)
     _check_fake(hidden, call.hidden, call)
     return hidden.new_empty(hidden.shape)
 
 
 def _router(hidden: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
-    return find(number).compute(hidden)
+    return _find(number).compute(hidden)
 
 
 def _router_shape(hidden: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
-    call = find(number)
+    call = _find(number)
     _check_fake(hidden, call.hidden, call)
     tokens, k = hidden.shape[0], call.choice.top_k
     ids, weights = hidden.new_empty((tokens, k), dtype=torch.int64), hidden.new_empty((tokens, k), dtype=torch.float32)
@@ -173,11 +176,11 @@ def _router_shape(hidden: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _moe(hidden: Tensor, number: int) -> Tensor:
-    return find(number).compute(hidden)
+    return _find(number).compute(hidden)
 
 
 def _moe_shape(hidden: Tensor, number: int) -> Tensor:
-    call = find(number)
+    call = _find(number)
     _check_fake(hidden, call.hidden, call)
     return hidden.new_empty(hidden.shape)
 
