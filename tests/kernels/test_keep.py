@@ -90,9 +90,9 @@ def test_latents_in_fp8(rank, group, normed):
     keep.keep_latents(q, latents, part, cos, sin, slots, made, weight=weight, eps=1e-6, group=group)
     assert kept_only(made, before, [64, 3])
     for slot in (64, 3):
-        ours, theirs = (numbers(pages.flatten(0, 1)[slot], rank, 16, group) for pages in (made, expected))
-        assert_close(ours, theirs, 2**-4)
-        assert (ours == theirs).float().mean() > 0.9
+        rows = [pages.flatten(0, 1)[slot] for pages in (made, expected)]
+        assert (rows[0][:rank] == rows[1][:rank]).float().mean() > 0.9  # scales may differ by their last bit
+        assert_close(*(numbers(row, rank, 16, group) for row in rows), 2**-4)
     with pytest.raises(UnsupportedError, match="Cache: found latents"):
         keep.keep_latents(q, latents, part, cos, sin, slots, made[..., :-16], group=group)
 
