@@ -66,7 +66,7 @@ test-fast: setup-dev ## some cases of every kind of test
 	$(PY) -m pytest -m "not slow" $(ARGS)
 
 test-gpu: setup-dev ## what needs a GPU, skipped where there is none (SANITIZER="compute-sanitizer --error-exitcode 1")
-	TRITON_INTERPRET=0 $(SANITIZER) $(PY) -m pytest -rs tests/kernels/test_gpu.py $(ARGS)
+	TRITON_INTERPRET=0 $(SANITIZER) $(PY) -m pytest -rs tests/kernels/test_gpu.py tests/operators/test_gpu_attention.py $(ARGS)
 
 # LLaMA-Factory and its trl ask for older packages than they run with: they come last, without what they ask for.
 $(LLAMAFACTORY)/.installed: requirements-llamafactory.txt requirements.txt pyproject.toml $(OBJECTS) | tools

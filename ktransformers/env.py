@@ -28,7 +28,7 @@ VARIABLES = {
     "KT_HISTORY": "file that keeps what was typed in kt chat, or off; default: in the user's state folder",
     "KT_HUGE_PAGES": "1 reads checkpoints into huge pages instead of mapping them: faster decoding, slower to open",
     "KT_ISA": f"highest instruction set the C library may use: {', '.join(ISAS)}",
-    "KT_KERNELS": "1 (default) computes packed weights on a GPU by the Triton kernels, 0 takes dense weights and torch",
+    "KT_KERNELS": "1 (default) has Triton compute packed weights and attention on a GPU, 0 dense weights and torch",
     "KT_NUMA": "CPUs of each NUMA node, such as 0-3,8;4-7; default: what the system reports",
     "KT_PIN": "0 leaves the C library's threads to the system, 1 (default) binds them to cores and NUMA nodes",
     "KT_RULE_MODULES": "comma-separated modules that rule files may import beyond torch, transformers, ktransformers",

@@ -41,7 +41,7 @@ class KTConfig(QuantizationConfigMixin):
             is a GPU, else ``cpu``.
         devices: renames devices in the rules: ``{"cuda": "cpu"}`` runs a GPU's rules on a machine without one.
         cache: how keys and values are kept where attention is computed on the CPU: "f32", "f16", "bf16" or "q8_0";
-            None is the model's dtype.
+            or latents where kernels compute it on a GPU: "fp8". None is the model's dtype.
         progress: show a progress bar on standard error while loading, when that is a terminal.
 
     Of the arguments of `from_pretrained`, `dtype` is the type of what is computed unpacked, and `device_map` may name

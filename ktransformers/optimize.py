@@ -18,7 +18,7 @@ from ktransformers.errors import WeightError, join_errors
 from ktransformers.loaders import ModelWeights, WeightSource, bind, held_as_stored, open_weights
 from ktransformers.loaders.progress import load_progress
 from ktransformers.models import register_families
-from ktransformers.operators import cpu_attention, paged_cache
+from ktransformers.operators import cpu_attention, gpu_pages, paged_cache
 from ktransformers.operators.base_operator import load_weights
 from ktransformers.rules.build import build
 from ktransformers.rules.plan import Replacement, RulesLike, plan
@@ -49,7 +49,7 @@ def optimize_and_load(
         default_device: of modules that no rule names; None is ``cuda:0`` where there is a GPU, else ``cpu``.
         devices: renames devices in the rules: ``{"cuda": "cpu"}`` runs a GPU's rules on a machine without one.
         cache: how keys and values are kept where attention is computed on the CPU: "f32", "f16", "bf16" or "q8_0";
-            None is the model's dtype.
+            or latents where kernels compute it on a GPU: "fp8". None is the model's dtype.
         progress: show a progress bar on standard error while loading, when that is a terminal.
 
     Returns:
@@ -109,6 +109,7 @@ def _run(model, rule, weights, config, default_device, devices, cache, progress)
     if any(placed.device == "cpu" for placed in replacements.values()):
         cpu_attention.use(model)
     paged_cache.use(model, cache)
+    gpu_pages.use(model)
     return model.eval()
 
 

@@ -26,7 +26,7 @@ from ktransformers.paths import write_whole
 
 T = TypeVar("T")
 
-CACHES = ("f32", "f16", "bf16", "q8_0")
+CACHES = ("f32", "f16", "bf16", "q8_0", "fp8")
 """Types of a cache, those of `native.pages`, which completion does without."""
 
 WIDTH = 100
@@ -379,7 +379,8 @@ CacheOption = Annotated[
     typer.Option(
         "--cache", metavar="TYPE", autocompletion=lambda incomplete: _starting(incomplete, CACHES),
         callback=_checked_cache,
-        help="How keys and values are kept, f32, f16, bf16, or q8_0 (53 % of bf16); default: the model's dtype.",
+        help="How keys and values are kept, f32, f16, bf16, or q8_0 (53 % of bf16), or latents on a GPU, fp8; default: "
+        "the model's dtype.",
     ),
 ]  # fmt: skip
 AdapterOption = Annotated[

@@ -32,7 +32,8 @@ def compare(
         str, typer.Argument(metavar="MODEL", help="A model folder or a .gguf; default: the small embedded model.")
     ] = "",
     types: Annotated[
-        list[str], typer.Option("--type", "-t", metavar="TYPE", help="f32, f16, bf16 or q8_0; may be repeated.")
+        list[str],
+        typer.Option("--type", "-t", metavar="TYPE", help="f32, f16, bf16, q8_0, of latents on a GPU fp8; repeatable."),
     ] = ["q8_0"],  # noqa: B006  (typer wants a list)
     text: Annotated[
         Path | None, typer.Option("--text", help="A text to predict; default: one that the model writes, seed 0.")

@@ -18,6 +18,7 @@ from transformers.cache_utils import (
 )
 
 from ktransformers.operators.fixed_cache import FixedCache
+from ktransformers.operators.gpu_pages import GpuLayer, GpuPages
 from ktransformers.operators.paged_cache import PagedCache, PagedLayer, PagedWindowLayer
 
 
@@ -81,7 +82,7 @@ class PrefixCache:
         layers = [layer for layer in _layers(self.cache) if not isinstance(layer, DummyLayer)]
         if length == len(self.ids) and not self._torn:
             layers = [layer for layer in layers if getattr(layer, "record_past", False)]  # back to the window's size
-        elif type(self.cache) not in (DynamicCache, PagedCache, FixedCache) or not layers:
+        elif type(self.cache) not in (DynamicCache, PagedCache, FixedCache, GpuPages) or not layers:
             return False  # a family's own cache may hold more than its layers
         elif not all(_can_forget(layer, length) for layer in layers) or self._torn and not self._whole():
             return False
@@ -96,7 +97,7 @@ class PrefixCache:
     def _whole(self) -> bool:
         """Whether each layer of a torn cache was left between two updates, so that its length is what it says."""
         for number, layer in enumerate(_layers(self.cache)):
-            if isinstance(layer, PagedLayer):
+            if isinstance(layer, (PagedLayer, GpuLayer)):
                 continue  # its length is counted when all is written
             if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer):
                 return False  # holds more than keys and values
@@ -116,7 +117,7 @@ def _can_forget(layer: Any, length: int) -> bool:
 
     `is_croppable` does not say so: sliding windows and layers that inherit it have it too.
     """
-    if isinstance(layer, PagedLayer):
+    if isinstance(layer, (PagedLayer, GpuLayer)):
         return layer.can_forget(length)
     if isinstance(layer, LinearAttentionCacheLayerMixin) or not _crops_all_of_itself(type(layer)):
         return False

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import Cache, GenerationConfig
 
 from ktransformers.engine.generate import generate
 from ktransformers.engine.sampling import Sampling
 from ktransformers.errors import KTransformersError, UnsupportedError
 from ktransformers.native.pages import PAGE
-from ktransformers.operators.paged_cache import PagedLayer, paged_cache
+from ktransformers.operators.gpu_pages import GpuLayer, gpu_pages
+from ktransformers.operators.paged_cache import FP8, PagedLayer, paged_cache
 
 
 @dataclass
@@ -52,10 +53,10 @@ def compare(
     chunk_size: int = 64,
     on_tokens: Callable[[int], None] = lambda count: None,
 ) -> list[CacheEffect]:
-    """The effect of each of `types` ("f32", "f16", "bf16", "q8_0"), after that of the model's dtype.
+    """The effect of each of `types` ("f32", "f16", "bf16", "q8_0"; on a GPU "fp8"), after that of the model's dtype.
 
     Args:
-        model: a causal LM that `optimize_and_load` made, on the CPU.
+        model: a causal LM that `optimize_and_load` made, on the CPU, or one of latents whose layers are on GPUs.
         ids: at least two token ids, of one sequence.
         chunk_size: tokens per forward pass.
         on_tokens: called with how many tokens a type has got through, one chunk at a time.
@@ -68,8 +69,7 @@ def compare(
         raise KTransformersError(
             f"tokens: found {len(ids)} in chunks of {chunk_size}, expected at least 2 in chunks of at least 1."
         )
-    own = str(model.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "f")
-    runs = [_Run(model, kind) for kind in dict.fromkeys([own, *types])]
+    runs = [_Run(model, kind) for kind in dict.fromkeys([own_kind(model), *types])]
     for begin in range(0, len(ids), chunk_size):
         part, following = ids[begin : begin + chunk_size], ids[begin + 1 : begin + chunk_size + 1]
         true = None
@@ -81,18 +81,33 @@ def compare(
     return [run.effect(len(ids)) for run in runs]
 
 
+def _cache(model: nn.Module, kind: str) -> Cache:
+    """A fresh one. Raises UnsupportedError where no layer keeps anything as `kind`."""
+    on_gpu, own = gpu_pages(model, kind=kind), kind == own_kind(model)
+    if on_gpu is not None and (own or any(getattr(layer, "fp8", False) for layer in on_gpu.layers)):
+        return on_gpu
+    found = None if kind == FP8 or on_gpu is not None else paged_cache(model, kind)
+    if found is not None:
+        return found
+    what = "keeps latents on a GPU" if kind == FP8 else "computes on pages of the CPU"
+    step = "a model of latents that is on GPUs" if kind == FP8 else "one whose attention the C library computes"
+    raise UnsupportedError(
+        f"cache: no layer of {type(model).__name__} {what}, so its cache is not made as {kind}. Give {step}."
+    )
+
+
+def own_kind(model: nn.Module) -> str:
+    """The name of the model's dtype among types of caches."""
+    return str(model.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "f")
+
+
 class _Run:
     """One type of cache, and sums over the positions so far."""
 
     def __init__(self, model: nn.Module, kind: str) -> None:
-        self.model, self.cache = model, paged_cache(model, kind)
+        self.model, self.cache = model, _cache(model, kind)
         self.found = CacheEffect(kind)
         self.loss = 0.0
-        if self.cache is None:
-            raise UnsupportedError(
-                f"cache: no layer of {type(model).__name__} computes on pages of the CPU, so its cache has the model's "
-                "dtype and no other. Give a model whose attention the C library computes."
-            )
 
     def log_probabilities(self, ids: Sequence[int]) -> Tensor:
         """[T, vocab] of the token after each of `ids` [T], in fp32."""
@@ -112,6 +127,7 @@ class _Run:
     def effect(self, tokens: int) -> CacheEffect:
         done, pages = self.found, [layer.pages for layer in self.cache.layers if isinstance(layer, PagedLayer)]
         done.bytes_per_token = sum(held.page_bytes for held in pages if held is not None) // PAGE
+        done.bytes_per_token += sum(layer.bytes_per_token for layer in self.cache.layers if isinstance(layer, GpuLayer))
         done.kl_mean, done.same_top = max(0.0, done.kl_mean / tokens), done.same_top / tokens
         done.perplexity = torch.tensor(self.loss / (tokens - 1)).exp().item()
         return done

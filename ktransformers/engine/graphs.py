@@ -11,14 +11,14 @@ from ktransformers.engine.outside import Rows, head_elsewhere
 from ktransformers.machine.streams import Streams
 from ktransformers.models.traits import TRAITS
 from ktransformers.operators.base_operator import warn_once
-from ktransformers.operators.fixed_cache import FixedCache
+from ktransformers.operators.fixed_cache import Captured
 from ktransformers.operators.host_experts import finish
 
 
 class GraphStep:
     """token -> logits of the next, over the cache that it was captured with."""
 
-    def __init__(self, model: nn.Module, cache: FixedCache, streams: Streams, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, cache: Captured, streams: Streams, device: torch.device) -> None:
         """After a step of one token that was not captured: what is made at a first step must be there."""
         self._device = device
         self._ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
@@ -42,12 +42,13 @@ class GraphStep:
         return self._out if self._head is None else self._head(self._out)[0, -1]
 
 
-def graph_of(model: nn.Module, cache: FixedCache, streams: Streams, device: torch.device) -> GraphStep | None:
+def graph_of(model: nn.Module, cache: Captured, streams: Streams, device: torch.device) -> GraphStep | None:
     """The graph over `cache` as it is now, captured where there is none; None where that is not possible."""
     if cache.graph is None and cache.graphable:
         cache.graphable = _may_be_captured(model, device)
         try:
-            cache.graph = GraphStep(model, cache, streams, device) if cache.graphable else None
+            with cache.unmoved():
+                cache.graph = GraphStep(model, cache, streams, device) if cache.graphable else None
         except Exception as error:  # whatever a family's code does that cannot be captured: it works without
             cache.graphable = False
             warn_once(f"decoding without a graph on {device}: {type(error).__name__} while it was captured: {error}")

@@ -39,7 +39,8 @@ def load(
         weights: a .gguf (the first of a split set), a .safetensors or a folder; "" is `model_path`.
         rule: a rule file, or the name of a packaged one; "" is the one of the model's family.
         devices: renames devices of the rules, such as ``{"cuda": "cpu"}``.
-        cache: how keys and values are kept, "f32", "f16", "bf16" or "q8_0"; "" is the model's dtype.
+        cache: how keys and values are kept, "f32", "f16", "bf16", "q8_0", or latents on a GPU, "fp8"; "" is the model's
+            dtype.
         needs_template: refuse a tokenizer without a chat template.
         progress: show a bar while the weights are read, where standard error is a terminal.
         notify: called once for each warning, with its text.

@@ -14,15 +14,9 @@ from torch import Tensor, nn
 from ktransformers.errors import UnsupportedError
 from ktransformers.machine.streams import Streams
 from ktransformers.models.traits import TRAITS
-from ktransformers.operators.decoding import head_of
+from ktransformers.operators.decoding import decoder_of, head_of
 from ktransformers.operators.embedding import KTransformersEmbedding
 from ktransformers.operators.inner_ops import StagedOperator
-from ktransformers.operators.twin import original
-
-
-def decoder_of(model: nn.Module) -> nn.Module | None:
-    """The part of a causal LM that has an embedding and layers."""
-    return next((module for module in model.modules() if TRAITS["decoder"](original(module))), None)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -18,7 +18,8 @@ from ktransformers.engine.outside import device_of
 from ktransformers.machine.streams import streams_of
 from ktransformers.models import ONE_BY_ONE
 from ktransformers.native import Decode
-from ktransformers.operators.fixed_cache import FixedCache, fixed_cache
+from ktransformers.operators.fixed_cache import Captured, fixed_cache
+from ktransformers.operators.gpu_pages import gpu_pages
 from ktransformers.operators.host_experts import finish
 from ktransformers.operators.paged_cache import PagedCache, paged_cache
 from ktransformers.operators.stack import decode_of
@@ -73,7 +74,7 @@ class Steps:
     def _by_graph(self, token: int) -> Tensor:
         """By the graph over the cache. A first token makes what a graph cannot: it goes by the forward."""
         cache, streams = self.cache, self._streams
-        if streams is None or type(cache.cache) is not FixedCache or not cache.cache.graphable:
+        if streams is None or not isinstance(cache.cache, Captured) or not cache.cache.graphable:
             return self._forward([token])[-1]
         cache.cache.reserve(len(cache.ids) + 1)
         first, cache.cache.stepped = not cache.cache.stepped, True
@@ -81,14 +82,16 @@ class Steps:
         if step is None:
             return self._forward([token])[-1]
         with cache.extending([token]):
+            cache.cache.replays(len(cache.ids))
             return step(token, len(cache.ids))
 
     def _forward(self, ids: Sequence[int], every: bool = False) -> Tensor:
         """One forward pass over `ids` [T] that extends the cache; the logits [1, V] of the last position, or [T, V]."""
         cache = self.cache
         if cache.cache is None:  # a rule file may leave the model, which would make one, to transformers
-            cache.cache = (fixed_cache if self._streams else paged_cache)(self.model)
-        if type(cache.cache) is FixedCache:
+            others = fixed_cache if self._streams else paged_cache
+            cache.cache = gpu_pages(self.model, plain=True) or others(self.model)  # one sequence: nothing is padded
+        if isinstance(cache.cache, Captured):
             cache.cache.reserve(len(cache.ids) + len(ids))
         input_ids = torch.tensor([list(ids)], device=self._entry)
         with cache.extending(ids):

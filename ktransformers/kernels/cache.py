@@ -153,14 +153,25 @@ def e4m3_of(x):
 
 
 @jit
+def store_fp8(x, to, group, member, R: tl.constexpr, GROUP: tl.constexpr):
+    """Latents, float32 [groups, BG], to the row of bytes that begins at `to`, as mla_decode.py reads it.
+
+    A scale is a group's largest number over 448; NaN where one of them is NaN, so that all of them read as NaN.
+    """
+    scale = tl.max(tl.abs(x), axis=1) / 448.0
+    scale = tl.where(scale == 0, 1.0, scale)
+    scale = tl.where(tl.max((x != x).to(tl.int32), axis=1) > 0, float("nan"), scale)
+    code = e4m3_of(tl.minimum(tl.maximum(tl.div_rn(x, scale[:, None] + x * 0), -448.0), 448.0))
+    tl.store(to + group[:, None] * GROUP + member, code, mask=member < GROUP)
+    tl.store((to + R).to(tl.pointer_type(tl.float32)) + group, scale)
+
+
+@jit
 def append_fp8_kernel(
     latents, rotary, slots, cache, room, latent_token, rotary_token, page_stride, row_stride,
     R: tl.constexpr, P: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, BG: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """latents [N, R], rotary [N, P] -> rows of bytes, as mla_decode.py reads them. Grid (N,).
-
-    A scale is a group's largest number over 448; NaN where one of them is NaN, so that all of them read as NaN.
-    """
+    """latents [N, R], rotary [N, P] -> rows of bytes. Grid (N,)."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token).to(tl.int64)
     if (slot < 0) | (slot >= room):
@@ -170,12 +181,7 @@ def append_fp8_kernel(
     member = tl.arange(0, BG)[None, :]
     at = group[:, None] * GROUP + member
     x = tl.load(latents + token * latent_token + at, mask=member < GROUP, other=0).to(tl.float32)
-    scale = tl.max(tl.abs(x), axis=1) / 448.0
-    scale = tl.where(scale == 0, 1.0, scale)
-    scale = tl.where(tl.max((x != x).to(tl.int32), axis=1) > 0, float("nan"), scale)
-    code = e4m3_of(tl.minimum(tl.maximum(tl.div_rn(x, scale[:, None] + x * 0), -448.0), 448.0))
-    tl.store(to + at, code, mask=member < GROUP)
-    tl.store((to + R).to(tl.pointer_type(tl.float32)) + group, scale)
+    store_fp8(x, to, group, member, R, GROUP)
     column = tl.arange(0, BP)
     value = tl.load(rotary + token * rotary_token + column, mask=column < P)
     tl.store(
@@ -191,7 +197,17 @@ def append_latents(latents: Tensor, rotary: Tensor, slots: Tensor, cache: Tensor
     rank, rope = latents.shape[-1], rotary.shape[-1]
     if not group:
         return append(latents[:, None], rotary[:, None], slots, *cache[:, :, None].split((rank, rope), dim=3))
-    row = row_bytes(rank, rope, group)
+    check_fp8(latents, rotary, slots, cache, group)
+    if not launchable(cache.device):
+        return append_fp8_reference(latents, rotary, slots, cache, group)
+    if slots.numel():
+        made = append_fp8_arguments(latents, rotary, slots, cache, group)
+        launch(append_fp8_kernel, (slots.numel(),), cache.device, made)
+
+
+def check_fp8(latents: Tensor, rotary: Tensor, slots: Tensor, cache: Tensor, group: int) -> None:
+    """Raises UnsupportedError where these do not fit each other."""
+    rank, row = latents.shape[-1], row_bytes(latents.shape[-1], rotary.shape[-1], group)
     fits = cache.dtype == torch.uint8 and cache.shape[1:] == (PAGE, row) and cache.stride(2) == 1 and rank % group == 0
     fits = fits and len(latents) == len(rotary) == slots.numel() and latents.stride(1) == rotary.stride(1) == 1
     if not fits or not slots.is_contiguous() or {latents.device, rotary.device, slots.device} != {cache.device}:
@@ -199,11 +215,6 @@ def append_latents(latents: Tensor, rotary: Tensor, slots: Tensor, cache: Tensor
             f"Cache: found latents {list(latents.shape)}, rotary {list(rotary.shape)} and {slots.numel()} slots for "
             f"pages {list(cache.shape)} of {cache.dtype}, expected N of each and uint8 [pages, {PAGE}, {row}]."
         )
-    if not launchable(cache.device):
-        return append_fp8_reference(latents, rotary, slots, cache, group)
-    if slots.numel():
-        made = append_fp8_arguments(latents, rotary, slots, cache, group)
-        launch(append_fp8_kernel, (slots.numel(),), cache.device, made)
 
 
 def append_fp8_arguments(latents: Tensor, rotary: Tensor, slots: Tensor, cache: Tensor, group: int) -> dict[str, Any]:

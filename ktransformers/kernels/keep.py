@@ -13,6 +13,7 @@ from torch import Tensor
 from ktransformers.errors import UnsupportedError
 from ktransformers.kernels import cache as pages
 from ktransformers.kernels import norm, rotary
+from ktransformers.kernels.cache import store_fp8
 from ktransformers.kernels.compiler import jit, launch, launchable, tl
 from ktransformers.kernels.rotary import turn
 from ktransformers.native.pages import PAGE
@@ -108,9 +109,12 @@ def keep_latents_kernel(
     q, to_q, latents, rotary, positions, cos, sin, weight, slots, cache, eps, A, R, room,
     q_token, q_head, to_q_token, to_q_head, latent_token, rotary_token, angle_stride, page_stride, row_stride,
     D: tl.constexpr, HALF: tl.constexpr, BH: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr, PAIRS: tl.constexpr,
-    MOVED: tl.constexpr,
+    MOVED: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
-    """q [T, A, D] -> to_q, or in place; latents [T, R], normed, and rotary [T, D] to pages. Grid (T, A + 1)."""
+    """q [T, A, D] -> to_q, or in place; latents [T, R], normed, and rotary [T, D] to pages. Grid (T, A + 1).
+
+    GROUP: latents with one scale, GROUPS of them, where pages are bytes; else 0.
+    """
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     position = token if positions is None else tl.load(positions + token).to(tl.int64)
@@ -123,30 +127,41 @@ def keep_latents_kernel(
         slot = tl.load(slots + token).to(tl.int64)
         if (slot >= 0) & (slot < room):
             to = cache + slot // 64 * page_stride + slot % 64 * row_stride
-            column = tl.arange(0, BL)
-            inside = column < R
+            group = tl.arange(0, GROUPS)
+            member = tl.arange(0, BG)[None, :]
+            column = group[:, None] * GROUP + member if GROUP > 0 else tl.arange(0, BL)
+            inside = (member < GROUP) & (group[:, None] >= 0) if GROUP > 0 else column < R
             x = tl.load(latents + token * latent_token + column, mask=inside, other=0).to(tl.float32)
             if weight is not None:
                 x *= tl.rsqrt(tl.sum(x * x) / R + eps)
                 x *= tl.load(weight + column, mask=inside, other=0).to(tl.float32)
-            tl.store(to + column, x.to(to.dtype.element_ty), mask=inside)
-            turn(rotary + token * rotary_token, to + R, None, cos, sin, 0.0, D, HALF, BH, BR, PAIRS, 0, True)
+            if GROUP > 0:
+                store_fp8(x, to, group, member, R, GROUP)
+                end = (to + R + (GROUPS + 3) // 4 * 16).to(tl.pointer_type(tl.bfloat16))
+            else:
+                tl.store(to + column, x.to(to.dtype.element_ty), mask=inside)
+                end = to + R
+            turn(rotary + token * rotary_token, end, None, cos, sin, 0.0, D, HALF, BH, BR, PAIRS, 0, True)
 
 
 def keep_latents(
     q: Tensor, latents: Tensor, rotary_part: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, cache: Tensor, *,
     to_q: Tensor | None = None, weight: Tensor | None = None, eps: float = 0.0, positions: Tensor | None = None,
-    pairs: str = "halves",
+    pairs: str = "halves", group: int = 0,
 ) -> None:  # fmt: skip
     """The rotary parts of queries [T, A, P] turn, to `to_q` [T, A, P] such as the end of absorbed queries, or in place.
 
     latents [T, R], after RMSNorm by weight [R] if there is one, and rotary_part [T, P], turned, go to a cache
-    [pages, 64, R + P] of floats, and stay as they are. All but the cache are of one type; sizes contiguous, other
-    strides free. The rest is as in `rotary.rotate` and `cache.append`. Raises UnsupportedError for what does not fit.
+    [pages, 64, R + P] of floats, or of bytes with a scale for every `group` latents, and stay as they are. All but the
+    cache are of one type; sizes contiguous, other strides free. The rest is as in `rotary.rotate` and
+    `cache.append_latents`. Raises UnsupportedError for what does not fit.
     """
     to_q = q if to_q is None else to_q
     rotary.check(q, rotary_part[:, None], cos, sin, positions, pairs)
-    pages.check(latents[:, None], rotary_part[:, None], slots, *_parts(cache, latents))
+    if group:
+        pages.check_fp8(latents, rotary_part, slots, cache, group)
+    else:
+        pages.check(latents[:, None], rotary_part[:, None], slots, *_parts(cache, latents))
     fits = to_q.shape == q.shape and to_q.stride(2) == 1 and {to_q.dtype, latents.dtype} == {q.dtype}
     if not fits or (weight is not None and (weight.shape != latents.shape[1:] or weight.stride(0) != 1)):
         raise UnsupportedError(
@@ -154,10 +169,11 @@ def keep_latents(
             f"{None if weight is None else list(weight.shape)}, expected {q.dtype} {list(q.shape)} and "
             f"[{latents.shape[1]}]."
         )
+    how = (to_q, weight, eps, positions, pairs, group)
     if not launchable(q.device):
-        return latents_reference(q, latents, rotary_part, cos, sin, slots, cache, to_q, weight, eps, positions, pairs)
+        return latents_reference(q, latents, rotary_part, cos, sin, slots, cache, *how)
     if len(q):
-        made = latents_arguments(q, latents, rotary_part, cos, sin, slots, cache, to_q, weight, eps, positions, pairs)
+        made = latents_arguments(q, latents, rotary_part, cos, sin, slots, cache, *how)
         launch(keep_latents_kernel, (len(q), q.shape[1] + 1), q.device, made)
 
 
@@ -170,7 +186,7 @@ def _parts(cache: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
 def latents_arguments(
     q: Tensor, latents: Tensor, rotary_part: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, cache: Tensor,
     to_q: Tensor, weight: Tensor | None = None, eps: float = 0.0, positions: Tensor | None = None,
-    pairs: str = "halves",
+    pairs: str = "halves", group: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """What `keep_latents_kernel` is launched with, and compiled for by the tests, where no GPU is."""
     rank = latents.shape[1]
@@ -181,6 +197,7 @@ def latents_arguments(
         "to_q_head": to_q.stride(1), "latent_token": latents.stride(0), "rotary_token": rotary_part.stride(0),
         "angle_stride": cos.stride(0), "page_stride": cache.stride(0), "row_stride": cache.stride(1),
         **rotary.sizes(q, cos), "BL": 1 << (rank - 1).bit_length(), "PAIRS": pairs, "MOVED": to_q is not q,
+        "GROUP": group, "GROUPS": rank // group if group else 1, "BG": 1 << (group - 1).bit_length() if group else 1,
         "num_warps": 1,
     }  # fmt: skip
 
@@ -188,11 +205,13 @@ def latents_arguments(
 def latents_reference(
     q: Tensor, latents: Tensor, rotary_part: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, cache: Tensor,
     to_q: Tensor, weight: Tensor | None = None, eps: float = 0.0, positions: Tensor | None = None,
-    pairs: str = "halves",
+    pairs: str = "halves", group: int = 0,
 ) -> None:  # fmt: skip
     """What the kernel computes, in torch."""
     turned, key = q.clone(), rotary_part[:, None].clone()
     rotary.reference(turned, key, cos, sin, positions, pairs)
     to_q.copy_(turned)
     latents = latents if weight is None else norm.reference(latents, weight, eps)
+    if group:
+        return pages.append_fp8_reference(latents, key[:, 0], slots, cache, group)
     pages.append_reference(latents[:, None], key, slots, *_parts(cache, latents))

@@ -35,6 +35,11 @@ MOST_LATENTS = 512
 """Of R: a block of 16 heads then takes 8192 sums, what registers hold."""
 
 
+def group_of(rank: int) -> int:
+    """How many latents have one scale in a cache of FP8, unless somebody chooses: FlashMLA's 128 where they fit."""
+    return 128 if rank % 128 == 0 and rank & (rank - 1) == 0 else rank
+
+
 def row_bytes(rank: int, rope: int, group: int) -> int:
     """Bytes of a token in a cache of FP8."""
     return rank + scale_bytes(rank, group) + 2 * rope

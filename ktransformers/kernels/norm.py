@@ -17,20 +17,20 @@ MOST = 1 << 16
 
 @jit
 def norm_kernel(
-    x, weight, residual, out, H, A, eps, x_token, x_head, residual_token, residual_head, out_token, out_head,
+    x, weight, residual, total, out, H, A, eps, x_token, x_head, residual_token, residual_head, out_token, out_head,
     ONE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """x [T, A, H], and residual if there is one: it becomes residual + x, rounded, and is normed. Grid (T * A,)."""
+    """x [T, A, H]; or residual + x, rounded, which becomes total, of the residual's strides. Grid (T * A,)."""
     token = (tl.program_id(0) // A).to(tl.int64)
     head = tl.program_id(0) % A
     column = tl.arange(0, BLOCK)
     keep = column < H
     value = tl.load(x + token * x_token + head * x_head + column, mask=keep, other=0).to(tl.float32)
     if residual is not None:
-        at = residual + token * residual_token + head * residual_head + column
-        total = (tl.load(at, mask=keep, other=0).to(tl.float32) + value).to(residual.dtype.element_ty)
-        tl.store(at, total, mask=keep)
-        value = total.to(tl.float32)
+        at = token * residual_token + head * residual_head + column
+        both = (tl.load(residual + at, mask=keep, other=0).to(tl.float32) + value).to(residual.dtype.element_ty)
+        tl.store(total + at, both, mask=keep)
+        value = both.to(tl.float32)
     value *= tl.rsqrt(tl.sum(value * value) / H + eps)
     if weight is not None:
         factor = tl.load(weight + column, mask=keep, other=0).to(tl.float32)
@@ -42,16 +42,18 @@ def norm_kernel(
 
 def rms_norm(
     x: Tensor, weight: Tensor | None, eps: float, *, residual: Tensor | None = None, plus_one: bool = False,
-    out: Tensor | None = None,
+    out: Tensor | None = None, total: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """x [T, H] or [T, A, H] -> the same, in x's type. weight [H], or None for none; plus_one: factors are 1 + weight.
 
-    residual, x's shape and type: becomes residual + x in place, and that is what is normed. out: None for a new one;
-    may be x. Values of a row are contiguous, other strides free. Raises UnsupportedError for what does not fit.
+    residual, x's shape and type: residual + x is what is normed, and becomes total, of its strides, or residual itself.
+    out: None for a new one; may be x. Values of a row are contiguous, other strides free. Raises UnsupportedError for
+    what does not fit.
     """
-    others = [other for other in (residual, out) if other is not None]
+    others = [other for other in (residual, out, total) if other is not None]
     fits = x.dim() in (2, 3) and all(other.shape == x.shape and other.dtype == x.dtype for other in others)
     fits = fits and (weight is None or (weight.shape == x.shape[-1:] and weight.stride(0) == 1))
+    fits = fits and (total is None or (residual is not None and total.stride() == residual.stride()))
     if not fits or any(tensor.stride(-1) != 1 or tensor.device != x.device for tensor in (x, *others)):
         raise UnsupportedError(
             f"RMSNorm: found x {list(x.shape)}, {', '.join(str(list(other.shape)) for other in others)} and a weight "
@@ -59,16 +61,17 @@ def rms_norm(
         )
     out = torch.empty_like(x) if out is None else out
     if not launchable(x.device) or x.shape[-1] > MOST:
-        return reference(x, weight, eps, residual, plus_one, out)
+        return reference(x, weight, eps, residual, plus_one, out, total)
     if x.numel():
-        made = arguments(x, weight, eps, residual, plus_one, out)
+        made = arguments(x, weight, eps, residual, plus_one, out, total)
         launch(norm_kernel, (x.shape[:-1].numel(),), x.device, made)
     return out
 
 
 def arguments(
-    x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None, plus_one: bool, out: Tensor
-) -> dict[str, Any]:
+    x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None, plus_one: bool, out: Tensor,
+    total: Tensor | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """What `norm_kernel` is launched with, and compiled for by the tests, where no GPU is."""
     width = x.shape[-1]
     strides = lambda tensor: (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1) if x.dim() == 3 else 0)  # noqa: E731
@@ -76,7 +79,8 @@ def arguments(
     residual_token, residual_head = strides(residual)
     out_token, out_head = strides(out)
     return {
-        "x": x, "weight": weight, "residual": residual, "out": out, "H": width, "A": x.shape[1] if x.dim() == 3 else 1,
+        "x": x, "weight": weight, "residual": residual, "total": residual if total is None else total,
+        "out": out, "H": width, "A": x.shape[1] if x.dim() == 3 else 1,
         "eps": float(eps), "x_token": x_token, "x_head": x_head, "residual_token": residual_token,
         "residual_head": residual_head, "out_token": out_token, "out_head": out_head, "ONE": plus_one,
         "BLOCK": 1 << (width - 1).bit_length(), "num_warps": min(16, 1 << (max(1, width // 512) - 1).bit_length()),
@@ -85,11 +89,11 @@ def arguments(
 
 def reference(
     x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None = None, plus_one: bool = False,
-    out: Tensor | None = None,
+    out: Tensor | None = None, total: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """What the kernel computes, in torch."""
     if residual is not None:
-        x = residual.copy_(residual.float() + x.float())
+        x = (residual if total is None else total).copy_(residual.float() + x.float())
     value = x.float()
     value = value * torch.rsqrt(value.square().mean(-1, keepdim=True) + eps)
     if weight is not None:

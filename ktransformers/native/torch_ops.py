@@ -97,6 +97,7 @@ def name_it(call: Any) -> int:
 
 
 def _find(number: int) -> Any:
+    """What `name_it` gave that number. Raises NativeError where it is gone."""
     call = _named.get(number)
     if call is None:
         raise NativeError(
@@ -104,6 +105,9 @@ def _find(number: int) -> Any:
             "exported program holds none: keep the model that it was made from, or make it again."
         )
     return call
+
+
+find = _find  # for operators that are defined elsewhere (operators/gpu_ops.py)
 
 
 def is_watched(x: Tensor) -> bool:

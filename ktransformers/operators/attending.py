@@ -41,7 +41,8 @@ class Attending:
 
     `out`, `norms`, `value_norm`, `sinks`, `gate` and `gate_bias`, of each head, name the parts of the module that hold
     them; `given_factor` names an argument of its forward, [B or 1, 1, S, 1], that queries are multiplied by. `growth`:
-    how queries grow with the number of their token in the cache, of none where it is None.
+    how queries grow with the number of their token in the cache, of none where it is None. `cap`: scores become
+    cap * tanh(score / cap), which C does not compute; 0 for not.
     """
 
     shape: Shape
@@ -55,6 +56,7 @@ class Attending:
     gate_bias: str | None = None
     given_factor: str | None = None
     growth: "Growth | None" = None
+    cap: float = 0.0
     joined: ClassVar[bool] = False
     narrow: ClassVar[None] = None
     tells: ClassVar[bool] = False
@@ -84,7 +86,8 @@ class Attending:
         if factor is not None:
             q = q * factor[:, None, :, None]
         shared = s.heads // s.kv_heads
-        scores = q @ k.repeat_interleave(shared, 1).transpose(2, 3) * s.scale + mask
+        scores = q @ k.repeat_interleave(shared, 1).transpose(2, 3) * s.scale
+        scores = (self.cap * torch.tanh(scores / self.cap) if self.cap else scores) + mask
         if self.sinks is not None:
             sinks = getattr(module, self.sinks).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
             probs = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
@@ -118,7 +121,7 @@ class Attending:
         if self.gate is not None:
             parts["g"] = self.gate
         linears = {part: packed_of(operator._modules[name]) for part, name in parts.items()}
-        if any(linear is None for linear in linears.values()):
+        if self.cap or any(linear is None for linear in linears.values()):
             return None
         biases = {part: bias for part, (_, bias) in linears.items()}
         if self.gate_bias is not None:
@@ -187,7 +190,11 @@ class Growth:
 
     def at(self, first: int, tokens: int) -> Tensor:
         """[S], of `tokens` tokens from number `first` on."""
-        places = torch.arange(first, first + tokens, dtype=torch.float32, device="cpu")
+        return self.of(torch.arange(first, first + tokens, device="cpu"))
+
+    def of(self, places: Tensor) -> Tensor:
+        """Of tokens of these numbers."""
+        places = places.float()
         return torch.log1p(torch.floor((places + 1.0) / self.step)) * self.slope + 1.0
 
 
@@ -359,8 +366,9 @@ def _candidates(small: nn.Module, sizes: _Sizes, group: int, angles: str, partly
     after, plus = ((False, True), (False, True)) if norms else ((False,), (False,))
     forms = (angles, "once") if partly and angles == "twice" else (angles,)
     growths = dict.fromkeys((None, _growth_of(small)))
-    for (rotates, kind), form, last, one, how, through, scale, factor, growth in itertools.product(
-        turns, forms, after, plus, gates, by, scales, own_factors(small), growths
+    caps = dict.fromkeys((float(getattr(small, "attn_logit_softcapping", None) or 0.0), 0.0))
+    for (rotates, kind), form, last, one, how, through, scale, factor, growth, cap in itertools.product(
+        turns, forms, after, plus, gates, by, scales, own_factors(small), growths, caps
     ):
         if last and whole:
             continue
@@ -371,7 +379,7 @@ def _candidates(small: nn.Module, sizes: _Sizes, group: int, angles: str, partly
         yield Attending(
             shape, rotates, norms, one, sinks, gate, _out_of(small), value_norm,
             _GATE_BIAS if isinstance(getattr(small, _GATE_BIAS, None), Tensor) else None,
-            _Q_FACTOR if _Q_FACTOR in inspect.signature(type(small).forward).parameters else None, growth,
+            _Q_FACTOR if _Q_FACTOR in inspect.signature(type(small).forward).parameters else None, growth, cap,
         )  # fmt: skip
 
 

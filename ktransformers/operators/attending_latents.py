@@ -36,8 +36,8 @@ from ktransformers.operators.attending import (
     shrunk,
     turned,
 )
+from ktransformers.operators.attention_inputs import CHOSEN
 from ktransformers.operators.linear import packed_dense, packed_of
-from ktransformers.operators.paged_attention import CHOSEN
 from ktransformers.operators.paged_cache import PagedIndexedLayer, PagedLayer
 from ktransformers.operators.twin import remembered
 from ktransformers.quants.blocks import Packed

@@ -10,7 +10,8 @@ the latents instead. Following the papers (DeepSeek-V2, section 2.1), with W_UK 
     absorbed   score = (q_nope W_UK) · c + q_rot · k_rot        out = W_UV Σ p c
 
 Both are the same sum in another order. On the CPU the C library takes the whole module in one call, on pages of the
-cache (paged_attention.py); what follows computes everywhere else. Not here: GPU kernels.
+cache (paged_attention.py), and kernels take a step of few tokens on a GPU (gpu_attention.py); what follows computes
+everywhere else, prompts on a GPU among it.
 Letters: B batch, S queries, T cached tokens, A heads, L latent rank, V value size, N and R the sizes of the
 parts of a query without and with rotary positions.
 """

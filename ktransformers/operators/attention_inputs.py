@@ -7,6 +7,7 @@ listed here, each proved against transformers' own module by tests, and refuses 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ktransformers.errors import UnsupportedError
@@ -20,11 +21,18 @@ CACHE_LAYERS = {
     f"transformers.cache_utils.{name}"
     for name in ("DynamicLayer", "DynamicSlidingWindowLayer", "StaticLayer", "StaticSlidingWindowLayer",
                  "QuantoQuantizedLayer", "HQQQuantizedLayer", "Fp8QuantizedLayer")
-} | {f"ktransformers.operators.paged_cache.{name}" for name in ("PagedLayer", "PagedWindowLayer")}  # fmt: skip
+} | {f"ktransformers.operators.paged_cache.{name}" for name in ("PagedLayer", "PagedWindowLayer")} | {
+    "ktransformers.operators.fixed_cache.FixedLayer", "ktransformers.operators.gpu_pages.GpuLayer"
+}  # fmt: skip
 """Layers of a cache that are known, by full name. `update` of each takes and returns [B, heads, tokens,
 size] and returns every token so far in order, or a buffer of fixed length with a mask for what it does not hold yet.
 Whoever writes another such layer adds its name."""
 
+CHOSEN = "prev_topk_indices"
+"""The argument that says which keys the index of a layer before chose."""
+CHANGE_NOTHING = frozenset({"use_cache", "output_attentions", "output_hidden_states", "cache_position", "position_ids",
+                             "output_router_logits", "logits_to_keep", "return_dict"})  # fmt: skip
+"""Arguments of an attention's forward that change no number where attentions are not asked for."""
 PAGED = frozenset({"cache", "block_table", "read_index", "write_index"})
 """Arguments with which transformers' continuous batching keeps the cache to itself, past `past_key_values`."""
 PACKED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"})
@@ -57,6 +65,16 @@ def check_inputs(operator: str, config: Any, mask: Any, kwargs: Mapping[str, Any
         raise UnsupportedError(
             f"{operator} takes 4-D masks, found {found} (attn_implementation {implementation!r}). {BUILD_WITH}."
         )
+
+
+def only_hides(mask: Any, queries: int) -> bool:
+    """Whether a mask [B or 1, 1, S, T] says of each key no more than whether it is seen."""
+    if not (isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[2] == queries):
+        return False
+    if mask.dtype == torch.bool:
+        return True
+    lowest = torch.finfo(mask.dtype).min if mask.is_floating_point() else None
+    return lowest is not None and bool(((mask == 0) | (mask <= lowest)).all())
 
 
 def update_cache(operator: str, cache: Any, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:

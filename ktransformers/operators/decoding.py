@@ -47,6 +47,11 @@ def rotaries_of(decoder: nn.Module) -> dict[str, nn.Module]:
     return {name: child for name, child in within.items() if TRAITS["rotary"](original(child))}
 
 
+def decoder_of(model: nn.Module) -> nn.Module | None:
+    """The part of a causal LM that has an embedding and layers."""
+    return next((module for module in model.modules() if TRAITS["decoder"](original(module))), None)
+
+
 def decoding_of(decoder: nn.Module) -> Decoding | None:
     """What the family's `decoder` does, or None where it is anything else."""
     try:

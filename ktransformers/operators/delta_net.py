@@ -24,9 +24,9 @@ from ktransformers.native import DeltaNet, torch_ops
 from ktransformers.native.checks import DTYPES
 from ktransformers.native.delta_net import ORDERS, Shape
 from ktransformers.operators.attending import HIDDEN, epsilon, normed, random_linear, random_norm, same
+from ktransformers.operators.attention_inputs import CHANGE_NOTHING
 from ktransformers.operators.linear import packed_of
 from ktransformers.operators.native_operator import NativeOperator
-from ktransformers.operators.paged_attention import CHANGE_NOTHING
 from ktransformers.operators.twin import generator, original, remembered
 
 try:

@@ -66,7 +66,7 @@ def _gating(mlp: nn.Module) -> Gating | None:
 def mlp_in_c(mlp: nn.Module) -> native.Experts | None:
     """A dense MLP as one expert on the bytes of its linear layers; None where C does not compute it, or they are not
     on the CPU, or something else than linear layers computes them (an adapter, a user's operator)."""
-    gating = None if _is_foreign(mlp) else mlp_gating(mlp)
+    gating = None if is_foreign(mlp) else mlp_gating(mlp)
     if gating is None:
         return None
     parts = {name: _linear(mlp._modules[name]) for name in ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
@@ -82,7 +82,7 @@ def mlp_in_c(mlp: nn.Module) -> native.Experts | None:
     return native.Experts(*matrices, glu, name=getattr(mlp, "key", type(mlp).__name__))
 
 
-def _is_foreign(module: nn.Module) -> bool:
+def is_foreign(module: nn.Module) -> bool:
     """An operator with a forward of its own."""
     return isinstance(module, BaseInjectedModule) and type(module).forward is not BaseInjectedModule.forward
 

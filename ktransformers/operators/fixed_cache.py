@@ -4,6 +4,7 @@ transformers' static cache, which keeps its length in the device's memory, and t
 it forgets the last tokens.
 """
 
+import contextlib
 from typing import Any
 
 import torch
@@ -13,6 +14,29 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 LEAST_TOKENS = 1024
 """Of a new cache. Attention reads whatever there is room for, so room doubles, it does not begin large."""
+
+
+class Captured:
+    """A part of caches over whose memory steps are captured.
+
+    `graph`: what engine/graphs.py captured over it, None when it moves; `graphable`: whether anything can be;
+    `stepped`: whether a step of one token was computed over it.
+    """
+
+    graph: Any = None
+    graphable = True
+    stepped = False
+
+    def reserve(self, tokens: int) -> None:
+        """Have room for so many tokens in all."""
+        raise NotImplementedError
+
+    def unmoved(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, steps are captured, not computed."""
+        return contextlib.nullcontext()
+
+    def replays(self, held: int) -> None:
+        """The graph is about to be replayed over `held` tokens."""
 
 
 class FixedLayer(StaticLayer):
@@ -39,20 +63,15 @@ class FixedLayer(StaticLayer):
             setattr(self, name, new)
 
 
-class FixedCache(StaticCache):
-    """One sequence's.
-
-    `graph`: what engine/graphs.py captured over this memory, None when it moves; `graphable`: whether anything can be;
-    `stepped`: whether a step of one token was computed over it.
-    """
+class FixedCache(Captured, StaticCache):
+    """One sequence's."""
 
     def __init__(self, config: Any, tokens: int = LEAST_TOKENS) -> None:
         super().__init__(config=config, max_cache_len=tokens)
         self.layers = [FixedLayer(tokens) for _ in self.layers]
-        self.room, self.graph, self.graphable, self.stepped = tokens, None, True, False
+        self.room = tokens
 
     def reserve(self, tokens: int) -> None:
-        """Have room for so many tokens in all."""
         if tokens <= self.room:
             return
         while self.room < tokens:

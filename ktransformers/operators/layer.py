@@ -22,6 +22,7 @@ from ktransformers.operators.base_operator import FamilyOperator, version
 from ktransformers.operators.combining import is_observed
 from ktransformers.operators.delta_net import KeptStates, KGatedDeltaNet
 from ktransformers.operators.experts_in_c import mlp_in_c
+from ktransformers.operators.gpu_layer import GpuSteps, gpu_steps
 from ktransformers.operators.moe import ComputedInC
 from ktransformers.operators.native_operator import NativeOperator
 from ktransformers.operators.norms import Normed, normed_as
@@ -163,6 +164,7 @@ class KDecoderLayer(FamilyOperator):
         self.stacking: Stacking | None = None
         self._mlp: tuple[nn.Module, Watch, native.Experts | None] | None = None
         self._layer: tuple[tuple, native.Layers] | None = None
+        self.gpu_steps: GpuSteps | None = None
         self._norms: list[int] = []
         self._numbers: Numbers | None = None
         self._contents: Values | None = None
@@ -177,12 +179,17 @@ class KDecoderLayer(FamilyOperator):
         if native.available() and not played:
             self._recognize()
         self._norms = self._own_norms()
+        self.gpu_steps = gpu_steps(self)
 
     def unload(self) -> None:
         super().unload()
-        self.stacking = self._layer = self._mlp = None
+        self.gpu_steps = self.stacking = self._layer = self._mlp = None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.gpu_steps is not None and not args and self._own_norms() == self._norms:
+            out = self.gpu_steps.forward(self, hidden_states, kwargs)
+            if out is not None:
+                return out
         found = None if args else self.native_step(hidden_states, kwargs)
         if found is None:
             return super().forward(hidden_states, *args, **kwargs)

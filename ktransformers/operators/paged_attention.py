@@ -12,10 +12,15 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ktransformers.native import Attention, torch_ops
+from ktransformers.operators.attention_inputs import CHANGE_NOTHING, CHOSEN, only_hides
+from ktransformers.operators.base_operator import warn_once
+from ktransformers.operators.gpu_attention import GpuAttention, gpu_attention
 from ktransformers.operators.native_operator import NativeOperator
 from ktransformers.operators.paged_cache import PagedCache, PagedIndexedLayer, PagedLayer
+from ktransformers.operators.watching import Numbers
 
 
 class Recognized(Protocol):
@@ -48,11 +53,6 @@ class Recognized(Protocol):
         """What the queries of `tokens` more tokens are multiplied by, [B or 1, S]; None for nothing."""
 
 
-CHANGE_NOTHING = frozenset({"use_cache", "output_attentions", "output_hidden_states", "cache_position", "position_ids",
-                             "output_router_logits", "logits_to_keep", "return_dict"})  # fmt: skip
-"""Arguments of an attention's forward that change no number where attentions are not asked for."""
-CHOSEN = "prev_topk_indices"
-"""The argument that says which keys the index of a layer before chose."""
 _KNOWN = CHANGE_NOTHING | {"attention_mask", "position_embeddings", "past_key_values"}
 
 
@@ -65,11 +65,42 @@ class PagedAttention(NativeOperator):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.attending: Recognized | None = None
+        self.gpu: GpuAttention | None = None
+        self.not_gpu = ""  # why there is none
         self.cache_kind: str | None = None  # of pages that `paged_cache` makes for this layer; None: the model's dtype
 
-    def make_native(self) -> Attention | None:
+    def load(self) -> None:
+        super().load()
+        if not is_in_torch_dispatch_mode():  # a simulation: there are no weights to compute with
+            self._look_for_kernels()
+
+    def _look_for_kernels(self) -> None:
+        """Have what computes few tokens on a GPU, by the module's numbers as they are."""
+        self._numbers = Numbers([self, *self._modules.values()])
+        found = gpu_attention(self)
+        self.gpu, self.not_gpu = (None, found) if isinstance(found, str) else (found, "")
+        if self.gpu is not None:
+            self.native = None  # tests let kernels run on a CPU
+        elif torch.device(self.devices.get(self.key, self.generate_device)).type == "cuda":
+            kind = type(self.orig_module).__name__
+            warn_once(f"attention on a GPU goes by torch alone, for {found} ({kind}; {self.key})", about=kind + found)
+
+    def is_known(self) -> bool:
+        """Whether kernels compute few tokens; whose numbers have changed is looked at anew."""
+        if self.gpu is not None and not self._numbers.unchanged():
+            self._look_for_kernels()
+        return self.gpu is not None
+
+    def unload(self) -> None:
+        super().unload()
+        self.gpu = None
+
+    def recognize(self) -> None:
         found = (recognize(self.orig_module) for recognize in self.kinds)
         self.attending = next((kind for kind in found if kind is not None), None)
+
+    def make_native(self) -> Attention | None:
+        self.recognize()
         if self.attending is None or any(t.device.type != "cpu" for _, t in self.named_parameters()):
             return None
         return self.attending.native(self)
@@ -83,6 +114,10 @@ class PagedAttention(NativeOperator):
         return self.native is not None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.is_known() and not args:
+            out = self.gpu.forward(self, hidden_states, kwargs)
+            if out is not None:
+                return out, None
         held = None if args else self.pages(hidden_states, kwargs)
         if held is None:
             return self.otherwise(hidden_states, *args, **kwargs)
@@ -131,28 +166,20 @@ class PagedAttention(NativeOperator):
 
     def _is_plain(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> bool:
         """Whether nothing is asked for that only the other code does."""
-        if torch_ops.is_traced(hidden) or hidden.device.type != "cpu":
+        if torch_ops.is_traced(hidden) or hidden.device.type != "cpu" or not self.asks_for_no_more(hidden, kwargs):
             return False
+        mask = kwargs.get("attention_mask")
+        return mask is None or only_hides(mask, hidden.shape[1]) and _looks_back(mask)
+
+    def asks_for_no_more(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> bool:
+        """Whether what is asked for are numbers alone, of the module as it was loaded, by arguments that are known."""
         if torch.is_grad_enabled() and self.wants_gradients(hidden) or not self.is_as_loaded():
             return False
         if self.training and getattr(self.orig_module, "attention_dropout", 0.0):
             return False
         if kwargs.get("output_attentions", getattr(self.orig_module.config, "output_attentions", False)):
             return False
-        mask = kwargs.get("attention_mask")
-        if mask is not None and not (_only_hides(mask, hidden.shape[1]) and _looks_back(mask)):
-            return False
         return all(name in _KNOWN or value is None or name in self.attending.takes for name, value in kwargs.items())
-
-
-def _only_hides(mask: Any, queries: int) -> bool:
-    """Whether a mask [B or 1, 1, S, T] says of each key no more than whether it is seen."""
-    if not (isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[2] == queries):
-        return False
-    if mask.dtype == torch.bool:
-        return True
-    lowest = torch.finfo(mask.dtype).min if mask.is_floating_point() else None
-    return lowest is not None and bool(((mask == 0) | (mask <= lowest)).all())
 
 
 def _narrowed(mask: Tensor, chosen: Tensor) -> Tensor:

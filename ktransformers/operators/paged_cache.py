@@ -7,7 +7,7 @@ that knows pages never asks for that. Going back, choosing beams and copying mov
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,10 @@ from ktransformers.errors import UnsupportedError
 from ktransformers.native.pages import TYPES, Pages
 
 _KINDS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+
+
+FP8 = "fp8"
+"""How pages of a GPU can keep latents (gpu_pages.py); pages of the CPU cannot."""
 
 
 class PagedLayer(CacheLayerMixin):
@@ -303,10 +307,11 @@ class PagedCache(Cache):
 def paged_cache(model: nn.Module, kind: str | None = None) -> PagedCache | None:
     """A fresh cache for `model`, or None where no operator of it computes on pages.
 
-    `kind`: how pages keep keys and values: "f32", "f16", "bf16" or "q8_0"; None is what `use` was told, else the
-    model's dtype. Raises UnsupportedError for another.
+    `kind`: how pages keep keys and values: "f32", "f16", "bf16" or "q8_0"; None, and "fp8", which pages of the CPU do
+    not take, is what `use` was told, else the model's dtype. Raises UnsupportedError for another.
     """
     check_kind(kind)
+    kind = None if kind == FP8 else kind
     paged = {module.layer_idx: module for module in _paged_layers(model)}
     # By the name of the class, as transformers tells who brings a cache of its own (MiniMax, the first one).
     family = type(getattr(model, "orig_module", None) or model)
@@ -327,10 +332,10 @@ def paged_cache(model: nn.Module, kind: str | None = None) -> PagedCache | None:
 
 def check_kind(kind: str | None) -> None:
     """Raise UnsupportedError where pages cannot keep `kind`; None, the model's dtype, they can."""
-    if kind is not None and kind not in TYPES:
+    if kind is not None and kind not in (*TYPES, FP8):
         raise UnsupportedError(
-            f"cache: found type {kind!r}, expected one of {', '.join(TYPES)}. Choose one, or leave it out for the "
-            "model's dtype."
+            f"cache: found type {kind!r}, expected one of {', '.join((*TYPES, FP8))}. Choose one, or leave it out for "
+            "the model's dtype."
         )
 
 
@@ -352,14 +357,20 @@ def use(model: nn.Module, kind: str | None = None) -> None:
     """
     if kind is not None:
         _choose(model, kind)
+    if next(_paged_layers(model), None) is not None:
+        make_for_generation(model, paged_cache)
+
+
+def make_for_generation(model: nn.Module, make: Callable[[nn.Module], Cache | None]) -> None:
+    """Let `model.generate` take `make(model)`, where that is not None, where it would make a DynamicCache."""
     original = getattr(model, "_prepare_cache_for_generation", None)
-    if original is None or next(_paged_layers(model), None) is None:
+    if original is None:
         return
 
     def prepare(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         plain = generation_config.cache_implementation in (None, "dynamic") and generation_config.use_cache is not False
         if plain and model_kwargs.get("past_key_values") is None and model._supports_default_dynamic_cache():
-            model_kwargs["past_key_values"] = paged_cache(model)
+            model_kwargs["past_key_values"] = make(model)
             if model_kwargs["past_key_values"] is not None:
                 return None
         return original(generation_config, model_kwargs, *args, **kwargs)
@@ -370,17 +381,25 @@ def use(model: nn.Module, kind: str | None = None) -> None:
 def _choose(model: nn.Module, kind: str) -> None:
     """Have `paged_cache` keep keys and values of `model` as `kind`."""
     check_kind(kind)
-    paged = list(_paged_layers(model))
+    paged = _latents_on_gpu(model) if kind == FP8 else list(_paged_layers(model))
     for module in paged:
-        PagedLayer(kind).prepare(*module.attending.kept, torch.float32)  # raises what it would later
+        if kind != FP8:
+            PagedLayer(kind).prepare(*module.attending.kept, torch.float32)  # raises what it would later
         module.cache_kind = kind
-    layers, kept = model.config.get_text_config(decoder=True).num_hidden_layers, _takes(model, kind)
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    kept = len(paged) if kind == FP8 else _takes(model, kind)
+    what = "have no kernels for latents on a GPU" if kind == FP8 else "do not compute on pages of the CPU"
     if kept < layers:
         warnings.warn(
-            f"cache: {layers - kept} of {layers} layers do not compute on pages of the CPU, so their cache stays as "
-            f"transformers makes it and not {kind}",
+            f"cache: {layers - kept} of {layers} layers {what}, so their cache stays as it is made otherwise and not "
+            f"{kind}",
             stacklevel=3,
         )
+
+
+def _latents_on_gpu(model: nn.Module) -> list[Any]:
+    """The attention of each layer that kernels compute on latents."""
+    return [m for m in model.modules() if getattr(m, "gpu", None) is not None and m.attending.joined]
 
 
 def _takes(model: nn.Module, kind: str) -> int:

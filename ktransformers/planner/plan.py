@@ -24,7 +24,7 @@ from ktransformers.models import DEFAULT_RULES
 from ktransformers.models.traits import TRAITS
 from ktransformers.operators.inner_ops import is_cpu, op_problem
 from ktransformers.operators.linear import LINEAR_MAP
-from ktransformers.operators.paged_cache import check_kind
+from ktransformers.operators.paged_cache import FP8, check_kind
 from ktransformers.planner import formats, masks, sizes, speed
 from ktransformers.planner import probes as torch_probes
 from ktransformers.planner.gpu_shares import ESTIMATE, READ
@@ -58,8 +58,9 @@ PROMPT = 1024
 class Request:
     """What a plan is for: `context` tokens for each of `batch` sequences, prompts computed `chunk` tokens at a time.
 
-    `cache`: how pages keep keys and values, one of `native.pages.TYPES`; None is the model's dtype. `linear_op`: the
-    operator of linear layers, which may quantize while loading (KLinearMarlin); None leaves it to their device.
+    `cache`: how pages keep keys and values, one of `native.pages.TYPES`, or of latents on a GPU "fp8"; None is the
+    model's dtype. `linear_op`: the operator of linear layers, which may quantize while loading (KLinearMarlin); None
+    leaves it to their device.
     """
 
     context: int = 8192
@@ -221,7 +222,7 @@ class Planner:
         if key not in self._on_gpu:
             self._on_gpu[key] = self._sizes_on_gpu(*key)
         matrices, routed, last = self._on_gpu[key]
-        cached = {cache.layer: cache.nbytes(request.context, request.batch) for cache in self.caches}
+        cached = {cache.layer: cache.nbytes(request.context, request.batch, on_gpu=True) for cache in self.caches}
         layers = [Layer(matrices[i], cached.get(i, 0), *routed.get(i, (0, 0))) for i in range(self.layers)]
         return layers, matrices[None] - last, last
 
@@ -261,7 +262,7 @@ class Planner:
         where = dict(enumerate(placement.layers))
         memory = self._memory(hardware, request, placement, parts, caches)
 
-        graph = request.batch == 1 and self._is_graph(placement, parts)
+        graph = request.batch == 1 and self._is_graph(hardware, placement, parts)
 
         def predict(tokens: int, context: int) -> speed.Pass:
             return speed.forward(
@@ -287,16 +288,19 @@ class Planner:
         if request.cache and (kept := sum(cache.kind is not None for cache in caches)) < self.layers:
             found.notes.append(
                 f"Cache: {kept} of {self.layers} layers keep {request.cache}; the others, which do not compute on "
-                "pages of the CPU, keep the model's dtype."
+                + ("latents of a GPU" if request.cache == FP8 else "pages of the CPU")
+                + ", keep the model's dtype."
             )
         return found
 
-    def _is_graph(self, placement: Placement, parts: list[sizes.Part]) -> bool:
+    def _is_graph(self, hardware: Hardware, placement: Placement, parts: list[sizes.Part]) -> bool:
         """Whether a step of one token is a captured graph (engine/step.py): all layers on one GPU, caches of keys and
-        values of all tokens, and no dense experts there, whose choice torch waits for."""
+        values, of all tokens or where kernels attend of windows, and no dense experts there, whose choice torch waits
+        for."""
         if len(set(placement.layers)) != 1 or is_cpu(placement.layers[0]):
             return False
-        whole = [cache for cache in self.caches if cache.heads and cache.window is None and not cache.constant]
+        kernels = not _unpacked(hardware)
+        whole = [c for c in self.caches if c.heads and (c.window is None or kernels) and not c.constant]
         dense = any(part.kind == "experts" and part.type == sizes.DENSE and not is_cpu(part.device) for part in parts)
         return len(whole) == self.layers and not dense
 
@@ -325,7 +329,7 @@ class Planner:
             device.dense += part.held if part.type == sizes.DENSE else 0
         for cache in caches:
             device = placement.layers[cache.layer] if cache.layer < len(placement.layers) else "cpu"
-            memory[device].cache += cache.nbytes(request.context, request.batch)
+            memory[device].cache += cache.nbytes(request.context, request.batch, on_gpu=not is_cpu(device))
         memory["cpu"].work += sizes.work_bytes(self.model, tokens, dense="cpu" in placement.layers)
         for name, device in memory.items():
             if name != "cpu" and device.weights:

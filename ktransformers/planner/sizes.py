@@ -14,14 +14,18 @@ from torch import nn
 
 from ktransformers.kernels.experts import PAIRS_AT_ONCE
 from ktransformers.kernels.linear import DENSE_AT_ONCE
+from ktransformers.kernels.mla_decode import group_of, row_bytes
 from ktransformers.models.traits import TRAITS, is_beside_text, is_transposed, layer_of
 from ktransformers.native.pages import PAGE, Pages
 from ktransformers.operators.embedding import KTransformersEmbedding
 from ktransformers.operators.experts import KTransformersExperts
+from ktransformers.operators.gpu_attention import GpuLatents
+from ktransformers.operators.gpu_pages import BACK
 from ktransformers.operators.hot_experts import gpu_device, ids_of
 from ktransformers.operators.inner_ops import final_name, given, is_cpu
 from ktransformers.operators.linear import KTransformersLinear
 from ktransformers.operators.on_gpu import layout_on_gpu
+from ktransformers.operators.paged_cache import FP8
 from ktransformers.planner.formats import Format
 from ktransformers.quants.scaled import BLOCKS_IN_C, SCALED_IN_C
 from ktransformers.rules.chain import placed_by
@@ -97,8 +101,11 @@ class Cache:
         """Operations of scores and sums for `tokens` new tokens, the last of which sees `length` of them."""
         return 4.0 * self.heads * self.head_dim * tokens * max(length - (tokens - 1) / 2, 1)
 
-    def nbytes(self, context: int, batch: int = 1) -> int:
-        return batch * (self.per_token * self.tokens(context) + self.constant)
+    def nbytes(self, context: int, batch: int = 1, on_gpu: bool = False) -> int:
+        kept = self.tokens(context)
+        if on_gpu and self.window is not None:
+            kept = min(context, kept + BACK)
+        return batch * (self.per_token * kept + self.constant)
 
 
 Hits = Mapping[int, Mapping[int, float]]
@@ -297,7 +304,7 @@ def caches(model: nn.Module, kind: str | None = None, plan: Mapping[str, Replace
             continue
         cache = _cache(layer, module, config, size)
         if cache is not None:
-            kept = None if kind is None else _on_pages(name, module, plan or {})
+            kept = None if kind is None else _on_pages(name, module, plan or {}, kind)
             found[layer] = cache if kept is None else replace(cache, per_token=_row_bytes(kind, *kept), kind=kind)
     return [found[layer] for layer in sorted(found)]
 
@@ -327,17 +334,26 @@ def _cache(layer: int, module: nn.Module, config: Any, size: int) -> Cache | Non
     return None
 
 
-def _on_pages(name: str, module: nn.Module, plan: Mapping[str, Replacement]) -> tuple[int, int, int] | None:
-    """Heads, and sizes of key and value, of what a module will keep in pages; None where it computes otherwise."""
+def _on_pages(
+    name: str, module: nn.Module, plan: Mapping[str, Replacement], kind: str
+) -> tuple[int, int, int] | None:
+    """Heads, and sizes of key and value, of what a module will keep as `kind`; None where it computes otherwise."""
     placed = plan.get(name)
-    if placed is None or not is_cpu(placed.device):
+    if placed is None or is_cpu(placed.device) == (kind == FP8):
         return None
     found = (recognize(module) for recognize in getattr(placed.operator, "kinds", ()))
-    return next((attending.kept for attending in found if attending is not None), None)
+    attending = next((each for each in found if each is not None), None)
+    if attending is None or kind != FP8 and getattr(attending, "cap", 0.0):  # C has no soft caps
+        return None
+    if kind == FP8 and (not attending.joined or GpuLatents.refuses(attending)):
+        return None
+    return attending.kept
 
 
 def _row_bytes(kind: str, heads: int, size: int, value_size: int) -> int:
     """Bytes of a token in a layer's pages."""
+    if kind == FP8:
+        return row_bytes(size, value_size, group_of(size))
     return Pages(kind, heads, size, value_size).page_bytes // PAGE
 
 

@@ -148,6 +148,10 @@ def _other_cases() -> Iterator[Case]:
         ("norm, rotary, append", "MLA", keep.keep_latents_kernel, lambda _: keep.latents_arguments(
             meta(B, 128, 192)[..., 128:], meta(B, 512), meta(B, 64), angles[:, :32], angles[:, :32], slots,
             meta(PAGES, 64, 576), meta(B, 128, 576)[..., 512:], meta(512), 1e-6, slots, "parted")),
+        ("norm, rotary, append", "MLA, FP8 by 128", keep.keep_latents_kernel, lambda _: keep.latents_arguments(
+            meta(B, 128, 192)[..., 128:], meta(B, 512), meta(B, 64), angles[:, :32], angles[:, :32], slots,
+            meta(PAGES, 64, 656, dtype=torch.uint8), meta(B, 128, 576)[..., 512:], meta(512), 1e-6, slots, "parted",
+            128)),
         ("router", "DeepSeek-V3", router.router_kernel,
          lambda _: router.arguments(_floats(B, 256), v3, _floats(256), None, ids, _floats(B, 8))),
         ("router", "Qwen3-30B-A3B", router.router_kernel,

@@ -68,7 +68,7 @@ def test_mistakes_are_one_line(model, checkpoint, tmp_path):
     binary = tmp_path / "binary"
     binary.write_bytes(b"a\x90")
     for arguments, message in [
-        (("--type", "q4"), "--type 'q4': expected one of f32, f16, bf16, q8_0"),
+        (("--type", "q4"), "--type 'q4': expected one of f32, f16, bf16, q8_0, fp8"),
         (("--text", tmp_path / "none"), "--text"),
         (("--text", binary), "byte 1 is not UTF-8. Give a text file"),
         (("--text", short, "--tokens", 300), "expected at least 300. Give a longer text"),

@@ -93,7 +93,7 @@ def test_transformers_door(checkpoint):
 def test_what_cannot_be_is_said_once(checkpoint):
     reference, folder = checkpoint("qwen3_moe", head_dim=16)
     for call in (lambda: load(cache="q4"), lambda: KTConfig(rule="Qwen3-MoE", cache="q4")):
-        with pytest.raises(UnsupportedError, match="found type 'q4', expected one of f32, f16, bf16, q8_0"):
+        with pytest.raises(UnsupportedError, match="found type 'q4', expected one of f32, f16, bf16, q8_0, fp8"):
             call()
     with pytest.raises(NativeError, match="heads of 16 and 16 values, expected multiples of 32"):
         optimize_and_load(meta_model(reference.config), "Qwen3-MoE", folder, devices={"cuda": "cpu"}, cache="q8_0")

@@ -5,6 +5,7 @@ import torch
 
 from ktransformers.errors import UnsupportedError
 from ktransformers.kernels import cache, keep, rotary
+from ktransformers.kernels.mla_decode import numbers, row_bytes
 from tests.kernels.paged import assert_close
 from tests.kernels.test_rotary import angles, turned
 
@@ -73,6 +74,27 @@ def test_latents(pairs, in_place, normed):
         assert_close(row[:rank], normal[token])
         assert_close(row[rank:], expected[1][token])
     assert kept_only(pages, before, [64, 3])
+
+
+@pytest.mark.parametrize("rank, group", [(64, 16), (48, 48)])
+@pytest.mark.parametrize("normed", [False, True])
+def test_latents_in_fp8(rank, group, normed):
+    """The bytes that `append_latents` keeps of normed latents and turned rotary parts, but for a code's rounding."""
+    q, latents, part = torch.randn(4, 3, 16), torch.randn(4, rank), torch.randn(4, 16)
+    (cos, sin), weight, slots = angles(4, 8), torch.rand(rank) + 0.5 if normed else None, torch.tensor(SLOTS)
+    normal = torch.nn.functional.rms_norm(latents, (rank,), weight, 1e-6) if normed else latents
+    key = turned(part[:, None], cos, sin, "halves")[:, 0].float()
+    made, expected = (torch.full((3, 64, row_bytes(rank, 16, group)), 7, dtype=torch.uint8) for _ in range(2))
+    before = made.clone()
+    cache.append_latents(normal, key, slots, expected, group)
+    keep.keep_latents(q, latents, part, cos, sin, slots, made, weight=weight, eps=1e-6, group=group)
+    assert kept_only(made, before, [64, 3])
+    for slot in (64, 3):
+        rows = [pages.flatten(0, 1)[slot] for pages in (made, expected)]
+        assert (rows[0][:rank] == rows[1][:rank]).float().mean() > 0.9  # scales may differ by their last bit
+        assert_close(*(numbers(row, rank, 16, group) for row in rows), 2**-4)
+    with pytest.raises(UnsupportedError, match="Cache: found latents"):
+        keep.keep_latents(q, latents, part, cos, sin, slots, made[..., :-16], group=group)
 
 
 def test_no_tokens():

@@ -32,6 +32,17 @@ def test_the_residual_becomes_the_sum():
     assert_close(made, torch.nn.functional.rms_norm(total.double(), (96,), weight.double(), 1e-6), 5e-4)  # half rounds so
 
 
+def test_the_sum_goes_elsewhere():
+    x, residual, weight = torch.randn(3, 96), torch.randn(3, 96), torch.randn(96)
+    before, total = residual.clone(), torch.zeros(3, 96)
+    made = n.rms_norm(x, weight, 1e-6, residual=residual, total=total)
+    assert torch.equal(residual, before) and torch.equal(total, residual + x)
+    assert torch.equal(made, n.rms_norm(x, weight, 1e-6, residual=residual))
+    for wrong in ({"total": total}, {"residual": residual, "total": torch.zeros(96, 3).T}):
+        with pytest.raises(UnsupportedError, match="RMSNorm: found x"):
+            n.rms_norm(x, weight, 1e-6, **wrong)
+
+
 def test_views_and_in_place():
     """Heads in the middle of a product's rows; out is x."""
     rows = torch.randn(4, 10 * 16)

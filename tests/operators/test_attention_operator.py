@@ -277,6 +277,7 @@ def test_the_layers_it_knows_are_those_of_the_caches_above_or_need_a_library():
     made = {type(layer).__name__ for make in CACHES.values() for layer in make(tiny_config("deepseek_v3")).layers}
     made |= {"DynamicLayer", "QuantoQuantizedLayer", "HQQQuantizedLayer"}  # the last two derive from what is above
     made |= {"PagedLayer", "PagedWindowLayer"}  # test_latent_attention.py
+    made |= {"FixedLayer", "GpuLayer"}  # test_gpu_attention.py
     assert {name.rpartition(".")[2] for name in attention_inputs.CACHE_LAYERS} == made
     for name in attention_inputs.CACHE_LAYERS:
         module, _, layer = name.rpartition(".")

@@ -295,7 +295,7 @@ def test_kinds_of_caches(pair, kind, limit):
 
 
 def test_an_unknown_kind_is_refused(pair):
-    with pytest.raises(UnsupportedError, match="found type 'q4_0', expected one of f32, f16, bf16, q8_0"):
+    with pytest.raises(UnsupportedError, match="found type 'q4_0', expected one of f32, f16, bf16, q8_0, fp8"):
         paged_cache(pair[1], "q4_0")
 
 

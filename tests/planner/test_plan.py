@@ -318,16 +318,28 @@ def test_what_is_assumed_of_gpus_is_possible_and_of_the_kernels_that_there_are()
     assert gpu_shares.MADE_FROM == DOT_ROWS and gpu_shares.KERNELS <= 12
 
 
-def test_a_step_is_a_graph_where_one_can_be_captured(planner):
-    """One GPU with all layers, caches of all tokens, one sequence."""
+def test_a_step_is_a_graph_where_one_can_be_captured(planner, monkeypatch):
+    """One GPU with all layers, one sequence; caches of windows where kernels attend."""
     def launches(found):
         return sum(seconds for (_, what), seconds in found.decode.seconds.items() if what.startswith("launching"))
 
     one = planner.plan(box("24GiB"))
     assert launches(one) < 48 * 1e-4 < launches(planner.plan(box("24GiB"), Request(batch=2)))
     assert launches(planner.plan(box("16GiB", "16GiB"))) > 48 * 1e-4
-    windows = Planner("gpt-oss-20b").plan(box("24GiB"))
-    assert launches(windows) > 24 * 1e-4 and windows.cpu_experts == 0
+    windows = Planner("gpt-oss-20b")
+    found = windows.plan(box("24GiB"))
+    assert launches(found) < 24 * 1e-4 and found.cpu_experts == 0
+    monkeypatch.setenv("KT_KERNELS", "0")
+    assert launches(windows.plan(replace(box("24GiB"), measured=True))) > 24 * 1e-4
+
+
+def test_latents_in_fp8_take_their_bytes_on_gpus_alone():
+    planner = Planner("deepseek-v3")
+    own, fp8 = (planner.plan(box("24GiB"), Request(cache=kind)) for kind in (None, "fp8"))
+    assert own.memory["cuda:0"].cache == 61 * 8192 * 1152 and fp8.memory["cuda:0"].cache == 61 * 8192 * 656
+    here = planner.plan(box(), Request(cache="fp8"))
+    assert here.memory["cpu"].cache == own.memory["cuda:0"].cache
+    assert any(note.startswith("Cache: 0 of 61 layers keep fp8; the others, which do not") for note in here.notes)
 
 
 def test_without_triton_weights_on_this_machine_s_gpus_are_dense(planner, monkeypatch):
