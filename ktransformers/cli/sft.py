@@ -110,7 +110,8 @@ def _table(done: "Done") -> Table:
     table = Table(show_header=False, box=None)
     trained = f"{done.trained:,} ({done.trained_in_experts:,} in experts)"
     steps = f"{done.steps}{' (stopped by Ctrl-C)' if done.stopped else ''}"
-    rows = [("adapter", done.output_dir), ("trained values", trained), ("examples", f"{done.examples:,}"), ("steps", steps)]
+    rows = [("adapter", done.output_dir), ("trained values", trained), ("examples", f"{done.examples:,}")]
+    rows += [("steps", steps)]
     rows += [(name, f"{value:.4f}") for name, value in (("loss", done.train_loss), ("evaluation loss", done.eval_loss))
              if value is not None]  # fmt: skip
     rows += [("time", f"{done.seconds:.1f} s"), ("files", ", ".join(done.files))]

@@ -106,7 +106,7 @@ def _without_dropout(theirs: Any) -> Any:
         while hasattr(target, "base_layer"):
             target = target.base_layer
         if config is not None and config.lora_dropout and hasattr(target, "adapters"):
-            warn_once(f"lora_dropout {config.lora_dropout:g}: adapters of linear layers have it, those of experts do not")
+            warn_once(f"lora_dropout {config.lora_dropout:g}: linear layers' adapters have it, those of experts do not")
             config = copy.copy(config)
             config.lora_dropout = 0.0
         theirs(wrapper, *args, config=config, **kwargs)

@@ -1,7 +1,7 @@
 """Datasets in the two forms that training files name, as conversations: alpaca and sharegpt, of answers or of pairs.
 
 alpaca    {"instruction", "input", "output", "system", "history": [[question, answer], ...]}
-sharegpt  {"conversations": [{"from": "human", "value": ...}, ...], "system", "tools"}; or "messages" of role and content
+sharegpt  {"conversations": [{"from": "human", "value": ...}, ...], "system", "tools"}, or messages
 pairs     the same with "chosen" and "rejected" in place of the answer
 
 A name is looked up in dataset_info.json of the dataset folder, whose entries say how columns are called; a path is read
@@ -59,8 +59,8 @@ def _of(name: str, folder: Path, limit: int, system: str, pairs: bool) -> Iterat
 
 
 _EXPECTED = (
-    "Expected alpaca's columns (instruction, input, output) or sharegpt's (conversations of from and value, or messages "
-    "of role and content); name others under columns in dataset_info.json."
+    "Expected alpaca's columns (instruction, input, output) or sharegpt's (conversations of from and value, or "
+    "messages of role and content); name others under columns in dataset_info.json."
 )
 
 

@@ -121,8 +121,8 @@ def note_of(left: list[str]) -> str:
     if not left:
         return ""
     return (
-        f"lora_target all: no adapter on {', '.join(left)}; in this family PEFT takes these names for the experts', and "
-        "an adapter of ours is to load in PEFT"
+        f"lora_target all: no adapter on {', '.join(left)}; in this family PEFT takes these names for the experts', "
+        "and an adapter of ours is to load in PEFT"
     )
 
 

@@ -46,8 +46,8 @@ def give_template(tokenizer: Any, name: str) -> str:
     if name not in TEMPLATES:
         found = f"found {name!r}{did_you_mean(name, TEMPLATES)}" if name else "found none"
         raise SFTError(
-            f"template: the tokenizer has no chat template of its own; {found}, expected one of {', '.join(TEMPLATES)}. "
-            "Or add chat_template.jinja to the model folder."
+            f"template: the tokenizer has no chat template of its own; {found}, expected one of {', '.join(TEMPLATES)}."
+            " Or add chat_template.jinja to the model folder."
         )
     tokenizer.chat_template = TEMPLATES[name]
     return ""
