@@ -97,16 +97,16 @@ class ServeOptions:
 @taking(ServeOptions)
 def serve(options: ServeOptions) -> None:
     """Serve a model to clients of OpenAI's and Anthropic's APIs, many at a time."""
-    _serve(options)
+    serve_by(options)
 
 
 @taking(ServeOptions)
 def run(options: ServeOptions) -> None:
     """The same as kt serve."""
-    _serve(options)
+    serve_by(options)
 
 
-def _serve(options: ServeOptions) -> None:
+def serve_by(options: ServeOptions) -> None:
     _need_extra()
     renamed_devices(options.devices)
     _sizes(options)

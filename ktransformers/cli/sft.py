@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from ktransformers.cli.common import JsonOption, err, note, show, working
 
 if TYPE_CHECKING:
+    from ktransformers.sft.options import Options
     from ktransformers.sft.predict import Predicted
     from ktransformers.sft.train import Done
 
@@ -59,6 +60,52 @@ def train(file: FileArgument, changes: ChangesArgument = [], as_json: JsonOption
         with working("answering") as say:
             found = predict(options, note, say)
         show(found, as_json, lambda: _scores(found))
+
+
+@app.command()
+def chat(file: FileArgument, changes: ChangesArgument = [], as_json: JsonOption = False) -> None:  # noqa: B006
+    """Chat with the model and the adapter that a file names (adapter_name_or_path)."""
+    from ktransformers.cli.conversation import Options, talk
+
+    model, weights, rule, adapter, options = _to_use(file, changes)
+    talk(
+        Options(
+            model_path=model, weights=weights, rule=rule, adapter=adapter, threads=options.cpu_infer,
+            max_new_tokens=options.max_new_tokens, chunk_size=options.chunk_size, as_json=as_json,
+        )
+    )  # fmt: skip
+
+
+@app.command()
+def api(
+    file: FileArgument,
+    changes: ChangesArgument = [],  # noqa: B006
+    host: Annotated[str, typer.Option(envvar="API_HOST", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(envvar="API_PORT", min=0, max=65535, help="0: any that is free.")] = 8000,
+    as_json: JsonOption = False,
+) -> None:
+    """Serve the model and the adapter that a file names, as kt serve does."""
+    from ktransformers.cli.serve import ServeOptions, serve_by
+
+    model, weights, rule, adapter, options = _to_use(file, changes)
+    serve_by(
+        ServeOptions(
+            model=model, weights=weights, rule=rule, adapter=adapter, host=host, port=port, as_json=as_json,
+            chunk_size=min(options.chunk_size, 512),
+        )
+    )  # fmt: skip
+
+
+def _to_use(file: str, changes: list[str]) -> tuple[str, str, str, str, "Options"]:
+    """Model, weights, rule and adapter of a file, and all it says. Its notes are printed."""
+    from ktransformers.sft.read import read
+    from ktransformers.sft.rules import rule_of
+
+    options = read(file, changes)
+    for text in options.notices:
+        note(text)
+    rule = rule_of(options.kt_optimize_rule, note)
+    return options.model_name_or_path, options.kt_weight_path, rule, options.adapter_name_or_path, options
 
 
 class _shown:

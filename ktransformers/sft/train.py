@@ -12,6 +12,8 @@ from typing import Any
 
 from ktransformers.engine.load import load
 from ktransformers.errors import KTransformersError, SFTError
+from ktransformers.gguf_files.lora import is_gguf_lora
+from ktransformers.sft.adapters import adapter_path, load_adapter
 from ktransformers.sft.callbacks import PLOT, Log, Stop, Watcher, plot_losses
 from ktransformers.sft.data import Example, read_examples
 from ktransformers.sft.options import Options
@@ -79,13 +81,14 @@ def _say(notify: Told, text: str) -> None:
 
 
 def _with_adapter(model: Any, path: str, trains: bool) -> Any:
+    if not trains:
+        return load_adapter(model, path)
+    if is_gguf_lora(adapter_path(path)):
+        raise SFTError(f"adapter {path}: training goes on from a PEFT folder; make one with gguf_to_peft (tutorial 8).")
     from peft import PeftModel
 
-    folder = Path(path)
-    if not (folder / "adapter_config.json").exists():
-        raise SFTError(f"adapter {path}: found no adapter_config.json, expected a folder that PEFT wrote.")
     try:
-        return PeftModel.from_pretrained(model, path, is_trainable=trains)
+        return PeftModel.from_pretrained(model, path, is_trainable=True)
     except (KeyError, RuntimeError, ValueError) as error:
         raise SFTError(f"adapter {path}: does not fit the model: {error}") from error
 

@@ -328,6 +328,8 @@ static int64_t random_id(int64_t count, int mode) {
     return below(count);
 }
 
+#include "fuzz_backward.h"
+
 static void experts_case(void) {
     enum { MOST = 5 };
     const int64_t count = 1 + below(MOST), hidden = random_size(), inner = random_size();
@@ -340,7 +342,8 @@ static void experts_case(void) {
     }
     const kt_glu glu = random_glu(count, hidden, inner);
     kt_experts *e = NULL;
-    int status = kt_experts_create(count, chance(6) ? NULL : gate, up, down, &glu, &e);
+    const int gated = !chance(6);
+    int status = kt_experts_create(count, gated ? gate : NULL, up, down, &glu, &e);
     check((status == KT_OK) == (e != NULL), "create");
     if (status) return;
 
@@ -357,6 +360,7 @@ static void experts_case(void) {
     status = kt_experts_forward(e, pools[0], x, dtype, tokens, ids, slots, weights, out[0]);
     int again = kt_experts_forward(e, pools[1], x, dtype, tokens, ids, slots, weights, out[1]);
     compare(status, again, out, bytes, dtype, "experts");
+    if (chance(2)) adapted(e, count, hidden, gated ? 2 * inner : inner, inner, x, dtype, tokens, ids, slots, weights);
     const int64_t absurd = PICK(-1, INT64_MIN, INT64_MAX, ((int64_t)1 << 30) + 1);
     check(kt_experts_forward(e, pools[0], x, dtype, absurd, ids, slots, weights, out[0]) != KT_OK, "absurd tokens");
     check(kt_experts_forward(e, pools[0], x, dtype, tokens, ids, absurd, weights, out[0]) != KT_OK, "absurd slots");
@@ -468,7 +472,7 @@ static double seconds(void) {
 }
 
 int main(int argc, char **argv) {
-    static void (*const cases[])(void) = {linear_case, linear_case, dequantize_case, argmax_case, embed_case, encode_case,
+    static void (*const cases[])(void) = {linear_case, linear_case, linear_backward_case, dequantize_case, argmax_case, embed_case, encode_case,
                                           experts_case, experts_case, block_case, block_case, attention_case, attention_case,
                                           layer_case, layer_case, latent_case, latent_case, delta_case, delta_case, lies};
     const double limit = argc > 1 ? atof(argv[1]) : 8, begin = seconds();

@@ -361,6 +361,7 @@ static void experts_case(kt_pool *pool, const int format[3], int64_t hidden, int
 }
 
 #include "sanitize_attention.h"
+#include "sanitize_backward.h"
 
 /* Garbage bytes as scales, infinities and NaNs as activations: any answer, no undefined behaviour. */
 static void garbage(kt_pool *pool, int few) {
@@ -369,7 +370,7 @@ static void garbage(kt_pool *pool, int few) {
         struct weight m = make(i, 40, 512);
         for (size_t b = 0; b < m.w.bytes; b++) m.room[1 + b] = (uint8_t)next();
         for (size_t b = 0; b < m.w.scale_bytes; b++) m.scales[1 + b] = (uint8_t)next();
-        float x[9 * 512], out[9 * 40];
+        float x[9 * 512], out[9 * 40], d_x[9 * 512];
         for (int j = 0; j < 9 * 512; j++) x[j] = j % 7 ? uniform() : nasty[next() % 8];
         uint16_t half[9 * 512], half_out[9 * 40];
         for (int j = 0; j < 9 * 512; j++) half[j] = (uint16_t)next();
@@ -380,6 +381,8 @@ static void garbage(kt_pool *pool, int few) {
                 check(kt_linear(pool, &m.w, NULL, x, KT_F32, 9, out) == KT_OK, "garbage");
                 check(kt_linear(pool, &m.w, NULL, half, KT_F16, 9, half_out) == KT_OK, "garbage f16");
                 check(kt_linear(pool, &m.w, NULL, half, KT_BF16, 9, half_out) == KT_OK, "garbage bf16");
+                check(kt_linear_backward(pool, &m.w, x, KT_F32, 9, d_x) == KT_OK, "garbage backward");
+                check(kt_linear_backward(pool, &m.w, half, KT_BF16, 9, d_x) == KT_OK, "garbage backward bf16");
             }
         drop(&m);
         int all[3] = {i, i, i};
@@ -388,6 +391,11 @@ static void garbage(kt_pool *pool, int few) {
             for (int j = 0; j < 9 * 256; j++) e.x[j] = nasty[next() % 8];
             float *y = malloc(9 * 256 * 4);
             check(moe_run(&e, pool, y) == KT_OK, "garbage experts");
+            struct gradients g = gradients_of(&e);
+            float *adapters = random_floats(E * RANK * (2 * 256 + 3 * 512));
+            check(experts_backward_run(pool, &e, e.x, adapters, &g) == KT_OK, "garbage experts backward");
+            gradients_free(&g);
+            free(adapters);
             free(y);
             moe_free(&e);
         }
@@ -536,7 +544,10 @@ int main(int argc, char **argv) {
     const int pool_only = argc > 1 && !strcmp(argv[1], "pool"), few = argc > 1 && !strcmp(argv[1], "few");
     kt_pool *pool = NULL;
     check(kt_pool_create(THREADS, &pool) == KT_OK, "pool");
-    for (int i = 0; i < FORMATS && !pool_only; i++) format_cases(pool, i, few);
+    for (int i = 0; i < FORMATS && !pool_only; i++) {
+        format_cases(pool, i, few);
+        backward_cases(pool, i, few);
+    }
     for (int i = 0; i < (few ? 8 : 60) && !pool_only; i++) {
         attention_case(pool, i % 4, i % 5 == 4);
         cache_case(i % 4);
@@ -544,6 +555,7 @@ int main(int argc, char **argv) {
     if (!pool_only) {
         garbage(pool, few);
         errors(pool);
+        backward_errors(pool);
         encode_cases(pool);
         encode_errors(pool);
     }
