@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ktransformers.errors import UnsupportedError
 from ktransformers.loaders.lora import from_peft
 from ktransformers.models.traits import is_interleaved, is_transposed
-from ktransformers.operators.base_operator import warn_once
+from ktransformers.operators.base_operator import version, warn_once
 from ktransformers.operators.packed_weight import PackedWeight
 
 
@@ -45,8 +45,8 @@ class Factors:
 
     def joined(self, other: Factors) -> Factors:
         """The sum of two, as one of the sum of their ranks."""
-        scaled = other.b * (other.scale / self.scale)
-        return Factors(torch.cat((self.a, other.a), 1), torch.cat((self.b, scaled), 2), self.scale)
+        scaled = torch.cat((self.b * self.scale, other.b * other.scale), 2)
+        return Factors(torch.cat((self.a, other.a), 1), scaled, 1.0)
 
 
 @dataclass(frozen=True)
@@ -143,13 +143,27 @@ def _hand_over(experts: nn.Module, wrapper: nn.Module, active: list[str]) -> Ite
 
 
 def _factors(experts: nn.Module, wrapper: nn.Module, adapter: str) -> Factors:
-    """An adapter of the wrapper as `Factors`; (o, i) of a 3-D parameter [E, o, i] are PEFT's (out, in)."""
-    family = experts.orig_module
+    """An adapter of the wrapper as `Factors`; (o, i) of a 3-D parameter [E, o, i] are PEFT's (out, in).
+
+    Without gradients they are fp32 in the order that C reads, kept for as long as the adapter is the same: PEFT's own
+    has experts innermost in B, and to order it anew took longer than a token's products."""
+    parameters = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
+    family, scale = experts.orig_module, wrapper.scaling[adapter]
+    trained = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+    state = [x for p in parameters for x in (p.data_ptr(), version(p))]
+    kept = wrapper.__dict__.setdefault("ordered_factors", {})  # no part of the module: not saved, not moved
+    if trained:
+        kept.clear()
+    elif adapter in kept and kept[adapter][0] == state:
+        return Factors(*kept[adapter][1], scale)
     exchanged = wrapper._did_swap_in_out_features == is_transposed(family)
-    a, b = from_peft(wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight, wrapper.num_experts, exchanged)
+    a, b = from_peft(*parameters, wrapper.num_experts, exchanged)
     if wrapper.parameter_name == "gate_up_proj" and is_interleaved(family):
         b = torch.cat((b[:, 0::2], b[:, 1::2]), 1)
-    return Factors(a, b, wrapper.scaling[adapter])
+    if not trained:
+        a, b = (t.detach().to(torch.float32).contiguous() for t in (a, b))
+        kept[adapter] = state, (a, b)
+    return Factors(a, b, scale)
 
 
 def _refuse_merge(experts: nn.Module, wrapper: nn.Module, *args: Any, **kwargs: Any) -> None:

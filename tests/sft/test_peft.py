@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -232,6 +233,24 @@ def test_nan_stays_visible(pair):
     next(t for name, t in trained(model).items() if "layers.1" in name).data[0, 0] = float("nan")
     loss, gradients = step(model)
     assert loss != loss and any(not g.isfinite().all() for g in gradients.values())
+
+
+def test_an_adapter_that_changes_is_seen_without_gradients(pair):
+    """Its factors are kept in the order that C reads: until the parameters are written to, replaced, or trained."""
+    _, model = pair()
+    model = adapted(model, target_parameters=EXPERTS)
+    seen = [logits(model)]
+    assert torch.equal(logits(model), seen[0])
+    parameters = [m.lora_B["default"] for name, m in model.named_modules() if "lora_B" in dir(m) and name.endswith("experts")]
+    with torch.no_grad():
+        parameters[0].weight.mul_(3)
+    seen.append(logits(model))
+    parameters[0].weight = torch.nn.Parameter(parameters[0].weight.detach() * 2)
+    seen.append(logits(model))
+    step(model)
+    torch.optim.SGD(trained(model).values(), lr=0.5).step()
+    seen.append(logits(model))
+    assert all(not torch.equal(a, b) for a, b in pairwise(seen))
 
 
 def test_plain_models_are_left_to_peft(checkpoint):
