@@ -41,7 +41,10 @@ class PlanOptions:
     ] = field(default_factory=list)  # fmt: skip
     ram: Annotated[str, typer.Option("--ram", help="384GiB or 384GiB@200GB/s; default: this machine's.")] = ""
     cores: Annotated[int, typer.Option("--cores", min=0, help="CPU cores of the machine of --ram; 0: assumed.")] = 0
-    context: Annotated[int, typer.Option("--context", min=1, help="Tokens the cache must hold.")] = 8192
+    context: Annotated[
+        int | None, typer.Option("--context", min=1, help="Tokens the cache must hold, 8192 unless given; with --train "
+                                 "the file's cutoff_len.")
+    ] = None  # fmt: skip
     cache: CacheOption = ""
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences at a time.")] = 1
     chunk_size: Annotated[int, typer.Option("--chunk-size", min=1, help="Prompt tokens per forward pass.")] = 8192
@@ -57,6 +60,9 @@ class PlanOptions:
     ] = ""  # fmt: skip
     profile: Annotated[str, typer.Option("--profile", help="Routing profile, from `kt profile`.")] = ""
     output: Annotated[str, typer.Option("-o", "--output", help="Write the rule file there.")] = ""
+    train: Annotated[
+        bool, typer.Option("--train", help="The memory of fine-tuning instead; MODEL may be a file for kt sft.")
+    ] = False
     plot: Annotated[str, typer.Option("--plot", help="Write plots of memory and speed there, as PNG.")] = ""
     force: ForceOption = False
     as_json: JsonOption = False
@@ -68,7 +74,7 @@ class PlanOptions:
 
         seen = RoutingProfile.read(self.profile) if self.profile else None
         strategy = self.strategy or ("frequency" if seen else "uniform")
-        return Request(self.context, self.batch, self.chunk_size, strategy, seen, self.cache or None,
+        return Request(self.context or Request.context, self.batch, self.chunk_size, strategy, seen, self.cache or None,
                        self.linear_op or None)  # fmt: skip
 
 
@@ -78,6 +84,10 @@ def plan(options: PlanOptions) -> None:
 
     From the config alone; the machine need not be at hand. Exit code 1: it does not fit.
     """
+    if options.train:
+        from ktransformers.cli.plan_train import plan_training
+
+        return plan_training(options)
     from ktransformers.machine import hardware as machines
     from ktransformers.planner.plan import Planner
 

@@ -154,6 +154,8 @@ class _shown:
 
 
 def _table(done: "Done") -> Table:
+    from ktransformers.machine.units import format_bytes
+
     table = Table(show_header=False, box=None)
     trained = f"{done.trained:,} ({done.trained_in_experts:,} in experts)"
     steps = f"{done.steps}{' (stopped by Ctrl-C)' if done.stopped else ''}"
@@ -161,6 +163,9 @@ def _table(done: "Done") -> Table:
     rows += [("steps", steps)]
     rows += [(name, f"{value:.4f}") for name, value in (("loss", done.train_loss), ("evaluation loss", done.eval_loss))
              if value is not None]  # fmt: skip
+    if done.peak_bytes:
+        expected = f", {format_bytes(done.expected_bytes)} expected" if done.expected_bytes else ""
+        rows += [("memory", f"{format_bytes(done.peak_bytes)} at most{expected}")]
     rows += [("time", f"{done.seconds:.1f} s"), ("files", ", ".join(done.files))]
     for name, value in rows:
         table.add_row(name, value)

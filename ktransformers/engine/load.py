@@ -59,7 +59,7 @@ def load(
 
     logging.set_verbosity_error()
     check_kind(cache or None)
-    model_path, weights = _paths(model_path, weights)
+    model_path, weights = model_paths(model_path, weights)
     on_step(f"reading config and tokenizer of {model_path}")
     config, tokenizer = read_config_and_tokenizer(model_path, needs_template)
     on_step(f"building {config.model_type}")
@@ -71,7 +71,7 @@ def load(
     return loaded, tokenizer
 
 
-def _paths(model_path: str, weights: str) -> tuple[str, str]:
+def model_paths(model_path: str, weights: str) -> tuple[str, str]:
     """Each of the two from the other; the embedded model without either."""
     from ktransformers.models import embedded_model
 

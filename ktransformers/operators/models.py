@@ -173,7 +173,7 @@ class DecoderModel(FamilyOperator):
         given = kwargs.get("inputs_embeds") if given is None else given
         if given is None or torch_ops.is_traced(given):
             return False
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+        if torch.is_grad_enabled() and (given.requires_grad or any(p.requires_grad for p in self.parameters())):
             return False
         use_cache = kwargs.get("use_cache")
         return bool(getattr(self.orig_module.config, "use_cache", False) if use_cache is None else use_cache)

@@ -18,6 +18,7 @@ class Counts:
     examples: int = 0
     tokens: int = 0
     learnt: int = 0
+    longest: int = 0
     cut: int = 0
     dropped: int = 0
 
@@ -37,6 +38,7 @@ def encode_all(
         rows.append({"input_ids": ids, "labels": labels})
         counts.examples += 1
         counts.tokens += len(ids)
+        counts.longest = max(counts.longest, len(ids))
         counts.learnt += sum(label != IGNORED for label in labels)
     return rows, counts
 

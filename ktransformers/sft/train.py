@@ -5,7 +5,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from ktransformers.engine.load import load
 from ktransformers.errors import KTransformersError, SFTError
 from ktransformers.gguf_files.lora import is_gguf_lora
+from ktransformers.machine.system import peak_memory, return_large_blocks
 from ktransformers.sft.adapters import adapter_path, load_adapter
 from ktransformers.sft.callbacks import PLOT, Log, Stop, Watcher, plot_losses
 from ktransformers.sft.data import Example, read_examples
@@ -25,7 +26,8 @@ EXTRA = ("peft", "trl", "datasets", "accelerate")
 
 @dataclass
 class Done:
-    """What a run came to. Losses are means over a token; `tokens` are those of the examples of an epoch."""
+    """What a run came to. Losses are means over a token; `tokens` are those of the examples of an epoch.
+    `peak_bytes`: of RAM that the process had at most, `expected_bytes` what was predicted; 0: not known."""
 
     output_dir: str
     steps: int = 0
@@ -33,6 +35,8 @@ class Done:
     train_loss: float | None = None
     eval_loss: float | None = None
     seconds: float = 0.0
+    peak_bytes: int = 0
+    expected_bytes: int = 0
     trained: int = 0
     trained_in_experts: int = 0
     examples: int = 0
@@ -101,6 +105,7 @@ def train(options: Options, notify: Told = lambda text: None, on_step: Told = la
     """
     need_extra()
     folder = _output(options)
+    return_large_blocks()
     pairs = options.stage == "dpo"
     learnt, held = _examples(options, pairs)
     model, tokenizer = open_model(options, notify, on_step, trains=True)
@@ -118,19 +123,36 @@ def train(options: Options, notify: Told = lambda text: None, on_step: Told = la
         notify(f"cutoff_len {options.cutoff_len}: {cut} examples are cut, {dropped} have no answer left")
     config = None if options.adapter_name_or_path else targets.lora_config(model, options)
     stop = Stop()
+    on_step("simulating a step, for its memory")
+    expected = _expect(options, counts[0], notify) if options.do_train else 0
     on_step("preparing")
     trainer = trainers.make(model, tokenizer, options, tuple(split), config, [Log(folder, watch), stop])
     if config is not None and "all" in options.lora_target:
         _say(notify, targets.note_of(targets.without_adapter(trainer.model)))
-    done = Done(str(folder), examples=len(learnt), tokens=counts[0].tokens if counts[0] else 0)
+    done = Done(str(folder), examples=len(learnt), tokens=counts[0].tokens if counts[0] else 0, expected_bytes=expected)
     done.trained, done.trained_in_experts = targets.count(trainer.model)
     if options.do_train:
         on_step("")
         _run(trainer, options, stop, done)
+        done.peak_bytes = peak_memory()
     if options.do_eval or held:
         done.eval_loss = trainer.evaluate()["eval_loss"] if held else None
     _write(trainer, tokenizer, options, folder, done)
     return done
+
+
+def _expect(options: Options, counts: Any, notify: Told) -> int:
+    """Say what memory the run will take at most; bytes of RAM."""
+    from ktransformers.sft import memory
+
+    longest = counts.longest if counts and not options.packing else options.cutoff_len
+    try:
+        found = memory.predict(replace(options, cutoff_len=max(2, longest)), memory.capacity_here())
+    except SFTError as error:
+        notify(str(error))
+        return 0
+    notify(memory.in_words(found))
+    return found.memory["cpu"]["total"]
 
 
 def _output(options: Options) -> Path:

@@ -18,7 +18,7 @@ Split = tuple[Any, Any]
 
 def make(model: Any, tokenizer: Any, options: Options, split: Split, config: Any, callbacks: list[Any]) -> Any:
     """A trainer of `model` with a new adapter by `config`; None keeps the one that the model has."""
-    kind, arguments = _KINDS[options.stage if options.stage == "sft" else _family(options.pref_loss)]
+    kind, _ = _kind(options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -34,8 +34,14 @@ def make(model: Any, tokenizer: Any, options: Options, split: Split, config: Any
     return made
 
 
-def _family(loss: str) -> str:
-    return loss if loss in ("orpo", "simpo") else "dpo"
+def arguments(options: Options) -> Any:
+    """What a training file says to the trainer that it asks for, as that trainer's own kind of arguments."""
+    return _kind(options)[1](options)
+
+
+def _kind(options: Options) -> tuple[Any, Any]:
+    own = options.pref_loss if options.pref_loss in ("orpo", "simpo") else "dpo"
+    return _KINDS["sft" if options.stage == "sft" else own]
 
 
 def _sft() -> Any:

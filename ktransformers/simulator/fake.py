@@ -125,11 +125,24 @@ def _attention(
     fused = query.device.type != "cpu" or query.shape[-1] == value.shape[-1]
     masked = attn_mask is None or attn_mask.device == query.device and attn_mask.shape[-1] in (1, key.shape[-2])
     if fits and alike and fused and masked and key.device == value.device:
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
+            return _trained_attention(query, key, value, attn_mask, is_causal, scale)
         return query.new_empty((*query.shape[:-1], value.shape[-1]))
     if enable_gqa:
         key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
     scores = query @ key.transpose(-1, -2)
     return (scores if attn_mask is None else scores + attn_mask).softmax(-1).to(value.dtype) @ value
+
+
+def _trained_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, causal: bool,
+    scale: float | None,
+) -> torch.Tensor:  # fmt: skip
+    """The same with what its backward reads: the operands, the result and a sum for each query."""
+    key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
+    if query.device.type == "cpu":
+        return functional.scaled_dot_product_attention(query, key, value, mask, 0.0, causal, scale=scale)
+    return aten._scaled_dot_product_efficient_attention(query, key, value, mask, True, 0.0, causal, scale=scale)[0]
 
 
 _REPLACED = {

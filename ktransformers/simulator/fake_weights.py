@@ -24,8 +24,9 @@ from ktransformers.loaders import ExpertWeights
 from ktransformers.loaders.base import TensorInfo
 from ktransformers.loaders.schemes import ScaledInfo
 from ktransformers.models.traits import TRAITS, identity_experts, is_transposed
+from ktransformers.native import torch_ops
 from ktransformers.operators import experts as experts_module
-from ktransformers.operators import experts_packed, hot_experts
+from ktransformers.operators import experts_packed, hot_experts, packed_weight
 from ktransformers.operators.on_gpu import layout_of_infos
 from ktransformers.quants.blocks import QUANT_TYPES
 from ktransformers.quants.scaled import SCALED_TYPES
@@ -51,6 +52,10 @@ class FakePacked:
 
     def dequantize(self, dtype: torch.dtype = torch.float32, device: Any = "cpu") -> Tensor:
         return torch.empty(self.shape, dtype=dtype, device=device)
+
+    def rows(self, start: int, stop: int) -> "FakePacked":
+        count, *rest = self.shape
+        return FakePacked(self.type, (stop - start, *rest), self.nbytes * (stop - start) // count)
 
     def dequantize_into(self, out: Tensor) -> None:
         if tuple(out.shape) != tuple(self.shape):
@@ -210,9 +215,12 @@ class _Linear:
         self.out_features, self.in_features = weight.shape
         if bias is not None and tuple(bias.shape) != (self.out_features,):
             raise NativeError(f"{name} (bias): found {list(bias.shape)}, expected [{self.out_features}].")
+        self.number = torch_ops.name_it(self)
 
     def forward(self, x: Tensor) -> Tensor:
         _check_input(x, self.in_features, self.name)
+        if torch_ops.wants_gradient(x):
+            return torch_ops.linear(x, self.number)
         return torch.empty((*x.shape[:-1], self.out_features), dtype=x.dtype, device="cpu")
 
     __call__ = forward
@@ -240,6 +248,7 @@ class _Experts:
         self.name, self.glu, self.held = name, glu, _held([*(gate or ()), *up, *down])
         self.count = len(up)
         self.intermediate, self.hidden = up[0].shape
+        self.number = torch_ops.name_it(self)
         if len(down) != self.count or tuple(down[0].shape) != (self.hidden, self.intermediate):
             raise NativeError(
                 f"{name}: found {self.count} up {list(up[0].shape)} and {len(down)} down {list(down[0].shape)}, "
@@ -255,6 +264,8 @@ class _Experts:
             )
         if ids.is_floating_point() or ids.dtype == torch.bool or not weights.is_floating_point():
             raise NativeError(f"{self.name}: found ids of {ids.dtype}, weights of {weights.dtype}.")
+        if torch_ops.wants_gradient(hidden, weights):
+            return torch_ops.experts(hidden, ids, weights, self.number)
         return torch.empty_like(hidden)
 
     __call__ = forward
@@ -311,6 +322,7 @@ def stand_ins() -> Iterator[None]:
         swapped(compiler, "why_not", lambda device: "" if device.type == "cuda" else "it is no GPU"),
         swapped(words, "write", lambda words, weight, row=0: None),
         swapped(words.Words, "expert", lambda self, e: self),  # which is only asked for to be written to
+        swapped(packed_weight, "dequantize", lambda packed: packed.dequantize()),
         swapped(hot_experts, "some", lambda mask: True),
         swapped(experts_module, "gating_of", with_numbers),
         swapped(experts_packed, "gating_of", with_numbers),

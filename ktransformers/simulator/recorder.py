@@ -55,10 +55,11 @@ class Failure:
 @dataclass
 class PassRecord:
     """One forward pass. `peak`: device -> most bytes of activations alive at once. `moves`: (module, source, target)
-    -> [copies, bytes]."""
+    -> [copies, bytes]. `workspace`: most bytes that an operation needs inside itself, if `Recorder.workspace` knows."""
 
     peak: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     moves: dict[tuple[str, str, str], list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0]))
+    workspace: int = 0
 
 
 class Recorder(TorchDispatchMode):
@@ -70,6 +71,7 @@ class Recorder(TorchDispatchMode):
         """Names of the modules whose forward is under way, the innermost last."""
         self.failure: Failure | None = None
         self.current = PassRecord()
+        self.workspace: Callable[[Any, tuple], int] = lambda operation, args: 0
         self._storages: dict[int, _Storage] = {}
         self._live: dict[tuple[str, str], int] = defaultdict(int)
 
@@ -114,6 +116,7 @@ class Recorder(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, FakeTensor):
                 self._see(tensor)
+        self.current.workspace = max(self.current.workspace, self.workspace(func, args))
         if func is aten._to_copy.default and isinstance(out, FakeTensor):
             self._move(args[0], out, out.nbytes)
         elif func is aten.copy_.default:

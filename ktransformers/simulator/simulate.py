@@ -131,11 +131,11 @@ def simulate(
     """
     start = time.perf_counter()
     _check_sizes(gpus=(gpus, 0), tokens=(tokens, 1), batch=(batch, 1), context=(context, 0))
-    model = _meta_model(model_or_config)
+    model = own_meta_model(model_or_config)
     with stand_ins():
         plan = plan_rules(model, rule, devices=devices, gpus=gpus)
         found = Simulation(type(model).__name__, gpus, batch, context, chain_problems(model, plan))
-        run = _Run(model, plan, found, on_layer or (lambda done, total: None))
+        run = Run(model, plan, found, on_layer or (lambda done, total: None))
         source = run.inject(FakeWeights(model, weights, size, form))
         with fake_devices(), run.recorder:  # once: the tensors of one fake mode are foreign to another
             run.load(source)
@@ -150,7 +150,7 @@ def _check_sizes(**sizes: tuple[Any, int]) -> None:
             raise KTransformersError(f"{name}: found {value!r}, expected a whole number of at least {least}.")
 
 
-def _meta_model(model_or_config: Any) -> nn.Module:
+def own_meta_model(model_or_config: Any) -> nn.Module:
     """A model of one's own on the meta device."""
     if isinstance(model_or_config, nn.Module):
         if any(not tensor.is_meta for tensor in model_or_config.parameters()):
@@ -159,7 +159,7 @@ def _meta_model(model_or_config: Any) -> nn.Module:
     return meta_model(model_or_config).eval()
 
 
-class _Run:
+class Run:
     """Loading and the two passes; what they find goes into `found`."""
 
     def __init__(self, model: nn.Module, plan: Plan, found: Simulation, on_layer: Callable[[int, int], None]) -> None:

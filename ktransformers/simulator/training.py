@@ -1,0 +1,109 @@
+"""The memory of a training step, from a forward, a backward and an optimizer's step on fake tensors.
+
+What trains is the caller's: PEFT puts adapters on the fake model, a loss is computed as the trainer computes it. So
+what each family keeps for its backward is counted, not estimated, with and without checkpointing. What the C library
+needs inside a call is counted by its own layout (`workspace`). The rest of what simulate.py cannot see holds here too.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ktransformers.rules.plan import RulesLike
+from ktransformers.rules.plan import plan as plan_rules
+from ktransformers.simulator.fake import fake_devices, swapped
+from ktransformers.simulator.fake_weights import FakeWeights, Form, Size, stand_ins
+from ktransformers.simulator.recorder import ACTIVATIONS, WEIGHTS
+from ktransformers.simulator.simulate import Run, Simulation, own_meta_model
+from ktransformers.simulator.workspace import of_training
+
+
+@dataclass
+class TrainingMemory:
+    """Bytes per device. `weights` are the model's, `trained` what is trained, `gradients` and `states` (of the
+    optimizer) what belongs to it, `activations` the most that was alive beside all of these at once; `workspace` is
+    what the C library holds for its calls."""
+
+    weights: dict[str, int] = field(default_factory=dict)
+    trained: dict[str, int] = field(default_factory=dict)
+    gradients: dict[str, int] = field(default_factory=dict)
+    states: dict[str, int] = field(default_factory=dict)
+    activations: dict[str, int] = field(default_factory=dict)
+    workspace: int = 0
+
+    def total(self, device: str) -> int:
+        parts = (self.weights, self.trained, self.gradients, self.states, self.activations)
+        return sum(part.get(device, 0) for part in parts) + (self.workspace if device == "cpu" else 0)
+
+
+def simulate_training(
+    model_or_config: Any, rule: RulesLike, prepare: Callable[[nn.Module], nn.Module],
+    loss: Callable[[nn.Module], Tensor], optimizer: Callable[[Iterable[Tensor]], Any], *, gpus: int = 0,
+    devices: Mapping[str, str] | None = None, weights: Any = None, size: Size | None = None, form: Form | None = None,
+) -> TrainingMemory:  # fmt: skip
+    """Two training steps, of which the second has gradients' and the optimizer's memory from the first.
+
+    Args:
+        model_or_config, rule, gpus, devices, weights, size, form: as `simulate` takes them.
+        prepare: makes the loaded model, on fake devices, the one that is trained.
+        loss: a forward of it to a scalar.
+        optimizer: makes the optimizer of the parameters that are trained.
+
+    Raises:
+        KTransformersError: rules that do not fit the model. What torch or a library raises on the way is theirs.
+    """
+    model = own_meta_model(model_or_config)
+    found = TrainingMemory()
+    with stand_ins():
+        plan = plan_rules(model, rule, devices=devices, gpus=gpus)
+        run = Run(model, plan, Simulation(type(model).__name__, gpus, 1, 0, []), lambda done, total: None)
+        recorder = run.recorder
+        source = run.inject(FakeWeights(model, weights, size, form))
+        with fake_devices(), recorder, torch.enable_grad(), swapped(torch.utils, "swap_tensors", _swap):
+            run.load(source)
+            found.weights = recorder.live(WEIGHTS)
+            net = prepare(model).train()
+            trained = [p for p in net.parameters() if p.requires_grad]
+            found.trained = recorder.live(ACTIVATIONS)
+            steps = optimizer(trained)
+            for _ in range(2):
+                steps.zero_grad(set_to_none=True)
+                before = recorder.live(ACTIVATIONS)
+                recorder.workspace = of_training
+                record = recorder.begin()
+                _backward(loss(net))
+                found.gradients = _by_device(p.grad for p in trained if p.grad is not None)
+                steps.step()
+    found.states = _less(before, found.trained)
+    found.activations = _less(record.peak, before, found.gradients)
+    found.workspace = record.workspace
+    return found
+
+
+def _backward(loss: Tensor) -> None:
+    """`loss.backward()`, past what would leave the modes of `fake_devices` outside: checkpoints compute again in it."""
+    engine = torch.autograd.Variable._execution_engine
+    given = (loss,), (torch.ones_like(loss),), False, False, ()
+    engine.run_backward(*given, allow_unreachable=True, accumulate_grad=True)
+
+
+def _swap(one: Tensor, other: Tensor) -> None:
+    """torch's, which `nn.Module.to` uses for fake tensors, without its refusal of tensors that are known elsewhere:
+    fake tensors are, to their mode."""
+    one.__dict__, other.__dict__ = other.__dict__, one.__dict__
+    torch._C._swap_tensor_impl(one, other)
+
+
+def _by_device(tensors: Iterable[Tensor]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for tensor in tensors:
+        found[str(tensor.device)] = found.get(str(tensor.device), 0) + tensor.nbytes
+    return found
+
+
+def _less(all_of: Mapping[str, int], *parts: Mapping[str, int]) -> dict[str, int]:
+    left = {device: nbytes - sum(part.get(device, 0) for part in parts) for device, nbytes in all_of.items()}
+    return {device: max(0, nbytes) for device, nbytes in left.items()}
