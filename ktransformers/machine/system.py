@@ -4,8 +4,6 @@ Linux has it in /proc and /sys; elsewhere the answers are fewer. Every function 
 outside tests) when called, and measures nothing.
 """
 
-import contextlib
-import ctypes
 import os
 import platform
 import re
@@ -76,20 +74,6 @@ def peak_memory() -> int:
     except ImportError:  # Windows
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << (0 if sys.platform == "darwin" else 10)
-
-
-LARGE_BLOCK = 1 << 20
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-
-
-def return_large_blocks() -> None:
-    """Have glibc give blocks of a MiB and more back to the system as they are freed. By itself it learns to keep those
-    of up to 32 MiB, and a training step frees them in another order than it took them: of 8 layers of Qwen3-30B-A3B at
-    512 tokens that was 550 MiB of 2.6 GiB. Nothing elsewhere."""
-    with contextlib.suppress(OSError, AttributeError):
-        library = ctypes.CDLL("libc.so.6")
-        for setting in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
-            library.mallopt(setting, LARGE_BLOCK)
 
 
 def _system_memory(root: Path) -> tuple[int, int]:

@@ -82,7 +82,7 @@ class ReadWeight(Tensor):
             start, stop, step = slice(start, stop, step).indices(first.shape[0]) if dim == 0 else (0, 0, 0)
             if step == 1 and start < stop:
                 return cls(first.of, first.packed.rows(start, stop), first.dtype, first.instead)
-        dense = tree_map_only(cls, lambda t: dequantize(t.packed).to(t.dtype), (args, kwargs))
+        dense = tree_map_only(cls, numbers_of, (args, kwargs))
         return func(*dense[0], **dense[1])
 
     def __repr__(self, **kwargs: Any) -> str:
@@ -93,3 +93,8 @@ class ReadWeight(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise UnsupportedError(f"{self.of}: computes from packed bytes, which are not pickled; {self.instead}")
+
+
+def numbers_of(weight: ReadWeight) -> Tensor:
+    """A dense copy, made by way of fp32."""
+    return dequantize(weight.packed).to(weight.dtype)

@@ -82,7 +82,7 @@ def predict(options: Options, capacity: Mapping[str, int], form: str = "") -> Pr
     with _quiet(), _tiles_of(net.get_output_embeddings()), _told(name):
         found = simulate_training(
             net, rule, step.prepare, step.loss, step.optimizer, gpus=len(capacity) - 1, weights=stored.source,
-            size=stored.stored, form=stored.layout,
+            size=stored.stored, form=stored.layout, checkpoints=bool(step.args.gradient_checkpointing),
         )  # fmt: skip
     return Prediction(
         name, stored.name, step.rows, options.cutoff_len, step.args.gradient_checkpointing, *step.trained,

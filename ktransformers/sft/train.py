@@ -13,7 +13,7 @@ from typing import Any
 from ktransformers.engine.load import load
 from ktransformers.errors import KTransformersError, SFTError
 from ktransformers.gguf_files.lora import is_gguf_lora
-from ktransformers.machine.system import peak_memory, return_large_blocks
+from ktransformers.machine.system import peak_memory
 from ktransformers.sft.adapters import adapter_path, load_adapter
 from ktransformers.sft.callbacks import PLOT, Log, Stop, Watcher, plot_losses
 from ktransformers.sft.data import Example, read_examples
@@ -105,7 +105,6 @@ def train(options: Options, notify: Told = lambda text: None, on_step: Told = la
     """
     need_extra()
     folder = _output(options)
-    return_large_blocks()
     pairs = options.stage == "dpo"
     learnt, held = _examples(options, pairs)
     model, tokenizer = open_model(options, notify, on_step, trains=True)

@@ -26,7 +26,7 @@ from ktransformers.loaders.schemes import ScaledInfo
 from ktransformers.models.traits import TRAITS, identity_experts, is_transposed
 from ktransformers.native import torch_ops
 from ktransformers.operators import experts as experts_module
-from ktransformers.operators import experts_packed, hot_experts, packed_weight
+from ktransformers.operators import experts_packed, hot_experts
 from ktransformers.operators.on_gpu import layout_of_infos
 from ktransformers.quants.blocks import QUANT_TYPES
 from ktransformers.quants.scaled import SCALED_TYPES
@@ -322,7 +322,6 @@ def stand_ins() -> Iterator[None]:
         swapped(compiler, "why_not", lambda device: "" if device.type == "cuda" else "it is no GPU"),
         swapped(words, "write", lambda words, weight, row=0: None),
         swapped(words.Words, "expert", lambda self, e: self),  # which is only asked for to be written to
-        swapped(packed_weight, "dequantize", lambda packed: packed.dequantize()),
         swapped(hot_experts, "some", lambda mask: True),
         swapped(experts_module, "gating_of", with_numbers),
         swapped(experts_packed, "gating_of", with_numbers),

@@ -18,6 +18,9 @@ from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 
+LARGE = 32 << 20
+"""Bytes; glibc's DEFAULT_MMAP_THRESHOLD_MAX, up to which its threshold grows with what is freed."""
+
 WEIGHTS, CACHE, ACTIVATIONS = "weights", "cache", "activations"
 
 
@@ -54,12 +57,14 @@ class Failure:
 
 @dataclass
 class PassRecord:
-    """One forward pass. `peak`: device -> most bytes of activations alive at once. `moves`: (module, source, target)
-    -> [copies, bytes]. `workspace`: most bytes that an operation needs inside itself, if `Recorder.workspace` knows."""
+    """One pass. `peak`: device -> most bytes of activations alive at once; `apart`: (device, whether blocks are larger
+    than LARGE) -> the same of these alone. `moves`: (module, source, target) -> [copies, bytes]. `workspace`: most
+    bytes that an operation needs inside itself, where `Recorder.workspace` knows."""
 
     peak: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     moves: dict[tuple[str, str, str], list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0]))
     workspace: int = 0
+    apart: dict[tuple[str, bool], int] = field(default_factory=lambda: defaultdict(int))
 
 
 class Recorder(TorchDispatchMode):
@@ -74,6 +79,7 @@ class Recorder(TorchDispatchMode):
         self.workspace: Callable[[Any, tuple], int] = lambda operation, args: 0
         self._storages: dict[int, _Storage] = {}
         self._live: dict[tuple[str, str], int] = defaultdict(int)
+        self._apart: dict[tuple[str, bool], int] = defaultdict(int)
 
     # --- what is asked ---
 
@@ -86,6 +92,7 @@ class Recorder(TorchDispatchMode):
         self.current = PassRecord()
         for device, nbytes in self.live(ACTIVATIONS).items():
             self.current.peak[device] = nbytes
+        self.current.apart.update(self._apart)
         return self.current
 
     def mark_weights(self, model: nn.Module) -> None:
@@ -123,6 +130,11 @@ class Recorder(TorchDispatchMode):
             self._move(args[1], args[0], args[1].nbytes)
         return out
 
+    def seen(self, tensor: Tensor) -> Tensor:
+        """`tensor`, which was made where this mode does not look: inside a tensor that computes for itself."""
+        self._see(tensor)
+        return tensor
+
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -144,9 +156,14 @@ class Recorder(TorchDispatchMode):
 
     def _count(self, storage: _Storage, nbytes: int) -> None:
         self._live[storage.device, storage.kind] += nbytes
-        if storage.kind == ACTIVATIONS and nbytes > 0:
-            live, peak = self._live[storage.device, ACTIVATIONS], self.current.peak
-            peak[storage.device] = max(peak[storage.device], live)
+        if storage.kind != ACTIVATIONS:
+            return
+        part = storage.device, storage.nbytes > LARGE
+        self._apart[part] += nbytes
+        if nbytes > 0:
+            live, now = self._live[storage.device, ACTIVATIONS], self.current
+            now.peak[storage.device] = max(now.peak[storage.device], live)
+            now.apart[part] = max(now.apart[part], self._apart[part])
 
     def _known(self, tensor: Tensor) -> _Storage | None:
         return self._storages.get(tensor.untyped_storage()._cdata) if isinstance(tensor, FakeTensor) else None
