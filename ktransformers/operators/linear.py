@@ -5,6 +5,7 @@ packed weights on a GPU. Where one cannot compute, another stands in for it, see
 Letters: N output features, K input features.
 """
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from ktransformers import native
 from ktransformers.errors import WeightError
 from ktransformers.loaders import WeightSource
 from ktransformers.models.traits import is_linear
+from ktransformers.operators.adapters import beside, meet_peft
 from ktransformers.operators.base_operator import BaseInjectedModule, InferenceState, warn_once
 from ktransformers.operators.inner_base import KLinearBase, Weight, weight_and_bias
 from ktransformers.operators.inner_ops import (
@@ -143,6 +145,7 @@ class KTransformersLinear(StagedOperator, nn.Linear):
     ):
         super().__init__(key, gguf_loader, config, orig_module, prefill_device, generate_device)
         self.out_device, self.quantizing = out_device, (num_bits, group_size)
+        self.adapters: tuple[nn.Module, list[str]] | None = None  # set by those around a call, see adapters.py
         generate = self._op(generate_op, generate_device)
         self.hold(generate, self._op(prefill_op, prefill_device) if given(prefill_op) else None)
         self.in_features, self.out_features = self.active.in_features, self.active.out_features
@@ -211,8 +214,19 @@ class KTransformersLinear(StagedOperator, nn.Linear):
             return None  # as nn.Linear
         raise AttributeError(f"{self.key}: computes from packed bytes and has no dense {name}; {instead}")
 
+    def named_parameters(self, prefix: str = "", recurse: bool = True, *args: Any, **kwargs: Any) -> Any:
+        """Dense ones; and a packed weight to one who asks for this module's own, as PEFT does for what can have an
+        adapter. See adapters.py."""
+        yield from super().named_parameters(prefix, recurse, *args, **kwargs)
+        if not recurse and "peft" in sys.modules:
+            meet_peft()
+            if "weight" not in self._parameters and isinstance(self.active, (KLinearCPUInfer, KLinearPacked)):
+                yield "weight", self.weight
+
     def forward(self, x: Tensor) -> Tensor:
         out = self.active.forward(x)
+        if self.adapters is not None:
+            out = beside(out, x, *self.adapters)
         return out if self.out_device is None else out.to(self.out_device)
 
     def extra_repr(self) -> str:
