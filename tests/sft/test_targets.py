@@ -8,6 +8,7 @@ from ktransformers.models.traits import TRAITS, is_linear
 from safetensors.torch import load_file
 
 from ktransformers.errors import SFTError, UnsupportedError
+from ktransformers.gguf_files.lora import gguf_to_peft, peft_to_gguf
 from ktransformers.operators.experts import KTransformersExperts
 from ktransformers.operators.linear import KTransformersLinear
 from ktransformers.operators.twin import original
@@ -134,3 +135,15 @@ def test_linear_layers_keep_their_dropout_however_they_are_reached(pair, exact):
     for wrapper in reached:
         wrapper.lora_dropout["default"].p = 0.0
     assert step(model)[0] != loss and model.eval()(input_ids=IDS, labels=IDS).loss.item() == eval_loss
+
+
+def test_such_an_adapter_goes_through_a_gguf_file_to_stock_peft(pair, exact, tmp_path):
+    """Also where every layer has one of the name, which is then all that a file of targets says."""
+    truth, model = pair
+    model = with_adapter(model, lora_config(model, Options(lora_rank=4, lora_target="o_proj,gate_proj,down_proj")))
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "a")
+    peft_to_gguf(tmp_path / "a", tmp_path / "a.gguf", truth.config)
+    gguf_to_peft(tmp_path / "a.gguf", truth.config, tmp_path / "back")
+    for one in (model.unload(), truth):
+        assert relative_error(logits(peft.PeftModel.from_pretrained(one, tmp_path / "back")), expected) < 1e-5
