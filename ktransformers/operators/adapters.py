@@ -109,8 +109,8 @@ def meet_peft() -> None:
 
 
 def _with_dropout(theirs: Any, name_at: int) -> Any:
-    """PEFT refuses dropout in adapters of parameters, as it has their products with no input. Linear layers here have
-    the input; experts have none but the layer's own, and go without. `name_at`: the argument that names the adapter."""
+    """PEFT refuses dropout in adapters of parameters, whose input it never sees. Linear layers here see it; experts go
+    without, since the input of down is within the C call. `name_at`: the argument that names the adapter."""
 
     @functools.wraps(theirs)
     def method(wrapper: nn.Module, *args: Any, config: Any = None, **kwargs: Any) -> None:
@@ -126,7 +126,8 @@ def _with_dropout(theirs: Any, name_at: int) -> Any:
         if isinstance(target, nn.Linear):
             wrapper.lora_dropout[args[name_at]] = nn.Dropout(config.lora_dropout)
         else:
-            warn_once(f"lora_dropout {config.lora_dropout:g}: linear layers' adapters have it, those of experts do not")
+            found = f"lora_dropout {config.lora_dropout:g}: linear layers' adapters have it, those of experts do not"
+            warn_once(f"{found}. PEFT loads the saved adapter once adapter_config.json says 0")
 
     return method
 

@@ -136,6 +136,13 @@ def _check(model: nn.Module, targets: list[str], whole: list[str]) -> None:
             )
 
 
+def forget_dropout(model: Any) -> None:
+    """Of adapters on parameters, before they are saved: PEFT loads none whose file has dropout, which is training's."""
+    for config in getattr(model, "peft_config", {}).values():
+        if config.target_parameters:
+            config.lora_dropout = 0.0
+
+
 def note_of(left: list[str]) -> str:
     """Which layers have no adapter and why, or ``""``."""
     if not left:

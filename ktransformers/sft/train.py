@@ -184,7 +184,10 @@ def _run(trainer: Any, options: Options, stop: Stop, done: Done) -> None:
 
 def _write(trainer: Any, tokenizer: Any, options: Options, folder: Path, done: Done) -> None:
     """The adapter, the tokenizer, results and curve."""
+    from ktransformers.sft import targets
+
     if options.do_train:
+        targets.forget_dropout(trainer.model)
         trainer.save_model(str(folder))
         tokenizer.save_pretrained(folder)
         trainer.save_state()

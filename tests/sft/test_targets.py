@@ -13,7 +13,7 @@ from ktransformers.operators.experts import KTransformersExperts
 from ktransformers.operators.linear import KTransformersLinear
 from ktransformers.operators.twin import original
 from ktransformers.sft.options import Options
-from ktransformers.sft.targets import lora_config, note_of, without_adapter
+from ktransformers.sft.targets import forget_dropout, lora_config, note_of, without_adapter
 from tests import families, tiny
 from tests.sft.test_peft import IDS, NOT_IN_C, assert_same_step, logits, mine, step, trained
 from tests.tiny import relative_error, save, tiny_model
@@ -147,3 +147,14 @@ def test_such_an_adapter_goes_through_a_gguf_file_to_stock_peft(pair, exact, tmp
     gguf_to_peft(tmp_path / "a.gguf", truth.config, tmp_path / "back")
     for one in (model.unload(), truth):
         assert relative_error(logits(peft.PeftModel.from_pretrained(one, tmp_path / "back")), expected) < 1e-5
+
+
+def test_dropout_is_no_part_of_what_is_saved(pair, exact, tmp_path):
+    truth, model = pair
+    model = with_adapter(model, lora_config(model, Options(lora_rank=4, lora_dropout=0.3)))
+    model.save_pretrained(tmp_path / "a")
+    with pytest.raises(ValueError, match="lora_dropout"):
+        peft.PeftModel.from_pretrained(copy.deepcopy(truth), tmp_path / "a")
+    forget_dropout(model)
+    model.save_pretrained(tmp_path / "b")
+    assert relative_error(logits(peft.PeftModel.from_pretrained(truth, tmp_path / "b")), logits(model)) < 1e-5

@@ -168,13 +168,14 @@ def test_a_run_learns_and_writes_everything(folder, options):
     from ktransformers.sft.train import train
 
     told = []
-    done = train(options(plot_loss=True, val_size=2, max_steps=10), told.append)
+    done = train(options(plot_loss=True, val_size=2, max_steps=10, lora_dropout=0.01), told.append)
     found = losses(folder)
     assert done.steps == 10 and len(found) == 10 and found[-1] < 0.7 * found[0] and done.eval_loss < found[0]
     assert done.trained_in_experts > 0 and done.tokens > 0 and not done.stopped
     names = {"adapter_config.json", "adapter_model.safetensors", "trainer_log.jsonl", "training_loss.png", "train_results.json"}
     assert names <= set(done.files)
     assert any(".experts." in name for name in load_file(folder / "out" / "adapter_model.safetensors"))
+    assert json.loads((folder / "out" / "adapter_config.json").read_text())["lora_dropout"] == 0  # as PEFT loads it
     with pytest.raises(SFTError, match="holds an adapter"):
         train(options())
 
