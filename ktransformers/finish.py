@@ -120,17 +120,25 @@ def generation_config(config: Any) -> Any:
         raise WeightError(f"{path}: cannot be read: {reason}. Correct it, or delete it to use the defaults.") from error
 
 
-def refuse_saving(model: nn.Module, source: Any, named: set[str]) -> None:
-    """Make save_pretrained an error where operators hold tensors that the state dict had: the copy would lack them."""
-    held = len(named - set(model.state_dict()))
-    if not held:
+def let_save(model: nn.Module, source: Any, dtypes: dict[str, torch.dtype]) -> None:
+    """Have save_pretrained write what the state dict lacks, since operators compute from the checkpoint, from there.
+
+    `dtypes`: of the tensors that the model had before. Quantized ones have no form that could be written: an error.
+    """
+    if not dtypes.keys() - model.state_dict().keys():
         return
 
-    def save_pretrained(*args: Any, **kwargs: Any) -> None:
-        raise UnsupportedError(
-            f"save_pretrained: operators compute {held} of {len(named)} tensors from the bytes of {source.path} and "
-            "have no weights to save. Copy that checkpoint, or write another with `kt quantize`. "
-            "An adapter (PEFT) is saved by its own save_pretrained."
-        )
+    def save_pretrained(save_directory: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> None:
+        state = dict(model.state_dict() if state_dict is None else state_dict)
+        lacking = [name for name in dtypes if name not in state and source.has(name)]
+        if packed := [n for n in lacking if any(info.type.torch_dtype is None for info in source.infos(n))]:
+            found = f"operators compute {len(packed)} of {len(dtypes)} tensors from the quantized bytes of "
+            found += str(source.path)
+            raise UnsupportedError(
+                f"save_pretrained: {found} and have no weights to save. Copy that checkpoint, or write another with "
+                "`kt quantize`. An adapter (PEFT) is saved by its own save_pretrained."
+            )
+        state |= {name: source.tensor(name, device="cpu", dtype=dtypes[name]) for name in lacking}
+        type(model).save_pretrained(model, save_directory, *args, state_dict=state, **kwargs)
 
     model.save_pretrained = save_pretrained

@@ -70,7 +70,7 @@ def parameters_of(experts: nn.Module) -> Iterator[tuple[str, Any]]:
         return
     family = experts.orig_module
     for name in ("gate_up_proj", "up_proj", "down_proj"):
-        if isinstance(family._parameters.get(name), Tensor):
+        if isinstance(family._parameters.get(name), Tensor) and name not in experts._parameters:
             yield name, weight_of(experts, name)
 
 

@@ -127,8 +127,21 @@ class BaseInjectedModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.orig_module.forward(*args, **kwargs)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        """Of an operator alone, which PEFT copies where it trains a module whole: the family's module. Of a model with
+        operators there is no copy."""
+        from ktransformers.operators.trained import dense
+
+        if memo or self.orig_module is None:
+            return self.__reduce_ex__(4)
+        return dense(self.bare(), self.key, self.gguf_loader, self.device)
+
+    def bare(self) -> nn.Module:
+        """The replaced module, each parameter of which is as it is now, or on the meta device."""
+        return self.orig_module
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """What copy.deepcopy, pickle and torch.save(model) ask. State dicts are not concerned."""
+        """What pickle, torch.save(model), and copy.deepcopy of a model ask. State dicts are not concerned."""
         raise UnsupportedError(
             f"{self.key}: a model with operators cannot be copied or pickled: its weights are mapped files and "
             "handles. Build it again and call optimize_and_load."

@@ -5,6 +5,7 @@ packed weights on a GPU. Where one cannot compute, another stands in for it, see
 Letters: N output features, K input features.
 """
 
+import copy
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ktransformers import native
-from ktransformers.errors import WeightError
+from ktransformers.errors import UnsupportedError, WeightError
 from ktransformers.loaders import WeightSource
 from ktransformers.models.traits import is_linear
 from ktransformers.operators.adapters import beside, meet_peft
@@ -36,6 +37,7 @@ from ktransformers.operators.inner_ops import (
 from ktransformers.operators.linear_packed import KLinearFP8, KLinearMarlin, KLinearPacked
 from ktransformers.operators.on_gpu import GROUP_SIZE, NUM_BITS, quantizing_problems
 from ktransformers.operators.packed_weight import PackedWeight, ReadWeight
+from ktransformers.operators.trained import untrainable
 from ktransformers.quants.blocks import Packed, quant_type
 
 
@@ -213,6 +215,20 @@ class KTransformersLinear(StagedOperator, nn.Linear):
         if not inner.has_bias:
             return None  # as nn.Linear
         raise AttributeError(f"{self.key}: computes from packed bytes and has no dense {name}; {instead}")
+
+    def requires_grad_(self, requires_grad: bool = True) -> nn.Module:
+        """True makes a packed weight a dense one, to be trained; see trained.py."""
+        if requires_grad and not isinstance(self.active, nn.Module):
+            if problem := untrainable(self):
+                raise UnsupportedError(f"{problem}.")
+            self.become(KLinearTorch)
+            self._show_parameters()
+        return super().requires_grad_(requires_grad)
+
+    def bare(self) -> nn.Module:
+        made = copy.copy(self.orig_module)
+        made._parameters = self.orig_module._parameters | self._parameters
+        return made
 
     def named_parameters(self, prefix: str = "", recurse: bool = True, *args: Any, **kwargs: Any) -> Any:
         """Dense ones; and a packed weight to one who asks for this module's own, as PEFT does for what can have an

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ktransformers import native
-from ktransformers.operators.base_operator import FamilyOperator, version
+from ktransformers.operators.base_operator import BaseInjectedModule, FamilyOperator, version
 from ktransformers.operators.combining import has_hooks
 from ktransformers.operators.watching import Numbers, Values
 
@@ -23,6 +23,7 @@ class NativeOperator(FamilyOperator):
         super().__init__(*args, **kwargs)
         self.native: Any = None
         self._parts: dict[str, nn.Module | None] = {}
+        self._loads: list[int] = []
         self._tensors: list[Tensor] = []
         self._versions = 0
         self._numbers = self._contents = None
@@ -37,7 +38,7 @@ class NativeOperator(FamilyOperator):
         self.native = self.make_native() if native.available() and not played else None
         if self.native is not None:
             self._remember()
-        self._parts = dict(self._modules)
+        self._parts, self._loads = dict(self._modules), self._loads_of_children()
         self._tensors = [tensor for _, tensor in self.named_parameters()]
         self._versions = self._version()
 
@@ -61,7 +62,12 @@ class NativeOperator(FamilyOperator):
         for name, child in self._modules.items():  # PEFT wraps children; accelerate gives them a forward
             if self._parts.get(name) is not child or child is not None and has_hooks(child):
                 return False
+        if self._loads_of_children() != self._loads:  # other weights, or the same in another form
+            return False
         return self._version() == self._versions  # trained since: all but the matrices was copied
+
+    def _loads_of_children(self) -> list[int]:
+        return [child.loads for child in self._modules.values() if isinstance(child, BaseInjectedModule)]
 
     def wants_gradients(self, hidden: Tensor) -> bool:
         return hidden.requires_grad or any(p.requires_grad for p in self._tensors)

@@ -8,6 +8,7 @@ from torch import nn
 from ktransformers.errors import SFTError, did_you_mean
 from ktransformers.models.traits import TRAITS, is_linear
 from ktransformers.operators.experts import KTransformersExperts
+from ktransformers.operators.trained import untrainable
 from ktransformers.operators.twin import original
 from ktransformers.sft.options import Options
 
@@ -129,11 +130,8 @@ def _check(model: nn.Module, targets: list[str], whole: list[str]) -> None:
         found = [m for full, m in model.named_modules() if full == name or full.endswith(f".{name}")]
         if not found:
             raise SFTError(f"additional_target: the model has no module {name!r}.")
-        if any(not list(m.parameters()) for m in found):
-            raise SFTError(
-                f"additional_target: {name} computes from packed bytes, which are not trained. Name a rule that keeps "
-                "it dense (KLinearTorch, or class: default)."
-            )
+        if problems := [problem for m in found if (problem := untrainable(m))]:
+            raise SFTError(f"additional_target: {problems[0]}.")
 
 
 def forget_dropout(model: Any) -> None:

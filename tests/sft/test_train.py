@@ -217,7 +217,7 @@ def test_a_stop_saves_what_was_learnt(folder, options, monkeypatch):
 
 @pytest.mark.parametrize(
     ("keys", "message"),
-    [({"lora_target": "q_prj"}, "lora_target: the model has no 'q_prj'"), ({"additional_target": "lm_head"}, "lm_head computes from packed bytes"),
+    [({"lora_target": "q_prj"}, "lora_target: the model has no 'q_prj'"), ({"additional_target": "lm_head"}, "lm_head: stored as .*, and quantized weights are not trained"),
      ({"additional_target": "nothing"}, "no module 'nothing'"), ({"lr_scheduler_type": "wild"}, "training arguments"),
      ({"val_size": 12}, "val_size"), ({"adapter_name_or_path": "nowhere"}, "no such file"), ({"cutoff_len": 3}, "no example has an answer left")],
 )  # fmt: skip
