@@ -22,8 +22,11 @@ def lora_config(model: nn.Module, options: Options) -> "LoraConfig":
 
     names = [name.strip() for name in options.lora_target.split(",") if name.strip()]
     whole = [name.strip() for name in options.additional_target.split(",") if name.strip()]
+    if options.kt_full_weight_grad:
+        whole += dict.fromkeys(parameter.rpartition(".")[0] for parameter in _expert_parameters(model))
     _check(model, [name for name in names if name != "all"], whole)
-    linears, experts = _linears(model), _expert_parameters(model)
+    linears = _linears(model)
+    experts = [] if options.kt_full_weight_grad else _expert_parameters(model)
     called = [n for n in names if any(_is_called(full, n) for full in linears)]
     parameters = [p for n in names for p in _parameters_named(n, experts)]
     if "all" in names:

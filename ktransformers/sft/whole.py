@@ -1,12 +1,14 @@
-"""Training of weights themselves: which modules of a model with operators, and nothing else of it."""
+"""Training of weights themselves, whole or in part, and nothing else of a model with operators."""
 
 from collections.abc import Sequence
 
 from torch import nn
 
 from ktransformers.errors import SFTError, UnsupportedError, did_you_mean, join_errors
+from ktransformers.models.traits import find_layers
 from ktransformers.operators.base_operator import BaseInjectedModule
 from ktransformers.operators.trained import untrainable
+from ktransformers.sft.options import Options
 
 
 def unfreeze(model: nn.Module, names: Sequence[str] = ()) -> None:
@@ -29,12 +31,47 @@ def unfreeze(model: nn.Module, names: Sequence[str] = ()) -> None:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
 
 
+def unfreeze_by(model: nn.Module, options: Options) -> None:
+    """`unfreeze` what a training file's `finetuning_type` "full" or "freeze" names."""
+    if options.finetuning_type == "full":
+        return unfreeze(model)
+    if (found := find_layers(model)) is None:
+        raise SFTError("finetuning_type: the model has no layers of which some could be trained; say full or lora.")
+    list_name, layers = found
+    wanted, count = options.freeze_trainable_layers, len(layers)
+    if not 0 < abs(wanted) <= count:
+        expected = f"expected 1 to {count}, or below 0 to count from the first"
+        raise SFTError(f"freeze_trainable_layers: found {wanted}, {expected}.")
+    chosen = [f"{list_name}.{i}" for i in (range(count - wanted, count) if wanted > 0 else range(-wanted))]
+    inner, extra = _split(options.freeze_trainable_modules), _split(options.freeze_extra_modules)
+    if "all" not in inner:
+        chosen = _of_layers(model, chosen, inner)
+    unfreeze(model, [*chosen, *extra])
+
+
+def _of_layers(model: nn.Module, layers: list[str], names: list[str]) -> list[str]:
+    """The modules in these layers whose names end so."""
+    known = [full for full, _ in model.named_modules() if any(_is_in(full, layer) for layer in layers)]
+    for name in names:
+        if not any(full.endswith(f".{name}") for full in known):
+            near = did_you_mean(name, _last(known))
+            raise SFTError(f"freeze_trainable_modules: these layers have no {name!r}{near}.")
+    return [full for full in known if any(full.endswith(f".{name}") for name in names)]
+
+
+def _split(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def _last(names: Sequence[str]) -> list[str]:
+    return sorted({full.rpartition(".")[2] for full in names} - {""})
+
+
 def _chosen(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
     modules = dict(model.named_modules())
     for name in names:
         if not any(_is_in(full, name) for full in modules):
-            known = sorted({full.rpartition(".")[2] for full in modules} - {""})
-            raise SFTError(f"The model has no module {name!r}{did_you_mean(name, known)}.")
+            raise SFTError(f"The model has no module {name!r}{did_you_mean(name, _last(list(modules)))}.")
     chosen = {full: m for full, m in modules.items() if not names or any(_is_in(full, name) for name in names)}
     if _tied(model) & chosen.keys():
         chosen |= {full: modules[full] for full in _tied(model)}

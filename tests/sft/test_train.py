@@ -16,6 +16,7 @@ from ktransformers.sft import data, encode
 from ktransformers.sft.options import Options
 from ktransformers.sft.read import made_of, read
 from ktransformers.sft.rules import rule_of
+from tests.tiny import save, tiny_model
 
 pytest.importorskip("trl")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -213,6 +214,68 @@ def test_a_stop_saves_what_was_learnt(folder, options, monkeypatch):
 
     done = train(options(max_steps=50), watch=interrupt)
     assert done.stopped and done.steps < 10 and "adapter_model.safetensors" in done.files
+
+
+@pytest.fixture
+def unquantized(tokenizer, tmp_path):
+    """The folder of a tiny model in floats with a tokenizer."""
+    save(tiny_model("qwen3_moe", vocab_size=len(tokenizer)), tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+WHOLE = {
+    "full": ({}, ["model.embed_tokens.weight", "model.layers.0.mlp.experts.0.gate_proj.weight", "model.norm.weight"]),
+    "freeze": ({"freeze_trainable_layers": 1}, ["model.layers.2.mlp.experts.0.down_proj.weight", "model.layers.2.mlp.gate.weight"]),
+    "first": ({"freeze_trainable_layers": -1, "freeze_trainable_modules": "experts,o_proj", "freeze_extra_modules": "norm"},
+              ["model.layers.0.mlp.experts.3.up_proj.weight", "model.layers.0.self_attn.o_proj.weight", "model.norm.weight"]),
+}  # fmt: skip
+
+
+WITHIN = {"full": ("",), "freeze": ("model.layers.2.",),
+          "first": ("model.layers.0.mlp.experts.", "model.layers.0.self_attn.o_proj.", "model.norm.")}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_weights_are_trained_whole_and_saved_as_a_model(folder, options, unquantized, case):
+    from ktransformers.sft.train import train
+
+    keys, moved = WHOLE[case]
+    how = {"finetuning_type": "full" if case == "full" else "freeze", "model_name_or_path": str(unquantized), "learning_rate": 1e-3}
+    done = train(options(**how, **keys, max_steps=4))
+    before, after = (load_file(at / "model.safetensors") for at in (unquantized, folder / "out"))
+    assert before.keys() == after.keys() and done.trained_in_experts > 0 and losses(folder)[-1] < losses(folder)[0]
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert changed.issuperset(moved)
+    assert all(name.startswith(WITHIN[case]) for name in changed)
+    with pytest.raises(SFTError, match="holds a model"):
+        train(options(**how))
+
+
+def test_experts_are_trained_whole_beside_adapters(folder, options, unquantized):
+    from ktransformers.sft.train import train
+
+    done = train(options(model_name_or_path=str(unquantized), kt_full_weight_grad=True))
+    names = load_file(folder / "out" / "adapter_model.safetensors")
+    assert "base_model.model.model.layers.1.mlp.experts.gate_up_proj" in names and done.trained_in_experts > 0
+    assert not any("experts" in name and "lora" in name for name in names) and any("q_proj.lora_A" in name for name in names)
+    before = load_file(unquantized / "model.safetensors")["model.layers.1.mlp.experts.0.gate_proj.weight"]
+    assert not torch.equal(names["base_model.model.model.layers.1.mlp.experts.gate_up_proj"][0, :len(before)], before)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [({"finetuning_type": "full"}, "stored as Q"), ({"kt_full_weight_grad": True}, "experts: stored as Q"),
+     ({"finetuning_type": "freeze", "freeze_trainable_layers": 99}, "found 99, expected 1 to"),
+     ({"finetuning_type": "freeze", "freeze_trainable_modules": "exprts"}, "no 'exprts' .did you mean 'experts'"),
+     ({"finetuning_type": "full", "stage": "dpo", "dataset": "dpo_en_demo"}, "say lora, or pref_loss orpo or simpo")],
+)  # fmt: skip
+def test_what_cannot_be_trained_whole_says_so(options, keys, message):
+    from ktransformers.errors import KTransformersError
+    from ktransformers.sft.train import train
+
+    with pytest.raises(KTransformersError, match=message):
+        train(options(**keys))
 
 
 @pytest.mark.parametrize(
