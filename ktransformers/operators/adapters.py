@@ -41,7 +41,7 @@ class Factors:
 
     def of(self, expert: int, x: Tensor) -> Tensor:
         """The term for rows [t, in] of one expert: [t, out]."""
-        a, b = self.a[expert].to(x.dtype), self.b[expert].to(x.dtype)
+        a, b = self.a[expert].to(x), self.b[expert].to(x)
         return (x @ a.T @ b.T) * self.scale
 
     def joined(self, other: Factors) -> Factors:
@@ -117,6 +117,8 @@ def _with_dropout(theirs: Any, name_at: int) -> Any:
         target = args[0] if args and isinstance(args[0], nn.Module) else wrapper
         while hasattr(target, "base_layer"):
             target = target.base_layer
+        if problem := getattr(target, "adapter_problem", str)():
+            raise UnsupportedError(f"{problem}.")
         if config is None or not config.lora_dropout or not hasattr(target, "adapters"):
             theirs(wrapper, *args, config=config, **kwargs)
             return

@@ -30,7 +30,7 @@ from ktransformers.operators.combining import has_hooks
 from ktransformers.operators.experts_packed import KExpertsMarlin, KExpertsPacked
 from ktransformers.operators.gating import apply_gate, gating_of, interleaved, uncomputed
 from ktransformers.operators.host_experts import MOST_TOKENS, HostExperts
-from ktransformers.operators.inner_base import KExpertsBase
+from ktransformers.operators.inner_base import KExpertsBase, sum_by_expert
 from ktransformers.operators.inner_ops import (
     InnerOperator,
     StagedOperator,
@@ -224,27 +224,14 @@ class KExpertsTorch(KExpertsBase):
         self.gate_up = self.down = self.gate_up_bias = self.down_bias = self.slots = None
 
     def forward(self, hidden: Tensor, ids: Tensor, weights: Tensor, adapters: Adapters | None = None) -> Tensor:
-        """Sort the T*K pairs by expert, so that every expert sees its tokens as one matrix."""
+        """The T*K pairs by expert, so that every expert sees its tokens as one matrix."""
         x, ids = hidden.to(self.down.device, self.down.dtype), ids.to(self.down.device)
-        n_experts = len(self.down if self.slots is None else self.slots[1:])
-        flat = ids.reshape(-1)  # pair p is slot p % K of token p // K
-        flat = flat.where((flat >= 0) & (flat < n_experts), n_experts)  # what is to be skipped sorts last
-        if self.slots is not None:
-            flat, n_experts = self.slots[flat], len(self.down)
         stacks = self._stacks()
-        order = flat.argsort(stable=True)
-        counts = flat.bincount(minlength=n_experts + 1)[:n_experts].tolist()
-        scale = weights.to(x.device).reshape(-1, 1)
-        out = torch.zeros_like(x)
-        start = 0
-        for expert, count in enumerate(counts):
-            if count == 0:
-                continue
-            pairs = order[start : start + count]
-            start += count
-            tokens = pairs // ids.shape[1]
-            y = self._expert(expert, x[tokens], adapters, stacks) * scale[pairs]
-            out.index_add_(0, tokens, y.to(out.dtype))
+
+        def compute(slot: int, rows: Tensor) -> Tensor:
+            return self._expert(slot, rows, adapters, stacks)
+
+        out = sum_by_expert(x, ids, weights.to(x.device), self.slots, len(self.down), compute)
         return out.to(hidden.device, hidden.dtype)
 
     def _stacks(self) -> Any:
@@ -257,12 +244,12 @@ class KExpertsTorch(KExpertsBase):
         first, second = (None if bias is None else bias[e] for bias in (stacks.gate_up_bias, stacks.down_bias))
         gate_up = F.linear(x, stacks.gate_up[e], first)
         if adapters.first is not None:
-            added = adapters.first.of(e, x)
+            added = adapters.first.of(self.expert_of(e), x)
             gate_up = gate_up + (interleaved(added) if is_interleaved(self.orig_module) else added)
         has_gate = getattr(self.orig_module, "has_gate", True)
         y = apply_gate(self.orig_module, gate_up) if has_gate else self.orig_module.act_fn(gate_up)
         out = F.linear(y, stacks.down[e], second)
-        return out if adapters.down is None else out + adapters.down.of(e, y)
+        return out if adapters.down is None else out + adapters.down.of(self.expert_of(e), y)
 
 
 class KExpertsTrained(KExpertsTorch):
@@ -414,15 +401,18 @@ class KTransformersExperts(StagedOperator):
         return self.active.start(hidden, ids, weights)
 
     def _sum(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        if self.adapters is not None:
-            if self.split is not None or not getattr(self.active, "takes_adapters", False):
-                where = f"some experts on {self.split.hot.device}" if self.split else type(self.active).__name__
-                found = f"found {where}, which compute no adapters"
-                raise UnsupportedError(f"{self.key}: {found}; name KExpertsCPU or KExpertsTorch, and no gpu_experts")
-            return self.active.forward(hidden, ids, weights, self.adapters)
+        adapters = () if self.adapters is None else (self.adapters,)
         if self.split is None:
-            return self.active.forward(hidden, ids, weights)
-        return self.split.forward(self.active, hidden, ids, weights, self.out_device)
+            return self.active.forward(hidden, ids, weights, *adapters)
+        return self.split.forward(self.active, hidden, ids, weights, self.out_device, *adapters)
+
+    def adapter_problem(self) -> str:
+        """Why no adapter is computed inside these experts, or ``""``."""
+        inner = [*self._inner.values(), *([] if self.split is None else [self.split.hot])]
+        unable = [type(one).__name__ for one in inner if not getattr(one, "takes_adapters", False)]
+        if not unable:
+            return ""
+        return f"{self.key}: {unable[0]} computes no adapters; name KExpertsCPU, KExpertsTorch or KExpertsMarlin"
 
     def _sum_of_normed(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Of experts whose results are each normalized: every pair of token and expert is a row of its own."""
