@@ -13,7 +13,7 @@ from torch import nn
 
 from ktransformers.errors import UnsupportedError, WeightError
 from ktransformers.loaders import WeightSource
-from ktransformers.operators.base_operator import BaseInjectedModule, device_of, warn_once
+from ktransformers.operators.base_operator import BaseInjectedModule, device_of, to_device, warn_once
 from ktransformers.rules.plan import Replacement
 
 
@@ -103,6 +103,23 @@ def device_map(model: nn.Module, replacements: Mapping[str, Replacement]) -> dic
         if whole and whole.group(1) == name or owns and not whole:
             places[name] = str(replacement.device)
     return places
+
+
+def outputs_to_inputs(model: nn.Module, places: Mapping[str, str]) -> None:
+    """Have a model on several devices return what it computes with gradients where its inputs were, as accelerate's
+    do: trainers compare losses and labels with those. Without gradients logits stay where the head is."""
+    if len(set(places.values())) < 2:
+        return
+
+    def move(module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+        given = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
+        if given is None or not torch.is_grad_enabled() or not hasattr(out, "to_tuple"):
+            return
+        for name, value in out.items():
+            out[name] = to_device(value, given.device)
+
+    move.only_moves = True
+    model.register_forward_hook(move, with_kwargs=True)
 
 
 def generation_config(config: Any) -> Any:

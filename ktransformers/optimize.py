@@ -104,6 +104,7 @@ def _run(model, rule, weights, config, default_device, devices, cache, progress)
         raise
     model.gguf_loader = source  # upstream's name; also keeps the mapped files open while operators point into them
     model.hf_device_map = finish.device_map(model, replacements)
+    finish.outputs_to_inputs(model, model.hf_device_map)
     model.generation_config = generation_config or model.generation_config
     finish.let_save(model, source, dtypes)
     if any(placed.device == "cpu" for placed in replacements.values()):

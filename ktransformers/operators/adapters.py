@@ -76,9 +76,8 @@ def parameters_of(experts: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def weight_of(experts: nn.Module, name: str) -> PackedWeight:
     given = experts.orig_module._parameters[name]
-    where = experts.out_device or experts.active.device
     instead = "leave the experts to transformers (class: default) to have one, or merge an adapter with `kt merge`"
-    return PackedWeight(f"{experts.key}.{name}", given.shape, given.dtype, where, instead)
+    return PackedWeight(f"{experts.key}.{name}", given.shape, given.dtype, experts.active.device, instead)
 
 
 def beside(out: Tensor, x: Tensor, wrapper: nn.Module, active: list[str]) -> Tensor:
