@@ -185,3 +185,14 @@ def test_the_stock_trainer_trains_and_saves_what_transformers_loads(pair, exact,
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert relative_error(logits(model), expected) < 1e-5 and relative_error(logits(again), expected) < 1e-5
     assert relative_error(logits(pair()[0]), expected) > 1e-3
+
+
+def test_attention_stays_a_native_call_until_its_weights_are_written_to(pair, exact):
+    _, model = pair()
+    attention = model.model.layers[1].self_attn
+    unfreeze(model, ["q_proj"])
+    logits(model)
+    assert attention.native is not None and attention.is_as_loaded()
+    with torch.no_grad():
+        attention.q_proj.weight.add_(1)
+    assert not attention.is_as_loaded()
