@@ -13,7 +13,7 @@ from torch import nn
 
 from ktransformers.errors import UnsupportedError, WeightError
 from ktransformers.loaders import WeightSource
-from ktransformers.operators.base_operator import BaseInjectedModule, device_of, warn_once
+from ktransformers.operators.base_operator import BaseInjectedModule, device_of, to_device, warn_once
 from ktransformers.rules.plan import Replacement
 
 
@@ -105,6 +105,23 @@ def device_map(model: nn.Module, replacements: Mapping[str, Replacement]) -> dic
     return places
 
 
+def outputs_to_inputs(model: nn.Module, places: Mapping[str, str]) -> None:
+    """Have a model on several devices return what it computes with gradients where its inputs were, as accelerate's
+    do: trainers compare losses and labels with those. Without gradients logits stay where the head is."""
+    if len(set(places.values())) < 2:
+        return
+
+    def move(module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+        given = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
+        if given is None or not torch.is_grad_enabled() or not hasattr(out, "to_tuple"):
+            return
+        for name, value in out.items():
+            out[name] = to_device(value, given.device)
+
+    move.only_moves = True
+    model.register_forward_hook(move, with_kwargs=True)
+
+
 def generation_config(config: Any) -> Any:
     """Stop tokens and sampling defaults from the config's folder, as from_pretrained reads them; None without any."""
     from transformers import GenerationConfig
@@ -120,17 +137,25 @@ def generation_config(config: Any) -> Any:
         raise WeightError(f"{path}: cannot be read: {reason}. Correct it, or delete it to use the defaults.") from error
 
 
-def refuse_saving(model: nn.Module, source: Any, named: set[str]) -> None:
-    """Make save_pretrained an error where operators hold tensors that the state dict had: the copy would lack them."""
-    held = len(named - set(model.state_dict()))
-    if not held:
+def let_save(model: nn.Module, source: Any, dtypes: dict[str, torch.dtype]) -> None:
+    """Have save_pretrained write what the state dict lacks, since operators compute from the checkpoint, from there.
+
+    `dtypes`: of the tensors that the model had before. Quantized ones have no form that could be written: an error.
+    """
+    if not dtypes.keys() - model.state_dict().keys():
         return
 
-    def save_pretrained(*args: Any, **kwargs: Any) -> None:
-        raise UnsupportedError(
-            f"save_pretrained: operators compute {held} of {len(named)} tensors from the bytes of {source.path} and "
-            "have no weights to save. Copy that checkpoint, or write another with `kt quantize`. "
-            "An adapter (PEFT) is saved by its own save_pretrained."
-        )
+    def save_pretrained(save_directory: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> None:
+        state = dict(model.state_dict() if state_dict is None else state_dict)
+        lacking = [name for name in dtypes if name not in state and source.has(name)]
+        if packed := [n for n in lacking if any(info.type.torch_dtype is None for info in source.infos(n))]:
+            found = f"operators compute {len(packed)} of {len(dtypes)} tensors from the quantized bytes of "
+            found += str(source.path)
+            raise UnsupportedError(
+                f"save_pretrained: {found} and have no weights to save. Copy that checkpoint, or write another with "
+                "`kt quantize`. An adapter (PEFT) is saved by its own save_pretrained."
+            )
+        state |= {name: source.tensor(name, device="cpu", dtype=dtypes[name]) for name in lacking}
+        type(model).save_pretrained(model, save_directory, *args, state_dict=state, **kwargs)
 
     model.save_pretrained = save_pretrained

@@ -94,7 +94,7 @@ def _run(model, rule, weights, config, default_device, devices, cache, progress)
         checks.check_operators(model, replacements, source)
         if env.debug():
             print_plan(model, replacements, source)
-        named = set(model.state_dict())
+        dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         with _restored_on_failure(model), held_as_stored(model, files):
             finish.keep_in_fp32(model)
             inject(model, replacements, source, config)
@@ -104,8 +104,9 @@ def _run(model, rule, weights, config, default_device, devices, cache, progress)
         raise
     model.gguf_loader = source  # upstream's name; also keeps the mapped files open while operators point into them
     model.hf_device_map = finish.device_map(model, replacements)
+    finish.outputs_to_inputs(model, model.hf_device_map)
     model.generation_config = generation_config or model.generation_config
-    finish.refuse_saving(model, source, named)
+    finish.let_save(model, source, dtypes)
     if any(placed.device == "cpu" for placed in replacements.values()):
         cpu_attention.use(model)
     paged_cache.use(model, cache)

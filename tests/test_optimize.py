@@ -451,13 +451,10 @@ def test_arguments_of_the_wrong_kind_are_named(checkpoint):
             ktransformers.optimize_and_load(no_model, "Mixtral", folder)
 
 
-def test_a_model_is_optimized_once_and_not_saved_without_its_weights(everything, tmp_path):
+def test_a_model_is_optimized_once(everything):
     _, model = everything("mixtral")
     with pytest.raises(KTransformersError, match="operators are in it already"):
         ktransformers.optimize_and_load(model, "Mixtral", devices=CPU)
-    with pytest.raises(UnsupportedError, match="have no weights to save.*`kt quantize`"):
-        model.save_pretrained(tmp_path)
-    assert not list(tmp_path.iterdir())
 
 
 def test_loading_inside_the_meta_context_works(checkpoint):

@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from ktransformers import optimize_and_load
 from ktransformers.errors import UnsupportedError
+from ktransformers.gguf_files.write import quantize_folder
 from tests.tiny import meta_model, random_ids, relative_error
 
 IDS = random_ids(1, 9)
@@ -35,7 +36,7 @@ def build(checkpoint):
     def make(*rules):
         return optimize_and_load(meta_model(reference.config), list(rules), folder, default_device="cpu", progress=False)
 
-    make.reference = reference
+    make.reference, make.folder = reference, folder
     return make
 
 
@@ -51,10 +52,18 @@ def test_a_model_whose_weights_are_all_dense_is_saved_as_any_other(build, rules,
 
 
 @pytest.mark.parametrize("one", [PACKED, *EXPERTS.values()], ids=["linear", *EXPERTS])
-def test_a_model_that_computes_from_the_checkpoint_says_what_to_copy(build, one, tmp_path):
-    with pytest.raises(UnsupportedError, match=r"tensors from the bytes of .* Copy that checkpoint"):
-        build(*PLACED, one).save_pretrained(tmp_path)
-    assert not list(tmp_path.iterdir())
+def test_what_operators_compute_from_a_checkpoint_in_floats_is_saved_from_there(build, one, tmp_path):
+    build(*PLACED, one).save_pretrained(tmp_path)
+    assert relative_error(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(build.reference)) < 1e-5
+
+
+@pytest.mark.parametrize("one", [PACKED, *EXPERTS.values()], ids=["linear", *EXPERTS])
+def test_a_model_that_computes_from_quantized_bytes_says_what_to_copy(build, one, tmp_path):
+    quantize_folder(build.folder, tmp_path / "model.gguf", "Q8_0")
+    model = optimize_and_load(meta_model(build.reference.config), [*PLACED, one], tmp_path / "model.gguf", default_device="cpu", progress=False)
+    with pytest.raises(UnsupportedError, match=r"tensors from the quantized bytes of .* Copy that checkpoint"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture

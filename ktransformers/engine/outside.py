@@ -32,7 +32,7 @@ def is_elsewhere(module: nn.Module, device: torch.device) -> bool:
         return True
     if isinstance(module, StagedOperator) and getattr(module.active, "cpu_only", False):
         return True
-    return any(tensor.device != device for tensor in module.parameters(recurse=False))
+    return any(tensor is not None and tensor.device != device for tensor in module._parameters.values())
 
 
 class Row(nn.Module):

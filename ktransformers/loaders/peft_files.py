@@ -10,7 +10,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +188,7 @@ def write_peft(adapter: Adapter, folder: Path, model: nn.Module, base: str = "")
     """Write `adapter` as PEFT would, so that stock PEFT loads it. Raises WeightError where it cannot be written."""
     from safetensors.torch import save_file
 
-    every = places(model)
+    every = _as_targets(places(model), model)
     changed = [every[name] for name in adapter.changes]
     tensors = {_PREFIX + name: tensor for name, tensor in adapter.replaced.items()}
     rank = Counter(change.rank for change in adapter.changes.values()).most_common(1)[0][0]
@@ -210,6 +210,19 @@ def write_peft(adapter: Adapter, folder: Path, model: nn.Module, base: str = "")
         (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
     except OSError as error:
         raise WeightError(f"{folder}: cannot be written ({error}). Choose another place.") from error
+
+
+_TAKEN = ("gate", "gate_proj", "up_proj", "down_proj")
+"""Names that PEFT takes for the experts' in families whose checkpoints name those so, as Qwen2-MoE's does."""
+
+
+def _as_targets(every: dict[str, Place], model: nn.Module) -> dict[str, Place]:
+    """The places, of which linear layers with a name that PEFT would take for the experts' are parameters to it."""
+    from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN as KINDS  # as PEFT asks
+
+    if KINDS.get(model.config.model_type) != "qwen2_moe":
+        return every
+    return {n: replace(p, parameter=p.parameter or p.module.rpartition(".")[2] in _TAKEN) for n, p in every.items()}
 
 
 def _factors(change: LowRank, place: Place, scale: float, nested: str) -> Iterator[tuple[str, Tensor]]:

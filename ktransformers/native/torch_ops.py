@@ -7,8 +7,8 @@ opaque Python objects are experimental. So an operator names its Linear, Experts
 given twice; the object, not the number, keeps weights alive.
 They are defined on a bare Library, which costs 4 us a call; `torch.library.custom_op` costs 14 and an autograd formula
 6 more (one core of a Sapphire Rapids, torch 2.13). Where nobody looks, a call goes past the dispatcher (`is_watched`):
-13 us for a linear of 32 x 32, as before. Linears and experts have gradients (their weights have none); those of the
-others are `operators.base_operator.forward_only`'s to say.
+13 us for a linear of 32 x 32, as before. Linears and experts have gradients (their weights have none); the others are
+called where nobody wants any.
 """
 
 from __future__ import annotations

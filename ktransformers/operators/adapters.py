@@ -1,10 +1,11 @@
-"""Low-rank adapters on routed experts, as stock PEFT puts them there: `LoraConfig(target_parameters=[...])`.
+"""Low-rank adapters on parameters, as stock PEFT puts them there: `LoraConfig(target_parameters=[...])`.
 
 PEFT wraps the module that has a parameter `gate_up_proj` or `down_proj` [E, ., .] in a `ParamWrapper`, and for every
 call adds B @ A to it: a matrix as large as all experts of the layer, which nothing here has in dense form. For
 `KTransformersExperts` the wrapper hands the two factors over instead, and the experts compute x A' B' beside their own
-product. Names and shapes of what is trained and saved are PEFT's own; merging is `kt merge`'s.
-PEFT is not imported here: it is met when it asks the experts for their parameters.
+product. So it does for `weight` of a `KTransformersLinear`, the one way that PEFT has to a dense layer whose name it
+takes for an expert's. Names and shapes of what is trained and saved are PEFT's own; merging is `kt merge`'s.
+PEFT is not imported here: it is met when it asks operators for their parameters.
 
 Letters: E experts, r rank, H hidden, I intermediate; a parameter of the family is [E, out, in], or [E, in, out].
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,7 @@ class Factors:
 
     def of(self, expert: int, x: Tensor) -> Tensor:
         """The term for rows [t, in] of one expert: [t, out]."""
-        a, b = self.a[expert].to(x.dtype), self.b[expert].to(x.dtype)
+        a, b = self.a[expert].to(x), self.b[expert].to(x)
         return (x @ a.T @ b.T) * self.scale
 
     def joined(self, other: Factors) -> Factors:
@@ -69,19 +70,28 @@ def parameters_of(experts: nn.Module) -> Iterator[tuple[str, Any]]:
         return
     family = experts.orig_module
     for name in ("gate_up_proj", "up_proj", "down_proj"):
-        if isinstance(family._parameters.get(name), Tensor):
+        if isinstance(family._parameters.get(name), Tensor) and name not in experts._parameters:
             yield name, weight_of(experts, name)
 
 
 def weight_of(experts: nn.Module, name: str) -> PackedWeight:
     given = experts.orig_module._parameters[name]
-    where = experts.out_device or experts.active.device
     instead = "leave the experts to transformers (class: default) to have one, or merge an adapter with `kt merge`"
-    return PackedWeight(f"{experts.key}.{name}", given.shape, given.dtype, where, instead)
+    return PackedWeight(f"{experts.key}.{name}", given.shape, given.dtype, experts.active.device, instead)
+
+
+def beside(out: Tensor, x: Tensor, wrapper: nn.Module, active: list[str]) -> Tensor:
+    """`out` of a linear layer for `x`, with the wrapper's adapters added: as PEFT adds those of linear layers."""
+    dtype = out.dtype
+    for name in active:
+        a, b = wrapper.lora_A[name], wrapper.lora_B[name]
+        term = b(a(wrapper.lora_dropout[name](x.to(a.weight.device, a.weight.dtype)))) * wrapper.scaling[name]
+        out = out + term.to(out.device)
+    return out.to(dtype)
 
 
 def meet_peft() -> None:
-    """Have PEFT's wrapper of parameters hand its factors to our experts; of all other modules nothing changes."""
+    """Have PEFT's wrapper of parameters hand its factors to our operators; of all other modules nothing changes."""
     layer = sys.modules.get("peft.tuners.lora.layer")
     if layer is None or getattr(layer.ParamWrapper, "hands_over", False):
         return
@@ -90,56 +100,71 @@ def meet_peft() -> None:
         if not hasattr(wrapper, name):
             raise UnsupportedError(f"PEFT {sys.modules['peft'].__version__}: ParamWrapper has no {name}; adapters on "
                                    "experts are tested with PEFT 0.21.")  # fmt: skip
-    wrapper._activate_lora = _instead_of(wrapper._activate_lora, _hand_over)
-    wrapper.merge = _instead_of(wrapper.merge, _refuse_merge)
-    wrapper.__init__ = _without_dropout(wrapper.__init__)
-    wrapper.update_layer = _without_dropout(wrapper.update_layer)
+    wrapper._activate_lora = _instead_of(wrapper._activate_lora, _hand_over, lambda operator: True)
+    wrapper.merge = _instead_of(wrapper.merge, _refuse_merge, lambda operator: "weight" not in operator._parameters)
+    wrapper.__init__ = _with_dropout(wrapper.__init__, 1)
+    wrapper.update_layer = _with_dropout(wrapper.update_layer, 0)
     wrapper.hands_over = True
 
 
-def _without_dropout(theirs: Any) -> Any:
-    """PEFT refuses dropout in what it does to experts; linear layers of the same adapter may have it."""
+def _with_dropout(theirs: Any, name_at: int) -> Any:
+    """PEFT refuses dropout in adapters of parameters, whose input it never sees. Linear layers here see it; experts go
+    without, since the input of down is within the C call. `name_at`: the argument that names the adapter."""
 
     @functools.wraps(theirs)
     def method(wrapper: nn.Module, *args: Any, config: Any = None, **kwargs: Any) -> None:
         target = args[0] if args and isinstance(args[0], nn.Module) else wrapper
         while hasattr(target, "base_layer"):
             target = target.base_layer
-        if config is not None and config.lora_dropout and hasattr(target, "adapters"):
-            warn_once(f"lora_dropout {config.lora_dropout:g}: linear layers' adapters have it, those of experts do not")
-            config = copy.copy(config)
-            config.lora_dropout = 0.0
-        theirs(wrapper, *args, config=config, **kwargs)
+        if problem := getattr(target, "adapter_problem", str)():
+            raise UnsupportedError(f"{problem}.")
+        if config is None or not config.lora_dropout or not hasattr(target, "adapters"):
+            theirs(wrapper, *args, config=config, **kwargs)
+            return
+        plain = copy.copy(config)
+        plain.lora_dropout = 0.0
+        theirs(wrapper, *args, config=plain, **kwargs)
+        if isinstance(target, nn.Linear):
+            wrapper.lora_dropout[args[name_at]] = nn.Dropout(config.lora_dropout)
+        else:
+            found = f"lora_dropout {config.lora_dropout:g}: linear layers' adapters have it, those of experts do not"
+            warn_once(f"{found}. PEFT loads the saved adapter once adapter_config.json says 0")
 
     return method
 
 
-def _instead_of(theirs: Any, ours: Any) -> Any:
+def _instead_of(theirs: Any, ours: Any, concerns: Callable[[nn.Module], bool]) -> Any:
     @functools.wraps(theirs)
     def method(wrapper: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        experts = wrapper.get_base_layer()
-        mine = hasattr(experts, "adapters")
-        return ours(experts, wrapper, *args, **kwargs) if mine else theirs(wrapper, *args, **kwargs)
+        operator = wrapper.get_base_layer()
+        mine = hasattr(operator, "adapters") and concerns(operator)
+        return ours(operator, wrapper, *args, **kwargs) if mine else theirs(wrapper, *args, **kwargs)
 
     return method
 
 
 @contextmanager
-def _hand_over(experts: nn.Module, wrapper: nn.Module, active: list[str]) -> Iterator[None]:
-    """While it lasts, `experts` computes with the wrapper's active adapters."""
-    found = [_factors(experts, wrapper, name) for name in active if name in wrapper.lora_A]
-    if not found:
+def _hand_over(operator: nn.Module, wrapper: nn.Module, active: list[str]) -> Iterator[None]:
+    """While it lasts, `operator` computes with the wrapper's active adapters."""
+    before, names = operator.adapters, [name for name in active if name in wrapper.lora_A]
+    if names and isinstance(operator, nn.Linear):
+        operator.adapters = wrapper, names
+    elif names:
+        operator.adapters = _in_experts(operator, wrapper, names)
+    try:
         yield
-        return
+    finally:
+        operator.adapters = before
+
+
+def _in_experts(experts: nn.Module, wrapper: nn.Module, names: list[str]) -> Adapters:
+    """Those that `experts` have already, of another wrapper, and adapters of this one."""
+    found = [_factors(experts, wrapper, name) for name in names]
     role = "down" if wrapper.parameter_name == "down_proj" else "first"
     before = experts.adapters
     made = {"first": None if before is None else before.first, "down": None if before is None else before.down}
     made[role] = functools.reduce(Factors.joined, found)
-    experts.adapters = Adapters(**made)
-    try:
-        yield
-    finally:
-        experts.adapters = before
+    return Adapters(**made)
 
 
 def _factors(experts: nn.Module, wrapper: nn.Module, adapter: str) -> Factors:
@@ -166,8 +191,8 @@ def _factors(experts: nn.Module, wrapper: nn.Module, adapter: str) -> Factors:
     return Factors(a, b, scale)
 
 
-def _refuse_merge(experts: nn.Module, wrapper: nn.Module, *args: Any, **kwargs: Any) -> None:
+def _refuse_merge(operator: nn.Module, wrapper: nn.Module, *args: Any, **kwargs: Any) -> None:
     raise UnsupportedError(
-        f"{experts.key}: experts compute from the checkpoint's packed bytes, into which no adapter can be merged here. "
+        f"{operator.key}: computes from the checkpoint's packed bytes, into which no adapter can be merged here. "
         "`kt merge` writes a checkpoint with the adapter merged in; for chat and serving the adapter stays beside it."
     )

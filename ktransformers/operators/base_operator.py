@@ -11,7 +11,7 @@ import enum
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -127,8 +127,21 @@ class BaseInjectedModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.orig_module.forward(*args, **kwargs)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        """Of an operator alone, which PEFT copies where it trains a module whole: the family's module. Of a model with
+        operators there is no copy."""
+        from ktransformers.operators.trained import dense
+
+        if memo or self.orig_module is None:
+            return self.__reduce_ex__(4)
+        return dense(self.bare(), self.key, self.gguf_loader, self.device)
+
+    def bare(self) -> nn.Module:
+        """The replaced module, each parameter of which is as it is now, or on the meta device."""
+        return self.orig_module
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """What copy.deepcopy, pickle and torch.save(model) ask. State dicts are not concerned."""
+        """What pickle, torch.save(model), and copy.deepcopy of a model ask. State dicts are not concerned."""
         raise UnsupportedError(
             f"{self.key}: a model with operators cannot be copied or pickled: its weights are mapped files and "
             "handles. Build it again and call optimize_and_load."
@@ -317,49 +330,6 @@ def to_device(value: Any, device: Any) -> Any:
     if type(value) is dict:
         return {key: to_device(item, device) for key, item in value.items()}
     return value
-
-
-_barrier = torch.library.Library("ktransformers", "FRAGMENT")  # kept, for its operators end with it
-_barrier.define("without_gradient(Tensor out, Tensor source, str what) -> Tensor")
-_barrier.define("refuse_gradient(Tensor gradient, Tensor source, str what) -> Tensor")
-_COPY, _REFUSE = torch.ops.ktransformers.without_gradient.default, torch.ops.ktransformers.refuse_gradient.default
-
-
-def _refuse(gradient: Tensor, source: Tensor, what: str) -> Tensor:
-    raise UnsupportedError(
-        f"{what} has no backward yet, so no gradient can flow through it. Run under torch.no_grad(), "
-        "or let a rule name the torch operator (KLinearTorch, KExpertsTorch) for modules that gradients must pass."
-    )
-
-
-_barrier.impl("without_gradient", lambda out, source, what: out.clone(), "CompositeExplicitAutograd")
-_barrier.impl("refuse_gradient", _refuse, "CompositeExplicitAutograd")
-torch.library.register_fake("ktransformers::without_gradient", lambda out, source, what: out.clone(), lib=_barrier)
-torch.library.register_fake("ktransformers::refuse_gradient", lambda _, source, what: source.clone(), lib=_barrier)
-
-
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[1])
-    ctx.what = inputs[2]
-
-
-def _backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
-    # An operator, not an exception: a compiler traces this too, whether or not anyone asks for gradients later.
-    # It takes the gradient, or the compiler would run it with the forward.
-    return None, _REFUSE(gradient, ctx.saved_tensors[0], ctx.what), None
-
-
-torch.library.register_autograd("ktransformers::without_gradient", _backward, setup_context=_keep, lib=_barrier)
-
-
-def forward_only(function: Callable[..., Tensor], what: str, *tensors: Tensor) -> Tensor:
-    """Call `function(*tensors)`. Gradients through the result raise UnsupportedError, which names `what`."""
-    source = next((t for t in tensors if t.requires_grad), None) if torch.is_grad_enabled() else None
-    if source is None:
-        return function(*tensors)
-    with torch.no_grad():
-        out = function(*tensors)
-    return _COPY(out, source, what)
 
 
 def forward_arguments(module: nn.Module) -> list[str]:

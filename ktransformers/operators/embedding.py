@@ -4,6 +4,7 @@ A dense table in bf16 is often the largest thing in memory that is not an expert
 another device, for a family's own kind of embedding, and where a format is not computed in C, the table is dense.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ktransformers.operators.combining import has_hooks
 from ktransformers.operators.inner_ops import dtype_problem, is_cpu, stored_problem
 from ktransformers.operators.linear import packed_dense
 from ktransformers.operators.packed_weight import PackedWeight
+from ktransformers.operators.trained import dense
 from ktransformers.operators.twin import original
 
 
@@ -53,6 +55,22 @@ class KTransformersEmbedding(FamilyOperator):
     def unload(self) -> None:
         super().unload()
         self.table = None
+
+    def requires_grad_(self, requires_grad: bool = True) -> nn.Module:
+        """True makes a packed table a dense one, to be trained; see trained.py."""
+        if requires_grad and self.table is not None:
+            self._parameters.update(dense(self.bare(), self.key, self.gguf_loader, self.generate_device)._parameters)
+            self.table = None
+            self.loads += 1
+        return super().requires_grad_(requires_grad)
+
+    def bare(self) -> nn.Module:
+        if self.table is None:
+            return self.orig_module
+        made = copy.copy(self.orig_module)
+        shape = (self.num_embeddings, self.embedding_dim)
+        made._parameters = {"weight": nn.Parameter(torch.empty(shape, dtype=self.dtype, device="meta"))}
+        return made
 
     def __getattr__(self, name: str) -> Any:
         """Called for what is not found: `weight` while the table is packed."""

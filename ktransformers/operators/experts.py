@@ -23,14 +23,14 @@ from ktransformers.loaders import WeightSource
 from ktransformers.machine.streams import Streams, streams_of
 from ktransformers.models.traits import identity_experts, is_interleaved, is_transposed
 from ktransformers.native.torch_ops import adapted_experts
-from ktransformers.operators import hot_experts
+from ktransformers.operators import hot_experts, trained
 from ktransformers.operators.adapters import Adapters, meet_peft, parameters_of, weight_of
 from ktransformers.operators.base_operator import InferenceState, load_children, warn_once
 from ktransformers.operators.combining import has_hooks
 from ktransformers.operators.experts_packed import KExpertsMarlin, KExpertsPacked
 from ktransformers.operators.gating import apply_gate, gating_of, interleaved, uncomputed
 from ktransformers.operators.host_experts import MOST_TOKENS, HostExperts
-from ktransformers.operators.inner_base import KExpertsBase
+from ktransformers.operators.inner_base import KExpertsBase, sum_by_expert
 from ktransformers.operators.inner_ops import (
     InnerOperator,
     StagedOperator,
@@ -224,40 +224,54 @@ class KExpertsTorch(KExpertsBase):
         self.gate_up = self.down = self.gate_up_bias = self.down_bias = self.slots = None
 
     def forward(self, hidden: Tensor, ids: Tensor, weights: Tensor, adapters: Adapters | None = None) -> Tensor:
-        """Sort the T*K pairs by expert, so that every expert sees its tokens as one matrix."""
+        """The T*K pairs by expert, so that every expert sees its tokens as one matrix."""
         x, ids = hidden.to(self.down.device, self.down.dtype), ids.to(self.down.device)
-        n_experts = len(self.down if self.slots is None else self.slots[1:])
-        flat = ids.reshape(-1)  # pair p is slot p % K of token p // K
-        flat = flat.where((flat >= 0) & (flat < n_experts), n_experts)  # what is to be skipped sorts last
-        if self.slots is not None:
-            flat, n_experts = self.slots[flat], len(self.down)
-        order = flat.argsort(stable=True)
-        counts = flat.bincount(minlength=n_experts + 1)[:n_experts].tolist()
-        scale = weights.to(x.device).reshape(-1, 1)
-        out = torch.zeros_like(x)
-        start = 0
-        for expert, count in enumerate(counts):
-            if count == 0:
-                continue
-            pairs = order[start : start + count]
-            start += count
-            tokens = pairs // ids.shape[1]
-            y = self._expert(expert, x[tokens], adapters) * scale[pairs]
-            out.index_add_(0, tokens, y.to(out.dtype))
+        stacks = self._stacks()
+
+        def compute(slot: int, rows: Tensor) -> Tensor:
+            return self._expert(slot, rows, adapters, stacks)
+
+        out = sum_by_expert(x, ids, weights.to(x.device), self.slots, len(self.down), compute)
         return out.to(hidden.device, hidden.dtype)
 
-    def _expert(self, e: int, x: Tensor, adapters: Adapters | None = None) -> Tensor:
+    def _stacks(self) -> Any:
+        """What has `gate_up`, `down` and their biases, each to be asked for the one of an expert."""
+        return self
+
+    def _expert(self, e: int, x: Tensor, adapters: Adapters | None = None, stacks: Any = None) -> Tensor:
         """Rows [t, H] through expert `e`: [t, H]."""
-        adapters = adapters or Adapters()
-        first, second = (None if bias is None else bias[e] for bias in (self.gate_up_bias, self.down_bias))
-        gate_up = F.linear(x, self.gate_up[e], first)
+        adapters, stacks = adapters or Adapters(), stacks or self._stacks()
+        first, second = (None if bias is None else bias[e] for bias in (stacks.gate_up_bias, stacks.down_bias))
+        gate_up = F.linear(x, stacks.gate_up[e], first)
         if adapters.first is not None:
-            added = adapters.first.of(e, x)
+            added = adapters.first.of(self.expert_of(e), x)
             gate_up = gate_up + (interleaved(added) if is_interleaved(self.orig_module) else added)
         has_gate = getattr(self.orig_module, "has_gate", True)
         y = apply_gate(self.orig_module, gate_up) if has_gate else self.orig_module.act_fn(gate_up)
-        out = F.linear(y, self.down[e], second)
-        return out if adapters.down is None else out + adapters.down.of(e, y)
+        out = F.linear(y, stacks.down[e], second)
+        return out if adapters.down is None else out + adapters.down.of(self.expert_of(e), y)
+
+
+class KExpertsTrained(KExpertsTorch):
+    """The same, with the family's parameters as weights: what experts become that are trained. No rule names it."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.parameters: dict[str, nn.Parameter | None] = {}
+
+    def load(self, w: Any = None, device: Any = None) -> None:
+        device = self.device if device is None else device
+        self.parameters.update(trained.dense(self.orig_module, self.key, self.gguf_loader, device)._parameters)
+
+    def unload(self) -> None:
+        self.parameters.clear()
+
+    @property
+    def down(self) -> Tensor | None:
+        return self.parameters.get("down_proj")
+
+    def _stacks(self) -> trained.Stacks:
+        return trained.Stacks(self.parameters, first_projection(self.orig_module), is_transposed(self.orig_module))
 
 
 EXPERTS_MAP: dict[str, type[InnerOperator]] = {
@@ -387,15 +401,18 @@ class KTransformersExperts(StagedOperator):
         return self.active.start(hidden, ids, weights)
 
     def _sum(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        if self.adapters is not None:
-            if self.split is not None or not getattr(self.active, "takes_adapters", False):
-                where = f"some experts on {self.split.hot.device}" if self.split else type(self.active).__name__
-                found = f"found {where}, which compute no adapters"
-                raise UnsupportedError(f"{self.key}: {found}; name KExpertsCPU or KExpertsTorch, and no gpu_experts")
-            return self.active.forward(hidden, ids, weights, self.adapters)
+        adapters = () if self.adapters is None else (self.adapters,)
         if self.split is None:
-            return self.active.forward(hidden, ids, weights)
-        return self.split.forward(self.active, hidden, ids, weights, self.out_device)
+            return self.active.forward(hidden, ids, weights, *adapters)
+        return self.split.forward(self.active, hidden, ids, weights, self.out_device, *adapters)
+
+    def adapter_problem(self) -> str:
+        """Why no adapter is computed inside these experts, or ``""``."""
+        inner = [*self._inner.values(), *([] if self.split is None else [self.split.hot])]
+        unable = [type(one).__name__ for one in inner if not getattr(one, "takes_adapters", False)]
+        if not unable:
+            return ""
+        return f"{self.key}: {unable[0]} computes no adapters; name KExpertsCPU, KExpertsTorch or KExpertsMarlin"
 
     def _sum_of_normed(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Of experts whose results are each normalized: every pair of token and expert is a row of its own."""
@@ -413,9 +430,19 @@ class KTransformersExperts(StagedOperator):
         rows = self.forward(hidden[chosen], ids.unsqueeze(1), ones)
         return rows.new_zeros(hidden.shape).index_copy_(0, chosen.to(rows.device), rows)
 
+    def requires_grad_(self, requires_grad: bool = True) -> nn.Module:
+        """True has the experts trained, which makes them parameters; see trained.py."""
+        if requires_grad and not isinstance(self.active, KExpertsTrained):
+            if self.split is not None:
+                found = f"some experts are on {self.split.hot.device}, and are not trained there"
+                raise UnsupportedError(f"{self.key}: {found}; leave gpu_experts out of the rule.")
+            self.become(KExpertsTrained)
+            self.__dict__["_parameters"] = self.active.parameters
+        return super().requires_grad_(requires_grad)
+
     def named_parameters(self, prefix: str = "", recurse: bool = True, *args: Any, **kwargs: Any) -> Any:
-        """None, as expert weights are no parameters, but to one who asks for this module's own: PEFT looks so for what
-        can have an adapter. See adapters.py."""
+        """None, as expert weights are no parameters until they are trained; but to one who asks for this module's own,
+        as PEFT does for what can have an adapter, they are. See adapters.py."""
         yield from super().named_parameters(prefix, recurse, *args, **kwargs)
         if not recurse and "peft" in sys.modules:
             meet_peft()
@@ -423,11 +450,11 @@ class KTransformersExperts(StagedOperator):
 
     def __getattr__(self, name: str) -> Any:
         """Called for what is not found: the family's parameters, which PEFT asks for shapes."""
-        family = self.__dict__.get("orig_module")
+        family = None if name in self.__dict__.get("_parameters", ()) else self.__dict__.get("orig_module")
         if name in ("gate_up_proj", "up_proj", "down_proj") and family is not None and name in family._parameters:
             return weight_of(self, name)
-        if name == "is_transposed" and family is not None:
-            return getattr(family, name, False)
+        if name == "is_transposed" and "orig_module" in self.__dict__:
+            return getattr(self.orig_module, name, False)
         return super().__getattr__(name)
 
     @property

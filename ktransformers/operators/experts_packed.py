@@ -1,7 +1,8 @@
 """Routed experts on packed weights on a GPU, computed by the kernels of kernels/experts.py: any routing by one graph.
 
 Whole layers, or those of a layer that are worth a place on the GPU (hot_experts.py). Weights are kept and quantized as
-linear_packed.py says.
+linear_packed.py says. With adapters, and for gradients, one expert after the other is computed, by the kernels of
+linear layers.
 Letters: T tokens, H hidden, E experts, n of them here, K experts per token.
 """
 
@@ -12,15 +13,17 @@ from torch import Tensor, nn
 
 from ktransformers.errors import UnsupportedError
 from ktransformers.kernels import experts as kernels
-from ktransformers.kernels import words
+from ktransformers.kernels import linear, words
 from ktransformers.kernels.compiler import too_old
 from ktransformers.kernels.floats import Loss
 from ktransformers.loaders import WeightSource
 from ktransformers.loaders.sources import Matrices
+from ktransformers.machine.streams import streams_of
 from ktransformers.native import Glu, torch_ops
-from ktransformers.operators.base_operator import forward_only
-from ktransformers.operators.gating import gating_of, uncomputed
-from ktransformers.operators.inner_base import KExpertsBase
+from ktransformers.operators.adapters import Adapters
+from ktransformers.operators.gating import Gating, gating_of, uncomputed
+from ktransformers.operators.inner_base import KExpertsBase, sum_by_expert
+from ktransformers.operators.linear_packed import WithGradient
 from ktransformers.operators.on_gpu import (
     GROUP_SIZE,
     NUM_BITS,
@@ -36,8 +39,9 @@ from ktransformers.operators.on_gpu import (
 class KExpertsPacked(KExpertsBase):
     """Experts of one layer whose weights have packed forms of their own, on a GPU, of which nothing is asked."""
 
-    on_gpu = True
+    on_gpu = takes_adapters = True
     quantizing: tuple[int, int] | None = None
+    gating: Gating | None = None
     experts: kernels.Experts | None = None
     lost: float | None = None
     slots: Tensor | None = None  # int64 [E + 1]: where in `experts` each one is, n for one that is not; None: in order
@@ -74,6 +78,7 @@ class KExpertsPacked(KExpertsBase):
         biases = (self._bias(bias, device) for bias in (stored.gate_bias, stored.up_bias, stored.down_bias))
         glu = Glu(gating.activation, gating.alpha, gating.limit, *biases)
         first = (words.from_experts(up, device),) if gate is None else kernels.joined(gate, up, device)
+        self.gating = gating
         self.experts = kernels.Experts(first, words.from_experts(down, device), glu, gate is not None)
         self.lost = report(self, loss)
         self.workspace = Workspace.of(self.gguf_loader, self.experts.down.device)
@@ -108,17 +113,47 @@ class KExpertsPacked(KExpertsBase):
         """For a line about it: the packed form of most of its weights."""
         return "" if self.experts is None else form_of(self.experts.first[0], self.lost)
 
-    def forward(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, ids: Tensor, weights: Tensor, adapters: Adapters | None = None) -> Tensor:
         device = self.experts.down.device
         x, ids, weights = hidden.to(device, computable(hidden.dtype)), ids.to(device), weights.to(device)
-
-        def call(x: Tensor, weights: Tensor) -> Tensor:
-            if torch_ops.is_watched(x):
-                return torch_ops.experts(x, ids, weights, self.number)
-            return self.compute(x, ids, weights)
-
-        out = forward_only(call, f"{self.key} ({type(self).__name__})", x, weights)
+        if adapters is not None:
+            out = self._one_by_one(x, ids, weights, adapters)
+        elif torch_ops.is_watched(x) or torch_ops.wants_gradient(x, weights):
+            out = torch_ops.experts(x, ids, weights, self.number)
+        else:
+            out = self.compute(x, ids, weights)
         return out.to(hidden.device, hidden.dtype)
+
+    def backward(self, hidden: Tensor, ids: Tensor, weights: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of hidden [T, H] and of weights [T, K], from that of `compute`'s result; that is made again."""
+        x, scale = hidden.detach().requires_grad_(), weights.detach().float().requires_grad_()
+        with torch.enable_grad():
+            out = self._one_by_one(x, ids, scale, Adapters())
+        d_hidden, d_weights = torch.autograd.grad(out, (x, scale), d_out, allow_unused=True, materialize_grads=True)
+        return d_hidden, d_weights
+
+    def _one_by_one(self, x: Tensor, ids: Tensor, weights: Tensor, adapters: Adapters) -> Tensor:
+        streams = streams_of(x.device)
+        if streams is not None and streams.is_capturing():
+            raise UnsupportedError(f"{self.key}: experts with an adapter are no part of a graph. Set KT_GRAPHS=0.")
+        experts, glu = self.experts, self.experts.glu
+
+        def times(rows: Tensor, stack: words.Words, slot: int) -> Tensor:
+            one = stack.expert(slot)
+            return WithGradient.apply(rows, one, lambda r: linear.linear(r, one))
+
+        def compute(slot: int, rows: Tensor) -> Tensor:
+            first = torch.cat([times(rows, stack, slot) for stack in experts.first], 1)
+            biases = [bias[slot] for bias in (glu.gate_bias, glu.up_bias) if bias is not None]
+            first = first + torch.cat(biases).to(first) if biases else first
+            if adapters.first is not None:
+                first = first + adapters.first.of(self.expert_of(slot), rows)
+            middle = self.gating.apply(*(first.chunk(2, 1) if experts.gated else (None, first)))
+            out = times(middle.contiguous(), experts.down, slot)
+            out = out if glu.down_bias is None else out + glu.down_bias[slot].to(out)
+            return out if adapters.down is None else out + adapters.down.of(self.expert_of(slot), middle)
+
+        return sum_by_expert(x, ids.long(), weights, self.slots, experts.down.shape[0], compute)
 
     def compute(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """`forward` on the weights' device, past torch's dispatcher."""

@@ -227,27 +227,30 @@ class Split:
             self._there[ids.device] = self._places.to(ids.device)
         return self._there[ids.device][ids.where((ids >= 0) & (ids < self.n_experts), self.n_experts)]
 
-    def forward(self, rest: Any, hidden: Tensor, ids: Tensor, weights: Tensor, out_device: Any = None) -> Tensor:
+    def forward(
+        self, rest: Any, hidden: Tensor, ids: Tensor, weights: Tensor, out_device: Any = None, *adapters: Any
+    ) -> Tensor:
         """The contract of experts.py, with `rest` for all other experts. The result is on `out_device`, or where
-        `hidden` is, in its dtype."""
+        `hidden` is, in its dtype. `adapters`: none, or those of the layer, for both parts."""
         target = hidden.device if out_device is None else out_device
         if not self.rest_ids:
-            return self._hot(hidden, ids, weights).to(target)
-        if (end := self.start(rest, hidden, ids, weights)) is not None:
+            return self._hot(hidden, ids, weights, *adapters).to(target)
+        if not adapters and (end := self.start(rest, hidden, ids, weights)) is not None:
             return end().to(target)
         # What the other part needs comes first: once the GPU has work, a copy from it waits for that work.
         near = ids.to(rest.device)
         places = self._of(near)
         to_rest = some(places == REST)
         x, w = (hidden.to(rest.device), weights.to(rest.device)) if to_rest else (None, None)
-        parts = [self._hot(hidden, ids, weights)] if some(places == HOT) else []  # goes on while the next part computes
+        hot = some(places == HOT)
+        parts = [self._hot(hidden, ids, weights, *adapters)] if hot else []  # goes on while the next part computes
         if to_rest:
-            parts.append(rest.forward(x, near.where(places == REST, -1), w))
+            parts.append(rest.forward(x, near.where(places == REST, -1), w, *adapters))
         if not parts:
             return hidden.new_zeros(hidden.shape, device=target)
         parts = [part.to(target) for part in parts]
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
-    def _hot(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def _hot(self, hidden: Tensor, ids: Tensor, weights: Tensor, *adapters: Any) -> Tensor:
         device = self.hot.device
-        return self.hot.forward(hidden.to(device), ids.to(device), weights.to(device))
+        return self.hot.forward(hidden.to(device), ids.to(device), weights.to(device), *adapters)

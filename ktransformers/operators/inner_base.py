@@ -3,7 +3,7 @@
 Letters: N output features, K input features; T tokens, H hidden, K experts per token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -83,6 +83,33 @@ def weight_and_bias(w: Weight, key: str) -> tuple[Tensor, Tensor | None]:
     return weight, bias
 
 
+def sum_by_expert(
+    x: Tensor, ids: Tensor, weights: Tensor, slots: Tensor | None, count: int, compute: Callable[[int, Tensor], Tensor]
+) -> Tensor:
+    """[T, H]: the weighted sums of `compute(slot, rows [t, H])`, called once for each slot that has tokens.
+
+    `count` slots; `slots` [E + 1] says which one an expert is in, `count` for none; None: in order. All on one device.
+    """
+    n_experts = count if slots is None else len(slots) - 1
+    flat = ids.reshape(-1)  # pair p is slot p % K of token p // K
+    flat = flat.where((flat >= 0) & (flat < n_experts), n_experts)  # what is to be skipped sorts last
+    flat = flat if slots is None else slots[flat]
+    order = flat.argsort(stable=True)
+    counts = flat.bincount(minlength=count + 1)[:count].tolist()
+    scale = weights.reshape(-1, 1)
+    out = torch.zeros_like(x)
+    start = 0
+    for slot, tokens_there in enumerate(counts):
+        if tokens_there == 0:
+            continue
+        pairs = order[start : start + tokens_there]
+        start += tokens_there
+        tokens = pairs // ids.shape[1]
+        y = compute(slot, x[tokens]) * scale[pairs]
+        out.index_add_(0, tokens, y.to(out.dtype))
+    return out
+
+
 class KExpertsBase:
     """An inner operator for the experts under `key`: `load` reads them, `unload` gives the memory back."""
 
@@ -92,6 +119,10 @@ class KExpertsBase:
     def __init__(self, key: str, gguf_loader: WeightSource, config: Any, orig_module: nn.Module, device: Any = "cpu"):
         self.key, self.gguf_loader, self.config = key, gguf_loader, config
         self.orig_module, self.device = orig_module, device
+
+    def expert_of(self, slot: int) -> int:
+        """The expert that is the one of this number here."""
+        return slot if self.ids is None else self.ids[slot]
 
     def load(self, w: Any = None, device: Any = None) -> None:
         raise NotImplementedError

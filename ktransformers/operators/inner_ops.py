@@ -199,6 +199,13 @@ class StagedOperator(BaseInjectedModule):
         other.load(w)
         return other
 
+    def become(self, operator: type[InnerOperator]) -> None:
+        """Compute with an inner operator of another kind from now on, where this one does."""
+        inner = self._make(operator, self.active.device)
+        inner.load()
+        self.unload()
+        self._inner, self.mode = dict.fromkeys(self._inner, inner), InferenceState.GENERATE
+
     def _stand_in(self, inner: InnerOperator) -> InnerOperator:
         return self._make(self.dense, inner.device)
 

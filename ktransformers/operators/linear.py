@@ -5,6 +5,8 @@ packed weights on a GPU. Where one cannot compute, another stands in for it, see
 Letters: N output features, K input features.
 """
 
+import copy
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ktransformers import native
-from ktransformers.errors import WeightError
+from ktransformers.errors import UnsupportedError, WeightError
 from ktransformers.loaders import WeightSource
 from ktransformers.models.traits import is_linear
+from ktransformers.operators.adapters import beside, meet_peft
 from ktransformers.operators.base_operator import BaseInjectedModule, InferenceState, warn_once
 from ktransformers.operators.inner_base import KLinearBase, Weight, weight_and_bias
 from ktransformers.operators.inner_ops import (
@@ -34,6 +37,7 @@ from ktransformers.operators.inner_ops import (
 from ktransformers.operators.linear_packed import KLinearFP8, KLinearMarlin, KLinearPacked
 from ktransformers.operators.on_gpu import GROUP_SIZE, NUM_BITS, quantizing_problems
 from ktransformers.operators.packed_weight import PackedWeight, ReadWeight
+from ktransformers.operators.trained import untrainable
 from ktransformers.quants.blocks import Packed, quant_type
 
 
@@ -143,6 +147,7 @@ class KTransformersLinear(StagedOperator, nn.Linear):
     ):
         super().__init__(key, gguf_loader, config, orig_module, prefill_device, generate_device)
         self.out_device, self.quantizing = out_device, (num_bits, group_size)
+        self.adapters: tuple[nn.Module, list[str]] | None = None  # set by those around a call, see adapters.py
         generate = self._op(generate_op, generate_device)
         self.hold(generate, self._op(prefill_op, prefill_device) if given(prefill_op) else None)
         self.in_features, self.out_features = self.active.in_features, self.active.out_features
@@ -211,8 +216,33 @@ class KTransformersLinear(StagedOperator, nn.Linear):
             return None  # as nn.Linear
         raise AttributeError(f"{self.key}: computes from packed bytes and has no dense {name}; {instead}")
 
+    def requires_grad_(self, requires_grad: bool = True) -> nn.Module:
+        """True makes a packed weight a dense one, to be trained; see trained.py."""
+        if requires_grad and not isinstance(self.active, nn.Module):
+            if problem := untrainable(self):
+                raise UnsupportedError(f"{problem}.")
+            self.become(KLinearTorch)
+            self._show_parameters()
+        return super().requires_grad_(requires_grad)
+
+    def bare(self) -> nn.Module:
+        made = copy.copy(self.orig_module)
+        made._parameters = self.orig_module._parameters | self._parameters
+        return made
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True, *args: Any, **kwargs: Any) -> Any:
+        """Dense ones; and a packed weight to one who asks for this module's own, as PEFT does for what can have an
+        adapter. See adapters.py."""
+        yield from super().named_parameters(prefix, recurse, *args, **kwargs)
+        if not recurse and "peft" in sys.modules:
+            meet_peft()
+            if "weight" not in self._parameters and isinstance(self.active, (KLinearCPUInfer, KLinearPacked)):
+                yield "weight", self.weight
+
     def forward(self, x: Tensor) -> Tensor:
         out = self.active.forward(x)
+        if self.adapters is not None:
+            out = beside(out, x, *self.adapters)
         return out if self.out_device is None else out.to(self.out_device)
 
     def extra_repr(self) -> str:

@@ -4,6 +4,7 @@ A weight keeps the bits that it is published in, where these have a packed form;
 upstream's operator of this name does with all, where a rule asks for that.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ class KLinearPacked(KLinearBase):
     def forward(self, x: Tensor) -> Tensor:
         there = x.to(self.words.device, computable(x.dtype))
         wanted = torch.is_grad_enabled() and there.requires_grad
-        out = _WithGradient.apply(there, self) if wanted else self.call(there)
+        out = WithGradient.apply(there, self.words, self.call) if wanted else self.call(there)
         return out.to(x.device, x.dtype)
 
     def call(self, x: Tensor) -> Tensor:
@@ -121,14 +122,14 @@ class KLinearFP8(KLinearPacked):
     """`KLinearPacked`, under the name of rule files for FP8: such weights keep their 8 bits, activations theirs."""
 
 
-class _WithGradient(torch.autograd.Function):
-    """(x, a KLinearPacked) -> its result; the gradient is of x."""
+class WithGradient(torch.autograd.Function):
+    """(x, words, what multiplies x by them) -> its result; the gradient is of x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, operator: KLinearPacked) -> Tensor:
-        ctx.words = operator.words
-        return operator.call(x)
+    def forward(ctx: Any, x: Tensor, of: words.Words, call: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.words = of
+        return call(x)
 
     @staticmethod
-    def backward(ctx: Any, of_out: Tensor) -> tuple[Tensor, None]:
-        return linear.gradient(of_out, ctx.words), None
+    def backward(ctx: Any, of_out: Tensor) -> tuple[Tensor, None, None]:
+        return linear.gradient(of_out, ctx.words), None, None

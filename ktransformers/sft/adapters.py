@@ -15,7 +15,7 @@ from ktransformers.errors import UnsupportedError, WeightError, join_errors
 from ktransformers.gguf_files.lora import is_gguf_lora, read_gguf_lora
 from ktransformers.loaders.lora import Adapter
 from ktransformers.loaders.peft_files import CONFIG, is_adapter_folder, read_peft, write_peft
-from ktransformers.operators.base_operator import BaseInjectedModule
+from ktransformers.operators.trained import untrainable
 from ktransformers.paths import existing_path
 
 
@@ -61,12 +61,12 @@ def load_adapter(model: Any, path: str | Path) -> Any:
 
 
 def _refuse_whole(model: Any, adapter: Adapter) -> None:
-    """Operators keep the checkpoint's own bytes, so there is no tensor that another could take the place of."""
+    """What was trained whole takes the place of weights in floats alone, as when it was trained."""
     modules = {name.rpartition(".")[0] for name in adapter.replaced}
-    if packed := sorted(name for name in modules if isinstance(model.get_submodule(name), BaseInjectedModule)):
+    if packed := sorted(name for name in modules if untrainable(model.get_submodule(name))):
         raise UnsupportedError(
-            f"{adapter.path}: {', '.join(packed[:6])}: trained whole, and computed from the checkpoint's packed bytes "
-            "here. Make a checkpoint of both with `kt merge`, or leave these modules to transformers (class: default)."
+            f"{adapter.path}: {', '.join(packed[:6])}: trained whole, and computed from quantized bytes here. Make a "
+            "checkpoint of both with `kt merge`, or leave these modules to transformers (class: default)."
         )
 
 

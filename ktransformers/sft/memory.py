@@ -22,7 +22,7 @@ from ktransformers.machine.units import format_bytes
 from ktransformers.models import DEFAULT_RULES
 from ktransformers.planner.formats import format_of
 from ktransformers.planner.plan import BASE_GPU
-from ktransformers.sft import targets, trainers
+from ktransformers.sft import targets, trainers, whole
 from ktransformers.sft.options import Options
 from ktransformers.sft.rules import rule_of
 from ktransformers.simulator.fake import swapped
@@ -73,10 +73,12 @@ def predict(options: Options, capacity: Mapping[str, int], form: str = "") -> Pr
             "--train on GPUs: torch's gradients know no CUDA device in a CPU build of torch. Use a build for CUDA, "
             "which needs no GPU for this, or plan for the CPU alone."
         )
-    name = options.model_name_or_path or model_paths("", options.kt_weight_path)[0]
+    name, weights = options.model_name_or_path, options.kt_weight_path
+    if not name:
+        name, weights = model_paths("", weights)
     config = read_config(name)
     net = meta_model(config)
-    stored = format_of(name, config, net, options.kt_weight_path or None, form or None)
+    stored = format_of(name, config, net, weights or None, form or None)
     rule = rule_of(options.kt_optimize_rule, lambda text: None) or DEFAULT_RULES.get(config.model_type, "Default")
     step = _Step(options, trainers.arguments(options))
     with _quiet(), _tiles_of(net.get_output_embeddings()), _told(name):
@@ -99,12 +101,11 @@ class _Step:
         self.rows = args.per_device_train_batch_size * (2 if options.stage == "dpo" else 1)
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        from peft import get_peft_model
         from trl.trainer.utils import add_fused_lm_head
 
         if not self.whole_logits:
             add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
-        net = get_peft_model(model, targets.lora_config(model, self.options))
+        net = self._trained(model)
         if self.args.gradient_checkpointing:
             net.enable_input_require_grads()
             given = {"use_reentrant": False} | (self.args.gradient_checkpointing_kwargs or {})
@@ -112,6 +113,16 @@ class _Step:
             net.gradient_checkpointing_enable(given | here)
         self.trained = targets.count(net)
         return net
+
+    def _trained(self, model: nn.Module) -> nn.Module:
+        from peft import PeftConfig, get_peft_model
+
+        if self.options.finetuning_type != "lora":
+            whole.unfreeze_by(model, self.options)
+            return model
+        before = self.options.adapter_name_or_path
+        config = PeftConfig.from_pretrained(before) if before else targets.lora_config(model, self.options)
+        return get_peft_model(model, config)
 
     def loss(self, net: nn.Module) -> Tensor:
         ids = torch.zeros((self.rows, self.options.cutoff_len), dtype=torch.int64, device=net.device)

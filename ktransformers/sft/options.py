@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 STAGES = ("sft", "dpo")
+TUNINGS = ("lora", "freeze", "full")
 LOSSES = ("sigmoid", "hinge", "ipo", "orpo", "simpo")
 """`pref_loss`: the first three are DPO's, with the model without its adapter as reference; the others need none."""
 
@@ -37,6 +38,15 @@ class Options:
     do_predict: bool = False
     predict_with_generate: bool = False
     finetuning_type: str = "lora"
+    """"lora"; or of weights that are not quantized, with the model saved whole: "full" trains all, "freeze" some."""
+    freeze_trainable_layers: int = 2
+    """Of "freeze": so many of the last layers, below 0 of the first."""
+    freeze_trainable_modules: str = "all"
+    """Names of modules in these layers, commas between; "all": everything in them."""
+    freeze_extra_modules: str = ""
+    """Modules elsewhere that are trained too, such as embed_tokens,lm_head; commas between."""
+    kt_full_weight_grad: bool = False
+    """With "lora": experts that are not quantized are trained whole, without adapters."""
     lora_rank: int = 8
     lora_alpha: float | None = None
     """None: twice the rank."""
@@ -112,6 +122,5 @@ REFUSED = {
     "deepspeed": "one process trains", "fsdp": "one process trains",
     "use_dora": "experts have no such adapters", "pissa_init": "packed weights are not changed",
     "ref_model": "the model without its adapter is the reference", "streaming": "datasets are read whole",
-    "freeze_trainable_layers": "finetuning_type is lora; additional_target trains modules whole",
     "galore": "adapters are trained by an ordinary optimizer",
 }  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from ktransformers.errors import SFTError, did_you_mean, join_errors
-from ktransformers.sft.options import LOSSES, REFUSED, STAGES, UNUSED, Options
+from ktransformers.sft.options import LOSSES, REFUSED, STAGES, TUNINGS, UNUSED, Options
 
 
 def read(path: str, changes: Sequence[str] = ()) -> Options:
@@ -44,7 +44,7 @@ def made_of(given: dict[str, Any], where: str = "options") -> Options:
             problems += [problem] if problem else []
         elif key in passed_on:
             if value is not None:
-                options.passed[key] = _number(value, passed_on[key])
+                options.passed[key] = _meant(key, value, passed_on[key])
         elif key in UNUSED:
             reason = f": {UNUSED[key]}" if UNUSED[key] else ""
             options.notices.append(f"{key} changes nothing here{reason}")
@@ -92,8 +92,14 @@ def _training_arguments() -> dict[str, str]:
     return {f.name: str(f.type) for f in kept}
 
 
+def _meant(key: str, value: Any, kind: str) -> Any:
+    """YAML reads `save_strategy: no` as false, and 1e-4 as text."""
+    if value is False and key.endswith("_strategy"):
+        return "no"
+    return _number(value, kind)
+
+
 def _number(value: Any, kind: str) -> Any:
-    """YAML reads 1e-4 as text."""
     if isinstance(value, str) and ("float" in kind or "int" in kind):
         try:
             return float(value)
@@ -123,11 +129,12 @@ def _set(options: Options, key: str, value: Any) -> str:
     return ""
 
 
-_LISTS = ("dataset", "eval_dataset", "lora_target", "additional_target", "adapter_name_or_path")
+_LISTS = ("dataset", "eval_dataset", "lora_target", "additional_target", "adapter_name_or_path",
+          "freeze_trainable_modules", "freeze_extra_modules")  # fmt: skip
 
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "stage": (lambda v: v in STAGES, f"one of {', '.join(STAGES)}"),
-    "finetuning_type": (lambda v: v == "lora", "lora; additional_target trains modules whole"),
+    "finetuning_type": (lambda v: v in TUNINGS, f"one of {', '.join(TUNINGS)}"),
     "pref_loss": (lambda v: v in LOSSES, f"one of {', '.join(LOSSES)}"),
     "lora_rank": (lambda v: v > 0, "a positive number"),
     "cutoff_len": (lambda v: v > 1, "at least 2 tokens"),
@@ -147,6 +154,11 @@ def _contradictions(options: Options) -> list[str]:
         wrong.append("dataset: missing; name one of dataset_info.json in dataset_dir, or a file of JSON lines")
     if (options.do_train or options.do_predict) and not options.output_dir:
         wrong.append("output_dir: missing; name a folder for the adapter")
+    if options.finetuning_type != "lora" and options.stage == "dpo" and options.pref_loss not in ("orpo", "simpo"):
+        found = f"pref_loss {options.pref_loss} compares with the model without its adapter"
+        wrong.append(f"finetuning_type: {found}; say lora, or pref_loss orpo or simpo")
+    if options.finetuning_type != "lora" and options.adapter_name_or_path:
+        wrong.append("adapter_name_or_path: an adapter goes on with finetuning_type lora alone")
     if options.packing and options.stage == "dpo":
         wrong.append("packing: pairs are not packed; leave it out")
     return wrong

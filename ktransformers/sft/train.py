@@ -99,7 +99,7 @@ def _with_adapter(model: Any, path: str, trains: bool) -> Any:
 
 def train(options: Options, notify: Told = lambda text: None, on_step: Told = lambda text: None,
           watch: Watcher | None = None) -> Done:  # fmt: skip
-    """Train as the file says; the adapter, its log and its results are in `output_dir` afterwards.
+    """Train as the file says; the adapter or the model, log and results are in `output_dir` afterwards.
 
     Ctrl-C ends it after the step under way; what was learnt until then is saved. Raises KTransformersError.
     """
@@ -109,8 +109,10 @@ def train(options: Options, notify: Told = lambda text: None, on_step: Told = la
     learnt, held = _examples(options, pairs)
     model, tokenizer = open_model(options, notify, on_step, trains=True)
 
-    from ktransformers.sft import targets, trainers
+    from ktransformers.sft import targets, trainers, whole
 
+    if options.finetuning_type != "lora":
+        whole.unfreeze_by(model, options)
     on_step("tokenizing")
     split, counts = [], []
     for examples in (learnt, held):
@@ -120,7 +122,8 @@ def train(options: Options, notify: Told = lambda text: None, on_step: Told = la
     if counts[0] is not None and (counts[0].cut or counts[0].dropped):
         cut, dropped = counts[0].cut, counts[0].dropped
         notify(f"cutoff_len {options.cutoff_len}: {cut} examples are cut, {dropped} have no answer left")
-    config = None if options.adapter_name_or_path else targets.lora_config(model, options)
+    adapts = options.finetuning_type == "lora" and not options.adapter_name_or_path
+    config = targets.lora_config(model, options) if adapts else None
     stop = Stop()
     on_step("simulating a step, for its memory")
     expected = _expect(options, counts[0], notify) if options.do_train else 0
@@ -154,15 +157,18 @@ def _expect(options: Options, counts: Any, notify: Told) -> int:
     return found.memory["cpu"]["total"]
 
 
+_WRITTEN = {"an adapter": "adapter_config.json", "a model": "config.json"}
+
+
 def _output(options: Options) -> Path:
     folder = Path(options.output_dir)
     resumes = options.passed.get("resume_from_checkpoint")
     if folder.is_file():
         raise SFTError(f"output_dir: {folder} is a file, expected a folder.")
     keeps = options.do_train and not options.overwrite_output_dir and not resumes
-    if keeps and (folder / "adapter_config.json").exists():
+    if keeps and (found := [what for what, file in _WRITTEN.items() if (folder / file).exists()]):
         step = "Say overwrite_output_dir: true, or name another folder"
-        raise SFTError(f"output_dir: {folder} holds an adapter. {step}.")
+        raise SFTError(f"output_dir: {folder} holds {found[0]}. {step}.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".probe").write_text("")
@@ -204,8 +210,11 @@ def _run(trainer: Any, options: Options, stop: Stop, done: Done) -> None:
 
 
 def _write(trainer: Any, tokenizer: Any, options: Options, folder: Path, done: Done) -> None:
-    """The adapter, the tokenizer, results and curve."""
+    """The adapter or the model, the tokenizer, results and curve."""
+    from ktransformers.sft import targets
+
     if options.do_train:
+        targets.forget_dropout(trainer.model)
         trainer.save_model(str(folder))
         tokenizer.save_pretrained(folder)
         trainer.save_state()

@@ -14,7 +14,6 @@ from ktransformers.operators.base_operator import (
     BaseInjectedModule,
     FamilyOperator,
     device_of,
-    forward_only,
     load_weights,
 )
 from tests.dict_weights import DictWeights
@@ -156,28 +155,6 @@ def test_a_users_operator_with_a_load_of_its_own_takes_part_in_a_model():
     model.model.rotary_emb = copy.deepcopy(truth.model.rotary_emb)
     with torch.no_grad():
         assert relative_error(model(random_ids(1, 5)).logits, truth(random_ids(1, 5)).logits) < 1e-5
-
-
-def test_forward_only_computes_and_refuses_gradients():
-    x = torch.ones(2, requires_grad=True)
-    y = forward_only(lambda t: t * 2, "part.a", x)
-    assert torch.equal(y, torch.full((2,), 2.0)) and y.requires_grad
-    with pytest.raises(UnsupportedError, match=r"part\.a has no backward yet"):
-        y.sum().backward()
-    with torch.no_grad():
-        assert not forward_only(lambda t: t * 2, "part.a", x).requires_grad
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_compiler_may_trace_the_backward_that_nobody_asks_for(backend):
-    def part(x):
-        return forward_only(lambda t: t * 2, "part.b", x * 1)
-
-    x = torch.ones(2, requires_grad=True)
-    y = torch.compile(part, backend=backend, fullgraph=True)(x)
-    assert torch.equal(y, torch.full((2,), 2.0)) and y.requires_grad
-    with pytest.raises(UnsupportedError, match=r"part\.b has no backward yet"):
-        y.sum().backward()
 
 
 def test_a_notice_is_given_once():

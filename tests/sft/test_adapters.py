@@ -18,6 +18,7 @@ from ktransformers.engine.requests import Done, Request, Token
 from ktransformers.engine.sampling import Sampling
 from ktransformers.errors import UnsupportedError, WeightError
 from ktransformers.gguf_files.lora import peft_to_gguf, write_gguf_lora
+from ktransformers.gguf_files.write import quantize_folder
 from ktransformers.loaders.lora import LowRank
 from ktransformers.sft import adapters
 from ktransformers.sft.adapters import load_adapter
@@ -101,11 +102,15 @@ def test_shared_experts_of_a_gguf_file(checkpoint, exact, tmp_path):
     assert relative_error(logits(found), logits(changed)) < 1e-5 < 1e-3 < relative_error(logits(reference), logits(changed))
 
 
-def test_packed_modules_that_were_trained_whole_are_refused(checkpoint, tmp_path):
+def test_modules_that_were_trained_whole_take_the_place_of_unquantized_ones(checkpoint, exact, tmp_path):
     reference, folder = checkpoint("qwen3_moe")
-    adapted(copy.deepcopy(reference), target_modules=["o_proj"], modules_to_save=["lm_head"]).save_pretrained(tmp_path)
+    model = adapted(copy.deepcopy(reference), target_modules=["o_proj"], modules_to_save=["lm_head"])
+    model.lm_head.modules_to_save["default"].weight.data.mul_(1.5)
+    model.save_pretrained(tmp_path / "a")
+    assert relative_error(logits(load_adapter(mine(reference.config, folder), tmp_path / "a")), logits(model)) < 1e-5
+    quantize_folder(folder, tmp_path / "q8.gguf", "Q8_0")
     with pytest.raises(UnsupportedError, match=r"lm_head: trained whole.*kt merge"):
-        load_adapter(mine(reference.config, folder), tmp_path)
+        load_adapter(mine(reference.config, tmp_path / "q8.gguf"), tmp_path / "a")
 
 
 @pytest.mark.parametrize("family", TARGETS)

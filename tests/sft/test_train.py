@@ -16,6 +16,7 @@ from ktransformers.sft import data, encode
 from ktransformers.sft.options import Options
 from ktransformers.sft.read import made_of, read
 from ktransformers.sft.rules import rule_of
+from tests.tiny import save, tiny_model
 
 pytest.importorskip("trl")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -63,6 +64,12 @@ def test_published_files_are_understood(file):
     if found.do_train:
         assert found.lora_target == "all" and found.passed["gradient_accumulation_steps"] == 8 and found.passed["bf16"] is True
         assert isinstance(found.passed["learning_rate"], float) and found.alpha == 2 * found.lora_rank
+
+
+def test_no_is_a_word_where_yaml_reads_false(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("save_strategy: no\neval_strategy: no\nbf16: no\nlearning_rate: 1e-4\n")
+    assert read(str(file)).passed == {"save_strategy": "no", "eval_strategy": "no", "bf16": False, "learning_rate": 1e-4}
 
 
 def test_every_mistake_is_listed_with_what_was_meant(tmp_path):
@@ -168,13 +175,14 @@ def test_a_run_learns_and_writes_everything(folder, options):
     from ktransformers.sft.train import train
 
     told = []
-    done = train(options(plot_loss=True, val_size=2, max_steps=10), told.append)
+    done = train(options(plot_loss=True, val_size=2, max_steps=10, lora_dropout=0.01), told.append)
     found = losses(folder)
     assert done.steps == 10 and len(found) == 10 and found[-1] < 0.7 * found[0] and done.eval_loss < found[0]
     assert done.trained_in_experts > 0 and done.tokens > 0 and not done.stopped
     names = {"adapter_config.json", "adapter_model.safetensors", "trainer_log.jsonl", "training_loss.png", "train_results.json"}
     assert names <= set(done.files)
     assert any(".experts." in name for name in load_file(folder / "out" / "adapter_model.safetensors"))
+    assert json.loads((folder / "out" / "adapter_config.json").read_text())["lora_dropout"] == 0  # as PEFT loads it
     with pytest.raises(SFTError, match="holds an adapter"):
         train(options())
 
@@ -214,9 +222,71 @@ def test_a_stop_saves_what_was_learnt(folder, options, monkeypatch):
     assert done.stopped and done.steps < 10 and "adapter_model.safetensors" in done.files
 
 
+@pytest.fixture
+def unquantized(tokenizer, tmp_path):
+    """The folder of a tiny model in floats with a tokenizer."""
+    save(tiny_model("qwen3_moe", vocab_size=len(tokenizer)), tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+WHOLE = {
+    "full": ({}, ["model.embed_tokens.weight", "model.layers.0.mlp.experts.0.gate_proj.weight", "model.norm.weight"]),
+    "freeze": ({"freeze_trainable_layers": 1}, ["model.layers.2.mlp.experts.0.down_proj.weight", "model.layers.2.mlp.gate.weight"]),
+    "first": ({"freeze_trainable_layers": -1, "freeze_trainable_modules": "experts,o_proj", "freeze_extra_modules": "norm"},
+              ["model.layers.0.mlp.experts.3.up_proj.weight", "model.layers.0.self_attn.o_proj.weight", "model.norm.weight"]),
+}  # fmt: skip
+
+
+WITHIN = {"full": ("",), "freeze": ("model.layers.2.",),
+          "first": ("model.layers.0.mlp.experts.", "model.layers.0.self_attn.o_proj.", "model.norm.")}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_weights_are_trained_whole_and_saved_as_a_model(folder, options, unquantized, case):
+    from ktransformers.sft.train import train
+
+    keys, moved = WHOLE[case]
+    how = {"finetuning_type": "full" if case == "full" else "freeze", "model_name_or_path": str(unquantized), "learning_rate": 1e-3}
+    done = train(options(**how, **keys, max_steps=4))
+    before, after = (load_file(at / "model.safetensors") for at in (unquantized, folder / "out"))
+    assert before.keys() == after.keys() and done.trained_in_experts > 0 and losses(folder)[-1] < losses(folder)[0]
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert changed.issuperset(moved)
+    assert all(name.startswith(WITHIN[case]) for name in changed)
+    with pytest.raises(SFTError, match="holds a model"):
+        train(options(**how))
+
+
+def test_experts_are_trained_whole_beside_adapters(folder, options, unquantized):
+    from ktransformers.sft.train import train
+
+    done = train(options(model_name_or_path=str(unquantized), kt_full_weight_grad=True))
+    names = load_file(folder / "out" / "adapter_model.safetensors")
+    assert "base_model.model.model.layers.1.mlp.experts.gate_up_proj" in names and done.trained_in_experts > 0
+    assert not any("experts" in name and "lora" in name for name in names) and any("q_proj.lora_A" in name for name in names)
+    before = load_file(unquantized / "model.safetensors")["model.layers.1.mlp.experts.0.gate_proj.weight"]
+    assert not torch.equal(names["base_model.model.model.layers.1.mlp.experts.gate_up_proj"][0, :len(before)], before)
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
-    [({"lora_target": "q_prj"}, "lora_target: the model has no 'q_prj'"), ({"additional_target": "lm_head"}, "lm_head computes from packed bytes"),
+    [({"finetuning_type": "full"}, "stored as Q"), ({"kt_full_weight_grad": True}, "experts: stored as Q"),
+     ({"finetuning_type": "freeze", "freeze_trainable_layers": 99}, "found 99, expected 1 to"),
+     ({"finetuning_type": "freeze", "freeze_trainable_modules": "exprts"}, "no 'exprts' .did you mean 'experts'"),
+     ({"finetuning_type": "full", "stage": "dpo", "dataset": "dpo_en_demo"}, "say lora, or pref_loss orpo or simpo")],
+)  # fmt: skip
+def test_what_cannot_be_trained_whole_says_so(options, keys, message):
+    from ktransformers.errors import KTransformersError
+    from ktransformers.sft.train import train
+
+    with pytest.raises(KTransformersError, match=message):
+        train(options(**keys))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [({"lora_target": "q_prj"}, "lora_target: the model has no 'q_prj'"), ({"additional_target": "lm_head"}, "lm_head: stored as .*, and quantized weights are not trained"),
      ({"additional_target": "nothing"}, "no module 'nothing'"), ({"lr_scheduler_type": "wild"}, "training arguments"),
      ({"val_size": 12}, "val_size"), ({"adapter_name_or_path": "nowhere"}, "no such file"), ({"cutoff_len": 3}, "no example has an answer left")],
 )  # fmt: skip
