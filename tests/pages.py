@@ -6,6 +6,7 @@ before it prints; `<!-- prints: COMMAND -->` pipes that through a shell command 
 need what the tests do not have.
 """
 
+import functools
 import os
 import re
 import subprocess
@@ -58,17 +59,21 @@ def program(page: Path) -> str:
     return "\n".join(parts)
 
 
-def run_python(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run the page's python in `folder`."""
-    script = folder / "page.py"
-    script.write_text(program(page), encoding="utf-8")
+@functools.cache
+def run_python(page: Path) -> subprocess.CompletedProcess[str]:
+    """Run the page's python in a folder of its own; once in a process, who asks again gets the same answer."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
-    command = [sys.executable, str(script)]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder, "page.py")
+        script.write_text(program(page), encoding="utf-8")
+        command = [sys.executable, str(script)]
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
+@functools.cache
 def run_bash(text: str) -> subprocess.CompletedProcess[str]:
-    """Run a bash block in the repository, as from a shell: a make within `make test` would say which folder it enters."""
+    """Run a bash block in the repository, as from a shell: a make within `make test` would say which folder it enters.
+    Once in a process, as run_python."""
     inherited = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     environment = {**inherited, "COLUMNS": "100"}
     return subprocess.run(
@@ -98,7 +103,7 @@ def shown(page: Path, python: str, bash: dict[str, str]) -> Iterator[tuple[Block
             yield block, filtered(before, block.prints)
 
 
-def outputs(page: Path, folder: Path) -> list[tuple[Block, str]]:
+def outputs(page: Path) -> list[tuple[Block, str]]:
     """What the page should show, by running it. Raises RuntimeError if a block that shows something fails."""
     every = blocks(page)
     showing = [before for before, after in pairwise(every) if after.prints is not None]
@@ -110,7 +115,7 @@ def outputs(page: Path, folder: Path) -> list[tuple[Block, str]]:
                 raise RuntimeError(f"{page.name}: {block.text}{ran.stderr}")
             bash[block.text] = ran.stdout
     if any(block.language == "python" for block in showing):
-        ran = run_python(page, folder)
+        ran = run_python(page)
         if ran.returncode:
             raise RuntimeError(f"{page.name}: {ran.stderr}")
         python = ran.stdout
@@ -120,9 +125,7 @@ def outputs(page: Path, folder: Path) -> list[tuple[Block, str]]:
 def rewrite(page: Path) -> bool:
     """Write what the page's blocks print into it. Returns whether that changed anything."""
     text = page.read_text(encoding="utf-8")
-    with tempfile.TemporaryDirectory() as folder:
-        found = outputs(page, Path(folder))
-    for block, printed in reversed(found):
+    for block, printed in reversed(outputs(page)):
         text = text[: block.span[0]] + printed + text[block.span[1] :]
     changed = text != page.read_text(encoding="utf-8")
     page.write_text(text, encoding="utf-8")

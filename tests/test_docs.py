@@ -8,8 +8,8 @@ IDS = [str(page.relative_to(ROOT).with_suffix("")) for page in PAGES]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
-def test_the_pages_python_runs(page, tmp_path):
-    ran = run_python(page, tmp_path)
+def test_the_pages_python_runs(page):
+    ran = run_python(page)
     assert ran.returncode == 0, ran.stderr
 
 
@@ -30,8 +30,8 @@ SHOWING = [page for page in PAGES if any(block.prints is not None for block in b
 
 
 @pytest.mark.parametrize("page", SHOWING, ids=[page.stem for page in SHOWING])
-def test_the_pages_show_what_is_printed(page, tmp_path):
-    for block, printed in outputs(page, tmp_path):
+def test_the_pages_show_what_is_printed(page):
+    for block, printed in outputs(page):
         assert block.text == printed, f"{page.name} is out of date. Run `make pages`."
 
 
