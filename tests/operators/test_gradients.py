@@ -1,5 +1,6 @@
 """Gradients of experts with adapters: torch's operator in float64 against finite differences, the C library against it."""
 
+import numpy as np
 import pytest
 import torch
 from transformers.activations import ACT2FN
@@ -7,6 +8,7 @@ from transformers.activations import ACT2FN
 from ktransformers import native
 from ktransformers.operators.adapters import Adapters, Factors
 from ktransformers.operators.experts import KTransformersExperts
+from tests.native.blocks import random_weight, values
 from tests.operators.test_gating import CPU, FAMILIES, FamilyWeights, family
 
 in_c = pytest.mark.skipif(not native.available(), reason="C library not built")
@@ -29,6 +31,7 @@ ROUTINGS = {
 def _restore():
     yield
     if native.available():
+        native.set_exact(False)
         native.set_isa(native.isas()[-1])
 
 
@@ -170,3 +173,27 @@ def test_nan_stays_visible(gate, leaf):
             assert f.isnan()[e.isnan()].all(), f"{i} {isa}"
             assert f[apart[i > 2]].isfinite().all(), f"{i} {isa}"
         assert found[0].isnan().any() and found[1][0].isnan().any()
+
+
+SCALES = {"Q4_K": (144, 0), "Q6_K": (210, 208), "Q8_0": (34, 0), "F16": (2, 0), "BF16": (2, 0)}
+"""Bytes of a block, and where in it a two-byte scale or weight is."""
+
+
+@in_c
+@pytest.mark.parametrize("tokens", [1, 9, 70])
+@pytest.mark.parametrize("kind", SCALES)
+def test_nan_in_a_packed_weight_stays_visible(kind, tokens):
+    """In what it is multiplied with, and back again."""
+    weight = random_weight(np.random.default_rng(1), kind, 40, 512)
+    size, at = SCALES[kind]
+    weight.data.view(40, -1, size)[3, 0, at : at + 2] = torch.tensor((0xFF, 0x7F), dtype=torch.uint8)
+    bad = values(weight).isnan()
+    assert bad.any() and not bad[:3].any()
+    x, d_y = torch.randn(tokens, 512), torch.randn(tokens, 40)
+    for exact in (False, True):
+        native.set_exact(exact)
+        for isa in native.isas():
+            native.set_isa(isa)
+            y, d_x = native.Linear(weight)(x), native.Linear(weight).backward(d_y)
+            assert torch.equal(y.isnan(), bad.any(1).expand_as(y)), isa
+            assert torch.equal(d_x.isnan(), bad.any(0).expand_as(d_x)), isa
