@@ -2,7 +2,8 @@
 
 Default: AddressSanitizer and UndefinedBehaviorSanitizer; all kernels on all instruction sets of this machine
 (sanitize.c), then random calls for a few seconds (fuzz.c).
---threads: ThreadSanitizer; the pool and the queue (races.c, and the part of sanitize.c about the pool), and random calls.
+--threads: ThreadSanitizer; the pool, the queue and gradients (races.c, and the part of sanitize.c about the pool), and
+random calls.
 Warnings are errors here, and only here: a user's newer compiler must not fail to build for a new warning.
 Needs nothing but a C compiler; flags come from the one table in setup.py.
 """
@@ -25,7 +26,7 @@ PROGRAMS = {False: (["sanitize"], ["fuzz", "8"]), True: (["races"], ["sanitize",
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", action="store_true", help="ThreadSanitizer on the pool and the queue instead")
+    parser.add_argument("--threads", action="store_true", help="ThreadSanitizer on what threads share instead")
     races = parser.parse_args().threads
 
     os.chdir(ROOT)

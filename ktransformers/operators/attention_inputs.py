@@ -55,7 +55,7 @@ def check_inputs(operator: str, config: Any, mask: Any, kwargs: Mapping[str, Any
                 f"{operator}: found the argument {name!r} ({type(value).__name__}) of paged attention, expected a "
                 "cache in past_key_values. Use model.generate: generate_batch works with transformers' attention alone."
             )
-        if mask is None and (name in PACKED or name == "is_causal" and value is False):
+        if mask is None and (name in PACKED and not _is_one(name, value) or name == "is_causal" and value is False):
             raise UnsupportedError(
                 f"{operator}: found the argument {name!r} and no mask, expected a 4-D mask for what is not plainly "
                 f"causal. {BUILD_WITH}, and give an attention_mask."
@@ -65,6 +65,13 @@ def check_inputs(operator: str, config: Any, mask: Any, kwargs: Mapping[str, Any
         raise UnsupportedError(
             f"{operator} takes 4-D masks, found {found} (attn_implementation {implementation!r}). {BUILD_WITH}."
         )
+
+
+def _is_one(name: str, value: Any) -> bool:
+    """Whether an argument of PACKED says that a row holds one sequence: transformers then makes no mask."""
+    if not isinstance(value, Tensor) or not value.numel():
+        return False
+    return bool((value == value[..., :1]).all()) if name == "seq_idx" else value.numel() == 2
 
 
 def only_hides(mask: Any, queries: int) -> bool:

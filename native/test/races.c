@@ -1,5 +1,5 @@
-/* races.c: the pool, sharded job sets and the queue from many threads at once, for ThreadSanitizer. Built and run by
- * ../sanitize.py --threads. No fork, which that sanitizer cannot follow; tests/native/test_threads.py forks.
+/* races.c: the pool, sharded job sets, the queue and gradients from many threads at once, for ThreadSanitizer. Built
+ * and run by ../sanitize.py --threads. No fork, which that sanitizer cannot follow; tests/native/test_threads.py forks.
  *
  * With the argument "cost" it measures instead what a job set and a queue cost beyond their work. */
 #ifndef _GNU_SOURCE
@@ -288,6 +288,8 @@ static void queues(void) {
     for (int i = 0; i < 2; i++) kt_pool_destroy(pool[i]);
 }
 
+#include "races_backward.h"
+
 /* ---- what it costs ---------------------------------------------------------------------------------- */
 
 static double now(void) {
@@ -381,6 +383,7 @@ int main(int argc, char **argv) {
         queues();
         closing();
     }
-    fprintf(stderr, failures ? "%d failures\n" : "pools and queues: no failures\n", (int)failures);
+    gradients_of_two_sets();
+    fprintf(stderr, failures ? "%d failures\n" : "pools, queues, gradients: no failures\n", (int)failures);
     return failures != 0;
 }

@@ -318,10 +318,19 @@ def one_layer():
 def test_arguments_of_paged_and_packed_attention_are_refused_by_name(name):
     attention, hidden, positions = one_layer()
     with pytest.raises(UnsupportedError, match=f"KDeepseekV2Attention: found the argument '{name}'"):
-        attention(hidden, position_embeddings=positions, **{name: torch.zeros(2)})
+        attention(hidden, position_embeddings=positions, **{name: torch.arange(3)})
     attention(hidden, position_embeddings=positions, **{name: None})
     with pytest.raises(UnsupportedError, match="'is_causal' and no mask"):
         attention(hidden, position_embeddings=positions, is_causal=False)
+
+
+@pytest.mark.parametrize("told", [{"cu_seq_lens_q": [0, 3], "cu_seq_lens_k": [0, 3]}, {"seq_idx": [[0, 0, 0]]}], ids=["ends", "numbers"])
+def test_a_packed_row_of_one_sequence_is_plainly_causal(told):
+    """A packing collator's last row, for which transformers makes no mask."""
+    attention, hidden, positions = one_layer()
+    expected = attention(hidden, position_embeddings=positions)[0]
+    told = {name: torch.tensor(value, dtype=torch.int32) for name, value in told.items()}
+    assert torch.equal(attention(hidden, position_embeddings=positions, **told)[0], expected)
 
 
 def test_every_argument_that_transformers_hands_down_is_known():

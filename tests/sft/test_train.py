@@ -187,6 +187,15 @@ def test_a_run_learns_and_writes_everything(folder, options):
         train(options())
 
 
+def test_rows_of_several_examples_are_learnt(folder, options):
+    """With `packing`: some batches are one example alone, for which transformers makes no mask."""
+    from ktransformers.sft.train import train
+
+    train(options(packing=True), lambda text: None)
+    found = losses(folder)
+    assert len(found) == 6 and found[-1] < 0.8 * found[0]
+
+
 @pytest.mark.parametrize("loss", ["sigmoid", "orpo", "simpo"])
 def test_pairs_are_learnt_by_every_loss(folder, options, loss):
     from ktransformers.sft.train import train
