@@ -109,8 +109,10 @@ class Experts:
         Returns [T, H] of hidden's dtype. An id outside 0..E-1 is skipped; duplicate ids in a row both count.
         """
         given = all(isinstance(x, torch.Tensor) for x in (hidden, ids, weights))
-        if given and (torch_ops.is_watched(hidden) or torch_ops.wants_gradient(hidden, weights)):
+        if given and torch_ops.is_watched(hidden):
             return torch_ops.experts(hidden, ids, weights, self.number)
+        if given and torch_ops.wants_gradient(hidden, weights):
+            return torch_ops.adapted_experts(hidden, ids, weights, *torch_ops.NO_ADAPTERS, self.number)
         return self.compute(hidden, ids, weights)
 
     def compute(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

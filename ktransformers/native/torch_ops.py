@@ -172,6 +172,18 @@ def _adapted_shape(hidden: Tensor, *rest: Any) -> Tensor:
     return hidden.new_empty(hidden.shape)
 
 
+def _given(hidden: Tensor, *rest: Any) -> Tensor:
+    return hidden.new_zeros(()).expand(hidden.shape)  # one number: it is there for its gradient
+
+
+def _computed(given: Tensor, *call: Any) -> Tensor:
+    return _adapted(*call)
+
+
+def _computed_shape(given: Tensor, *call: Any) -> Tensor:
+    return _adapted_shape(*call)
+
+
 def _adapted_backward(
     d_out: Tensor, hidden: Tensor, ids: Tensor, weights: Tensor, first_a: Tensor | None, first_b: Tensor | None,
     first_scale: float, down_a: Tensor | None, down_b: Tensor | None, down_scale: float, number: int,
@@ -262,6 +274,9 @@ for _schema, _compute, _shape in (
      _experts_backward, _experts_backward_shape),
     (f"adapted_experts(Tensor hidden, Tensor ids, Tensor weights, {_FACTORS}, int number) -> Tensor",
      _adapted, _adapted_shape),
+    (f"given_experts(Tensor hidden, Tensor ids, Tensor weights, {_FACTORS}, int number) -> Tensor", _given, _given),
+    (f"computed_experts(Tensor given, Tensor hidden, Tensor ids, Tensor weights, {_FACTORS}, int number) -> Tensor",
+     _computed, _computed_shape),
     ("adapted_experts_backward(Tensor d_out, Tensor hidden, Tensor ids, Tensor weights, "
      f"{_FACTORS}, int number) -> Tensor[]", _adapted_backward, _adapted_backward_shape),
 ):
@@ -269,6 +284,24 @@ for _schema, _compute, _shape in (
     _library.define(_schema)
     _library.impl(_name, _compute, "CompositeExplicitAutograd")  # every device: ours is the message that refuses one
     torch.library.register_fake(f"ktransformers::{_name}", _shape, lib=_library)
+
+
+def adapted_experts(hidden: Tensor, ids: Tensor, weights: Tensor, *adapters_and_number: Any) -> Tensor:
+    """`experts` with low-rank adapters: after the weights A [E, r, in], B [E, out, r] and scale for what multiplies the
+    input and for down, each or neither (NO_ADAPTERS), and the number.
+
+    Where gradients are wanted, what they need is kept before anything is computed. A layer that is computed again for
+    its backward (torch.utils.checkpoint) stops at what it kept last; in most families that is here, and the product is
+    not made twice.
+    """
+    call = hidden, ids, weights, *adapters_and_number
+    operators = torch.ops.ktransformers
+    if is_watched(hidden) or not wants_gradient(*(t for t in call if isinstance(t, Tensor))):
+        return operators.adapted_experts.default(*call)
+    return operators.computed_experts.default(operators.given_experts.default(*call), *call)
+
+
+NO_ADAPTERS = None, None, 0.0, None, None, 0.0
 
 
 def _number(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -305,10 +338,16 @@ def _adapted_gradient(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     return d_hidden, None, d_weights.to(weights.dtype), *gradients, None
 
 
+def _computed_gradient(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    return d_out, *[None] * 10
+
+
 for _name, _backward, _keep in (
     ("linear", _linear_gradient, _number),
     ("experts", _experts_gradient, _keep_call),
     ("adapted_experts", _adapted_gradient, _keep_call),
+    ("given_experts", _adapted_gradient, _keep_call),
+    ("computed_experts", _computed_gradient, _number),
 ):
     torch.library.register_autograd(f"ktransformers::{_name}", _backward, setup_context=_keep, lib=_library)
 
@@ -318,9 +357,6 @@ embedding = torch.ops.ktransformers.embedding.default
 """(ids [...], dtype, number) -> [..., H]"""
 experts = torch.ops.ktransformers.experts.default
 """(hidden [T, H], ids [T, K], weights [T, K], number) -> [T, H]"""
-adapted_experts = torch.ops.ktransformers.adapted_experts.default
-"""The same with low-rank adapters: after the weights A [E, r, in], B [E, out, r] and scale for what multiplies the
-input and for down, each or neither."""
 attention = torch.ops.ktransformers.attention.default
 """(hidden [B, S, H], cos and sin [B or 1, S, R] or None, mask or None, its first token, number, number of the pages,
 factors of queries [B or 1, S] or None) -> [B, S, H]. It appends to the pages: not a pure function, so a graph that runs
