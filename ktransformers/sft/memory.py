@@ -5,7 +5,6 @@ by transformers. Only Python, torch and the libraries themselves are a constant.
 """
 
 import contextlib
-import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from ktransformers.models import DEFAULT_RULES
 from ktransformers.planner.formats import format_of
 from ktransformers.planner.plan import BASE_GPU
 from ktransformers.sft import targets, trainers, whole
+from ktransformers.sft.adapters import adapter_path
 from ktransformers.sft.options import Options
 from ktransformers.sft.rules import rule_of
 from ktransformers.simulator.fake import swapped
@@ -120,9 +120,9 @@ class _Step:
         if self.options.finetuning_type != "lora":
             whole.unfreeze_by(model, self.options)
             return model
-        before = self.options.adapter_name_or_path
-        config = PeftConfig.from_pretrained(before) if before else targets.lora_config(model, self.options)
-        return get_peft_model(model, config)
+        if before := self.options.adapter_name_or_path:
+            return get_peft_model(model, PeftConfig.from_pretrained(adapter_path(before)))
+        return get_peft_model(model, targets.lora_config(model, self.options))
 
     def loss(self, net: nn.Module) -> Tensor:
         ids = torch.zeros((self.rows, self.options.cutoff_len), dtype=torch.int64, device=net.device)
@@ -196,7 +196,6 @@ def _tiles_of(head: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

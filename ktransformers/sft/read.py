@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from ktransformers.errors import SFTError, did_you_mean, join_errors
+from ktransformers.errors import SFTError, did_you_mean, is_whole, join_errors
 from ktransformers.sft.options import LOSSES, REFUSED, STAGES, TUNINGS, UNUSED, Options
 
 
@@ -159,6 +159,10 @@ def _contradictions(options: Options) -> list[str]:
         wrong.append(f"finetuning_type: {found}; say lora, or pref_loss orpo or simpo")
     if options.finetuning_type != "lora" and options.adapter_name_or_path:
         wrong.append("adapter_name_or_path: an adapter goes on with finetuning_type lora alone")
+    for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        found = options.passed.get(key, 1)
+        if not is_whole(found, 1):
+            wrong.append(f"{key}: found {found!r}, expected a whole number of at least 1")
     if options.packing and options.stage == "dpo":
         wrong.append("packing: pairs are not packed; leave it out")
     return wrong

@@ -21,9 +21,8 @@ def make(model: Any, tokenizer: Any, options: Options, split: Split, config: Any
     kind, _ = _kind(options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-        trainer, args = kind(), arguments(options)
-        made = trainer(
+        args = arguments(options)
+        made = kind()(
             model=model, args=args, train_dataset=split[0], eval_dataset=split[1], processing_class=tokenizer,
             peft_config=config, callbacks=callbacks,
         )  # fmt: skip
@@ -36,6 +35,7 @@ def make(model: Any, tokenizer: Any, options: Options, split: Split, config: Any
 
 def arguments(options: Options) -> Any:
     """What a training file says to the trainer that it asks for, as that trainer's own kind of arguments."""
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # it is read when ORPO's and CPO's are imported
     return _kind(options)[1](options)
 
 

@@ -45,8 +45,8 @@ def test_a_notice_comes_once(monkeypatch):
 
 def test_one_path_stands_for_both():
     folder, file = str(embedded_model()), str(next(embedded_model().glob("*.gguf")))
-    assert loading._paths(folder, "") == (folder, folder) and loading._paths("", file) == (file, file)
-    assert loading._paths("", "") == (folder, file)
+    assert loading.model_paths(folder, "") == (folder, folder) and loading.model_paths("", file) == (file, file)
+    assert loading.model_paths("", "") == (folder, file)
 
 
 def test_a_config_without_a_dtype_leaves_it_to_the_checkpoint(tmp_path):

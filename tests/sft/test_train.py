@@ -72,6 +72,12 @@ def test_no_is_a_word_where_yaml_reads_false(tmp_path):
     assert read(str(file)).passed == {"save_strategy": "no", "eval_strategy": "no", "bf16": False, "learning_rate": 1e-4}
 
 
+@pytest.mark.parametrize("value", [0, -1, 1.5, "many", True])
+def test_sizes_of_a_step_are_whole_numbers(value):
+    with pytest.raises(SFTError, match="per_device_train_batch_size: found .*, expected a whole number"):
+        made_of({"per_device_train_batch_size": value})
+
+
 def test_every_mistake_is_listed_with_what_was_meant(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("stage: rl\nlora_rnk: 4\nlora_rank: many\ncutoff_len: 0\ndo_train: true\nuse_dora: true\n")
