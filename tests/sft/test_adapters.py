@@ -207,7 +207,7 @@ def test_programs_refuse_a_path_that_is_none_before_loading(tmp_path):
 
 @pytest.mark.skipif(not all(map(importlib.util.find_spec, serve.EXTRA)), reason="the extra `serve` is not installed")
 def test_serve_computes_with_it_and_keeps_its_prefixes_apart(for_embedded):
-    plain, served = (serve.open_model(serve.ServeOptions(adapter=str(path), as_json=True)) for path in ("", for_embedded))
+    plain, served = (serve.open_model(serve.ServeOptions(adapter=given, as_json=True)) for given in ([], [str(for_embedded)]))
     ids = served.tokenizer("What is a rule file?").input_ids
     found = []
     for one in (plain, served):
