@@ -53,7 +53,7 @@ def identity_of(path: str | Path) -> bytes:
                 while part := opened.read(1 << 20):
                     digest.update(part)
         except OSError as error:
-            raise WeightError(f"adapter {file}: cannot be read ({error}). Check the path.") from error
+            raise WeightError(f"adapter {file}: cannot be read: {error.strerror}. Save the adapter again.") from error
     return digest.digest()
 
 
