@@ -57,12 +57,11 @@ class AskedAdapters:
     def put_onto(self, model: Any) -> "tuple[Any, Forms]":
         """The loaded model, and its forms with the adapters that have names. Raises KTransformersError."""
         from ktransformers.engine.forms import Forms
+        from ktransformers.sft.adapters import identity_of, load_adapter
 
         model = with_adapter(model, self.path)
         forms = Forms(model)
         for name, path in self.named.items():
-            from ktransformers.sft.adapters import identity_of, load_adapter
-
             forms.add(name, lambda model, path=path: load_adapter(model, path), identity_of(path))
         return model, forms
 
