@@ -10,23 +10,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ktransformers.cli.adapters import AdaptersOption, asked_adapters
 from ktransformers.cli.common import (
-    AdapterOption,
     CacheOption,
     DevicesOption,
     JsonOption,
     RuleOption,
     WeightsOption,
-    check_adapter,
     note,
     renamed_devices,
     show,
     taking,
-    with_adapter,
 )
 from ktransformers.errors import KTransformersError
 
 if TYPE_CHECKING:
+    from ktransformers.engine.forms import Forms
     from ktransformers.server.keys import Keys
     from ktransformers.server.machine import Machine
     from ktransformers.server.service import Served, Settings
@@ -44,7 +43,7 @@ class ServeOptions:
     rule: RuleOption = ""
     devices: DevicesOption = field(default_factory=list)
     cache: CacheOption = ""
-    adapter: AdapterOption = ""
+    adapter: AdaptersOption = field(default_factory=list)
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of this machine's.")] = "127.0.0.1"
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free; it is printed.")] = 8000
     api_key_file: Annotated[
@@ -148,15 +147,22 @@ def _check_model(options: ServeOptions) -> None:
     for text, subject in ((options.model, "model"), (options.weights, "--weights")):
         if text and existing_path(text, subject) is None and not os.path.exists(text):
             raise KTransformersError(f"{subject} {text}: no such file or folder. Check the path.")
-    check_adapter(options.adapter)
+    asked_adapters(options.adapter, _names(options)).check()
+
+
+def _names(options: ServeOptions) -> list[str]:
+    """Of the model itself."""
+    return list(dict.fromkeys([*options.served_name, _own_name(options)]))
 
 
 def _settings(options: ServeOptions) -> "Settings":
     from ktransformers.server.service import Limits, Settings
 
-    names = dict.fromkeys([*options.served_name, _own_name(options)])
-    limits = Limits(request_seconds=options.request_timeout)
-    return Settings(tuple(names), options.strict_names, tuple(options.cors), options.log_prompts, limits)
+    names = _names(options)
+    return Settings(
+        tuple(names), options.strict_names, tuple(options.cors), options.log_prompts,
+        Limits(request_seconds=options.request_timeout), asked_adapters(options.adapter, names).roots,
+    )  # fmt: skip
 
 
 def _own_name(options: ServeOptions) -> str:
@@ -187,14 +193,15 @@ def open_model(options: ServeOptions) -> "Served":
         options.model, options.weights, options.rule, devices=renamed_devices(options.devices), cache=options.cache,
         needs_template=False, progress=not options.as_json, notify=note,
     )  # fmt: skip
-    model = with_adapter(model, options.adapter)
+    model, forms = asked_adapters(options.adapter, _names(options)).put_onto(model)
     ending = ExitStack()
-    machine = _machine(options, model, ending)  # before the engine's thread makes tensors
+    machine = _machine(options, model, forms, ending)  # before the engine's thread makes tensors
     prefixes, after = _prefixes(options, model)
     ending.callback(after)
     engine = BatchingEngine(
         model, max_running=options.max_running, max_waiting=options.max_waiting, chunk_size=options.chunk_size,
         context=options.context or None, cache_bytes=_limit(options), prefixes=prefixes,
+        forms=forms,
     )  # fmt: skip
     return Served(
         engine, tokenizer, text_config(model.config).vocab_size, model.generation_config, _facts(options, model),
@@ -227,7 +234,7 @@ def _prefixes(options: ServeOptions, model: Any) -> tuple[Any, Callable[[], None
     from ktransformers.engine.fingerprint import fingerprint
     from ktransformers.engine.prefix_tree import PrefixTree
 
-    key = fingerprint(model)
+    key = fingerprint(model, extra=asked_adapters(options.adapter, _names(options)).identity)
     if not options.cache_dir:
         return PrefixTree(model, key, ram), lambda: None
     disk = DiskBlocks(options.cache_dir, disk_bytes, key, title=_own_name(options), notify=note)
@@ -241,7 +248,7 @@ def _rule(options: ServeOptions, model: Any) -> str:
     return options.rule or DEFAULT_RULES.get(model.config.model_type, "Default")
 
 
-def _machine(options: ServeOptions, model: Any, ending: ExitStack) -> "Machine":
+def _machine(options: ServeOptions, model: Any, forms: "Forms", ending: ExitStack) -> "Machine":
     """What the page's machine tab tells. Counting ends with `ending`."""
     from ktransformers.cli import machine_facts
     from ktransformers.planner.profile import record
@@ -249,7 +256,7 @@ def _machine(options: ServeOptions, model: Any, ending: ExitStack) -> "Machine":
 
     placement = machine_facts.placement(model, _rule(options, model), renamed_devices(options.devices))
     counted = ending.enter_context(record(model)) if options.count_experts else None
-    return Machine(placement, machine_facts.weights(model), counted)
+    return Machine(placement, machine_facts.weights(model), counted, forms.nbytes())
 
 
 def _facts(options: ServeOptions, model: Any) -> dict[str, Any]:
@@ -261,6 +268,6 @@ def _facts(options: ServeOptions, model: Any) -> dict[str, Any]:
     devices = sorted({str(device) for device in getattr(model, "hf_device_map", {}).values()})
     return {
         "model_type": kind, "dtype": str(model.dtype).removeprefix("torch."), "cache": options.cache or None,
-        "rule": Path(_rule(options, model)).name, "adapter": Path(options.adapter).name or None,
+        "rule": Path(_rule(options, model)).name, "adapter": asked_adapters(options.adapter, _names(options)).root,
         "max_running": options.max_running, "chunk_size": options.chunk_size, "machine": machine | {"devices": devices},
     }  # fmt: skip

@@ -90,8 +90,8 @@ def api(
     model, weights, rule, adapter, options = _to_use(file, changes)
     serve_by(
         ServeOptions(
-            model=model, weights=weights, rule=rule, adapter=adapter, host=host, port=port, as_json=as_json,
-            chunk_size=min(options.chunk_size, 512),
+            model=model, weights=weights, rule=rule, adapter=[adapter] if adapter else [], host=host, port=port,
+            as_json=as_json, chunk_size=min(options.chunk_size, 512),
         )
     )  # fmt: skip
 

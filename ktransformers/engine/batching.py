@@ -8,6 +8,7 @@ import time
 from torch import nn
 
 from ktransformers.configs import text_config
+from ktransformers.engine.forms import Forms
 from ktransformers.engine.requests import Closing, Listener, Load, QueueFull, Request
 from ktransformers.engine.schedule import Prefixes, Schedule, Ticket
 from ktransformers.errors import KTransformersError
@@ -28,6 +29,7 @@ class BatchingEngine:
         context: most tokens of prompt and answer together; None is what the model's config says.
         cache_bytes: what keys and values may take, those of `prefixes` too; None: no limit.
         prefixes: keeps beginnings of prompts from one request to the next.
+        forms: the model with its adapters, which requests name; None: it has none.
 
     Raises:
         KTransformersError: sizes out of range.
@@ -43,6 +45,7 @@ class BatchingEngine:
         context: int | None = None,
         cache_bytes: int | None = None,
         prefixes: Prefixes | None = None,
+        forms: Forms | None = None,
     ) -> None:
         sizes = {"max_running": max_running, "chunk_size": chunk_size, "context": context, "cache_bytes": cache_bytes}
         for name, value in sizes.items():
@@ -54,7 +57,7 @@ class BatchingEngine:
             raise KTransformersError(f"context: found {context}, the model takes {known} tokens. Give at most that.")
         self.context: int = context or known or 1 << 20
         self.vocabulary: int = config.vocab_size
-        self._schedule = Schedule(model, max_running, chunk_size, self.context, cache_bytes, prefixes)
+        self._schedule = Schedule(model, max_running, chunk_size, self.context, cache_bytes, prefixes, forms)
         self._most_waiting = max_waiting
         self._changed = threading.Condition()
         self._arrived: list[Ticket] = []
@@ -94,6 +97,10 @@ class BatchingEngine:
         if request.max_new_tokens < 0 or not 1 <= request.n <= MOST_ANSWERS:
             found = f"found {request.max_new_tokens} and {request.n}"
             raise KTransformersError(f"max_new_tokens and n: {found}, expected at least 0, and 1 to {MOST_ANSWERS}.")
+        adapters = self._schedule.forms.names
+        if request.adapter and request.adapter not in adapters:
+            known = ", ".join(adapters) or "none at all"
+            raise KTransformersError(f"adapter: found {request.adapter!r}, expected one of: {known}.")
         limit, needed = self._schedule.limit, self._schedule.bytes_of(len(ids) + 1)
         if limit is not None and needed > limit:
             raise KTransformersError(

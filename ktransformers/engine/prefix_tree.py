@@ -63,18 +63,19 @@ class PrefixTree:
     # --- finding ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def lookup(self, ids: Sequence[int]) -> tuple[PagedCache | None, int]:
+    def lookup(self, ids: Sequence[int], salt: bytes = b"") -> tuple[PagedCache | None, int]:
         """A cache of one sequence with the longest prefix of `ids` that is known, and how many tokens that is.
 
         Always whole blocks, and fewer than all tokens, as the last one is to be computed; (None, 0) where that is
         nothing. The cache shares pages: whoever goes on writes to pages of its own. Reads what only the disk has.
+        `salt`: what decides the numbers besides the model, such as an adapter's identity.
         """
         self._settle()
         self.uses.lookups += 1
         self.uses.tokens += len(ids)
         if not self._caches.usable:
             return None, 0
-        blocks = self._found(ids)
+        blocks = self._found(ids, salt)
         if not blocks:
             return None, 0
         cache = self._caches.filled(blocks)
@@ -83,19 +84,19 @@ class PrefixTree:
         self._shrink()
         return cache, len(blocks) * PAGE
 
-    def _keys(self, ids: Sequence[int], count: int) -> Iterator[tuple[bytes, bytes, bytes]]:
+    def _keys(self, ids: Sequence[int], count: int, salt: bytes = b"") -> Iterator[tuple[bytes, bytes, bytes]]:
         """Parent, key and ids of the first `count` blocks."""
-        data, parent = array("q", ids[: count * PAGE]).tobytes(), self.key
+        data, parent = array("q", ids[: count * PAGE]).tobytes(), block_key(self.key, salt) if salt else self.key
         for at in range(count):
             part = data[at * 8 * PAGE : (at + 1) * 8 * PAGE]
             key = block_key(parent, part)
             yield parent, key, part
             parent = key
 
-    def _found(self, ids: Sequence[int]) -> list[Block]:
+    def _found(self, ids: Sequence[int], salt: bytes) -> list[Block]:
         """The longest chain of blocks of `ids` that a cache can be made of, in memory."""
         keys, chain = [], []
-        for _, key, _ in self._keys(ids, (len(ids) - 1) // PAGE):
+        for _, key, _ in self._keys(ids, (len(ids) - 1) // PAGE, salt):
             told = self._told(key)
             if told is None:
                 break
@@ -147,7 +148,9 @@ class PrefixTree:
     # --- keeping ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def insert(self, ids: Sequence[int], cache: Any, row: int = 0, states: bool = True) -> int:
+    def insert(
+        self, ids: Sequence[int], cache: Any, row: int = 0, states: bool = True, *, salt: bytes = b""
+    ) -> int:  # fmt: skip
         """Keep the full blocks of sequence `row` of `cache`, whose tokens are the first of `ids`; how many were new.
 
         Costs a hash a block where all are known. Of a model with sliding windows the blocks are kept that the windows
@@ -164,7 +167,7 @@ class PrefixTree:
         if source is None:
             return 0
         path, before = [], self.uses.inserted
-        for at, (parent, key, part) in enumerate(self._keys(ids, min(len(ids), source.length) // PAGE)):
+        for at, (parent, key, part) in enumerate(self._keys(ids, min(len(ids), source.length) // PAGE, salt)):
             self._keep(source, at, parent, key, part, states)
             path.append(key)
         new = self.uses.inserted - before

@@ -50,6 +50,7 @@ class Request:
         frequency_penalty, presence_penalty: taken from a token's score, times how often the answer has it, and once.
         constraint: makes the constraint of one answer.
         priority: lower comes first; among equals, who came first.
+        adapter: name of the adapter that computes with the model; "": none.
     """
 
     ids: Sequence[int]
@@ -64,6 +65,7 @@ class Request:
     presence_penalty: float = 0.0
     constraint: Callable[[], Constraint] | None = None
     priority: int = 0
+    adapter: str = ""
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ class Engine(Protocol):
         """Queue a request; its events go to `listener`: one Prompt, Tokens, and a Done for each answer.
 
         From any thread. Raises QueueFull, Closing, and KTransformersError for a request that makes no sense: no
-        tokens, one outside the vocabulary, a prompt longer than the context, sizes out of range.
+        tokens, one outside the vocabulary, a prompt longer than the context, sizes out of range, an unknown adapter.
         """
 
     def load(self) -> Load:

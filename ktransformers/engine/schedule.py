@@ -1,8 +1,9 @@
 """Who gets the next step: prompts and answers of many requests on one model, in one thread.
 
-A step decodes one token of every running answer, then computes one chunk of prompts, so that nobody who gets tokens
-waits longer than a chunk. Prompts take turns, chunk by chunk. Where keys and values outgrow their limit, prefixes that
-nobody uses go first; then what came last waits and is computed again. The thread that calls this is batching.py's.
+A step decodes one token of every running answer, adapter by adapter (running.py), then computes one chunk of prompts,
+so that nobody who gets tokens waits longer than a chunk. Prompts take turns, chunk by chunk, whatever their adapter.
+Where keys and values outgrow their limit, prefixes that nobody uses go first; then what came last waits and is computed
+again. The thread that calls this is batching.py's.
 """
 
 import heapq
@@ -15,9 +16,10 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ktransformers.engine.answer import Answer, logprobs_of
-from ktransformers.engine.batch import Batch
 from ktransformers.engine.cache import PrefixCache
+from ktransformers.engine.forms import Forms
 from ktransformers.engine.requests import Done, Listener, Load, Logprobs, Prompt, Reason, Request, Token
+from ktransformers.engine.running import Running
 from ktransformers.engine.step import Steps
 from ktransformers.native.pages import PAGE
 from ktransformers.operators.paged_cache import PagedCache, PagedLayer, PagedWindowLayer, paged_cache
@@ -28,16 +30,17 @@ _EVERY = 256
 
 
 class Prefixes(Protocol):
-    """What keeps beginnings of prompts; `prefix_tree.PrefixTree` is one."""
+    """What keeps beginnings of prompts; `prefix_tree.PrefixTree` is one. `salt`: what computed them besides the model,
+    an adapter's identity; what is kept under one is found under no other."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of pages that are kept."""
 
-    def lookup(self, ids: list[int]) -> tuple[PagedCache | None, int]:
+    def lookup(self, ids: list[int], salt: bytes = b"") -> tuple[PagedCache | None, int]:
         """A cache of the longest beginning of `ids` that is kept, and its tokens; one of `ids` is left to compute."""
 
-    def insert(self, ids: list[int], cache: PagedCache) -> int:
+    def insert(self, ids: list[int], cache: PagedCache, *, salt: bytes = b"") -> int:
         """Keep the whole pages of a cache of `ids`; how many blocks are new."""
 
     def evict(self, nbytes: int) -> int:
@@ -89,6 +92,10 @@ class Member:
         return [*self.ticket.request.ids, *self.answer.ids]
 
     @property
+    def adapter(self) -> str:
+        return self.ticket.request.adapter
+
+    @property
     def computed(self) -> int:
         return len(self.steps.cache.ids)
 
@@ -112,15 +119,16 @@ class Schedule:
     """
 
     def __init__(
-        self, model: nn.Module, most: int, chunk_size: int, context: int, limit: int | None, prefixes: Prefixes | None
-    ) -> None:
+        self, model: nn.Module, most: int, chunk_size: int, context: int, limit: int | None, prefixes: Prefixes | None,
+        forms: Forms | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.prefixes, self.limit = model, prefixes, limit
         self._most, self._chunk, self._context = most, chunk_size, context
         self._waiting: list[Member] = []  # a heap
         self._prompts: deque[Member] = deque()
         self._ready: deque[Member] = deque()
-        self._running: list[Member] = []
-        self._batch = Batch(model)
+        self.forms = forms or Forms(model)
+        self._running = Running(self.forms)
         self._page_bytes = 0  # of a page in all layers; known when one was filled
         fresh = None if prefixes is None else paged_cache(model)
         self._has_states = fresh is not None and not all(isinstance(layer, PagedLayer) for layer in fresh.layers)
@@ -145,14 +153,14 @@ class Schedule:
         self._decode()
         self._compute_prompts()
         while self._ready and len(self._running) < self._most:
-            self._running.append(self._ready.popleft())
-            self._batch.add(self._running[-1].steps)
+            self._running.add(self._ready.popleft())
         self._count(steps=1)
 
     def end_all(self, reason: Reason, error: str = "") -> None:
         """Everybody is told that his answer has ended, and nothing is left of what was computed."""
         gone = [*self._waiting, *self._begun()]
-        self._waiting, self._running, self._batch = [], [], Batch(self.model)
+        self._waiting = []
+        self._running.clear()
         self._prompts.clear()
         self._ready.clear()
         for member in gone:
@@ -186,10 +194,7 @@ class Schedule:
 
     def _take_out(self, gone: list[Member]) -> None:
         """Of prompts, of those ready, and of the batch, which gives each its cache back."""
-        places = [i for i, member in enumerate(self._running) if member in gone]
-        if places:
-            self._batch.remove(places)
-            self._running = [member for member in self._running if member not in gone]
+        self._running.take_out(gone)
         self._prompts = deque(member for member in self._prompts if member not in gone)
         self._ready = deque(member for member in self._ready if member not in gone)
 
@@ -235,23 +240,25 @@ class Schedule:
         """Its whole pages, for who begins alike."""
         held = member.steps.cache
         if self.prefixes is not None and type(held.cache) is PagedCache:
-            self.prefixes.insert(held.ids, held.cache)
+            self.prefixes.insert(held.ids, held.cache, salt=self.forms.identity(member.adapter))
 
     # --- answers ----------------------------------------------------------------------------------------
 
     def _decode(self) -> None:
         self._make_room()
-        if not self._running:
-            return
+        for adapter in self._running.adapters:
+            self._decode_those_of(adapter)
+
+    def _decode_those_of(self, adapter: str) -> None:
+        members = self._running.members(adapter)
         try:
-            logits = self._batch.step([member.answer.ids[-1] for member in self._running])
+            logits = self._running.step(adapter)
         except Exception as error:  # nobody's alone, and what was computed of all is torn
-            _log.exception("A step of %d answers failed.", len(self._running))
-            gone, self._running, self._batch = self._running, [], Batch(self.model)
-            for member in gone:
+            _log.exception("A step of %d answers failed.", len(members))
+            for member in self._running.drop(adapter):
                 self._end(member, "error", error=_said(error))
             return
-        ended = [m for m, scores in zip(self._running, logits, strict=True) if not self._goes_on(m, scores)]
+        ended = [m for m, scores in zip(members, logits, strict=True) if not self._goes_on(m, scores)]
         self._take_out(ended)
         for member in ended:
             self._keep(member)
@@ -301,7 +308,8 @@ class Schedule:
         """Start from what is kept of its beginning; how many tokens that has."""
         member.cached, held = 0, member.steps.cache
         if self.prefixes is not None and not member.ticket.scores_prompt:
-            held.cache, member.cached = self.prefixes.lookup(member.ids)
+            salt = self.forms.identity(member.adapter)
+            held.cache, member.cached = self.prefixes.lookup(member.ids, salt)
             held.ids = member.ids[: member.cached]
         self._count(cached_tokens=member.cached)
         return member.cached
@@ -311,6 +319,7 @@ class Schedule:
         ids, ticket, begin = member.ids, member.ticket, member.computed
         every = ticket.scores_prompt
         held = member.steps.cache
+        self.forms.use(member.adapter)
         if self.prefixes is not None:
             _record(held.cache, True)
         most = min(most, _EVERY) if every else most

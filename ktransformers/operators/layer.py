@@ -185,6 +185,9 @@ class KDecoderLayer(FamilyOperator):
         super().unload()
         self.gpu_steps = self.stacking = self._layer = self._mlp = None
 
+    def unmade(self) -> dict[str, Any]:
+        return {"_mlp": None, "_layer": None}
+
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.gpu_steps is not None and not args and self._own_norms() == self._norms:
             out = self.gpu_steps.forward(self, hidden_states, kwargs)

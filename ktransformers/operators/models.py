@@ -93,6 +93,9 @@ class DecoderModel(FamilyOperator):
             hook.remove()
         self._hooks.clear()
 
+    def unmade(self) -> dict[str, Any]:
+        return {} if self.stack is None else {"stack": Stack(self)}
+
     def watch_layers(self) -> None:
         """(Re)install the hooks that move inputs, on the modules that are in place now."""
         for hook in self._hooks:

@@ -50,6 +50,9 @@ class ComputedInC:
             self.block_in_c = BlockInC()
         return self.block_in_c.of(self, dtype)
 
+    def unmade(self) -> dict[str, Any]:
+        return {"block_in_c": None}
+
     def how(self) -> str:
         """For printed models: whether the last call was one to C, as far as there was one."""
         return "one C call" if self.block_in_c and self.block_in_c.is_made else ""

@@ -112,9 +112,9 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
 
 def _model(service: Service, name: str) -> dict[str, Any]:
     context = service.served.engine.context if service.served else None
-    parent = service.settings.names[0] if name in service.adapters else None
+    base, adapters = service.settings.names[0], service.settings.adapters
     return {"id": name, "object": "model", "created": 0, "owned_by": "ktransformers", "max_model_len": context,
-            "parent": parent}  # fmt: skip
+            "root": adapters.get(name, base), "parent": base if name in adapters else None}  # fmt: skip
 
 
 @router.get("/v1/models")

@@ -45,7 +45,8 @@ async def run_of(service: Service, body: ChatRequest) -> Run:
     note_prompt(service, prompt.text)
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    requests = wishes.requests_for(served, body, [prompt], wanted, logprobs=logprobs)
+    adapter = service.adapter_for(body.model)
+    requests = wishes.requests_for(served, body, [prompt], wanted, logprobs=logprobs, adapter=adapter)
     reader = functools.partial(_reader, served.tokenizer, body)
     return Run(service, Asked([prompt], requests, stops, reader, joined=conversation.continued))
 

@@ -49,6 +49,7 @@ async def answer(service: Service, body: CompletionRequest, request: Request) ->
     requests = wishes.requests_for(
         served, body, prompted, NEW_TOKENS if body.max_tokens is None else body.max_tokens,
         logprobs=body.logprobs, prompt_logprobs=body.logprobs if body.echo else None,
+        adapter=service.adapter_for(body.model),
     )  # fmt: skip
     run = Run(service, Asked(prompted, requests, stops, joined=True))
     shape = Shape(service, body, name, prompted)

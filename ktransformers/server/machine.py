@@ -27,18 +27,20 @@ class Machine:
     Args:
         placement: the plan, as `kt rules explain` tells it, in JSON types.
         weights: device -> bytes of the weights that are on it, as they are stored.
+        adapters: adapter -> device -> bytes.
         counted: grows as the model runs; None where nobody counts.
     """
 
     placement: Mapping[str, Any] = field(default_factory=dict)
     weights: Mapping[str, int] = field(default_factory=dict)
     counted: Counted | None = None
+    adapters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 def report(machine: Machine, load: Load) -> dict[str, Any]:
     """The JSON of the endpoint."""
     return {
-        "placement": machine.placement, "devices": _devices(machine.weights), "load": vars(load),
+        "placement": machine.placement, "devices": _devices(machine), "load": vars(load),
         "experts": _experts(machine.counted),
     }  # fmt: skip
 
@@ -53,14 +55,19 @@ def _experts(counted: Counted | None) -> dict[str, Any] | None:
 # ---- memory ------------------------------------------------------------------------------------------------
 
 
-def _devices(weights: Mapping[str, int]) -> list[dict[str, Any]]:
+def _devices(machine: Machine) -> list[dict[str, Any]]:
     """RAM first, then every GPU, and devices that only the rules know. Figures that cannot be had are null."""
     total, available = system.memory()
     found = {"cpu": _device("cpu", "RAM", total, available, _resident())}
     found |= {f"cuda:{i}": _gpu(i) for i in range(_gpus())}
-    for name in weights:
+    for name in machine.weights:
         found.setdefault(name, _device(name, name, None, None, None))
-    return [device | {"weights": weights.get(device["device"], 0)} for device in found.values()]
+    return [device | _held(machine, device["device"]) for device in found.values()]
+
+
+def _held(machine: Machine, device: str) -> dict[str, int]:
+    adapters = sum(each.get(device, 0) for each in machine.adapters.values())
+    return {"weights": machine.weights.get(device, 0), "adapters": adapters}
 
 
 def _device(device: str, name: str, total: int | None, free: int | None, process: int | None) -> dict[str, Any]:

@@ -44,13 +44,15 @@ class Limits:
 
 @dataclass(frozen=True)
 class Settings:
-    """How the server was started. `names`: of the model, the first is its own."""
+    """How the server was started. `names`: of the model, the first is its own. `adapters`: name -> what its file is
+    called; where there are any, names are strict, or a misspelt one would be answered without its adapter."""
 
     names: tuple[str, ...] = ("ktransformers",)
     strict_names: bool = False
     cors: tuple[str, ...] = ()
     log_prompts: bool = False
     limits: Limits = field(default_factory=Limits)
+    adapters: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,12 @@ class Served:
 
 
 class Service:
-    """One server. `served` is None until the model is loaded. `adapters`: name of a model -> what is put upon it."""
+    """One server. `served` is None until the model is loaded."""
 
     def __init__(
         self, settings: Settings | None = None, served: Served | None = None, keys: Keys | None = None
     ) -> None:
         self.settings, self.served, self.keys = settings or Settings(), served, keys or Keys()
-        self.adapters: dict[str, Any] = {}
         self.metrics = Metrics(self._load)
         self._texts = ThreadPoolExecutor(1, "tokenizer")  # a tokenizer of transformers is not for two threads
         self._bell: Bell | None = None
@@ -92,19 +93,23 @@ class Service:
 
     def names(self) -> list[str]:
         """All names that a request may give."""
-        return [*self.settings.names, *self.adapters]
+        return [*self.settings.names, *self.settings.adapters]
 
     def name_for(self, asked: str | None) -> str:
         """The name that an answer carries for the one that was asked. Raises ApiError where names are strict."""
         if asked in self.names():
             return asked
-        if self.settings.strict_names and asked is not None:
+        if (self.settings.strict_names or self.settings.adapters) and asked is not None:
             known = ", ".join(self.names())
             raise ApiError(
                 404, f"model {asked[:200]!r} is not served here, expected one of: {known}.", param="model",
                 code="model_not_found",
             )  # fmt: skip
         return self.settings.names[0]
+
+    def adapter_for(self, asked: str | None) -> str:
+        """The adapter that computes for a name that was asked; "" for the model's own names."""
+        return asked if asked in self.settings.adapters else ""
 
     def bell(self) -> Bell:
         """That of the running loop."""

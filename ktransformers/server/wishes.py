@@ -87,7 +87,7 @@ def length_for(served: Served, prompt: int, wanted: int | None) -> int:
 
 def requests_for(
     served: Served, wishes: Sampled, prompts: Sequence[Prompted], wanted: int | None, *, logprobs: int | None = None,
-    prompt_logprobs: int | None = None,
+    prompt_logprobs: int | None = None, adapter: str = "",
 ) -> list[Request]:  # fmt: skip
     """One request to the engine for each prompt."""
     sampling, bias = sampling_for(served, wishes), bias_for(wishes, served.vocab_size)
@@ -100,7 +100,7 @@ def requests_for(
             prompt.ids, length_for(served, len(prompt.ids), wanted), sampling, seed=seed, n=wishes.n or 1,
             logprobs=logprobs, prompt_logprobs=prompt_logprobs, bias=bias, constraint=prompt.constraint,
             frequency_penalty=wishes.frequency_penalty or 0.0, presence_penalty=wishes.presence_penalty or 0.0,
-            priority=wishes.priority or 0,
+            priority=wishes.priority or 0, adapter=adapter,
         )
         for prompt in prompts
     ]  # fmt: skip

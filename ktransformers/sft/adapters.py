@@ -4,8 +4,12 @@ Needs PEFT only to put one onto a model.
 """
 
 import copy
+import hashlib
+import os
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,7 @@ from ktransformers.configs import meta_model
 from ktransformers.errors import UnsupportedError, WeightError, join_errors
 from ktransformers.gguf_files.lora import is_gguf_lora, read_gguf_lora
 from ktransformers.loaders.lora import Adapter
-from ktransformers.loaders.peft_files import CONFIG, is_adapter_folder, read_peft, write_peft
+from ktransformers.loaders.peft_files import CONFIG, WEIGHTS, is_adapter_folder, read_peft, write_peft
 from ktransformers.operators.trained import untrainable
 from ktransformers.paths import existing_path
 
@@ -38,6 +42,21 @@ def adapter_path(path: str | Path) -> Path:
     return found
 
 
+def identity_of(path: str | Path) -> bytes:
+    """What tells the adapter at `path` from all others, by its contents: 32 bytes. Raises WeightError."""
+    path = adapter_path(path)
+    digest = hashlib.blake2b(digest_size=32, person=b"kt adapter")
+    for file in [path / CONFIG, path / WEIGHTS] if path.is_dir() else [path]:
+        try:
+            with open(file, "rb") as opened:
+                digest.update(os.fstat(opened.fileno()).st_size.to_bytes(8, "little"))
+                while part := opened.read(1 << 20):
+                    digest.update(part)
+        except OSError as error:
+            raise WeightError(f"adapter {file}: cannot be read: {error.strerror}. Save the adapter again.") from error
+    return digest.digest()
+
+
 def load_adapter(model: Any, path: str | Path) -> Any:
     """Put the adapter at `path` onto a loaded model: a PeftModel in eval mode.
 
@@ -55,7 +74,7 @@ def load_adapter(model: Any, path: str | Path) -> Any:
         if is_gguf_lora(path):
             write_peft(adapter, Path(folder), shapes)
             path = Path(folder)
-        adapted = _by_peft(model, path)
+        adapted = _by_peft(model, path, adapter.path)
     _check_all_there(adapted, adapter)
     return adapted.eval()
 
@@ -70,15 +89,26 @@ def _refuse_whole(model: Any, adapter: Adapter) -> None:
         )
 
 
-def _by_peft(model: Any, folder: Path) -> Any:
+def _by_peft(model: Any, folder: Path, given: Path) -> Any:
     from peft import PeftModel
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _placed_already(model):
         warnings.simplefilter("ignore")  # what does not fit is told by the checks before and after
         try:
             return PeftModel.from_pretrained(model, str(folder))
         except (ValueError, RuntimeError, TypeError, KeyError) as error:
-            raise WeightError(f"{folder}: PEFT cannot put it onto {type(model).__name__}: {error}") from error
+            raise WeightError(f"{given}: PEFT cannot put it onto {type(model).__name__}: {error}") from error
+
+
+@contextmanager
+def _placed_already(model: Any) -> Iterator[None]:
+    """PEFT would place a model with a device map anew, by hooks around forwards: steps would go module by module."""
+    places = vars(model).pop("hf_device_map", None)
+    try:
+        yield
+    finally:
+        if places is not None:
+            model.hf_device_map = places
 
 
 def _check_all_there(adapted: Any, adapter: Adapter) -> None:

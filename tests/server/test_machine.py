@@ -34,13 +34,13 @@ def reported(machine_=None, **options):
 
 def test_what_is_known_is_told_and_what_is_not_is_null():
     counted = types.SimpleNamespace(layers={4: [0, 2], 1: [3, 1]}, tokens=4)
-    found = reported(Machine({"file": "x.yaml"}, {"cpu": 1000, "cuda:7": 5}, counted))
+    found = reported(Machine({"file": "x.yaml"}, {"cpu": 1000, "cuda:7": 5}, counted, {"a": {"cuda:7": 1}, "b": {"cuda:7": 2}}))
     assert found["placement"] == {"file": "x.yaml"}
     assert found["experts"] == {"tokens": 4, "layers": [1, 4], "counts": [[3, 1], [0, 2]]}
     assert found["load"]["running"] == 0 and found["load"]["cache_bytes"] == 1000
     cpu, gpu = found["devices"]
     assert cpu["device"] == "cpu" and 0 < cpu["free"] <= cpu["total"] and cpu["weights"] == 1000
-    assert gpu == {"device": "cuda:7", "name": "cuda:7", "total": None, "free": None, "process": None, "weights": 5}
+    assert gpu == {"device": "cuda:7", "name": "cuda:7", "total": None, "free": None, "process": None, "weights": 5, "adapters": 3}
     assert reported()["experts"] is None and reported()["devices"][0]["weights"] == 0
 
 
@@ -61,7 +61,7 @@ def test_gpus_are_asked_once_somebody_uses_them(monkeypatch):
         monkeypatch.setattr(f"torch.cuda.{name}", function)
     assert [device["device"] for device in reported()["devices"]] == ["cpu", "cuda:0", "cuda:1"]
     found = reported(Machine(weights={"cuda:1": 9}))["devices"][2]
-    assert found == {"device": "cuda:1", "name": "GPU 1", "total": 80, "free": 31, "process": 21, "weights": 9}
+    assert found == {"device": "cuda:1", "name": "GPU 1", "total": 80, "free": 31, "process": 21, "weights": 9, "adapters": 0}
     monkeypatch.setattr("torch.cuda.is_initialized", lambda: False)
     asked.clear()
     assert len(reported()["devices"]) == 1 and not asked

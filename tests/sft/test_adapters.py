@@ -102,6 +102,16 @@ def test_shared_experts_of_a_gguf_file(checkpoint, exact, tmp_path):
     assert relative_error(logits(found), logits(changed)) < 1e-5 < 1e-3 < relative_error(logits(reference), logits(changed))
 
 
+def test_the_model_keeps_its_places_and_gets_no_hooks(given):
+    """PEFT has accelerate place a model with a device map anew, which gives forwards to its modules."""
+    config, folder, (path, _), _, _ = given()
+    model = mine(config, folder)
+    places = model.hf_device_map
+    load_adapter(model, path)
+    assert model.hf_device_map is places
+    assert not [name for name, module in model.named_modules() if {"_hf_hook", "forward"} & vars(module).keys()]
+
+
 def test_modules_that_were_trained_whole_take_the_place_of_unquantized_ones(checkpoint, exact, tmp_path):
     reference, folder = checkpoint("qwen3_moe")
     model = adapted(copy.deepcopy(reference), target_modules=["o_proj"], modules_to_save=["lm_head"])
@@ -207,7 +217,7 @@ def test_programs_refuse_a_path_that_is_none_before_loading(tmp_path):
 
 @pytest.mark.skipif(not all(map(importlib.util.find_spec, serve.EXTRA)), reason="the extra `serve` is not installed")
 def test_serve_computes_with_it_and_keeps_its_prefixes_apart(for_embedded):
-    plain, served = (serve.open_model(serve.ServeOptions(adapter=str(path), as_json=True)) for path in ("", for_embedded))
+    plain, served = (serve.open_model(serve.ServeOptions(adapter=given, as_json=True)) for given in ([], [str(for_embedded)]))
     ids = served.tokenizer("What is a rule file?").input_ids
     found = []
     for one in (plain, served):

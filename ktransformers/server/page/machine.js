@@ -115,8 +115,9 @@ const colour = (device, names) => `device-${Math.max(0, names.indexOf(device)) %
 
 const chip = (device, names, text = device) => el("span", { class: `chip ${colour(device, names)}` }, text);
 
-function memoryOf({ device, name, total, free, process, weights }, names) {
+function memoryOf({ device, name, total, free, process, weights, adapters }, names) {
   const said = [`${bytes(weights)} of weights`];
+  if (adapters) said.push(`${bytes(adapters)} of adapters`);
   if (process != null) said.push(`${bytes(process)} held by the server`);
   if (total != null) said.push(`${bytes(total - free)} of ${bytes(total)} in use`);
   const head = el("div", { class: "row between" }, chip(device, names), el("span", { class: "muted ellipsis" }, name === device ? "" : name));
