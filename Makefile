@@ -14,11 +14,8 @@ NATIVE := $(shell find native setup.py -name '*.[ch]' -o -name '*.py' 2>/dev/nul
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev chat doctor test test-fast test-gpu support pages bench bench-setup bench-start bench-peers sanitize \
         setup-llamafactory test-llamafactory \
-<<<<<<< HEAD
-        bench-model bench-whole bench-serve bench-open bench-plan bench-attention bench-encode bench-sft bench-gpu native train wheel clean tools FORCE
-=======
-        bench-model bench-whole bench-serve bench-adapters bench-open bench-plan bench-attention bench-encode bench-gpu native train wheel clean tools FORCE
->>>>>>> adapserve
+        bench-model bench-whole bench-serve bench-adapters bench-open bench-plan bench-attention bench-encode bench-sft bench-gpu native train \
+        wheel clean tools FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -112,7 +109,6 @@ bench-whole: setup-dev ## prefill and decode of whole models beside llama.cpp (J
 bench-serve: setup-dev ## kt serve under several streams, beside its engine and llama.cpp alone (JSON=file ARGS="--rounds 3")
 	$(PY) -m tests.bench.bench_serve $(if $(JSON),--json $(JSON)) $(ARGS)
 
-<<<<<<< HEAD
 bench-sft: setup-dev ## training: a layer's gradients beside torch, and whole steps beside transformers + PEFT (takes 15 GB of RAM)
 	$(PY) -m tests.bench.bench_sft $(ARGS)
 	$(PY) -m tests.bench.bench_sft_step --inside $(if $(JSON),--json $(JSON))
