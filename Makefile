@@ -112,10 +112,9 @@ bench-serve: setup-dev ## kt serve under several streams, beside its engine and 
 bench-sft: setup-dev ## training: a layer's gradients beside torch, and whole steps beside transformers + PEFT (takes 15 GB of RAM)
 	$(PY) -m tests.bench.bench_sft $(ARGS)
 	$(PY) -m tests.bench.bench_sft_step --inside $(if $(JSON),--json $(JSON))
-=======
+
 bench-adapters: setup-dev ## what adapters as models of kt serve cost its engine (JSON=file ARGS="--rounds 3")
 	$(PY) -m tests.bench.bench_adapters $(if $(JSON),--json $(JSON)) $(ARGS)
->>>>>>> adapserve
 
 bench-encode: setup-dev ## how fast kt quantize encodes each type, beside reading and the torch encoder
 	$(PY) -m tests.bench.bench_encode $(if $(JSON),--json $(JSON)) $(ARGS)
