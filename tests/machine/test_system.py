@@ -83,3 +83,10 @@ def test_a_system_that_says_nothing(tmp_path):
     total, available = system.memory(tmp_path)
     assert total == available > 0 and system.cpu_quota(tmp_path) is None
     assert system.last_level_cache(tmp_path) == 32 << 20
+
+
+def test_the_peak_is_this_process_own_and_not_that_of_who_started_it(root):
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/status").write_text("Name:\tkt\nVmHWM:\t    2048 kB\nVmRSS:\t 1024 kB\n")
+    assert system.peak_memory(root) == 2 << 20
+    assert system.peak_memory() > 10 << 20
