@@ -86,7 +86,6 @@ def test_a_system_that_says_nothing(tmp_path):
 
 
 def test_the_peak_is_this_process_own_and_not_that_of_who_started_it(root):
-    (root / "proc/self").mkdir(parents=True)
-    (root / "proc/self/status").write_text("Name:\tkt\nVmHWM:\t    2048 kB\nVmRSS:\t 1024 kB\n")
-    assert system.peak_memory(root) == 2 << 20
+    here = root(**{"proc/self/status": "Name:\tkt\nVmHWM:\t    2048 kB\nVmRSS:\t 1024 kB\n"})
+    assert system.peak_memory(here) == 2 << 20
     assert system.peak_memory() > 10 << 20
