@@ -15,10 +15,8 @@ if TYPE_CHECKING:
     from ktransformers.sft.memory import Prediction
     from ktransformers.sft.options import Options
 
-INFERENCE = {"cache": "", "batch": 1, "chunk_size": 8192, "strategy": "", "linear_op": "", "profile": "", "output": "",
-             "plot": ""}  # fmt: skip
-"""Options of `kt plan` that say nothing about training, and what they are where nobody gave them."""
-
+INFERENCE = ("cache", "batch", "chunk_size", "strategy", "linear_op", "profile", "output", "plot")
+"""Options of `kt plan` that say nothing about training."""
 
 ROWS = {
     "weights": "weights", "trained": "what is trained", "gradients": "its gradients", "optimizer": "optimizer",
@@ -33,8 +31,8 @@ def plan_training(given: "PlanOptions") -> None:
     from ktransformers.sft.train import need_extra
 
     need_extra()
-    for name, default in INFERENCE.items():
-        if getattr(given, name) != default:
+    for name in INFERENCE:
+        if getattr(given, name) != getattr(type(given), name):
             flag = name.replace("_", "-")
             raise KTransformersError(f"--{flag} and --train: found both; a training file's keys say how.")
     quiet_transformers()

@@ -31,7 +31,6 @@ from ktransformers.simulator.training import TrainingMemory, simulate_training
 BASE = 570 << 20
 """Bytes that Python, torch, transformers, PEFT, TRL and datasets hold once they have trained a step, measured."""
 
-
 PARTS = ("weights", "trained", "gradients", "optimizer", "activations", "work")
 
 
@@ -70,8 +69,8 @@ def predict(options: Options, capacity: Mapping[str, int], form: str = "") -> Pr
     """
     if len(capacity) > 1 and not torch.backends.cuda.is_built():
         raise KTransformersError(
-            "--train on GPUs: torch's gradients know no CUDA device in a CPU build of torch. Use a build for CUDA, "
-            "which needs no GPU for this, or plan for the CPU alone."
+            "--train on GPUs: torch's gradients know no CUDA device in a CPU build of torch. Plan for the CPU alone; "
+            "with a build for CUDA it is untested."
         )
     name, weights = options.model_name_or_path, options.kt_weight_path
     if not name:

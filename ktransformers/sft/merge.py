@@ -11,14 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ktransformers.configs import meta_model, read_config
 from ktransformers.errors import NativeError, UnsupportedError, WeightError, did_you_mean
 from ktransformers.gguf_files.write import FILE_TYPES
 from ktransformers.loaders import ModelWeights, WeightFiles, bind, open_weights
 from ktransformers.loaders.lora import Adapter, Place, places
 from ktransformers.loaders.writing import Written
-from ktransformers.native import NOT_BUILT, available
+from ktransformers.native import NOT_BUILT, available, encode
 from ktransformers.paths import existing_path
+from ktransformers.quants.blocks import QuantType
 from ktransformers.sft.adapters import read_adapter
 from ktransformers.sft.tally import Tally
 
@@ -45,6 +48,19 @@ class Merging:
     @property
     def places(self) -> dict[str, Place]:
         return places(self.model)
+
+    def stored(self, name: str, kind: QuantType, wanted: Tensor, added: Tensor | None) -> Tensor:
+        """`wanted`, a float32 matrix of `name` that is written over, plus what an adapter adds, as bytes of `kind`."""
+        if added is not None:
+            added = added.reshape(wanted.shape)
+            self.tally.changed(name, added)
+            wanted += added
+        try:
+            data = encode(wanted, kind)
+        except WeightError as error:
+            raise WeightError(f"{name}: {error}") from error
+        self.tally.stored(name, wanted, data, kind)
+        return data
 
 
 def merge(

@@ -25,7 +25,6 @@ from ktransformers.loaders.sources import (
     TransposedRows,
 )
 from ktransformers.loaders.writing import Written, write_safetensors
-from ktransformers.native import encode
 from ktransformers.quants.blocks import QUANT_TYPES, QuantType
 from ktransformers.quants.scaled import ScaledType
 from ktransformers.sft.merge import FLOATS, Merging, by_type
@@ -127,16 +126,7 @@ def written(
     def pieces() -> Iterator[Tensor]:
         for number in range(shape[0] if _is_stack(shape) else 1):
             wanted = read(number) if whole is None else whole.float()
-            if change is not None:
-                added = change(number).reshape(wanted.shape)
-                merging.tally.changed(name, added)
-                wanted += added
-            try:
-                data = encode(wanted, kind)
-            except WeightError as error:
-                raise WeightError(f"{name}: {error}") from error
-            merging.tally.stored(name, wanted, data, kind)
-            yield data
+            yield merging.stored(name, kind, wanted, None if change is None else change(number))
 
     return Written(name, shape, kind, pieces)
 

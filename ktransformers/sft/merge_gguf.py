@@ -15,7 +15,6 @@ from ktransformers.gguf_files.rewrite import rewrite
 from ktransformers.loaders import WeightFiles, checkpoint_dtype, gguf_names
 from ktransformers.loaders.lora import LowRank
 from ktransformers.loaders.writing import Written
-from ktransformers.native import encode
 from ktransformers.native.encode import encoded_types
 from ktransformers.quants.blocks import Packed, QuantType
 from ktransformers.quants.scaled import ScaledType
@@ -177,16 +176,7 @@ def _as_written(
             return
         for number, matrix in enumerate(_matrices(packed, change)):
             wanted = numbers(matrix) if whole is None else whole.float().view(matrix.shape)
-            if change is not None:
-                added = change.of(number).view(wanted.shape)
-                merging.tally.changed(name, added)
-                wanted += added
-            try:
-                data = encode(wanted, kind)
-            except WeightError as error:
-                raise WeightError(f"{name}: {error}") from error
-            merging.tally.stored(name, wanted, data, kind)
-            yield data
+            yield merging.stored(name, kind, wanted, None if change is None else change.of(number))
 
     return Written(name, packed.shape, kind, pieces)
 

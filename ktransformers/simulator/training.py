@@ -35,10 +35,6 @@ class TrainingMemory:
     activations: dict[str, int] = field(default_factory=dict)
     workspace: int = 0
 
-    def total(self, device: str) -> int:
-        parts = (self.weights, self.trained, self.gradients, self.states, self.activations)
-        return sum(part.get(device, 0) for part in parts) + (self.workspace if device == "cpu" else 0)
-
 
 def simulate_training(
     model_or_config: Any, rule: RulesLike, prepare: Callable[[nn.Module], nn.Module],
@@ -75,10 +71,10 @@ def simulate_training(
             trained = [p for p in net.parameters() if p.requires_grad]
             found.trained = recorder.live(ACTIVATIONS)
             steps = optimizer(trained)
+            recorder.workspace = of_training
             for _ in range(2):
                 steps.zero_grad(set_to_none=True)
                 before = recorder.live(ACTIVATIONS)
-                recorder.workspace = of_training
                 record = recorder.begin()
                 _backward(loss(net))
                 found.gradients = _by_device(p.grad for p in trained if p.grad is not None)
